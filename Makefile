@@ -1,0 +1,73 @@
+# Every target sets up what it needs; `make` alone lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS := $(shell nproc 2>/dev/null || echo 2)
+
+.DEFAULT_GOAL := help
+.PHONY: help venv build test lint format bench demo sanitize run-native clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+venv: $(READY) ## make .venv with everything for development (PYTHON=python3.12 picks another)
+
+# Built without isolation, so that `make build` finds the same headers and reuses the objects.
+$(READY): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -qq -c constraints.txt setuptools pybind11 ninja
+	$(BIN)/pip install -qq -c constraints.txt --no-build-isolation -e '.[test,dev]'
+	@touch $@
+
+build: $(READY) ## compile what changed in csrc
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@$(BIN)/python -m compileall -q nanotron_fast  # also where the environment forbids caching
+
+test: build ## run all tests
+	$(BIN)/pytest
+
+lint: $(READY) ## ruff, mypy and clang-format, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
+
+format: $(READY) ## rewrite everything in the house style
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $(CPP)
+
+bench: build ## time conversion against cp and torch
+	$(BIN)/python benchmarks/bench_convert.py
+
+demo: build ## convert a small Llama there and back, and prove that nothing changed
+	$(BIN)/python examples/demo.py
+
+sanitize: ## native tests under ASan, UBSan and TSan (a C++ compiler is enough)
+	@$(MAKE) --no-print-directory -j$(JOBS) run-native SANITIZER=address,undefined
+	@$(MAKE) --no-print-directory -j$(JOBS) run-native SANITIZER=thread
+
+clean: ## remove everything that was built, .venv too
+	rm -rf $(VENV) build dist *.egg-info nanotron_fast/*.so .*_cache
+
+# Everything below serves `sanitize`.
+CPP := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
+HEADERS := $(filter-out %.cpp,$(CPP))
+SANITIZED := build/sanitize/$(SANITIZER)
+OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/core/*.cpp csrc/cast/*.cpp))
+NATIVE_TESTS := $(patsubst %.cpp,$(SANITIZED)/%,$(wildcard tests/native/test_*.cpp))
+# TSan of older compilers cannot map its shadow where the kernel randomises addresses widely.
+FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)
+
+$(SANITIZED)/%.o: %.cpp $(HEADERS)
+	@echo "$(SANITIZER): $<" && mkdir -p $(@D)
+	@$(CXX) -std=c++20 -O1 -g -fno-omit-frame-pointer -pthread -Wall -Wextra -Icsrc \
+	  -fsanitize=$(SANITIZER) -fno-sanitize-recover=all -c $< -o $@
+
+$(NATIVE_TESTS): %: %.o $(OBJECTS)
+	@$(CXX) -fsanitize=$(SANITIZER) -pthread $^ -o $@
+
+run-native: $(NATIVE_TESTS)
+	@test -n "$^" || { echo "tests/native holds no test_*.cpp" >&2; exit 1; }
+	@for test in $^; do echo "run $$test" && $(FIXED_ADDRESSES) $$test || exit 1; done

@@ -1,0 +1,144 @@
+// The only file that knows both Python and the engine.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cerrno>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cast/cast.h"
+#include "core/engine.h"
+#include "core/error.h"
+
+namespace py = pybind11;
+using namespace nanotron_fast;
+
+namespace {
+
+// A table of moves: any C-contiguous buffer of int64, flat or with a row for each move.
+class Table {
+ public:
+  explicit Table(const py::buffer& buffer) : info_(buffer.request()) {
+    const bool has_rows = info_.ndim == 2 && info_.shape[1] == Move::kNumColumns;
+    const bool is_flat = info_.ndim == 1 && info_.size % Move::kNumColumns == 0;
+    if (!info_.item_type_is_equivalent_to<int64_t>() || !(has_rows || is_flat) ||
+        !PyBuffer_IsContiguous(info_.view(), 'C')) {
+      throw PlanError("a table of moves is contiguous int64 with " +
+                      std::to_string(Move::kNumColumns) + " columns");
+    }
+  }
+  const int64_t* data() const { return static_cast<const int64_t*>(info_.ptr); }
+  int64_t num_moves() const { return info_.size / Move::kNumColumns; }
+
+ private:
+  py::buffer_info info_;
+};
+
+// (path, header, size in bytes) of a file to be written.
+using OutputTuple = std::tuple<std::string, py::bytes, int64_t>;
+
+EngineOptions make_options(int num_workers, bool sync) {
+  if (num_workers < 1) throw std::invalid_argument("workers must be at least 1");
+  return {num_workers, sync, default_simd_level()};
+}
+
+void execute_binding(const std::vector<std::string>& sources,
+                     const std::vector<OutputTuple>& outputs, const py::buffer& moves, int workers,
+                     bool fsync, Progress& progress) {
+  const Table table(moves);
+  std::vector<OutputFile> files;
+  for (const auto& [path, header, size_bytes] : outputs) {
+    files.push_back({path, std::string(header), size_bytes});
+  }
+  const EngineOptions options = make_options(workers, fsync);
+  const py::gil_scoped_release release;
+  execute(sources, files, table.data(), table.num_moves(), options, progress);
+}
+
+std::vector<std::tuple<int64_t, int64_t, int64_t>> compare_binding(
+    const std::vector<std::string>& sources, const std::vector<std::string>& destinations,
+    const py::buffer& moves, int workers, Progress& progress) {
+  const Table table(moves);
+  const EngineOptions options = make_options(workers, false);
+  const py::gil_scoped_release release;
+  std::vector<std::tuple<int64_t, int64_t, int64_t>> result;
+  for (const Difference& difference :
+       compare(sources, destinations, table.data(), table.num_moves(), options, progress)) {
+    result.emplace_back(difference.move, difference.num_elements, difference.first_offset_bytes);
+  }
+  return result;
+}
+
+py::bytes cast_binding(const py::bytes& source, int64_t source_dtype, int64_t destination_dtype,
+                       const std::string& simd) {
+  if (source_dtype < 0 || source_dtype >= kNumDtypes || destination_dtype < 0 ||
+      destination_dtype >= kNumDtypes || source_dtype == destination_dtype ||
+      !can_cast(static_cast<Dtype>(source_dtype), static_cast<Dtype>(destination_dtype))) {
+    throw std::invalid_argument("no cast between these dtype codes");
+  }
+  const auto from = static_cast<Dtype>(source_dtype), to = static_cast<Dtype>(destination_dtype);
+  const SimdLevel level = simd.empty() ? default_simd_level() : parse_simd_level(simd);
+  const std::string_view bytes = source;
+  if (bytes.size() % static_cast<size_t>(item_size(from)) != 0) {
+    throw std::invalid_argument("source does not hold whole elements");
+  }
+  const int64_t num_elements = static_cast<int64_t>(bytes.size()) / item_size(from);
+  std::string result(static_cast<size_t>(num_elements * item_size(to)), '\0');
+  find_cast(from, to, level)(reinterpret_cast<const std::byte*>(bytes.data()),
+                             reinterpret_cast<std::byte*>(result.data()), num_elements);
+  return py::bytes(result);
+}
+
+// Messages may name files, and names of files need not be UTF-8.
+void set_error(const char* type_name, const std::exception& error) {
+  const py::object type = py::module_::import("nanotron_fast.errors").attr(type_name);
+  const auto message = py::reinterpret_steal<py::object>(PyUnicode_DecodeFSDefault(error.what()));
+  if (message) PyErr_SetObject(type.ptr(), message.ptr());
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const IoError& error) {
+    errno = error.error_number();
+    PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.path().c_str());
+  } catch (const PlanError& error) {
+    set_error("PlanError", error);
+  } catch (const Cancelled& error) {
+    set_error("Cancelled", error);
+  }
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The engine of nanotron_fast: executes a table of moves between files.";
+  py::register_exception_translator(translate);
+
+  py::class_<Progress>(module, "Progress")
+      .def(py::init<>())
+      .def_property_readonly("bytes_done", [](const Progress& p) { return p.bytes_done.load(); })
+      .def("cancel", [](Progress& p) { p.is_cancelled = true; });
+
+  module.attr("NUM_COLUMNS") = Move::kNumColumns;
+  module.def("execute", &execute_binding, py::arg("sources"), py::arg("outputs"), py::arg("moves"),
+             py::kw_only(), py::arg("workers"), py::arg("fsync"), py::arg("progress"));
+  module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),
+             py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"));
+  module.def(
+      "worker_buffer_bytes",
+      [](const py::buffer& moves, bool compares) {
+        const Table table(moves);
+        return worker_buffer_bytes(table.data(), table.num_moves(), compares);
+      },
+      py::arg("moves"), py::kw_only(), py::arg("compares") = false);
+  module.def("cast", &cast_binding, py::arg("source"), py::arg("source_dtype"),
+             py::arg("destination_dtype"), py::kw_only(), py::arg("simd") = "");
+  module.def("simd_levels", [] {
+    std::vector<std::string> names;
+    for (const SimdLevel level : supported_simd_levels()) names.emplace_back(name_of(level));
+    return names;
+  });
+}

@@ -1,0 +1,153 @@
+#include "core/block.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "core/strided.h"
+
+namespace nanotron_fast {
+
+std::byte* Buffer::reserve(int64_t num_bytes) {
+  if (num_bytes > capacity_bytes_) {
+    data_.reset();  // first, so that the two are never held at once
+    data_.reset(new std::byte[static_cast<size_t>(num_bytes)]);
+    capacity_bytes_ = num_bytes;
+  }
+  return data_.get();
+}
+
+const File& SourceFiles::get(int64_t index) {
+  const auto found = open_.find(index);
+  if (found != open_.end()) return found->second;
+  if (open_.size() >= kMaxOpen) open_.clear();
+  return open_.emplace(index, File::open_for_reading(paths_[static_cast<size_t>(index)]))
+      .first->second;
+}
+
+namespace {
+
+void fill_zeros(const Move& move, int64_t num_rows, std::byte* destination) {
+  const auto item = static_cast<size_t>(item_size(move.destination_dtype));
+  const auto row_elements = static_cast<size_t>(move.sizes[1] * move.sizes[2]);
+  if (move.destination_strides[0] == static_cast<int64_t>(row_elements)) {
+    std::memset(destination, 0, static_cast<size_t>(num_rows) * row_elements * item);
+    return;
+  }
+  for (int64_t i = 0; i < num_rows; ++i) {
+    for (int64_t j = 0; j < move.sizes[1]; ++j) {
+      for (int64_t k = 0; k < move.sizes[2]; ++k) {
+        const int64_t at = i * move.destination_strides[0] + j * move.destination_strides[1] +
+                           k * move.destination_strides[2];
+        std::memset(destination + at * static_cast<int64_t>(item), 0, item);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t num_rows) {
+  std::byte* const out = destination_buffer_.reserve(job.destination_buffer_bytes);
+  std::vector<std::byte*> destinations;
+  std::byte* next = out;
+  for (const View& view : job.destinations) {
+    destinations.push_back(next);
+    next += view.block_bytes(num_rows);
+  }
+
+  const Part& only = job.parts.front();
+  const bool is_plain_copy = job.parts.size() == 1 && only.source_view == 0 &&
+                             only.move.source_dtype == only.move.destination_dtype &&
+                             only.move.source_strides == only.move.destination_strides;
+  if (is_plain_copy) {
+    const View& view = job.sources.front();
+    sources_.get(view.file).pread_exact(out, view.block_bytes(num_rows),
+                                        view.offset_bytes + first_row * view.row_stride_bytes);
+    return out;
+  }
+  if (job.reads_runs) {
+    for (const Part& part : job.parts) {
+      std::byte* to =
+          destinations[static_cast<size_t>(part.destination_view)] + part.destination_delta_bytes;
+      build_part_from_runs(job, part, first_row, num_rows, to);
+    }
+    return out;
+  }
+  std::vector<const std::byte*> loaded;
+  std::byte* in = source_buffer_.reserve(job.source_buffer_bytes);
+  for (const View& view : job.sources) {
+    const int64_t num_bytes = view.block_bytes(num_rows);
+    sources_.get(view.file).pread_exact(in, num_bytes,
+                                        view.offset_bytes + first_row * view.row_stride_bytes);
+    loaded.push_back(in);
+    in += num_bytes;
+  }
+  for (const Part& part : job.parts) {
+    const std::byte* from = part.source_view < 0 ? nullptr
+                                                 : loaded[static_cast<size_t>(part.source_view)] +
+                                                       part.source_delta_bytes;
+    std::byte* to =
+        destinations[static_cast<size_t>(part.destination_view)] + part.destination_delta_bytes;
+    build_part(part, num_rows, from, to);
+  }
+  return out;
+}
+
+void BlockBuilder::build_part(const Part& part, int64_t num_rows, const std::byte* view_data,
+                              std::byte* destination) {
+  const Move& move = part.move;
+  if (move.is_fill()) {
+    fill_zeros(move, num_rows, destination);
+    return;
+  }
+  const StridedCopy copy{{num_rows, move.sizes[1], move.sizes[2]},
+                         move.source_strides,
+                         move.destination_strides,
+                         move.source_dtype,
+                         move.destination_dtype};
+  copy_strided(copy, view_data, destination, level_);
+}
+
+void BlockBuilder::build_part_from_runs(const Job& job, const Part& part, int64_t first_row,
+                                        int64_t num_rows, std::byte* destination) {
+  const Move& move = part.move;
+  if (move.is_fill()) {
+    build_part(part, num_rows, nullptr, destination);
+    return;
+  }
+  const int64_t item = item_size(move.source_dtype);
+  const std::array<int64_t, 3> sizes{num_rows, move.sizes[1], move.sizes[2]};
+  // Dimensions from the one that runs on in the source outwards; packed strides in that order.
+  std::array<int, 3> order{0, 1, 2};
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
+    if ((sizes[a] == 1) != (sizes[b] == 1)) return sizes[b] == 1;
+    return move.source_strides[a] < move.source_strides[b];
+  });
+  std::array<int64_t, 3> packed{};
+  int64_t stride = 1;
+  for (const int dim : order) {
+    packed[dim] = stride;
+    stride *= sizes[dim];
+  }
+  std::byte* const in = source_buffer_.reserve(job.source_buffer_bytes);
+  const File& file = sources_.get(move.source_file);
+  const auto [inner, middle, outer] = order;
+  const int64_t run_elements = move.source_strides[inner] == 1 ? sizes[inner] : 1;
+  const int64_t base = move.source_offset_bytes + first_row * move.source_strides[0] * item;
+  for (int64_t i = 0; i < sizes[outer]; ++i) {
+    for (int64_t j = 0; j < sizes[middle]; ++j) {
+      for (int64_t k = 0; k < sizes[inner]; k += run_elements) {
+        const int64_t from = i * move.source_strides[outer] + j * move.source_strides[middle] +
+                             k * move.source_strides[inner];
+        const int64_t to = i * packed[outer] + j * packed[middle] + k;
+        file.pread_exact(in + to * item, run_elements * item, base + from * item);
+      }
+    }
+  }
+  const StridedCopy copy{sizes, packed, move.destination_strides, move.source_dtype,
+                         move.destination_dtype};
+  copy_strided(copy, in, destination, level_);
+}
+
+}  // namespace nanotron_fast

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "core/file.h"
+#include "core/schedule.h"
+
+namespace nanotron_fast {
+
+// Memory that grows and is not initialised.
+class Buffer {
+ public:
+  std::byte* reserve(int64_t num_bytes);
+
+ private:
+  std::unique_ptr<std::byte[]> data_;
+  int64_t capacity_bytes_ = 0;
+};
+
+// Open source files of one worker: the last few it used.
+class SourceFiles {
+ public:
+  explicit SourceFiles(const std::vector<std::string>& paths) : paths_(paths) {}
+  const File& get(int64_t index);
+
+ private:
+  static constexpr size_t kMaxOpen = 32;
+  const std::vector<std::string>& paths_;
+  std::unordered_map<int64_t, File> open_;
+};
+
+// What one worker needs to build blocks: buffers and files.
+class BlockBuilder {
+ public:
+  BlockBuilder(const std::vector<std::string>& source_paths, SimdLevel level)
+      : sources_(source_paths), level_(level) {}
+
+  // Reads what a block needs and lays it out as its destination views want it. The result holds
+  // the views of job.destinations one after another, and stays valid until the next call.
+  const std::byte* build(const Job& job, int64_t first_row, int64_t num_rows);
+
+ private:
+  void build_part(const Part& part, int64_t num_rows, const std::byte* view_data,
+                  std::byte* destination);
+  void build_part_from_runs(const Job& job, const Part& part, int64_t first_row, int64_t num_rows,
+                            std::byte* destination);
+
+  SourceFiles sources_;
+  SimdLevel level_;
+  Buffer source_buffer_;
+  Buffer destination_buffer_;
+};
+
+}  // namespace nanotron_fast

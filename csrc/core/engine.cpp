@@ -1,0 +1,262 @@
+#include "core/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+
+#include "core/block.h"
+#include "core/error.h"
+#include "core/file.h"
+#include "core/pool.h"
+#include "core/schedule.h"
+
+namespace nanotron_fast {
+
+namespace {
+
+// What happens to a block once it is built: (job, first row, number of rows, the built bytes).
+using Sink = std::function<void(const Job&, int64_t, int64_t, const std::byte*)>;
+
+// Each worker takes the next job and works through its blocks; once no job is left to take, it
+// helps with blocks of jobs that others are still at. So files are written by one thread each
+// while there are enough of them, and the last large tensor still uses every core.
+void run_schedule(const Schedule& schedule, const std::vector<std::string>& sources,
+                  const EngineOptions& options, Progress& progress,
+                  const std::function<Sink()>& make_sink) {
+  std::atomic<size_t> next_job{0};
+  const std::unique_ptr<std::atomic<int64_t>[]> next_block(
+      new std::atomic<int64_t>[schedule.jobs.size()]());
+
+  run_workers(options.num_workers, [&](int, const std::atomic<bool>& should_stop) {
+    BlockBuilder builder(sources, options.simd_level);
+    const Sink sink = make_sink();
+    const auto work_on = [&](size_t index) {
+      const Job& job = schedule.jobs[index];
+      while (!should_stop) {
+        const int64_t block = next_block[index].fetch_add(1);
+        if (block >= job.num_blocks) return;
+        if (progress.is_cancelled) throw Cancelled();
+        const int64_t first_row = job.first_row(block);
+        const int64_t num_rows = job.first_row(block + 1) < job.num_rows
+                                     ? job.first_row(block + 1) - first_row
+                                     : job.num_rows - first_row;
+        sink(job, first_row, num_rows, builder.build(job, first_row, num_rows));
+        int64_t num_bytes = 0;
+        for (const View& view : job.destinations) num_bytes += view.block_bytes(num_rows);
+        progress.bytes_done += num_bytes;
+      }
+    };
+    for (size_t job; (job = next_job.fetch_add(1)) < schedule.jobs.size();) work_on(job);
+    for (size_t job = 0; job < schedule.jobs.size(); ++job) work_on(job);
+  });
+}
+
+// Output files, each created by whoever writes to it first and closed by whoever writes last.
+class Outputs {
+ public:
+  Outputs(const std::vector<OutputFile>& files, const Schedule& schedule, bool sync)
+      : files_(files), states_(files.size()), sync_(sync) {
+    for (const Job& job : schedule.jobs) {
+      for (const View& view : job.destinations) {
+        states_[static_cast<size_t>(view.file)].blocks_left += job.num_blocks;
+      }
+    }
+  }
+
+  // Files that hold a header alone.
+  void create_empty() {
+    for (size_t i = 0; i < files_.size(); ++i) {
+      if (states_[i].blocks_left != 0) continue;
+      open(i);
+      finish(i);
+    }
+  }
+
+  void write(int64_t index, const std::byte* data, int64_t num_bytes, int64_t offset_bytes) {
+    const auto i = static_cast<size_t>(index);
+    State& state = states_[i];
+    open(i).pwrite_exact(data, num_bytes, offset_bytes);
+    if (state.blocks_left.fetch_sub(1) == 1) finish(i);
+  }
+
+  void sync_all(int num_workers) {
+    std::atomic<size_t> next{0};
+    run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
+      for (size_t i; !should_stop && (i = next.fetch_add(1)) < files_.size();) {
+        File::open_for_reading(files_[i].path).sync();
+      }
+    });
+  }
+
+ private:
+  struct State {
+    std::mutex mutex;
+    File file;
+    std::atomic<int64_t> blocks_left{0};
+  };
+
+  const File& open(size_t i) {
+    State& state = states_[i];
+    const std::lock_guard<std::mutex> lock(state.mutex);
+    if (!state.file.is_open()) {
+      state.file = File::create(files_[i].path);
+      const std::string& header = files_[i].header;
+      state.file.pwrite_exact(reinterpret_cast<const std::byte*>(header.data()),
+                              static_cast<int64_t>(header.size()), 0);
+    }
+    return state.file;
+  }
+
+  void finish(size_t i) {
+    State& state = states_[i];
+    if (state.file.size_bytes() != files_[i].size_bytes) {
+      throw PlanError(files_[i].path + ": the plan left " +
+                      std::to_string(state.file.size_bytes()) + " of " +
+                      std::to_string(files_[i].size_bytes) + " bytes");
+    }
+    if (sync_) state.file.start_writeback();
+    state.file.close();
+  }
+
+  const std::vector<OutputFile>& files_;
+  std::vector<State> states_;
+  bool sync_;
+};
+
+std::vector<int64_t> sizes_of(const std::vector<std::string>& paths) {
+  std::vector<int64_t> sizes;
+  for (const std::string& path : paths) {
+    sizes.push_back(File::open_for_reading(path).size_bytes());
+  }
+  return sizes;
+}
+
+// Counts the elements of one part that differ between two images of the same block.
+class DifferenceCounter {
+ public:
+  explicit DifferenceCounter(size_t num_moves) : by_move_(num_moves) {}
+
+  void count(const Job& job, int view_index, int64_t first_row, int64_t num_rows,
+             const std::byte* wanted, const std::byte* found) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const Part& part : job.parts) {
+      if (part.destination_view != view_index) continue;
+      const Move& move = part.move;
+      const int64_t item = item_size(move.destination_dtype);
+      for (int64_t i = 0; i < num_rows; ++i) {
+        for (int64_t j = 0; j < move.sizes[1]; ++j) {
+          for (int64_t k = 0; k < move.sizes[2]; ++k) {
+            const int64_t at =
+                part.destination_delta_bytes +
+                item * (i * move.destination_strides[0] + j * move.destination_strides[1] +
+                        k * move.destination_strides[2]);
+            if (std::memcmp(wanted + at, found + at, static_cast<size_t>(item)) == 0) continue;
+            const int64_t offset_bytes =
+                job.destinations[static_cast<size_t>(view_index)].offset_bytes +
+                first_row * job.destinations[static_cast<size_t>(view_index)].row_stride_bytes + at;
+            add(part.index, offset_bytes);
+          }
+        }
+      }
+    }
+  }
+
+  // first_offset_bytes of a move is in its destination file.
+  struct Count {
+    int64_t num_elements = 0;
+    int64_t first_offset_bytes = 0;
+  };
+  const std::vector<Count>& by_move() const { return by_move_; }
+
+ private:
+  void add(int64_t move, int64_t offset_bytes) {
+    Count& count = by_move_[static_cast<size_t>(move)];
+    if (count.num_elements == 0 || offset_bytes < count.first_offset_bytes) {
+      count.first_offset_bytes = offset_bytes;
+    }
+    ++count.num_elements;
+  }
+
+  std::mutex mutex_;
+  std::vector<Count> by_move_;
+};
+
+}  // namespace
+
+void execute(const std::vector<std::string>& sources, const std::vector<OutputFile>& outputs,
+             const int64_t* table, int64_t num_moves, const EngineOptions& options,
+             Progress& progress) {
+  std::vector<int64_t> output_sizes;
+  for (const OutputFile& output : outputs) output_sizes.push_back(output.size_bytes);
+  const Schedule schedule =
+      make_schedule(parse_moves(table, num_moves, sizes_of(sources), output_sizes));
+  Outputs files(outputs, schedule, options.sync);
+  files.create_empty();
+  run_schedule(schedule, sources, options, progress, [&]() -> Sink {
+    return [&](const Job& job, int64_t first_row, int64_t num_rows, const std::byte* data) {
+      for (const View& view : job.destinations) {
+        const int64_t num_bytes = view.block_bytes(num_rows);
+        files.write(view.file, data, num_bytes,
+                    view.offset_bytes + first_row * view.row_stride_bytes);
+        data += num_bytes;
+      }
+    };
+  });
+  if (options.sync) files.sync_all(options.num_workers);
+}
+
+std::vector<Difference> compare(const std::vector<std::string>& sources,
+                                const std::vector<std::string>& destinations, const int64_t* table,
+                                int64_t num_moves, const EngineOptions& options,
+                                Progress& progress) {
+  const Schedule schedule =
+      make_schedule(parse_moves(table, num_moves, sizes_of(sources), sizes_of(destinations)));
+  DifferenceCounter counter(static_cast<size_t>(num_moves));
+  run_schedule(schedule, sources, options, progress, [&]() -> Sink {
+    const auto files = std::make_shared<SourceFiles>(destinations);
+    const auto buffer = std::make_shared<Buffer>();
+    return [&, files, buffer](const Job& job, int64_t first_row, int64_t num_rows,
+                              const std::byte* wanted) {
+      for (size_t i = 0; i < job.destinations.size(); ++i) {
+        const View& view = job.destinations[i];
+        const int64_t num_bytes = view.block_bytes(num_rows);
+        std::byte* found = buffer->reserve(num_bytes);
+        files->get(view.file).pread_exact(found, num_bytes,
+                                          view.offset_bytes + first_row * view.row_stride_bytes);
+        if (std::memcmp(wanted, found, static_cast<size_t>(num_bytes)) != 0) {
+          counter.count(job, static_cast<int>(i), first_row, num_rows, wanted, found);
+        }
+        wanted += num_bytes;
+      }
+    };
+  });
+  std::vector<Difference> differences;
+  for (size_t move = 0; move < counter.by_move().size(); ++move) {
+    const auto& count = counter.by_move()[move];
+    if (count.num_elements > 0) {
+      differences.push_back(
+          {static_cast<int64_t>(move), count.num_elements, count.first_offset_bytes});
+    }
+  }
+  return differences;
+}
+
+int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, bool compares) {
+  std::vector<Move> moves;
+  const int64_t no_limit = INT64_MAX;
+  int64_t num_sources = 0, num_destinations = 0;
+  for (int64_t i = 0; i < num_moves; ++i) {
+    num_sources = std::max(num_sources, table[i * Move::kNumColumns] + 1);
+    num_destinations = std::max(num_destinations, table[i * Move::kNumColumns + 2] + 1);
+  }
+  const Schedule schedule = make_schedule(parse_moves(
+      table, num_moves, std::vector<int64_t>(static_cast<size_t>(num_sources), no_limit),
+      std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit)));
+  const int64_t destination = schedule.max_destination_buffer_bytes();
+  return schedule.max_source_buffer_bytes() + destination * (compares ? 2 : 1);
+}
+
+}  // namespace nanotron_fast

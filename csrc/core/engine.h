@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/move.h"
+#include "core/progress.h"
+
+namespace nanotron_fast {
+
+// A file to be written: its name, the bytes it starts with, and its whole size.
+struct OutputFile {
+  std::string path;
+  std::string header;
+  int64_t size_bytes;
+};
+
+struct EngineOptions {
+  int num_workers;
+  // Data and metadata of every file are on the device when execute returns.
+  bool sync;
+  SimdLevel simd_level;
+};
+
+// Creates every output (its directory must exist), writes the headers, and carries out the moves.
+// Throws IoError, PlanError or Cancelled; files may then be incomplete.
+void execute(const std::vector<std::string>& sources, const std::vector<OutputFile>& outputs,
+             const int64_t* table, int64_t num_moves, const EngineOptions& options,
+             Progress& progress);
+
+// What a move would write differs from what is there.
+struct Difference {
+  int64_t move;
+  int64_t num_elements;
+  int64_t first_offset_bytes;  // of the first of them, in the destination file
+};
+
+// Carries out the moves in memory and compares with the bytes that the destinations hold.
+std::vector<Difference> compare(const std::vector<std::string>& sources,
+                                const std::vector<std::string>& destinations, const int64_t* table,
+                                int64_t num_moves, const EngineOptions& options,
+                                Progress& progress);
+
+// The memory one worker takes for buffers while it executes these moves, or compares them.
+int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, bool compares);
+
+}  // namespace nanotron_fast

@@ -1,0 +1,95 @@
+#include "core/file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <utility>
+
+#include "core/error.h"
+
+namespace nanotron_fast {
+
+namespace {
+
+int open_or_throw(const std::string& path, int flags) {
+  int descriptor;
+  do {
+    descriptor = ::open(path.c_str(), flags | O_CLOEXEC, 0666);
+  } while (descriptor < 0 && errno == EINTR);
+  if (descriptor < 0) throw IoError(errno, path);
+  return descriptor;
+}
+
+}  // namespace
+
+File File::open_for_reading(const std::string& path) {
+  return File(open_or_throw(path, O_RDONLY), path);
+}
+
+File File::create(const std::string& path) {
+  return File(open_or_throw(path, O_RDWR | O_CREAT | O_TRUNC), path);
+}
+
+File::File(File&& other) noexcept
+    : descriptor_(std::exchange(other.descriptor_, -1)), path_(std::move(other.path_)) {}
+
+File& File::operator=(File&& other) noexcept {
+  std::swap(descriptor_, other.descriptor_);
+  std::swap(path_, other.path_);
+  return *this;
+}
+
+File::~File() {
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+int64_t File::size_bytes() const {
+  struct stat status;
+  if (::fstat(descriptor_, &status) != 0) throw IoError(errno, path_);
+  return status.st_size;
+}
+
+void File::pread_exact(std::byte* destination, int64_t num_bytes, int64_t offset_bytes) const {
+  while (num_bytes > 0) {
+    const ssize_t got =
+        ::pread(descriptor_, destination, static_cast<size_t>(num_bytes), offset_bytes);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) throw IoError(errno, path_);
+    // The plan was made from this file's header: if bytes are missing now, it shrank since.
+    if (got == 0)
+      throw IoError(EIO, path_ + " (ends at byte " + std::to_string(offset_bytes) + ")");
+    destination += got;
+    num_bytes -= got;
+    offset_bytes += got;
+  }
+}
+
+void File::pwrite_exact(const std::byte* source, int64_t num_bytes, int64_t offset_bytes) const {
+  while (num_bytes > 0) {
+    const ssize_t put = ::pwrite(descriptor_, source, static_cast<size_t>(num_bytes), offset_bytes);
+    if (put < 0 && errno == EINTR) continue;
+    if (put < 0) throw IoError(errno, path_);
+    source += put;
+    num_bytes -= put;
+    offset_bytes += put;
+  }
+}
+
+void File::start_writeback() const noexcept {
+#ifdef __linux__
+  ::sync_file_range(descriptor_, 0, 0, SYNC_FILE_RANGE_WRITE);
+#endif
+}
+
+void File::sync() const {
+  if (::fsync(descriptor_) != 0) throw IoError(errno, path_);
+}
+
+void File::close() {
+  const int descriptor = std::exchange(descriptor_, -1);
+  if (descriptor >= 0 && ::close(descriptor) != 0 && errno != EINTR) throw IoError(errno, path_);
+}
+
+}  // namespace nanotron_fast

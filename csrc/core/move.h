@@ -1,0 +1,44 @@
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <vector>
+
+#include "cast/cast.h"
+
+namespace nanotron_fast {
+
+// One 3-D strided copy between two files, or a fill with zero bytes where source_file is kFill.
+// Offsets are absolute and in bytes; sizes and strides are in elements. Both sides may be cast.
+struct Move {
+  static constexpr int64_t kFill = -1;
+  static constexpr int kNumColumns = 15;
+
+  int64_t source_file;
+  int64_t source_offset_bytes;
+  int64_t destination_file;
+  int64_t destination_offset_bytes;
+  std::array<int64_t, 3> sizes;
+  std::array<int64_t, 3> source_strides;
+  std::array<int64_t, 3> destination_strides;
+  Dtype source_dtype;
+  Dtype destination_dtype;
+
+  bool is_fill() const { return source_file == kFill; }
+  int64_t num_elements() const { return sizes[0] * sizes[1] * sizes[2]; }
+};
+
+// Reads a row-major (num_moves, kNumColumns) table, the fields in the order they have above.
+// Throws PlanError on an unknown file, dtype, a negative number, or a move that leaves its file.
+std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
+                              const std::vector<int64_t>& source_sizes_bytes,
+                              const std::vector<int64_t>& destination_sizes_bytes);
+
+// The same move with its dimensions in order of falling destination stride, neighbours merged
+// where both sides allow, and unit dimensions last. Afterwards sizes[0] counts its "rows".
+Move normalize(Move move);
+
+// Elements from the first to the last that the dimensions from first_dim on touch, ends included.
+int64_t span_elements(const Move& move, const std::array<int64_t, 3>& strides, int first_dim);
+
+}  // namespace nanotron_fast

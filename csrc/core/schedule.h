@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "core/move.h"
+
+namespace nanotron_fast {
+
+// A region of one file, row by row, that a block of a job reads or writes in one go.
+struct View {
+  int64_t file;
+  int64_t offset_bytes;      // of row 0
+  int64_t row_stride_bytes;  // from a row to the next
+  int64_t row_span_bytes;    // of one row, gaps included
+
+  int64_t block_bytes(int64_t num_rows) const {
+    return (num_rows - 1) * row_stride_bytes + row_span_bytes;
+  }
+};
+
+// A move's share in a job: where its row 0 lies inside the views it reads and writes.
+struct Part {
+  Move move;        // normalised
+  int64_t index;    // in the caller's table, or of the move it was cut from
+  int source_view;  // -1 for a fill
+  int64_t source_delta_bytes;
+  int destination_view;
+  int64_t destination_delta_bytes;
+};
+
+// Moves with the same number of rows that are worth executing together: the columns of one source
+// matrix that go to many files (read once), or those of many files that make up one destination
+// matrix (written once). Most jobs hold a single contiguous move.
+//
+// The destination view of a block is dense: every byte of it is written by the job.
+struct Job {
+  int64_t num_rows;
+  int64_t rows_per_block;
+  int64_t first_block_rows;  // shorter where that aligns the later ones in the file
+  int64_t num_blocks;
+  // Read only the elements that are needed, run by run, instead of a view's whole span.
+  bool reads_runs;
+  int64_t source_buffer_bytes;       // of the largest block
+  int64_t destination_buffer_bytes;  // likewise
+  std::vector<View> sources;
+  std::vector<View> destinations;
+  std::vector<Part> parts;
+
+  int64_t first_row(int64_t block) const {
+    return block == 0 ? 0 : first_block_rows + (block - 1) * rows_per_block;
+  }
+};
+
+struct Schedule {
+  std::vector<Job> jobs;  // in order of source file and offset
+
+  int64_t max_source_buffer_bytes() const;
+  int64_t max_destination_buffer_bytes() const;
+};
+
+// The bytes that one read or write carries where the move allows: large enough for the page cache
+// to use large folios, small enough to stay in the outer cache.
+constexpr int64_t kBlockBytes = int64_t{2} << 20;
+// A transposed matrix is taken whole up to this size, and in strips beyond.
+constexpr int64_t kMaxTransposeBytes = int64_t{24} << 20;
+
+// Moves must not overlap in their destinations (the planner proves that).
+Schedule make_schedule(const std::vector<Move>& moves);
+
+}  // namespace nanotron_fast

@@ -1,0 +1,33 @@
+"""The native engine. nanotron_fast/engine.py is the way to call it."""
+
+from array import array
+from collections.abc import Sequence
+
+NUM_COLUMNS: int
+
+class Progress:
+    def __init__(self) -> None: ...
+    @property
+    def bytes_done(self) -> int: ...
+    def cancel(self) -> None: ...
+
+def execute(
+    sources: Sequence[str | bytes],
+    outputs: Sequence[tuple[str | bytes, bytes, int]],
+    moves: array[int],
+    *,
+    workers: int,
+    fsync: bool,
+    progress: Progress,
+) -> None: ...
+def compare(
+    sources: Sequence[str | bytes],
+    destinations: Sequence[str | bytes],
+    moves: array[int],
+    *,
+    workers: int,
+    progress: Progress,
+) -> list[tuple[int, int, int]]: ...
+def worker_buffer_bytes(moves: array[int], *, compares: bool = False) -> int: ...
+def cast(source: bytes, source_dtype: int, destination_dtype: int, *, simd: str = "") -> bytes: ...
+def simd_levels() -> list[str]: ...

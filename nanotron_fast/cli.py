@@ -1,0 +1,262 @@
+"""The command `nanotron-fast`.
+
+Exit codes: 0 done; 1 verification found a difference; 2 bad input or usage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from nanotron_fast.version import __version__
+
+EXIT_DIFFERENT = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="nanotron-fast",
+    help="Converts checkpoints between Hugging Face and Nanotron: bit-exact, at any topology, "
+    "without a GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="Overrule the family that the config names.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
+]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"nanotron-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    dst: Annotated[str, typer.Argument(help="The directory to write.")],
+    to: Annotated[
+        str | None, typer.Option(help="nanotron or hf. (default: what SRC is not)")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks to write for.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages to write for.")] = 1,
+    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
+    model_class: Annotated[
+        str, typer.Option(help="Nanotron's class: auto, llama, qwen2 or starcoder2.")
+    ] = "auto",
+    family: FamilyName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits what "
+            "this package's models add (rope_scaling). (default: nanotron)"
+        ),
+    ] = None,
+    rope_interleaved: Annotated[
+        bool,
+        typer.Option("--rope-interleaved", help="Lay q and k out for interleaved rotary pairs."),
+    ] = False,
+    checkpoint_version: Annotated[
+        str | None,
+        typer.Option(help="1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)"),
+    ] = None,
+    pad_vocab_to_multiple_of: Annotated[
+        int | None, typer.Option(help="Add zero rows to embedding and head.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Rows of a padded vocabulary to keep for Hugging Face.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a Hugging Face file, decimal. (default: 5GB)")
+    ] = None,
+    workers: Workers = None,
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+) -> None:
+    """Convert a checkpoint to the other format.
+
+    DST appears when it is whole; on an error it is as it was before.
+    """
+    with _errors():
+        from nanotron_fast import conversion, engine, reporting
+        from nanotron_fast.processes import connect
+        from nanotron_fast.topology import Topology
+
+        choices: dict[str, Any] = {
+            "to": to,
+            "topology": Topology(tp=tp, pp=pp),
+            "dtype": dtype,
+            "model_class": model_class,
+            "family": family,
+            "target": target,
+            "rope_interleaved": rope_interleaved,
+            "checkpoint_version": checkpoint_version,
+            "pad_vocab_to_multiple_of": pad_vocab_to_multiple_of,
+            "vocab_size": vocab_size,
+            "max_shard_size": max_shard_size,
+        }
+        num_workers = workers or engine.default_workers()
+        if dry_run:
+            plan = conversion.plan(src, dst, **choices)
+            if json:
+                _print_json(plan.to_json(num_workers))
+            elif not quiet:
+                _print(reporting.plan_lines(plan, num_workers))
+                _warn(plan.warnings)
+            return
+        processes = connect()
+        is_silent = quiet or json or processes.rank != 0
+        progress = reporting.Progress(is_quiet=is_silent)
+
+        def on_plan(plan: Any) -> None:
+            progress.total_bytes = plan.bytes_written // processes.world_size
+            if not is_silent:
+                _warn(plan.warnings)
+
+        try:
+            with progress.running("converting") as on_progress:
+                report = conversion.convert(
+                    src,
+                    dst,
+                    overwrite=overwrite,
+                    workers=num_workers,
+                    fsync=fsync,
+                    on_plan=on_plan,
+                    on_progress=on_progress,
+                    processes=processes,
+                    **choices,
+                )
+        finally:
+            processes.close()
+        if json and processes.rank == 0:
+            _print_json(report.to_json(num_workers))
+        elif not is_silent:
+            _print(reporting.report_lines(report))
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also run both in transformers and compare logits.")
+    ] = False,
+    family: FamilyName = None,
+    workers: Workers = None,
+    json: Json = False,
+) -> None:
+    """Compare every tensor of two checkpoints, in any two formats and topologies.
+
+    Exit code 1 says that something differs.
+    """
+    with _errors():
+        from nanotron_fast import reporting, verification
+
+        progress = reporting.Progress(is_quiet=json)
+
+        def on_plan(num_bytes: int) -> None:
+            progress.total_bytes = num_bytes
+
+        with progress.running("comparing") as on_progress:
+            result = verification.verify(
+                a,
+                b,
+                logits=logits,
+                family=family,
+                workers=workers,
+                on_plan=on_plan,
+                on_progress=on_progress,
+            )
+        if json:
+            _print_json(result.to_json())
+        else:
+            _print(reporting.verification_lines(result))
+        if not result.equal:
+            raise typer.Exit(EXIT_DIFFERENT)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    family: FamilyName = None,
+    json: Json = False,
+) -> None:
+    """Say what a checkpoint is, from its headers."""
+    with _errors():
+        from nanotron_fast import inspection, reporting
+
+        found = inspection.inspect(path, family=family)
+        if json:
+            _print_json(found.to_json())
+        else:
+            _print(reporting.inspection_lines(found))
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turns an expected error into one message and an exit code."""
+    from nanotron_fast.errors import Cancelled, NanotronFastError
+
+    try:
+        yield
+    except (KeyboardInterrupt, Cancelled):
+        typer.echo("interrupted", err=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
+    except BrokenPipeError:
+        raise
+    except (NanotronFastError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=2))
+
+
+def main() -> None:
+    """Runs the command."""
+    app(prog_name="nanotron-fast")

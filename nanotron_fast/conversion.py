@@ -1,0 +1,232 @@
+"""Converting a checkpoint from one format to the other."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast import engine
+from nanotron_fast.destination import Destination, write_file
+from nanotron_fast.dtypes import parse_cast
+from nanotron_fast.engine import ProgressCallback
+from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.layouts.hf import HfCheckpoint, parse_shard_size
+from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.planning.options import DIRECTIONS, Options
+from nanotron_fast.planning.plan import Plan, peak_resident_bytes
+from nanotron_fast.processes import Processes
+from nanotron_fast.source import read, resolve, resolve_tokenizer
+from nanotron_fast.topology import Topology
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did. `engine_seconds` leaves out planning and the small files."""
+
+    plan: Plan
+    destination: Path
+    seconds: float
+    engine_seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Decimal gigabytes of tensor files written, over the whole time."""
+        return self.plan.bytes_written / 1e9 / self.seconds if self.seconds else 0.0
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        """The contract of `convert --json`."""
+        return {
+            **self.plan.to_json(workers),
+            "seconds": round(self.seconds, 6),
+            "engine_seconds": round(self.engine_seconds, 6),
+            "gigabytes_per_second": round(self.gigabytes_per_second, 3),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "destination": str(self.destination),
+        }
+
+
+def plan(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str | None = None,
+    topology: Topology | None = None,
+    dtype: str = "keep",
+    model_class: str = "auto",
+    family: str | None = None,
+    target: str | None = None,
+    rope_interleaved: bool = False,
+    checkpoint_version: str | None = None,
+    pad_vocab_to_multiple_of: int | None = None,
+    vocab_size: int | None = None,
+    max_shard_size: str | int | None = None,
+    tokenizer: str | Path | None = None,
+) -> Plan:
+    """Plans the conversion of `src` to `dst` from headers alone; writes nothing.
+
+    Args:
+        src: a directory, or the id of a model on the Hugging Face Hub.
+        dst: the directory that `convert` would write.
+        to: "nanotron" or "hf"; by default the format that `src` is not in.
+        topology: sizes of the tensor- and pipeline-parallel groups, for Nanotron.
+        dtype: "keep", "bf16", "fp16" or "fp32". A router stays fp32 in Nanotron.
+        model_class: "auto", "llama", "qwen2" or "starcoder2": Nanotron's configuration class.
+        family: overrules the family that the configuration speaks of.
+        target: "nanotron" refuses what stock Nanotron would compute wrongly; "nanotron-fast"
+            admits what this package's models add.
+        rope_interleaved: lay the rows of q and k out for interleaved rotary pairs.
+        checkpoint_version: "1.5" (Nanotron main) or "1.2" (PyPI's 0.4).
+        pad_vocab_to_multiple_of: adds zero rows to the embedding and the head.
+        vocab_size: rows to keep of a padded vocabulary, for Hugging Face.
+        max_shard_size: of a Hugging Face file, such as "5GB" (decimal) or a number of bytes.
+        tokenizer: a directory or Hub id whose tokenizer goes beside the model, not the source's.
+
+    Raises:
+        CheckpointError, ConfigError, TopologyError, UnsupportedModelError: all ValueError, each
+            naming the file, tensor or option and the numbers.
+        OSError: a file cannot be read.
+    """
+    options = Options(
+        topology=topology or Topology(),
+        cast=parse_cast(dtype),
+        model_class=model_class,
+        family=family,
+        target=target,
+        rope_interleaved=rope_interleaved,
+        checkpoint_version=checkpoint_version,
+        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+        vocab_size=vocab_size,
+        max_shard_bytes=None if max_shard_size is None else parse_shard_size(max_shard_size),
+    )
+    if not str(dst):
+        raise ConfigError("the destination has no name")
+    if to is not None and to not in DIRECTIONS:
+        raise ConfigError(f"--to {to}: choose {' or '.join(DIRECTIONS)}")
+    ready = _plan(src, dst, to, options)
+    if tokenizer is not None:
+        files = tokenizer_files(resolve_tokenizer(tokenizer))
+        if not files:
+            raise CheckpointError(f"{tokenizer}: there is no tokenizer in it")
+        ready = replace(ready, copies={path.name: path for path in files})
+    return ready
+
+
+def _plan(src: str | Path, dst: str | Path, to: str | None, options: Options) -> Plan:
+    # What a direction does not need is not even imported: it counts in the time to start.
+    checkpoint = read(resolve(src))
+    if isinstance(checkpoint, HfCheckpoint):
+        if to == "hf":
+            raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
+        from nanotron_fast.planning.to_nanotron import plan_to_nanotron
+
+        return plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
+    if to == "nanotron":
+        raise ConfigError(f"--to nanotron: {src} is a Nanotron checkpoint already")
+    from nanotron_fast.planning.to_hf import plan_to_hf
+
+    return plan_to_hf(checkpoint, options)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    topology: Topology | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    fsync: bool = False,
+    on_plan: Any = None,
+    on_progress: ProgressCallback | None = None,
+    processes: Processes | None = None,
+    **choices: Any,
+) -> Report:
+    """Converts `src` to `dst`: Hugging Face to Nanotron or back, by what `src` is.
+
+    `dst` appears when it is whole; on any error, and when interrupted, it is as it was before.
+
+    Args:
+        src, dst, topology, and `choices`: see `plan`.
+        overwrite: replace a `dst` that is not empty, once the new one is whole.
+        workers: threads; by default one for each core, 16 at most.
+        fsync: return only when files, directories and the rename are on the device.
+        on_plan: called with the Plan before anything is written.
+        on_progress: called now and then with the bytes written so far.
+        processes: shares the work with those of torchrun (`nanotron_fast.processes.connect()`).
+
+    Raises:
+        What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk
+        too small; OSError.
+    """
+    started = time.perf_counter()
+    processes = processes or Processes()
+    workers = engine.default_workers() if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: it should be at least 1")
+    destination: Destination | None = None
+    try:
+        with processes.step():
+            ready = plan(src, dst, topology=topology, **choices)
+            destination = Destination(Path(dst), source=ready.source, overwrite=overwrite)
+            destination.check_space(ready.bytes_written)
+            if processes.rank == 0:
+                _check_equal(ready, workers)
+                if on_plan is not None:
+                    on_plan(ready)
+                destination.open()
+        with processes.step():
+            engine_started = time.perf_counter()
+            engine.execute(
+                ready.transfer.share(processes.rank, processes.world_size),
+                destination.partial,
+                workers=workers,
+                fsync=fsync,
+                on_progress=on_progress,
+            )
+            engine_seconds = time.perf_counter() - engine_started
+            if processes.rank == 0:
+                _write_documents(ready, destination.partial, fsync)
+        with processes.step():
+            if processes.rank == 0:
+                destination.commit(fsync=fsync)
+    except BaseException:
+        if destination is not None:
+            destination.abort()
+        raise
+    return Report(
+        ready,
+        destination.path,
+        time.perf_counter() - started,
+        engine_seconds,
+        peak_resident_bytes(),
+    )
+
+
+def _check_equal(ready: Plan, workers: int) -> None:
+    """Compares the copies of a tied matrix. Raises CheckpointError where they differ."""
+    for named in ready.must_be_equal:
+        paths = ready.transfer.sources
+        differing = engine.compare(paths, paths, [named.move], workers=workers)
+        if differing:
+            _, count, _ = differing[0]
+            raise CheckpointError(
+                f"{paths[named.move.destination]}: tie_word_embeddings is true, but {named.param} "
+                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements"
+            )
+
+
+def _write_documents(ready: Plan, root: Path, fsync: bool) -> None:
+    for name, data in ready.documents.items():
+        write_file(root / name, data, fsync=fsync)
+    for name, path in ready.copies.items():
+        shutil.copyfile(path, root / name)
+        if fsync:
+            descriptor = os.open(root / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,33 @@
+"""The exceptions that nanotron_fast raises on purpose. They end the command with exit code 2."""
+
+
+class NanotronFastError(Exception):
+    """Base of every error below."""
+
+
+class CheckpointError(NanotronFastError, ValueError):
+    """A checkpoint's files are missing, malformed, or contradict each other."""
+
+
+class ConfigError(NanotronFastError, ValueError):
+    """A model's configuration lacks a key, or has a value that makes no sense."""
+
+
+class UnsupportedModelError(NanotronFastError, ValueError):
+    """The other format cannot express this model, or would compute something else with it."""
+
+
+class TopologyError(NanotronFastError, ValueError):
+    """A tensor or a model does not divide over the ranks that were asked for."""
+
+
+class DestinationError(NanotronFastError, OSError):
+    """The destination cannot be written without losing something."""
+
+
+class PlanError(NanotronFastError, ValueError):
+    """A plan contradicts itself or the files it speaks of."""
+
+
+class Cancelled(NanotronFastError):
+    """The run was asked to stop."""

@@ -1,0 +1,76 @@
+"""The families of models, by the name that `config.json` has in `model_type`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.families.family import Family
+from nanotron_fast.families.gate import unknown_family
+from nanotron_fast.families.model_classes import class_of
+from nanotron_fast.families.tables import BUILT_IN
+
+__all__ = ["Family", "family_names", "family_of_config", "family_of_model_config", "register"]
+
+_FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
+
+
+def register(family: Family) -> None:
+    """Adds a family to those that every function of this package knows. Raises ValueError."""
+    if family.name in _FAMILIES and _FAMILIES[family.name] is not family:
+        raise ValueError(f"a family named {family.name!r} is there already")
+    _FAMILIES[family.name] = family
+
+
+def family_names() -> list[str]:
+    """Every family's name, in the order of registration."""
+    return list(_FAMILIES)
+
+
+def _named(name: str) -> Family:
+    if name not in _FAMILIES:
+        raise ConfigError(f"--family {name}: choose one of {', '.join(_FAMILIES)}")
+    return _FAMILIES[name]
+
+
+def family_of_config(config: Mapping[str, Any], override: str | None = None) -> Family:
+    """The family of a Hugging Face config. Raises ConfigError, UnsupportedModelError."""
+    if override is not None:
+        return _named(override)
+    model_type = config.get("model_type")
+    if model_type is None:
+        raise ConfigError("config.json: model_type is missing; name it with --family")
+    if not isinstance(model_type, str) or model_type not in _FAMILIES:
+        raise unknown_family(model_type, family_names())
+    return _FAMILIES[model_type]
+
+
+def family_of_model_config(config: Mapping[str, Any], override: str | None = None) -> Family:
+    """The family of a Nanotron model_config.json.
+
+    A class holds several families; what the config says decides which. The old conversion script
+    wrote a Qwen2Config for Llama, so one without anything of Qwen's is a llama.
+    """
+    model_class = class_of(config)
+    if override is not None:
+        family = _named(override)
+        classes = (family.model_class, family.window_class, *family.other_classes)
+        if model_class not in classes:
+            raise UnsupportedModelError(
+                f"--family {override}: model_config.json is a {model_class}, which does not hold it"
+            )
+        return family
+    if model_class == "Starcoder2Config":
+        return _FAMILIES["starcoder2"]
+    if model_class == "LlamaConfig":
+        return _FAMILIES["llama"]
+    if config.get("moe_config") is not None:
+        return _FAMILIES["qwen2_moe"]
+    if config.get("no_rope_layer") is not None:
+        return _FAMILIES["smollm3"]
+    if config.get("attention_bias"):
+        return _FAMILIES["qwen2"]
+    if config.get("sliding_window_size") is not None:
+        return _FAMILIES["mistral"]
+    return _FAMILIES["llama"]

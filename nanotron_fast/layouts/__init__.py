@@ -1,0 +1,1 @@
+"""Where tensors live on disk, in either format. Nothing here knows of models."""

@@ -1,0 +1,221 @@
+"""Planning the comparison of two checkpoints, in any two formats and topologies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nanotron_fast.dtypes import Dtype
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.families import Family, family_of_config
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.rules import Param
+from nanotron_fast.layouts.hf import HfCheckpoint
+from nanotron_fast.layouts.nanotron import NanotronCheckpoint
+from nanotron_fast.planning.moves import FILL, NamedMove, plan_moves
+from nanotron_fast.planning.options import Options
+from nanotron_fast.planning.sides import HfSource, NanotronSource
+from nanotron_fast.planning.to_hf import NanotronModel
+from nanotron_fast.planning.to_nanotron import is_ignored
+from nanotron_fast.spec import ModelSpec
+
+Checkpoint = HfCheckpoint | NanotronCheckpoint
+
+# What a config may say that changes what the model computes. Sizes show in the tensors too.
+_COMPARED = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+    "has_qkv_bias",
+    "has_output_bias",
+    "has_mlp_bias",
+    "moe",
+    "hidden_act",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "no_rope_interval",
+)
+# With any of these different, there is nothing to compare tensor by tensor.
+_STRUCTURAL = frozenset(_COMPARED[:12])
+
+
+@dataclass(slots=True)
+class ComparisonPlan:
+    """What to compare. Files of both checkpoints are numbered together."""
+
+    files: list[Path] = field(default_factory=list)
+    moves: list[NamedMove] = field(default_factory=list)
+    # Found from headers alone: tensor or config key, and what is different about it.
+    differing: dict[str, str] = field(default_factory=dict)
+    casts: list[str] = field(default_factory=list)
+    num_tensors: int = 0
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that will be compared."""
+        return sum(
+            named.move.num_elements * named.move.destination_dtype.itemsize for named in self.moves
+        )
+
+
+class _Model:
+    """One side of a comparison."""
+
+    def __init__(self, checkpoint: Checkpoint, label: str, options: Options) -> None:
+        self.label = label
+        self.checkpoint = checkpoint
+        self.side: HfSource | NanotronSource
+        self.is_interleaved = False
+        if isinstance(checkpoint, HfCheckpoint):
+            self.family: Family = family_of_config(checkpoint.config, options.family)
+            self.spec: ModelSpec = read_config(self.family, checkpoint.config)
+            self.padded_vocab_size = self.spec.vocab_size
+            self.side = HfSource(checkpoint)
+        else:
+            model = NanotronModel(checkpoint, options)
+            self.family, self.spec = model.family, model.spec
+            self.padded_vocab_size = model.padded_vocab_size
+            self.is_interleaved = model.is_interleaved
+            self.side = NanotronSource(checkpoint)
+
+    def params(self, family: Family, spec: ModelSpec, has_rope_pairs: bool) -> list[Param]:
+        return family.params(
+            spec,
+            padded_vocab_size=self.padded_vocab_size,
+            rope_interleaved=self.is_interleaved,
+            has_rope_pairs=has_rope_pairs,
+        )
+
+    def dtype(self, param: Param) -> Dtype:
+        """The widest dtype of what makes a parameter."""
+        if isinstance(self.side, NanotronSource):
+            return self.side.dtype(param)
+        return max((self.side.dtype(part) for part in param.parts), key=lambda d: d.itemsize)
+
+    def leftovers(self) -> list[str]:
+        """Tensors that no rule uses."""
+        if isinstance(self.checkpoint, HfCheckpoint):
+            return [
+                name
+                for name in self.checkpoint.tensors
+                if name not in self.side.used
+                and not is_ignored(name)
+                and not (name == "lm_head.weight" and self.spec.tie_word_embeddings)
+            ]
+        return [name for name in self.checkpoint.params if name not in self.side.used]
+
+
+def plan_comparison(a: Checkpoint, b: Checkpoint, *, family: str | None = None) -> ComparisonPlan:
+    """Plans the comparison of every tensor.
+
+    Raises CheckpointError, ConfigError, UnsupportedModelError where a checkpoint makes no sense.
+    """
+    first, second = _models(a, b, family)
+    plan = ComparisonPlan()
+    for name in _COMPARED:
+        left, right = getattr(first.spec, name), getattr(second.spec, name)
+        if left != right:
+            plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
+    if any(f"config: {name}" in plan.differing for name in _STRUCTURAL):
+        return plan
+    _plan_tensors(plan, first, second)
+    for model, other in ((first, "B"), (second, "A")):
+        for name in model.leftovers():
+            plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
+    return plan
+
+
+def _models(a: Checkpoint, b: Checkpoint, family: str | None) -> tuple[_Model, _Model]:
+    """Both sides, a Nanotron one seen as what the Hugging Face one says it is."""
+    options = Options(family=family)
+    if isinstance(a, HfCheckpoint):
+        first = _Model(a, "A", options)
+        return first, _beside(b, "B", first, options)
+    second = _Model(b, "B", options)
+    return _beside(a, "A", second, options), second
+
+
+def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options) -> _Model:
+    """A side whose family and vocabulary are the other's, where a Nanotron one leaves them open."""
+    if isinstance(checkpoint, HfCheckpoint):
+        return _Model(checkpoint, label, options)
+    if isinstance(other.checkpoint, HfCheckpoint) and options.family is None:
+        options = replace(options, family=other.family.name)
+    model = _Model(checkpoint, label, options)
+    vocab_size = min(other.spec.vocab_size, model.padded_vocab_size)
+    if isinstance(other.checkpoint, HfCheckpoint) or model.spec.vocab_size > vocab_size:
+        model.spec = replace(model.spec, vocab_size=vocab_size)
+    return model
+
+
+def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
+    has_rope_pairs = first.is_interleaved or second.is_interleaved
+    spec = first.spec
+    left_params = first.params(first.family, spec, has_rope_pairs)
+    right_params = second.params(first.family, spec, has_rope_pairs)
+    numbers: dict[Path, int] = {}
+    compared: set[str] = set()
+    casts: Counter[tuple[str, Dtype, Dtype]] = Counter()
+    for left, right in zip(left_params, right_params, strict=True):
+        name = left.parts[0].hf[0].name if len(left.parts) == 1 else left.name
+        try:
+            left_dtype, right_dtype = first.dtype(left), second.dtype(right)
+            if left_dtype.itemsize >= right_dtype.itemsize:
+                moves = list(plan_moves([right], first.side, second.side, source_params=[left]))
+                source, destination = first, second
+            else:
+                moves = list(plan_moves([left], second.side, first.side, source_params=[right]))
+                source, destination = second, first
+        except CheckpointError as error:
+            plan.differing[name] = str(error)
+            continue
+        for named in moves:
+            move = named.move
+            if Dtype.F64 in (move.source_dtype, move.destination_dtype) and (
+                move.source_dtype is not move.destination_dtype
+            ):
+                plan.differing[named.hf_name] = (
+                    f"{move.source_dtype.short_name} in {source.label}, "
+                    f"{move.destination_dtype.short_name} in {destination.label}"
+                )
+                continue
+            plan.moves.append(
+                NamedMove(
+                    replace(
+                        move,
+                        source=_number(plan, numbers, source.side, move.source),
+                        destination=_number(plan, numbers, destination.side, move.destination),
+                    ),
+                    named.hf_name,
+                    named.param,
+                )
+            )
+            if named.hf_name not in compared and move.source_dtype != move.destination_dtype:
+                casts[source.label, move.source_dtype, move.destination_dtype] += 1
+            compared.add(named.hf_name)
+    plan.num_tensors = len(compared)
+    plan.casts = [
+        f"{label} {source.short_name} -> {destination.short_name} ({count} tensors)"
+        for (label, source, destination), count in casts.items()
+    ]
+
+
+def _number(
+    plan: ComparisonPlan, numbers: dict[Path, int], side: HfSource | NanotronSource, file: int
+) -> int:
+    """A file's number among those of both sides."""
+    if file == FILL:
+        return FILL
+    path = side.files.paths[file]
+    if path not in numbers:
+        numbers[path] = len(plan.files)
+        plan.files.append(path)
+    return numbers[path]

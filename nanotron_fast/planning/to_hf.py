@@ -1,0 +1,262 @@
+"""Planning the way from Nanotron to Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nanotron_fast.dtypes import Dtype
+from nanotron_fast.errors import CheckpointError, ConfigError, NanotronFastError
+from nanotron_fast.families import Family, family_of_model_config
+from nanotron_fast.families.gate import check_expressible, check_model
+from nanotron_fast.families.hf_config import read_config, write_config
+from nanotron_fast.families.model_classes import (
+    class_of,
+    read_model_config,
+    rope_is_interleaved,
+    write_model_config,
+)
+from nanotron_fast.families.rules import Param
+from nanotron_fast.layouts import hf, side_file
+from nanotron_fast.layouts.nanotron import NanotronCheckpoint
+from nanotron_fast.layouts.side_file import SideFile, read_side_file
+from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.planning.moves import MovePlan, plan_moves
+from nanotron_fast.planning.options import DEFAULT_SHARD_BYTES, Options
+from nanotron_fast.planning.plan import Plan
+from nanotron_fast.planning.sides import HfTarget, NanotronSource
+from nanotron_fast.planning.to_nanotron import Stages, count_parameters
+from nanotron_fast.spec import ModelSpec
+from nanotron_fast.topology import Topology
+
+_QKV = "attn.qkv_proj"
+
+
+class NanotronModel:
+    """What a Nanotron checkpoint holds: its architecture, and its parameters as they are stored."""
+
+    def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
+        """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        config = source.model_config
+        self.source = source
+        self.model_class = class_of(config)
+        self.side = read_side_file(source.root)
+        self.target = options.target or (self.side.target if self.side else "nanotron")
+        self.family = self._choose_family(config, options.family)
+        self.is_interleaved = rope_is_interleaved(config) or (
+            options.checkpoint_version == "1.2"
+            and "rope_interleaved" not in config
+            and self.model_class == "LlamaConfig"
+        )
+        stored = read_model_config(config, head_dim=_head_dim(source))
+        if self.model_class == "LlamaConfig":
+            # The stock class has the field, and no bias whatever it says.
+            stored = replace(
+                stored,
+                has_qkv_bias=_has_param(source, f"{_QKV}.bias"),
+                has_output_bias=_has_param(source, "attn.o_proj.bias"),
+            )
+        self.padded_vocab_size = stored.vocab_size
+        self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
+
+    def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
+        name = override or (self.side.family if self.side else None)
+        return family_of_model_config(config, name)
+
+    def _vocab_size(self, override: int | None) -> int:
+        size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
+        if size > self.padded_vocab_size:
+            raise ConfigError(
+                f"a vocabulary of {size} is larger than the {self.padded_vocab_size} rows that the "
+                "checkpoint holds"
+            )
+        return size
+
+    def params(self, *, has_rope_pairs: bool = False) -> list[Param]:
+        """The parameters as they are stored."""
+        return self.family.params(
+            self.spec,
+            padded_vocab_size=self.padded_vocab_size,
+            rope_interleaved=self.is_interleaved,
+            has_rope_pairs=has_rope_pairs,
+        )
+
+    def check_leftovers(self, reader: NanotronSource) -> None:
+        """Refuses parameters that no rule uses. Raises CheckpointError."""
+        unused = sorted(name for name in self.source.params if name not in reader.used)
+        if unused:
+            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            raise CheckpointError(
+                f"{self.source.root}: {len(unused)} parameters have no place in Hugging Face's "
+                f"{self.family.name}: {', '.join(unused[:5])}{more}"
+            )
+
+
+def _has_param(source: NanotronCheckpoint, ending: str) -> bool:
+    return any(name.endswith(ending) for name in source.params)
+
+
+def _head_dim(source: NanotronCheckpoint) -> int | None:
+    """The size of a head by the rows of the packed projection, which no config field tells."""
+    heads = source.model_config.get("num_attention_heads")
+    kv_heads = source.model_config.get("num_key_value_heads") or heads
+    if not isinstance(heads, int) or not isinstance(kv_heads, int):
+        return None
+    num_groups = heads + 2 * kv_heads
+    for name, shards in source.params.items():
+        if name.endswith(f"{_QKV}.weight") and num_groups > 0:
+            rows = sum(shard.info.shape[0] for shard in shards if shard.info.shape)
+            return rows // num_groups or None if rows % num_groups == 0 else None
+    return None
+
+
+def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
+    """Plans a conversion.
+
+    Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
+    """
+    options.reject_for("hf")
+    model = NanotronModel(source, options)
+    family, spec = model.family, model.spec
+    # A checkpoint is refused for what was wrong with it in Nanotron, too: it computed otherwise.
+    check_model(
+        family,
+        spec,
+        model.model_class,
+        target=model.target,
+        version=options.checkpoint_version or "1.5",
+        rope_interleaved=False,
+    )
+    check_expressible(family, spec)
+    params = model.params()
+    reader = NanotronSource(source)
+    main_dtype = options.cast or main_dtype_of(params, reader)
+    dtypes = _hf_dtypes(params, reader, model, options.cast, main_dtype)
+    shapes = {part.hf[0].name: part.hf[0].shape for param in params for part in param.parts}
+    files, index = hf.layout_shards(
+        [(name, dtypes[name], shape) for name, shape in shapes.items()],
+        options.max_shard_bytes or DEFAULT_SHARD_BYTES,
+    )
+    writer = HfTarget(files, dtypes)
+    moves = tuple(named.move for named in plan_moves(params, reader, writer))
+    model.check_leftovers(reader)
+
+    config, warnings = hf_config(model, main_dtype)
+    documents = {hf.CONFIG: _json(config)}
+    generation_config = _generation_config(model.side, spec)
+    if generation_config is not None:
+        documents[hf.GENERATION_CONFIG] = _json(generation_config)
+    if index is not None:
+        documents[hf.INDEX] = index
+    padded_spec = replace(spec, vocab_size=model.padded_vocab_size)
+    topology = Topology(tp=source.tp, pp=source.pp)
+    plan = Plan(
+        direction="hf",
+        source=source.root,
+        family=family.name,
+        model_class=model.model_class,
+        spec=spec,
+        topology=topology,
+        dtype=main_dtype,
+        num_parameters=count_parameters(params),
+        layer_stages=Stages(padded_spec, model.model_class, topology).layers,
+        transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
+        documents=documents,
+        copies={path.name: path for path in tokenizer_files(source.root)},
+        warnings=tuple(warnings),
+    )
+    plan.check()
+    return plan
+
+
+def main_dtype_of(params: list[Param], reader: NanotronSource) -> Dtype:
+    """The dtype of most elements."""
+    counts: Counter[Dtype] = Counter()
+    for param in params:
+        counts[reader.dtype(param)] += math.prod(param.shape)
+    return counts.most_common(1)[0][0]
+
+
+def _hf_dtypes(
+    params: list[Param],
+    reader: NanotronSource,
+    model: NanotronModel,
+    cast: Dtype | None,
+    main: Dtype,
+) -> dict[str, Dtype]:
+    """The dtype of each Hugging Face tensor. A router takes the model's, or its original one."""
+    dtypes: dict[str, Dtype] = {}
+    originals = model.side.dtypes if model.side else {}
+    for param in params:
+        stored = reader.dtype(param)
+        if stored is Dtype.F64 and (cast is not None or param.is_fp32):
+            raise CheckpointError(f"{param.name} is F64, which is not cast; use --dtype keep")
+        for part in param.parts:
+            name = part.hf[0].name
+            if not param.is_fp32:
+                dtypes[name] = cast or stored
+            elif cast is None and originals.get(name) in Dtype.__members__:
+                dtypes[name] = Dtype[originals[name]]
+            else:
+                dtypes[name] = main
+    return dtypes
+
+
+def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[str]]:
+    """`config.json`: the source's own, where we know it, with what Nanotron's config says now."""
+    written = write_config(model.family, model.spec, dtype)
+    side = model.side
+    if side is None or side.family != model.family.name:
+        return written, []
+    try:
+        original = read_config(model.family, side.config)
+    except NanotronFastError as error:
+        path = model.source.root / side_file.NAME
+        raise CheckpointError(f"{path}: the source's {error}") from None
+    warnings: list[str] = []
+    config = dict(side.config)
+    for key in ("dtype", "torch_dtype", "rope_parameters"):
+        config.pop(key, None)
+    config["torch_dtype"] = dtype.torch_name
+    config.setdefault("architectures", written["architectures"])
+    config.setdefault("model_type", written["model_type"])
+    config["rope_theta"] = original.rope_theta
+    config["rope_scaling"] = None if original.rope_scaling is None else dict(original.rope_scaling)
+    was = write_config(model.family, _as_nanotron_keeps(original, model), dtype)
+    for key, value in written.items():
+        if was.get(key) != value:
+            warnings.append(
+                f"config.json: {key} is {value!r} as in model_config.json; it was "
+                f"{was.get(key)!r} in the model that this one was made from"
+            )
+            config[key] = value
+    return config, warnings
+
+
+def _as_nanotron_keeps(spec: ModelSpec, model: NanotronModel) -> ModelSpec:
+    """A spec after a trip through model_config.json, which holds one token id for a list."""
+    config = write_model_config(
+        spec, model.model_class, version="1.5", rope_interleaved=model.is_interleaved
+    )
+    kept = read_model_config(config, head_dim=spec.head_dim)
+    return replace(kept, has_qkv_bias=spec.has_qkv_bias, has_output_bias=spec.has_output_bias)
+
+
+def _generation_config(side: SideFile | None, spec: ModelSpec) -> dict[str, Any] | None:
+    if side is not None:
+        return None if side.generation_config is None else dict(side.generation_config)
+    tokens = {
+        name: getattr(spec, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    return {
+        "_from_model_config": True,
+        **{name: value for name, value in tokens.items() if value is not None},
+    }
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

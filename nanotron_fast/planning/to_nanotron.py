@@ -1,0 +1,282 @@
+"""Planning the way from Hugging Face to Nanotron."""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+from nanotron_fast.dtypes import Dtype
+from nanotron_fast.errors import CheckpointError, TopologyError, UnsupportedModelError
+from nanotron_fast.families import Family, family_of_config
+from nanotron_fast.families.gate import check_config, check_model, choose_class
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.model_classes import write_model_config
+from nanotron_fast.families.rules import Param
+from nanotron_fast.layouts import nanotron, side_file
+from nanotron_fast.layouts.hf import HfCheckpoint
+from nanotron_fast.layouts.side_file import SideFile
+from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.layouts.training_config import training_config
+from nanotron_fast.planning.moves import Move, MovePlan, NamedMove, plan_moves
+from nanotron_fast.planning.options import Options
+from nanotron_fast.planning.plan import Plan
+from nanotron_fast.planning.sides import HfSource, NanotronTarget, float_dtype
+from nanotron_fast.spec import ModelSpec
+from nanotron_fast.topology import Topology, assign_stages
+from nanotron_fast.version import __version__
+
+# Buffers that old files kept among the weights.
+_IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
+_HEAD = "lm_head.weight"
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor is no weight: it is neither converted nor compared."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _IGNORED)
+
+
+def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) -> Plan:
+    """Plans a conversion. `destination` is the final absolute path, which config.yaml names.
+
+    Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
+    """
+    options.reject_for("nanotron")
+    target = options.target or "nanotron"
+    version = options.checkpoint_version or "1.5"
+    topology = options.topology
+    check_config(source.config)
+    family = family_of_config(source.config, options.family)
+    spec = read_config(family, source.config)
+    model_class = choose_class(family, spec, options.model_class)
+    # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
+    interleaved = options.rope_interleaved or (version == "1.2" and model_class == "LlamaConfig")
+    check_model(
+        family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
+    )
+    multiple = options.pad_vocab_to_multiple_of or 1
+    padded_vocab = math.ceil(spec.vocab_size / multiple) * multiple
+    padded_spec = replace(spec, vocab_size=padded_vocab)
+    stages = Stages(padded_spec, model_class, topology)
+    params = family.params(spec, padded_vocab_size=padded_vocab, rope_interleaved=interleaved)
+
+    # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
+    for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
+        param.local_shape(topology.tp)
+
+    reader = HfSource(source)
+    main_dtype, warnings = _main_dtype(source, params, reader, options.cast)
+    dtypes = {
+        param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
+        for param in params
+    }
+    writer = NanotronTarget(
+        params,
+        dtypes,
+        tp=topology.tp,
+        pp=topology.pp,
+        stage_of=stages.of,
+        version=version,
+    )
+    moves = tuple(named.move for named in plan_moves(params, reader, writer))
+    duplicates = _check_leftovers(source, family, spec, reader)
+    model_config = write_model_config(
+        padded_spec, model_class, version=version, rope_interleaved=interleaved
+    )
+    tokenizer = tokenizer_files(source.root)
+    warnings += _warnings(model_class, topology)
+    documents = {
+        nanotron.MODEL_CONFIG: json.dumps(model_config).encode(),
+        nanotron.METADATA: json.dumps(
+            nanotron.metadata_document(version, topology.tp), indent=2, sort_keys=True
+        ).encode(),
+        side_file.NAME: SideFile(
+            tool_version=__version__,
+            family=family.name,
+            target=target,
+            dtype=main_dtype.short_name,
+            vocab_size=spec.vocab_size,
+            config=source.config,
+            generation_config=source.generation_config,
+            dtypes=_other_dtypes(params, reader, options.cast or main_dtype),
+        ).to_bytes(),
+    }
+    if model_class != "Starcoder2Config":
+        documents[nanotron.CONFIG_YAML] = training_config(
+            model_config,
+            root=destination,
+            dtype=main_dtype.torch_name,
+            tp=topology.tp,
+            pp=topology.pp,
+            version=version,
+            tokenizer=str(destination) if tokenizer else None,
+        )
+    plan = Plan(
+        direction="nanotron",
+        source=source.root,
+        family=family.name,
+        model_class=model_class,
+        spec=spec,
+        topology=topology,
+        dtype=main_dtype,
+        num_parameters=count_parameters(params),
+        layer_stages=stages.layers,
+        transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
+        documents=documents,
+        copies={path.name: path for path in tokenizer},
+        must_be_equal=duplicates,
+        warnings=tuple(warnings),
+    )
+    plan.check()
+    return plan
+
+
+class Stages:
+    """The pipeline stage of every block of a model. Raises TopologyError on an empty stage."""
+
+    def __init__(self, spec: ModelSpec, model_class: str, topology: Topology) -> None:
+        stages = assign_stages(block_costs(spec, model_class), topology.pp)
+        used = max(stages) + 1
+        if used < topology.pp:
+            raise TopologyError(
+                f"pp={topology.pp}: {spec.num_layers} layers fill {used} stages by Nanotron's own "
+                f"assignment, so stages {used} to {topology.pp - 1} would own no block"
+            )
+        self.layers = tuple(stages[1 : 1 + spec.num_layers])
+        self._others = {
+            "embedding": stages[0],
+            "norm": stages[1 + spec.num_layers],
+            "head": stages[2 + spec.num_layers],
+        }
+
+    def of(self, block: int | str) -> int:
+        """The stage of a decoder layer, or of "embedding", "norm" or "head"."""
+        return self.layers[block] if isinstance(block, int) else self._others[block]
+
+
+def block_costs(spec: ModelSpec, model_class: str) -> list[int]:
+    """Compute costs of Nanotron's pipeline blocks in order, by which it assigns stages.
+
+    Source: get_block_compute_costs of llama.py, qwen.py and starcoder2.py at 2411b022: attention's
+    projections as if every head had keys and values, and the dense MLP also where there are
+    experts. Embedding, norm, cast to fp32 (LlamaConfig alone) and loss count nothing.
+    """
+    head_dim = spec.hidden_size // spec.num_heads
+    mlp_matrices = 2 if model_class == "Starcoder2Config" else 3
+    layer = (
+        4 * spec.num_heads * head_dim * spec.hidden_size
+        + mlp_matrices * spec.intermediate_size * spec.hidden_size
+    )
+    tail = [0, 0] if model_class == "LlamaConfig" else [0]
+    return [0, *[layer] * spec.num_layers, 0, spec.vocab_size * spec.hidden_size, *tail]
+
+
+def count_parameters(params: list[Param]) -> int:
+    """Elements of every parameter, vocabulary padding left out."""
+    total = 0
+    for param in params:
+        for part in param.parts:
+            rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
+            total += rows * part.sizes[1] * part.sizes[2]
+    return total
+
+
+def _main_dtype(
+    source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
+) -> tuple[Dtype, list[str]]:
+    """The dtype of most elements, and what to say about a cast that the source cannot take."""
+    counts: Counter[Dtype] = Counter()
+    for param in params:
+        for part in param.parts:
+            dtype = reader.dtype(part)
+            counts[dtype] += math.prod(part.sizes)
+            if dtype is Dtype.F64 and (cast is not None or param.is_fp32):
+                raise UnsupportedModelError(
+                    f"{source.root}: {part.hf[0].name} is F64, which is not cast; use --dtype keep"
+                )
+    return cast or counts.most_common(1)[0][0], []
+
+
+def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
+    """The dtype that holds every value of the tensors that make a parameter."""
+    dtypes = {reader.dtype(part) for part in param.parts}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    if Dtype.F64 in dtypes:
+        raise UnsupportedModelError(
+            f"{param.name} is made of tensors of different dtypes, F64 among them"
+        )
+    names = ", ".join(sorted(dtype.short_name for dtype in dtypes))
+    warnings.append(f"{param.name} is made of tensors in {names}: all of it is written in fp32")
+    return Dtype.F32
+
+
+def _other_dtypes(params: list[Param], reader: HfSource, main: Dtype) -> dict[str, str]:
+    """Dtypes to restore on the way back, of tensors whose parameter has a dtype of its own."""
+    return {
+        part.hf[0].name: reader.dtype(part).name
+        for param in params
+        if param.is_fp32
+        for part in param.parts
+        if reader.dtype(part) is not main
+    }
+
+
+def _check_leftovers(
+    source: HfCheckpoint, family: Family, spec: ModelSpec, reader: HfSource
+) -> tuple[NamedMove, ...]:
+    """Refuses tensors that no rule uses; returns what to compare of a tied model's second copy."""
+    unused = [name for name in source.tensors if name not in reader.used and not is_ignored(name)]
+    duplicates: list[NamedMove] = []
+    if _HEAD in unused and (spec.tie_word_embeddings or family.is_always_tied):
+        unused.remove(_HEAD)
+        duplicates.append(_equality(source, reader, "model.embed_tokens.weight", _HEAD))
+    if unused:
+        shown = ", ".join(sorted(unused)[:5])
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        raise CheckpointError(
+            f"{source.root}: {len(unused)} tensors have no place in Nanotron's {family.name}: "
+            f"{shown}{more}"
+        )
+    return tuple(duplicates)
+
+
+def _equality(source: HfCheckpoint, reader: HfSource, first: str, second: str) -> NamedMove:
+    """A move that would write one tensor over another: comparing with it shows differences."""
+    a, b = source.tensors[first], source.tensors[second]
+    if (a.info.shape, a.info.dtype) != (b.info.shape, b.info.dtype):
+        raise CheckpointError(
+            f"{b.path}: tie_word_embeddings is true, but {second} is {b.info.dtype} "
+            f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}"
+        )
+    dtype = float_dtype(first, a.info.dtype, a.path)
+    move = Move(
+        reader.files.number(a.path),
+        a.info.begin_bytes,
+        reader.files.number(b.path),
+        b.info.begin_bytes,
+        (a.info.num_elements, 1, 1),
+        (1, 1, 1),
+        (1, 1, 1),
+        dtype,
+        dtype,
+    )
+    return NamedMove(move, first, second)
+
+
+def _warnings(model_class: str, topology: Topology) -> list[str]:
+    warnings: list[str] = []
+    if model_class == "Qwen2Config" and topology.pp > 1:
+        warnings.append(
+            "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
+            f"pp={topology.pp}); the weights load"
+        )
+    if model_class == "Starcoder2Config":
+        warnings.append(
+            "no config.yaml is written: Nanotron cannot start a Starcoder2 from one (it asks for "
+            "num_key_value_heads, which Starcoder2Config lacks)"
+        )
+    return warnings

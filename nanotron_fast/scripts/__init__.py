@@ -1,0 +1,1 @@
+"""The conversion commands that Nanotron's users know, with the flags that they know."""

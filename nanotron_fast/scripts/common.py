@@ -1,0 +1,37 @@
+"""What both commands share: a conversion by one process or by those of torchrun."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from nanotron_fast.errors import NanotronFastError
+
+
+def run(source: str, destination: str, *, direction: str, overwrite: bool, **choices: Any) -> None:
+    """Converts and says so, or exits with code 2 and one message."""
+    from nanotron_fast.conversion import convert
+    from nanotron_fast.processes import connect
+    from nanotron_fast.reporting import report_lines
+
+    processes = connect()
+    try:
+        report = convert(
+            source,
+            destination,
+            to=direction,
+            overwrite=overwrite,
+            processes=processes,
+            **choices,
+        )
+    except (NanotronFastError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        processes.close()
+    if processes.rank == 0:
+        for warning in report.plan.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        for line in report_lines(report):
+            print(line)
+        print(f"Model saved to {destination}")

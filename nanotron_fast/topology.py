@@ -1,0 +1,59 @@
+"""How many ranks there are, and which pipeline stage owns which block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nanotron_fast.errors import TopologyError
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """Sizes of the tensor-, pipeline- and expert-parallel groups."""
+
+    tp: int = 1
+    pp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)):
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+                raise TopologyError(f"{name}={size!r}: a group has at least one rank")
+        if self.ep != 1:
+            raise TopologyError(
+                f"ep={self.ep}: Nanotron cannot start with experts split over ranks"
+            )
+
+    def __str__(self) -> str:
+        return f"TP={self.tp} PP={self.pp}"
+
+
+def split_range(name: str, size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """The half-open range of `size` indices that `rank` owns. Raises TopologyError."""
+    if size % ranks:
+        raise TopologyError(f"{name}: {size} do not split over tp={ranks}")
+    share = size // ranks
+    return rank * share, (rank + 1) * share
+
+
+def assign_stages(costs: Sequence[int], pp: int) -> list[int]:
+    """Nanotron's pipeline stage of each block, from the blocks' compute costs in order.
+
+    A block goes to the current stage; when the running cost then exceeds that stage's share of the
+    total, the next block starts the next stage. So the block that crosses stays on the earlier
+    stage, free blocks can advance too, and stages at the end may stay empty.
+
+    Source: build_model in nanotron/models/base.py at 2411b022. The comparison is in floating
+    point there, so it is here.
+    """
+    total = sum(costs)
+    stages: list[int] = []
+    stage = 0
+    running = 0
+    for cost in costs:
+        running += cost
+        stages.append(stage)
+        if running > total * ((stage + 1) / pp):
+            stage += 1
+    return stages

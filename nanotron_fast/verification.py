@@ -1,0 +1,142 @@
+"""Comparing two checkpoints, byte for byte, in any two formats and topologies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast import engine
+from nanotron_fast.engine import ProgressCallback
+from nanotron_fast.planning.comparison import ComparisonPlan, plan_comparison
+from nanotron_fast.planning.moves import FILL
+from nanotron_fast.source import read, resolve
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tensor or a configuration key that is not the same."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsReport:
+    """The outputs of both models on the same token ids, computed in fp32.
+
+    They count as equal when their largest difference is within `tolerance`.
+    """
+
+    max_difference: float
+    max_magnitude: float
+    tolerance: float
+    num_tokens: int
+
+    @property
+    def equal(self) -> bool:
+        return self.max_difference <= self.tolerance
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a comparison found. `casts` says which side's values were cast before comparing."""
+
+    equal: bool
+    tensors_compared: int
+    differing: tuple[Difference, ...]
+    casts: tuple[str, ...]
+    bytes_compared: int
+    logits: LogitsReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `verify --json`."""
+        document: dict[str, Any] = {
+            "equal": self.equal,
+            "tensors_compared": self.tensors_compared,
+            "differing": [{"name": item.name, "reason": item.reason} for item in self.differing],
+            "casts": list(self.casts),
+        }
+        if self.logits is not None:
+            document["logits"] = {
+                "equal": self.logits.equal,
+                "max_difference": self.logits.max_difference,
+                "max_magnitude": self.logits.max_magnitude,
+                "tolerance": self.logits.tolerance,
+                "num_tokens": self.logits.num_tokens,
+            }
+        return document
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    logits: bool = False,
+    family: str | None = None,
+    workers: int | None = None,
+    on_plan: Any = None,
+    on_progress: ProgressCallback | None = None,
+) -> Verification:
+    """Compares every tensor of two checkpoints, and what their configurations say of the model.
+
+    Where dtypes differ, the wider side's values are cast to the other's dtype first. Vocabulary
+    padding counts as equal when it is zero.
+
+    Args:
+        a, b: directories or Hub ids, each in either format.
+        logits: also run both in transformers, and compare what they compute.
+        family: overrules what the configurations say.
+        workers: threads; by default one for each core, 16 at most.
+        on_plan: called with the number of bytes to compare.
+        on_progress: called now and then with the bytes compared so far.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
+    """
+    roots = resolve(a), resolve(b)
+    plan = plan_comparison(read(roots[0]), read(roots[1]), family=family)
+    if on_plan is not None:
+        on_plan(plan.num_bytes)
+    found = engine.compare(
+        plan.files,
+        plan.files,
+        [named.move for named in plan.moves],
+        workers=engine.default_workers() if workers is None else workers,
+        on_progress=on_progress,
+    )
+    differing = {**plan.differing, **_reasons(plan, found)}
+    report = None
+    if logits and not any(name.startswith("config: ") for name in differing):
+        from nanotron_fast.logits import compare_logits
+
+        report = compare_logits(*roots, family=family, has_casts=bool(plan.casts))
+    return Verification(
+        equal=not differing and (report is None or report.equal),
+        tensors_compared=plan.num_tensors,
+        differing=tuple(Difference(name, reason) for name, reason in differing.items()),
+        casts=tuple(plan.casts),
+        bytes_compared=plan.num_bytes,
+        logits=report,
+    )
+
+
+def _reasons(plan: ComparisonPlan, found: list[tuple[int, int, int]]) -> dict[str, str]:
+    """For each tensor that differs, by how much and where."""
+    totals: dict[str, int] = {}
+    for named in plan.moves:
+        totals[named.hf_name] = totals.get(named.hf_name, 0) + named.move.num_elements
+    counts: dict[str, int] = {}
+    places: dict[str, str] = {}
+    for index, count, offset in found:
+        named = plan.moves[index]
+        name = named.hf_name
+        if named.move.source == FILL:
+            name = f"{name} (padding)"
+            totals[name] = totals.get(name, 0) + named.move.num_elements
+        counts[name] = counts.get(name, 0) + count
+        places.setdefault(name, f"byte {offset} of {plan.files[named.move.destination]}")
+    return {
+        name: f"{count} of {totals[name]} elements differ, the first at {places[name]}"
+        for name, count in counts.items()
+    }

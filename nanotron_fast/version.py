@@ -1,0 +1,3 @@
+"""The package's version, where it is written down."""
+
+__version__ = "0.1.0"

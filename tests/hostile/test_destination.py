@@ -1,0 +1,351 @@
+"""Destinations that are in the way, too small, contested, or left by a run that was killed."""
+
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanotron_fast
+from nanotron_fast import Topology, conversion, engine
+from nanotron_fast.destination import Destination
+from nanotron_fast.errors import CheckpointError, DestinationError, NanotronFastError
+from tests.modelzoo import make, read_tensors
+
+MODEL = make("llama", num_hidden_layers=1)
+Usage = namedtuple("Usage", "total used free")
+# A conversion that tells when the engine is about to start, and then waits to be killed.
+STUCK = """
+import sys, time
+import nanotron_fast
+from nanotron_fast import engine
+execute = engine.execute
+def stuck(*args, **kwargs):
+    execute(*args, **kwargs)
+    print("written", flush=True)
+    time.sleep(60)
+engine.execute = stuck
+nanotron_fast.convert(sys.argv[1], sys.argv[2], overwrite=True)
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return MODEL.save(tmp_path / "source")
+
+
+@pytest.fixture
+def stuck(source: Path, tmp_path: Path) -> Any:
+    """A run in another process that has written all tensors and not yet committed them."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK, str(source), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"written\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def refused(source: Path, out: Path, message: str, **options: Any) -> None:
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(DestinationError, match=message) as caught:
+        nanotron_fast.convert(source, out, **options)
+    assert isinstance(caught.value, OSError)
+    assert sorted(source.parent.rglob("*")) == before
+
+
+def test_parents_are_made(source: Path, tmp_path: Path) -> None:
+    nanotron_fast.convert(source, tmp_path / "a" / "b" / "out")
+    assert names(tmp_path / "a" / "b") == ["out"]
+
+
+def test_an_empty_directory_is_fine(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    nanotron_fast.convert(source, tmp_path / "out")
+    assert "model_config.json" in names(tmp_path / "out")
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_not_empty(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("yes")
+    refused(source, tmp_path / "out", "out: it is not empty; --overwrite replaces it")
+    assert (tmp_path / "out" / "precious").read_text() == "yes"
+
+
+def test_overwrite_replaces_everything(source: Path, tmp_path: Path) -> None:
+    nanotron_fast.convert(source, tmp_path / "out", topology=Topology(tp=4))
+    (tmp_path / "out" / "old").write_text("old")
+    nanotron_fast.convert(source, tmp_path / "out", topology=Topology(tp=2), overwrite=True)
+    assert not (tmp_path / "out" / "old").exists()
+    assert not list((tmp_path / "out").rglob("*of-4*"))
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_overwrite_leaves_the_old_one_where_the_new_one_fails(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("yes")
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(conversion, "_write_documents", fail)
+    with pytest.raises(OSError, match="No space left"):
+        nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out", "source"]
+    assert (tmp_path / "out" / "precious").read_text() == "yes"
+
+
+def test_overwrite_with_a_bad_source(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("yes")
+    (source / "model.safetensors").write_bytes(b"?")
+    with pytest.raises(CheckpointError):
+        nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out", "source"]
+    assert names(tmp_path / "out") == ["precious"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("source", "the destination is the source"),
+        ("source/.", "the destination is the source"),
+        ("link", "the destination is the source"),
+        ("source/inside", "lies inside the source"),
+        ("source/a/b/c", "lies inside the source"),
+        ("link/inside", "lies inside the source"),
+        ("source/../source/inside", "lies inside the source"),
+        (".", "the source .* lies inside the destination"),
+        ("source/..", "the source .* lies inside the destination"),
+    ],
+)
+def test_source_and_destination_within_each_other(
+    where: str, message: str, overwrite: bool, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("source")
+    refused(source, tmp_path / where, message, overwrite=overwrite)
+
+
+def test_source_by_a_link_that_lies_in_the_destination(source: Path, tmp_path: Path) -> None:
+    """Overwriting the destination would take a link away, not the source."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "link").symlink_to(source)
+    nanotron_fast.convert(tmp_path / "out" / "link", tmp_path / "out", overwrite=True)
+    assert read_tensors(source) == MODEL.tensors
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_file(overwrite: bool, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    refused(source, tmp_path / "out", "it is there, and is not a directory", overwrite=overwrite)
+
+
+def test_below_a_file(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OSError, match="file"):
+        nanotron_fast.convert(source, tmp_path / "file" / "out")
+    assert names(tmp_path) == ["file", "source"]
+
+
+def test_a_link_that_leads_nowhere(source: Path, tmp_path: Path) -> None:
+    """What it points to is made."""
+    (tmp_path / "out").symlink_to("target")
+    nanotron_fast.convert(source, tmp_path / "out")
+    assert (tmp_path / "target" / "model_config.json").is_file()
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_partial_of_somebody_else(overwrite: bool, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "precious").write_text("yes")
+    message = "out.partial: it is there, and no conversion left it; move it away"
+    refused(source, tmp_path / "out", message, overwrite=overwrite)
+
+
+def test_partial_that_is_a_file(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").write_text("yes")
+    refused(source, tmp_path / "out", "out.partial: it is there")
+
+
+def test_partial_that_is_a_link(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("yes")
+    (tmp_path / "out.partial").symlink_to("precious")
+    refused(source, tmp_path / "out", "out.partial: it is there")
+
+
+def test_second_run_is_refused(source: Path, tmp_path: Path) -> None:
+    """The first holds its lock; the second touches nothing."""
+    first = Destination(tmp_path / "out", source=source, overwrite=False)
+    first.open()
+    (first.partial / "half").write_text("half")
+    refused(source, tmp_path / "out", "out.partial: another conversion is writing to it")
+    first.abort()
+    nanotron_fast.convert(source, tmp_path / "out")
+
+
+def test_second_run_in_another_process_is_refused(stuck: Any, source: Path, tmp_path: Path) -> None:
+    refused(source, tmp_path / "out", "another conversion is writing to it")
+
+
+def test_killed_run_leaves_no_destination_and_the_next_cleans_up(
+    stuck: Any, source: Path, tmp_path: Path
+) -> None:
+    stuck.send_signal(signal.SIGKILL)
+    stuck.wait()
+    assert names(tmp_path) == ["out.partial", "source"]
+    nanotron_fast.convert(source, tmp_path / "out")
+    assert names(tmp_path) == ["out", "source"]
+    nanotron_fast.convert(tmp_path / "out", tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == MODEL.tensors
+
+
+def test_interrupted_run_leaves_nothing(stuck: Any, tmp_path: Path) -> None:
+    stuck.send_signal(signal.SIGINT)
+    _, stderr = stuck.communicate(timeout=20)
+    assert b"KeyboardInterrupt" in stderr
+    assert names(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+def test_exception_while_the_engine_runs(
+    error: type[BaseException], source: Path, tmp_path: Path
+) -> None:
+    def raise_it(done: int) -> None:
+        raise error
+
+    with pytest.raises(error):
+        nanotron_fast.convert(source, tmp_path / "out", on_progress=raise_it)
+    assert names(tmp_path) == ["source"]
+
+
+def test_exception_at_the_last_step(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Path, target: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(target))
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        nanotron_fast.convert(source, tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
+def test_exception_between_the_two_renames(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What should have been replaced is put back."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("yes")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name == "out.partial":
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(PermissionError):
+        nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
+    assert names(tmp_path) == ["out", "source"]
+    assert names(tmp_path / "out") == ["precious"]
+
+
+def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2000, 1000, 1000))
+    message = "the conversion writes [0-9,]+ bytes, and 1,000 are free"
+    refused(source, tmp_path / "out", message)
+    refused(source, tmp_path / "not" / "there" / "out", message)
+
+
+def test_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when something else takes the room that was there at the start."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", "model_weight.safetensors")
+
+    monkeypatch.setattr(engine, "execute", fail)
+    with pytest.raises(OSError, match="No space left on device"):
+        nanotron_fast.convert(source, tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+
+
+def test_source_that_shrinks_meanwhile(source: Path, tmp_path: Path) -> None:
+    def shrink(plan: Any) -> None:
+        os.truncate(source / "model.safetensors", 5000)
+
+    with pytest.raises(NanotronFastError, match=r"source ends at byte .* of a file of 5000"):
+        nanotron_fast.convert(source, tmp_path / "out", on_plan=shrink)
+    assert names(tmp_path) == ["source"]
+
+
+def test_destination_that_fills_up_meanwhile(source: Path, tmp_path: Path) -> None:
+    """Somebody else makes it while the conversion runs: it is not replaced."""
+
+    def occupy(plan: Any) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "precious").write_text("yes")
+
+    with pytest.raises(DestinationError, match="it is not empty"):
+        nanotron_fast.convert(source, tmp_path / "out", on_plan=occupy)
+    assert names(tmp_path / "out") == ["precious"]
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_file_systems_without_locks(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(descriptor: int, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    nanotron_fast.convert(source, tmp_path / "out")
+    assert names(tmp_path) == ["out", "source"]
+
+
+@pytest.mark.parametrize("name", ["ö ü", "a'b\"c", "new\nline", "-n", "x" * 200, "..."])
+def test_odd_names(name: str, source: Path, tmp_path: Path) -> None:
+    nanotron_fast.convert(source, tmp_path / name)
+    nanotron_fast.convert(tmp_path / name, tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == MODEL.tensors
+
+
+def test_name_that_is_no_text(source: Path, tmp_path: Path) -> None:
+    """Names are bytes; config.yaml spells this one out."""
+    out = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff"))
+    nanotron_fast.convert(source, out)
+    assert "config.yaml" in names(out)
+
+
+def test_read_only_parent(source: Path, tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    (tmp_path / "locked").mkdir(mode=0o555)
+    with pytest.raises(PermissionError):
+        nanotron_fast.convert(source, tmp_path / "locked" / "out")
+
+
+def test_plans_write_nothing(source: Path, tmp_path: Path) -> None:
+    before = time.monotonic()
+    nanotron_fast.plan(source, tmp_path / "out")
+    assert names(tmp_path) == ["source"]
+    assert time.monotonic() - before < 20

@@ -1,0 +1,140 @@
+// Random plans, executed by several workers, against a loop over the elements; and what goes wrong.
+
+#include <cerrno>
+#include <filesystem>
+#include <fstream>
+#include <random>
+
+#include "check.h"
+#include "core/engine.h"
+#include "core/error.h"
+#include "random_plan.h"
+
+using namespace nanotron_fast;
+namespace fs = std::filesystem;
+
+namespace {
+
+struct Folder {
+  fs::path path =
+      fs::temp_directory_path() / ("nanotron_fast_test_" + std::to_string(std::random_device{}()));
+  Folder() { fs::create_directory(path); }
+  ~Folder() { fs::remove_all(path); }
+};
+
+void write_file(const std::string& path, const std::string& bytes) {
+  std::ofstream(path, std::ios::binary) << bytes;
+}
+
+std::string read_file(const std::string& path) {
+  std::ifstream stream(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(stream), {}};
+}
+
+// A plan with its files in a folder.
+struct Fixture {
+  explicit Fixture(unsigned seed, const std::string& folder)
+      : plan(seed, seed % 25 == 9 ? 9000 : 90) {
+    for (int64_t i = plan.pick(1, 12); i > 0; --i) {
+      const int64_t kind = plan.pick(0, 2);
+      kind == 0 ? plan.add_permuted() : plan.add_columns(kind == 1);
+    }
+    for (int i = 0; i < kNumFiles; ++i) {
+      const std::string number = std::to_string(i);
+      std::string bytes(static_cast<size_t>(plan.source_sizes[i]), '\0');
+      for (char& byte : bytes) byte = static_cast<char>(plan.random());
+      sources.push_back(folder + "/source_" + number);
+      write_file(sources.back(), bytes);
+      contents.push_back(bytes);
+      destinations.push_back(folder + "/destination_" + number);
+      outputs.push_back({destinations.back(), plan.headers[i], plan.destination_sizes[i]});
+    }
+  }
+  int64_t num_moves() const { return static_cast<int64_t>(plan.moves.size()); }
+  void run(Progress& progress, int workers = 3) const {
+    const EngineOptions options{workers, workers == 1, supported_simd_levels().back()};
+    execute(sources, outputs, plan.table.data(), num_moves(), options, progress);
+  }
+  std::vector<Difference> differences(Progress& progress) const {
+    const EngineOptions options{3, false, default_simd_level()};
+    return compare(sources, destinations, plan.table.data(), num_moves(), options, progress);
+  }
+  Plan plan;
+  std::vector<std::string> sources, destinations, contents;
+  std::vector<OutputFile> outputs;
+};
+
+void test_random_plans(const std::string& folder) {
+  for (unsigned seed = 0; seed < 150; ++seed) {
+    Fixture fixture(seed, folder);
+    const std::vector<std::string> wanted = execute_naively(fixture.plan, fixture.contents);
+    Progress progress;
+    fixture.run(progress, 1 + static_cast<int>(seed % 5));
+    int64_t num_bytes = 0;
+    for (int i = 0; i < kNumFiles; ++i) {
+      CHECK(read_file(fixture.destinations[i]) == wanted[i]);
+      num_bytes +=
+          fixture.plan.destination_sizes[i] - static_cast<int64_t>(fixture.plan.headers[i].size());
+    }
+    CHECK(progress.bytes_done == num_bytes);
+    CHECK(fixture.differences(progress).empty());
+
+    const int64_t index = fixture.plan.pick(0, fixture.num_moves() - 1);
+    const Move& move = fixture.plan.moves[static_cast<size_t>(index)];
+    const auto file = static_cast<size_t>(move.destination_file);
+    std::string flipped = wanted[file];
+    flipped[static_cast<size_t>(move.destination_offset_bytes) + 1] ^= 4;
+    write_file(fixture.destinations[file], flipped);
+    const std::vector<Difference> found = fixture.differences(progress);
+    CHECK(found.size() == 1 && found[0].move == index && found[0].num_elements == 1);
+    CHECK(found[0].first_offset_bytes == move.destination_offset_bytes);
+  }
+}
+
+void test_cancellation(const std::string& folder) {
+  Progress progress;
+  progress.is_cancelled = true;
+  const Fixture fixture(1, folder);
+  message_of<Cancelled>([&] { fixture.run(progress); });
+  CHECK(progress.bytes_done == 0);
+  fs::remove(fixture.destinations[0]);
+  message_of<IoError>([&] { fixture.differences(progress); });
+}
+
+void test_io_errors(const std::string& folder) {
+  Progress progress;
+  Fixture missing(2, folder);
+  fs::remove(missing.sources[3]);
+  CHECK(contains(message_of<IoError>([&] { missing.run(progress); }), "source_3"));
+  Fixture nowhere(2, folder);
+  nowhere.outputs[2].path = folder + "/nowhere/out";
+  CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "nowhere/out: No such"));
+  nowhere.outputs[2].path = folder;
+  CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "directory"));
+  if (fs::exists("/dev/full")) {
+    nowhere.outputs[2].path = "/dev/full";
+    CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "No space left"));
+  }
+}
+
+void test_plan_errors(const std::string& folder) {
+  Progress progress;
+  Fixture fixture(3, folder);
+  const auto file = static_cast<size_t>(fixture.plan.moves.back().source_file);
+  write_file(fixture.sources[file], fixture.contents[file].substr(0, 10));
+  CHECK(contains(message_of<PlanError>([&] { fixture.run(progress); }), "of a file of 10"));
+
+  Fixture longer(3, folder);
+  longer.outputs[1].size_bytes += 4;
+  CHECK(contains(message_of<PlanError>([&] { longer.run(progress); }), "destination_1: the plan"));
+}
+
+}  // namespace
+
+int main() {
+  const Folder folder;
+  test_random_plans(folder.path);
+  test_cancellation(folder.path);
+  test_io_errors(folder.path);
+  test_plan_errors(folder.path);
+}

@@ -1,0 +1,53 @@
+// What a table of moves may not hold, and the one form that equal moves take.
+
+#include "check.h"
+#include "core/error.h"
+#include "core/move.h"
+
+using namespace nanotron_fast;
+
+namespace {
+
+void test_rejects() {
+  const int64_t row[] = {0, 0, 0, 0, 2, 2, 1, 2, 1, 1, 2, 1, 1, 0, 0};
+  const auto rejects = [&](size_t column, int64_t value, const std::string& message) {
+    std::vector<int64_t> bad(row, row + Move::kNumColumns);
+    bad[column] = value;
+    const auto parse = [&] { parse_moves(bad.data(), 1, {8}, {8}); };
+    CHECK(contains(message_of<PlanError>(parse), message));
+  };
+  CHECK(parse_moves(row, 1, {8}, {8}).size() == 1);
+  rejects(0, 1, "source file 1 is not one of 1");
+  rejects(0, -2, "source file -2");
+  rejects(2, -1, "destination file -1");
+  rejects(1, -2, "source offset is negative");
+  rejects(3, 2, "ends at byte 10 of a file of 8");
+  rejects(4, 0, "size 0");
+  rejects(4, INT64_MAX, "size");
+  rejects(7, 0, "stride 0");
+  rejects(10, -1, "stride -1");
+  rejects(7, INT64_MAX, "overflows");
+  rejects(1, INT64_MAX, "overflows");
+  rejects(13, 4, "unknown dtype code 4");
+  rejects(14, -1, "unknown dtype code -1");
+}
+
+void test_normalize() {
+  using Three = std::array<int64_t, 3>;
+  const auto bf16 = Dtype::kBFloat16;
+  const Move whole = normalize({0, 0, 0, 0, {4, 1, 6}, {6, 99, 1}, {6, 99, 1}, bf16, bf16});
+  CHECK(whole.sizes == (Three{24, 1, 1}) && whole.source_strides == (Three{1, 1, 1}));
+  const Move permuted = normalize({0, 0, 0, 0, {2, 3, 5}, {1, 2, 6}, {1, 10, 2}, bf16, bf16});
+  CHECK(permuted.sizes == (Three{3, 5, 2}));
+  CHECK(permuted.source_strides == (Three{2, 6, 1}));
+  CHECK(permuted.destination_strides == (Three{10, 2, 1}));
+  const Move fill = normalize({-1, 0, 0, 0, {2, 3, 5}, {7, 7, 7}, {15, 5, 1}, bf16, bf16});
+  CHECK(fill.is_fill() && fill.sizes == (Three{30, 1, 1}));
+}
+
+}  // namespace
+
+int main() {
+  test_rejects();
+  test_normalize();
+}

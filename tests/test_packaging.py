@@ -1,0 +1,138 @@
+"""What a user installs: the sdist, the wheel made from it, that wheel away from the repository."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanotron_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDERS = ("csrc", "kernels", "nanotron_fast")
+
+# Run away from the repository: says where each name was found.
+WHERE = """
+import importlib.util, json
+from importlib.metadata import entry_points, version
+import nanotron_fast
+import nanotron_fast._C
+kernels = importlib.util.find_spec("kernels")
+print(json.dumps({
+    "_C": nanotron_fast._C.__file__,
+    "nanotron_fast": nanotron_fast.__file__,
+    "nanotron_fast.kernels": importlib.util.find_spec("nanotron_fast.kernels").origin,
+    "kernels": kernels and (kernels.origin or str(list(kernels.submodule_search_locations))),
+    "__version__": nanotron_fast.__version__,
+    "metadata": version("nanotron_fast"),
+    "commands": {e.name: e.value for e in entry_points(group="console_scripts")},
+}))
+"""
+
+
+def files_of(folder: str) -> set[str]:
+    """Paths of what we wrote in a folder, from the repository's root."""
+    written = (path for path in (ROOT / folder).rglob("*") if path.is_file())
+    return {
+        path.relative_to(ROOT).as_posix()
+        for path in written
+        if path.suffix not in {".so", ".pyc"} and "__pycache__" not in path.parts
+    }
+
+
+def where(cwd: Path, *, pythonpath: str = "") -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", WHERE],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": pythonpath},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="session")
+def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an sdist and the wheel made from it.
+
+    Made from a copy, since a stale build/ or egg-info would lend files that MANIFEST.in forgot.
+    """
+    tree = tmp_path_factory.mktemp("packaging")
+    for folder in FOLDERS:
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, tree)
+    done = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation"],
+        cwd=tree,
+        env={**os.environ, "CXXFLAGS": "-O0"},  # the contents matter here, not the speed
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return tree / "dist"
+
+
+@pytest.fixture(scope="session")
+def wheel(dist: Path) -> Path:
+    (path,) = dist.glob("*.whl")
+    return path
+
+
+@pytest.mark.slow
+def test_sdist_holds_every_source(dist: Path) -> None:
+    (path,) = dist.glob("*.tar.gz")
+    with tarfile.open(path) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    expected = set().union(*map(files_of, FOLDERS))
+    expected |= {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    assert expected - names == set()
+    assert [name for name in names if name.endswith((".so", ".pyc"))] == []
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    extensions = {name for name in names if name.endswith(".so")}
+    kernels = {f"nanotron_fast/{name}" for name in files_of("kernels")}
+    assert names - extensions == files_of("nanotron_fast") | kernels
+    assert len(extensions) == 1
+    assert extensions.pop().startswith("nanotron_fast/_C.")
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_the_repository(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index"]
+    subprocess.run([*pip, "--target", str(site), str(wheel)], check=True)
+    found = where(tmp_path, pythonpath=str(site))
+    for name in ("_C", "nanotron_fast", "nanotron_fast.kernels"):
+        assert Path(found[name]).is_relative_to(site), name
+    assert found["metadata"] == found["__version__"] == nanotron_fast.__version__
+    assert found["commands"]["nanotron-fast"] == "nanotron_fast.cli:main"
+    assert str(site) not in (found["kernels"] or "")
+
+
+def test_kernels_is_never_ours(tmp_path: Path) -> None:
+    """transformers looks for a package `kernels`; finding our folder would mislead it."""
+    assert str(ROOT) not in (where(tmp_path)["kernels"] or "")
+
+
+def test_kernels_init_is_a_docstring_alone() -> None:
+    code = compile((ROOT / "kernels/__init__.py").read_text(), "kernels", "exec")
+    assert set(code.co_names) == {"__doc__"}
+
+
+def test_version_has_one_source() -> None:
+    assert version("nanotron_fast") == nanotron_fast.__version__

@@ -1,0 +1,157 @@
+"""What a comparison finds, and what it counts as equal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+import nanotron_fast as nf
+from nanotron_fast.header import read_header
+
+LAYER = "model/model/decoder/{}/pp_block"
+
+
+def convert(
+    golden: Path, case: str, out: Path, tp: int = 1, pp: int = 1, **choices: object
+) -> Path:
+    nf.convert(golden / case / "hf", out, topology=nf.Topology(tp=tp, pp=pp), **choices)
+    return out
+
+
+def data_of(path: Path) -> tuple[int, bytearray]:
+    """A file's bytes, and where its tensor starts."""
+    header = read_header(path)
+    return header.tensors["data"].begin_bytes, bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize("case", ["llama_untied", "llama_tied", "qwen2", "qwen2_moe", "starcoder2"])
+def test_every_pair_of_formats_and_topologies_is_equal(
+    case: str, tmp_path: Path, golden: Path
+) -> None:
+    sides = [
+        golden / case / "hf",
+        convert(golden, case, tmp_path / "a", tp=2, pp=2),
+        convert(golden, case, tmp_path / "b", tp=4, pad_vocab_to_multiple_of=24),
+        convert(golden, case, tmp_path / "c", rope_interleaved=case != "starcoder2"),
+    ]
+    for a, b in itertools.product(sides, sides):
+        found = nf.verify(a, b)
+        assert found.equal, (a, b, found.differing)
+        assert found.tensors_compared >= 38
+
+
+@pytest.mark.parametrize("offset", [0, 1, -1])
+@pytest.mark.parametrize("name", ["attn/o_proj", "attn/qkv_proj", "mlp/down_proj"])
+def test_a_flipped_bit_is_found(name: str, offset: int, tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_untied", tmp_path / "out", tp=2)
+    path = sorted((out / LAYER.format(2) / name).iterdir())[1]
+    start, data = data_of(path)
+    data[offset if offset < 0 else start + offset] ^= 0x10
+    path.write_bytes(data)
+    found = nf.verify(golden / "llama_untied" / "hf", out)
+    assert not found.equal
+    (difference,) = found.differing
+    assert "layers.2." in difference.name
+    assert difference.reason.startswith("1 of ")
+
+
+def test_swapped_layers_are_found(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_untied", tmp_path / "out", tp=2)
+    first, second = out / LAYER.format(0), out / LAYER.format(1)
+    first.rename(tmp_path / "aside")
+    second.rename(first)
+    (tmp_path / "aside").rename(second)
+    found = nf.verify(golden / "llama_untied" / "hf", out)
+    assert {name.split(".")[2] for name in (item.name for item in found.differing)} == {"0", "1"}
+
+
+def test_a_transposed_expert_is_found(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "qwen2_moe", tmp_path / "out")
+    path = out / LAYER.format(1) / "mlp/experts/model_merged_gate_up_proj.safetensors"
+    start, data = data_of(path)
+    _, rows, columns = read_header(path).tensors["data"].shape
+    assert rows == columns
+    size = 2 * rows * columns
+    block = data[start + size : start + 2 * size]
+    transposed = bytearray(size)
+    for i, j in itertools.product(range(rows), range(columns)):
+        a, b = 2 * (i * columns + j), 2 * (j * columns + i)
+        transposed[b : b + 2] = block[a : a + 2]
+    data[start + size : start + 2 * size] = transposed
+    path.write_bytes(data)
+    found = nf.verify(golden / "qwen2_moe" / "hf", out)
+    assert {item.name for item in found.differing} == {
+        f"model.layers.1.mlp.experts.1.{kind}_proj.weight" for kind in ("gate", "up")
+    }
+
+
+def test_different_dtypes_are_compared_after_a_cast(tmp_path: Path, golden: Path) -> None:
+    wide = convert(golden, "llama_untied", tmp_path / "wide", dtype="fp32")
+    for a, b, label in (
+        (golden / "llama_untied" / "hf", wide, "B"),
+        (wide, golden / "llama_untied" / "hf", "A"),
+    ):
+        found = nf.verify(a, b)
+        assert found.equal
+        assert found.casts == (f"{label} fp32 -> bf16 (39 tensors)",)
+
+
+def test_padding_that_is_not_zero_is_found(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_untied", tmp_path / "out", pad_vocab_to_multiple_of=100)
+    (path,) = (out / "model/model/lm_head/pp_block").iterdir()
+    _, data = data_of(path)
+    data[-1] = 1
+    path.write_bytes(data)
+    (difference,) = nf.verify(golden / "llama_untied" / "hf", out).differing
+    assert difference.name == "lm_head.weight (padding)"
+
+
+def test_a_config_that_computes_something_else_is_found(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_untied", tmp_path / "out")
+    path = out / "model_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "rope_theta": 500000.0}))
+    (difference,) = nf.verify(golden / "llama_untied" / "hf", out).differing
+    assert difference.name == "config: rope_theta"
+    assert difference.reason == "10000.0 in A, 500000.0 in B"
+
+
+def test_another_architecture_is_different(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "qwen2", tmp_path / "out")
+    found = nf.verify(golden / "llama_untied" / "hf", out)
+    assert not found.equal
+    assert "config: has_qkv_bias" in {item.name for item in found.differing}
+
+
+def test_a_tensor_that_one_side_lacks_is_found(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_untied", tmp_path / "out")
+    shutil.rmtree(out / LAYER.format(3) / "input_layernorm")
+    found = nf.verify(golden / "llama_untied" / "hf", out)
+    assert [item.name for item in found.differing] == ["model.layers.3.input_layernorm.weight"]
+    assert "is missing" in found.differing[0].reason
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "qwen2_moe"])
+def test_logits_agree(case: str, tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, case, tmp_path / "out", tp=2, rope_interleaved=True)
+    found = nf.verify(golden / case / "hf", out, logits=True)
+    assert found.equal
+    assert found.logits is not None
+    assert found.logits.max_difference == 0.0
+    assert found.logits.num_tokens == 64
+
+
+def test_logits_differ_where_a_weight_does(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_tied", tmp_path / "out")
+    path = out / LAYER.format(0) / "input_layernorm/model_weight.safetensors"
+    start, data = data_of(path)
+    data[start + 1] ^= 0x40
+    path.write_bytes(data)
+    found = nf.verify(golden / "llama_tied" / "hf", out, logits=True)
+    assert not found.equal
+    assert found.logits is not None
+    assert not found.logits.equal
