@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <tuple>
+#include <unordered_map>
+#include <utility>
 
 namespace nanotron_fast {
 
@@ -285,6 +287,37 @@ Job make_job(const Group& group) {
   return job;
 }
 
+// Puts jobs that share a destination file beside each other, in the order of the first of them.
+void group_into_units(Schedule& schedule) {
+  const size_t num_jobs = schedule.jobs.size();
+  // Every job points to an earlier one of its unit, or to itself.
+  std::vector<size_t> leader(num_jobs);
+  const auto find = [&](size_t job) {
+    while (leader[job] != job) job = leader[job] = leader[leader[job]];
+    return job;
+  };
+  std::unordered_map<int64_t, size_t> last_writer;
+  for (size_t job = 0; job < num_jobs; ++job) {
+    leader[job] = job;
+    for (const View& view : schedule.jobs[job].destinations) {
+      const auto [entry, is_new] = last_writer.try_emplace(view.file, job);
+      const size_t a = find(entry->second), b = find(job);
+      leader[std::max(a, b)] = std::min(a, b);
+      entry->second = job;
+    }
+  }
+  std::vector<std::pair<size_t, size_t>> order;
+  for (size_t job = 0; job < num_jobs; ++job) order.emplace_back(find(job), job);
+  std::sort(order.begin(), order.end());
+  std::vector<Job> jobs;
+  for (const auto& [unit, job] : order) {
+    if (jobs.empty() || unit == job) schedule.units.push_back({jobs.size(), jobs.size()});
+    jobs.push_back(std::move(schedule.jobs[job]));
+    schedule.units.back().end_job = jobs.size();
+  }
+  schedule.jobs = std::move(jobs);
+}
+
 }  // namespace
 
 int64_t Schedule::max_source_buffer_bytes() const {
@@ -323,6 +356,7 @@ Schedule make_schedule(const std::vector<Move>& moves) {
     return std::tie(left.source_file, left.source_offset_bytes) <
            std::tie(right.source_file, right.source_offset_bytes);
   });
+  group_into_units(schedule);
   return schedule;
 }
 

@@ -52,16 +52,24 @@ struct Job {
   }
 };
 
+// Jobs that write to the same files, taken by one worker as long as there are enough of them:
+// writes to one file wait for each other in the kernel.
+struct Unit {
+  size_t first_job;
+  size_t end_job;
+};
+
 struct Schedule {
-  std::vector<Job> jobs;  // in order of source file and offset
+  std::vector<Job> jobs;    // unit by unit; in a unit, in order of source file and offset
+  std::vector<Unit> units;  // in order of their first job's source
 
   int64_t max_source_buffer_bytes() const;
   int64_t max_destination_buffer_bytes() const;
 };
 
-// The bytes that one read or write carries where the move allows: large enough for the page cache
-// to use large folios, small enough to stay in the outer cache.
-constexpr int64_t kBlockBytes = int64_t{2} << 20;
+// The bytes that one read or write carries where the move allows: enough to make a system call
+// cheap, few enough to stay in a core's own cache between the read and the write.
+constexpr int64_t kBlockBytes = int64_t{512} << 10;
 // A transposed matrix is taken whole up to this size, and in strips beyond.
 constexpr int64_t kMaxTransposeBytes = int64_t{24} << 20;
 

@@ -234,6 +234,9 @@ def _fill_llama(
 
 def _fill_starcoder2(config: dict[str, Any], spec: ModelSpec) -> None:
     _fill_plain(config, spec, "Starcoder2Config")
+    # An integer in the class, and Nanotron's YAML reader is strict about it.
+    if spec.rope_theta == int(spec.rope_theta):
+        config["rope_theta"] = int(spec.rope_theta)
     # The stock class never reads it, and every Starcoder2 checkpoint has the default.
     config["initializer_range"] = FIELDS["Starcoder2Config"]["initializer_range"]
     config["grouped_query"] = True

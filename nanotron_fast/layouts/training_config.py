@@ -27,7 +27,6 @@ _ADAM = {
     "torch_adam_is_fused": True,
 }
 _OPTIMIZER = {
-    "accumulate_grad_in_fp32": True,
     "clip_grad": 1.0,
     "learning_rate_scheduler": _LEARNING_RATE,
     "weight_decay": 0.01,
@@ -102,11 +101,13 @@ def training_config(
             "val_check_interval": -1,
         },
     }
+    # Nanotron refuses to accumulate in fp32 what is fp32 already.
+    optimizer = {**_OPTIMIZER, "accumulate_grad_in_fp32": dtype != "float32"}
     if is_1_2:
-        document["optimizer"] = {**_OPTIMIZER, **_ADAM}
+        document["optimizer"] = {**optimizer, **_ADAM}
         document["data"] = dict(_DATA)
     else:
-        document["optimizer"] = {**_OPTIMIZER, "optimizer_factory": {**_ADAM, "name": "adamW"}}
+        document["optimizer"] = {**optimizer, "optimizer_factory": {**_ADAM, "name": "adamW"}}
         document["data_stages"] = [
             {
                 "data": dict(_DATA),
@@ -116,5 +117,6 @@ def training_config(
             }
         ]
         document["parallelism"] |= {"context_parallel_size": 1, "tp_recompute_allgather": True}
-    text = yaml.dump(document, sort_keys=True, default_flow_style=False, allow_unicode=True)
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    text = yaml.dump(document, Dumper=dumper, default_flow_style=False, allow_unicode=True)
     return str(text).encode()

@@ -87,7 +87,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         padded_spec, model_class, version=version, rope_interleaved=interleaved
     )
     tokenizer = tokenizer_files(source.root)
-    warnings += _warnings(model_class, topology)
+    warnings += _warnings(model_class, topology, version)
     documents = {
         nanotron.MODEL_CONFIG: json.dumps(model_config).encode(),
         nanotron.METADATA: json.dumps(
@@ -267,12 +267,17 @@ def _equality(source: HfCheckpoint, reader: HfSource, first: str, second: str) -
     return NamedMove(move, first, second)
 
 
-def _warnings(model_class: str, topology: Topology) -> list[str]:
+def _warnings(model_class: str, topology: Topology, version: str) -> list[str]:
     warnings: list[str] = []
     if model_class == "Qwen2Config" and topology.pp > 1:
         warnings.append(
             "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
             f"pp={topology.pp}); the weights load"
+        )
+    if model_class == "LlamaConfig" and version == "1.5" and topology.pp > 1:
+        warnings.append(
+            "Nanotron's trainer crashes after the first step of a Llama at pp > 1 (here "
+            f"pp={topology.pp}), where stages without a loss log it; the weights load"
         )
     if model_class == "Starcoder2Config":
         warnings.append(
