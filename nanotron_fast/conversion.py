@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -180,16 +181,18 @@ def convert(
                 destination.open()
         with processes.step():
             engine_started = time.perf_counter()
+            is_first = processes.rank == 0
             engine.execute(
                 ready.transfer.share(processes.rank, processes.world_size),
                 destination.partial,
                 workers=workers,
                 fsync=fsync,
                 on_progress=on_progress,
+                meanwhile=partial(_write_documents, ready, destination.partial, fsync)
+                if is_first
+                else None,
             )
             engine_seconds = time.perf_counter() - engine_started
-            if processes.rank == 0:
-                _write_documents(ready, destination.partial, fsync)
         with processes.step():
             if processes.rank == 0:
                 destination.commit(fsync=fsync)
@@ -220,8 +223,8 @@ def _check_equal(ready: Plan, workers: int) -> None:
 
 
 def _write_documents(ready: Plan, root: Path, fsync: bool) -> None:
-    for name, data in ready.documents.items():
-        write_file(root / name, data, fsync=fsync)
+    for name, contents in ready.documents.items():
+        write_file(root / name, contents(), fsync=fsync)
     for name, path in ready.copies.items():
         shutil.copyfile(path, root / name)
         if fsync:

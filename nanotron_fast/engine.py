@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nanotron_fast import _C
@@ -34,13 +34,16 @@ def execute(
     workers: int,
     fsync: bool = False,
     on_progress: ProgressCallback | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Writes every output of a plan under `root`, which must exist.
 
+    `meanwhile` is called once on the calling thread, while the engine works.
     Raises OSError with errno and file name, PlanError; KeyboardInterrupt stops the workers first.
     """
-    for folder in sorted({Path(output.path).parent for output in plan.outputs}):
-        (root / folder).mkdir(parents=True, exist_ok=True)
+    folders = {parent for output in plan.outputs for parent in PurePosixPath(output.path).parents}
+    for folder in sorted(folders):
+        (root / folder).mkdir(exist_ok=True)
     outputs = [
         (os.fsencode(root / output.path), output.header, output.size_bytes)
         for output in plan.outputs
@@ -57,6 +60,7 @@ def execute(
         ),
         progress,
         on_progress,
+        meanwhile,
     )
 
 
@@ -88,7 +92,10 @@ def compare(
 
 
 def _run(
-    work: Callable[[], Any], progress: _C.Progress, on_progress: ProgressCallback | None
+    work: Callable[[], Any],
+    progress: _C.Progress,
+    on_progress: ProgressCallback | None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> None:
     """Runs native work on a thread, so that this one can report, and answer the keyboard."""
     errors: list[BaseException] = []
@@ -106,6 +113,8 @@ def _run(
 
     threading.Thread(target=guarded, name="nanotron_fast-engine").start()
     try:
+        if meanwhile is not None:
+            meanwhile()
         while not finished.wait(_POLL_SECONDS):
             if on_progress is not None:
                 on_progress(progress.bytes_done)

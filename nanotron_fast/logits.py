@@ -58,7 +58,7 @@ def _load(root: Path, family: str | None) -> Any:
     if isinstance(checkpoint, HfCheckpoint):
         return AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
     plan = plan_to_hf(checkpoint, Options(family=family))
-    document = json.loads(plan.documents[hf.CONFIG])
+    document = json.loads(plan.documents[hf.CONFIG]())
     config = AutoConfig.for_model(document.pop("model_type"), **document)
     # from_pretrained, and not load_state_dict: it knows how this version keeps experts.
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]

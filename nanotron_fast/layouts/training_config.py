@@ -117,6 +117,5 @@ def training_config(
             }
         ]
         document["parallelism"] |= {"context_parallel_size": 1, "tp_recompute_allgather": True}
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    text = yaml.dump(document, Dumper=dumper, default_flow_style=False, allow_unicode=True)
+    text = yaml.safe_dump(document, default_flow_style=False, allow_unicode=True)
     return str(text).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ class Plan:
     num_parameters: int
     layer_stages: tuple[int, ...]
     transfer: MovePlan
-    # Contents of the small files, and files that are copied as they are, by name.
-    documents: dict[str, bytes]
+    # The small files, by name: what makes their contents, and what is copied as it is.
+    documents: dict[str, Callable[[], bytes]]
     copies: dict[str, Path]
     # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
     must_be_equal: tuple[NamedMove, ...] = ()

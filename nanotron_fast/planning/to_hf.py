@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from nanotron_fast.dtypes import Dtype
@@ -146,12 +147,12 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     model.check_leftovers(reader)
 
     config, warnings = hf_config(model, main_dtype)
-    documents = {hf.CONFIG: _json(config)}
+    documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(_json, config)}
     generation_config = _generation_config(model.side, spec)
     if generation_config is not None:
-        documents[hf.GENERATION_CONFIG] = _json(generation_config)
+        documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
     if index is not None:
-        documents[hf.INDEX] = index
+        documents[hf.INDEX] = partial(bytes, index)
     padded_spec = replace(spec, vocab_size=model.padded_vocab_size)
     topology = Topology(tp=source.tp, pp=source.pp)
     plan = Plan(

@@ -6,7 +6,9 @@ import fnmatch
 import json
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
@@ -88,24 +90,25 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     )
     tokenizer = tokenizer_files(source.root)
     warnings += _warnings(model_class, topology, version)
-    documents = {
-        nanotron.MODEL_CONFIG: json.dumps(model_config).encode(),
-        nanotron.METADATA: json.dumps(
-            nanotron.metadata_document(version, topology.tp), indent=2, sort_keys=True
-        ).encode(),
-        side_file.NAME: SideFile(
-            tool_version=__version__,
-            family=family.name,
-            target=target,
-            dtype=main_dtype.short_name,
-            vocab_size=spec.vocab_size,
-            config=source.config,
-            generation_config=source.generation_config,
-            dtypes=_other_dtypes(params, reader, options.cast or main_dtype),
-        ).to_bytes(),
+    side = SideFile(
+        tool_version=__version__,
+        family=family.name,
+        target=target,
+        dtype=main_dtype.short_name,
+        vocab_size=spec.vocab_size,
+        config=source.config,
+        generation_config=source.generation_config,
+        dtypes=_other_dtypes(params, reader, options.cast or main_dtype),
+    )
+    metadata = nanotron.metadata_document(version, topology.tp)
+    documents: dict[str, Callable[[], bytes]] = {
+        nanotron.MODEL_CONFIG: lambda: json.dumps(model_config).encode(),
+        nanotron.METADATA: lambda: json.dumps(metadata, indent=2, sort_keys=True).encode(),
+        side_file.NAME: side.to_bytes,
     }
     if model_class != "Starcoder2Config":
-        documents[nanotron.CONFIG_YAML] = training_config(
+        documents[nanotron.CONFIG_YAML] = partial(
+            training_config,
             model_config,
             root=destination,
             dtype=main_dtype.torch_name,
