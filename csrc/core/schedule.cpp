@@ -5,157 +5,11 @@
 #include <unordered_map>
 #include <utility>
 
+#include "core/group.h"
+
 namespace nanotron_fast {
 
 namespace {
-
-// A move on its way into a job, with what grouping asks for again and again.
-struct Candidate {
-  Move move;
-  int64_t index;
-
-  int64_t source_item() const { return item_size(move.source_dtype); }
-  int64_t destination_item() const { return item_size(move.destination_dtype); }
-  int64_t source_row_stride() const { return move.source_strides[0] * source_item(); }
-  int64_t destination_row_stride() const {
-    return move.destination_strides[0] * destination_item();
-  }
-  int64_t source_row_span() const {
-    return span_elements(move, move.source_strides, 1) * source_item();
-  }
-  int64_t destination_row_span() const {
-    return span_elements(move, move.destination_strides, 1) * destination_item();
-  }
-  int64_t row_elements() const { return move.sizes[1] * move.sizes[2]; }
-  int64_t destination_end() const {
-    return move.destination_offset_bytes +
-           span_elements(move, move.destination_strides, 0) * destination_item();
-  }
-  int64_t source_end() const {
-    return move.source_offset_bytes + span_elements(move, move.source_strides, 0) * source_item();
-  }
-  bool has_dense_destination() const {
-    return span_elements(move, move.destination_strides, 0) == move.num_elements();
-  }
-};
-
-// Cuts a move along its outermost dimension into one move a row.
-void split_rows(const Candidate& candidate, std::vector<Candidate>& out) {
-  for (int64_t row = 0; row < candidate.move.sizes[0]; ++row) {
-    Candidate piece = candidate;
-    piece.move.sizes[0] = 1;
-    piece.move.source_offset_bytes += row * candidate.source_row_stride();
-    piece.move.destination_offset_bytes += row * candidate.destination_row_stride();
-    piece.move = normalize(piece.move);
-    out.push_back(piece);
-  }
-}
-
-// Rows too large to hold become moves of their own: blocks are made of whole rows.
-std::vector<Candidate> make_candidates(const std::vector<Move>& moves) {
-  std::vector<Candidate> pending, done;
-  for (size_t i = 0; i < moves.size(); ++i) {
-    pending.push_back({normalize(moves[i]), static_cast<int64_t>(i)});
-  }
-  while (!pending.empty()) {
-    const Candidate candidate = pending.back();
-    pending.pop_back();
-    const int64_t item = std::max(candidate.source_item(), candidate.destination_item());
-    if (candidate.row_elements() * item > kMaxTransposeBytes) {
-      split_rows(candidate, pending);
-    } else {
-      done.push_back(candidate);
-    }
-  }
-  return done;
-}
-
-using Group = std::vector<Candidate>;
-
-// Candidates of one destination file whose rows interleave, in order of offset, are a group when
-// together they leave no gap. Rows too large to hold are cut first. Those left over come back in
-// rest.
-std::vector<Group> gather_groups(std::vector<Candidate> candidates, std::vector<Candidate>& rest) {
-  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
-    return std::tie(a.move.destination_file, a.move.destination_offset_bytes) <
-           std::tie(b.move.destination_file, b.move.destination_offset_bytes);
-  });
-  std::vector<Group> groups;
-  std::vector<Candidate> rows_of_large;
-  for (size_t i = 0; i < candidates.size();) {
-    const Candidate& first = candidates[i];
-    if (first.has_dense_destination()) {
-      rest.push_back(candidates[i++]);
-      continue;
-    }
-    const int64_t stride = first.destination_row_stride();
-    const int64_t window_end = first.move.destination_offset_bytes + stride;
-    int64_t row_bytes = 0;
-    size_t j = i;
-    for (; j < candidates.size(); ++j) {
-      const Candidate& other = candidates[j];
-      if (other.move.destination_file != first.move.destination_file ||
-          other.move.sizes[0] != first.move.sizes[0] || other.destination_row_stride() != stride ||
-          other.move.destination_offset_bytes + other.destination_row_span() > window_end) {
-        break;
-      }
-      row_bytes += other.row_elements() * other.destination_item();
-    }
-    if (row_bytes == stride && stride > kMaxTransposeBytes) {
-      for (; i < j; ++i) split_rows(candidates[i], rows_of_large);
-    } else if (row_bytes == stride) {
-      groups.emplace_back(candidates.begin() + static_cast<std::ptrdiff_t>(i),
-                          candidates.begin() + static_cast<std::ptrdiff_t>(j));
-      i = j;
-    } else {
-      rest.push_back(candidates[i++]);
-    }
-  }
-  if (!rows_of_large.empty()) {
-    for (Group& group : gather_groups(std::move(rows_of_large), rest)) {
-      groups.push_back(std::move(group));
-    }
-  }
-  return groups;
-}
-
-// What one block holds of a candidate if it is to read well: a row, but all of a transposed matrix,
-// since the fewer of its rows, the shorter the runs in the source.
-int64_t held_bytes(const Candidate& candidate) {
-  const bool is_transposed = candidate.source_row_stride() < candidate.source_row_span();
-  const int64_t item = std::max(candidate.source_item(), candidate.destination_item());
-  return item * (is_transposed ? candidate.move.num_elements() : candidate.row_elements());
-}
-
-// Candidates with dense destinations that read interleaved rows of one source region.
-std::vector<Group> scatter_groups(std::vector<Candidate> candidates) {
-  std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
-    return std::tie(a.move.source_file, a.move.source_offset_bytes, a.index) <
-           std::tie(b.move.source_file, b.move.source_offset_bytes, b.index);
-  });
-  std::vector<Group> groups;
-  int64_t region_end = 0, group_bytes = 0;
-  for (const Candidate& candidate : candidates) {
-    const Move& move = candidate.move;
-    bool joins = !groups.empty() && !move.is_fill();
-    if (joins) {
-      const Candidate& first = groups.back().front();
-      joins = first.move.source_file == move.source_file && move.sizes[0] > 1 &&
-              first.move.sizes[0] == move.sizes[0] &&
-              first.source_row_stride() == candidate.source_row_stride() &&
-              move.source_offset_bytes < region_end &&
-              group_bytes + held_bytes(candidate) <= kMaxTransposeBytes;
-    }
-    if (!joins) {
-      groups.emplace_back();
-      group_bytes = 0;
-      region_end = candidate.source_end();
-    }
-    group_bytes += held_bytes(candidate);
-    groups.back().push_back(candidate);
-  }
-  return groups;
-}
 
 // The view that holds both, or none where they have different files or row strides.
 bool merge_views(const View& a, const View& b, View& merged) {
@@ -333,23 +187,8 @@ int64_t Schedule::max_destination_buffer_bytes() const {
 }
 
 Schedule make_schedule(const std::vector<Move>& moves) {
-  std::vector<Candidate> dense;
-  std::vector<Group> groups = gather_groups(make_candidates(moves), dense);
-  // What is neither dense nor part of a group is cut until every piece is dense.
-  for (size_t i = 0; i < dense.size();) {
-    if (dense[i].has_dense_destination()) {
-      ++i;
-      continue;
-    }
-    const Candidate candidate = dense[i];
-    dense[i] = dense.back();
-    dense.pop_back();
-    split_rows(candidate, dense);
-  }
-  for (Group& group : scatter_groups(std::move(dense))) groups.push_back(std::move(group));
-
   Schedule schedule;
-  for (const Group& group : groups) schedule.jobs.push_back(make_job(group));
+  for (const Group& group : group_moves(moves)) schedule.jobs.push_back(make_job(group));
   std::stable_sort(schedule.jobs.begin(), schedule.jobs.end(), [](const Job& a, const Job& b) {
     const Move& left = a.parts.front().move;
     const Move& right = b.parts.front().move;

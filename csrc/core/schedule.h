@@ -70,8 +70,6 @@ struct Schedule {
 // The bytes that one read or write carries where the move allows: enough to make a system call
 // cheap, few enough to stay in a core's own cache between the read and the write.
 constexpr int64_t kBlockBytes = int64_t{512} << 10;
-// A transposed matrix is taken whole up to this size, and in strips beyond.
-constexpr int64_t kMaxTransposeBytes = int64_t{24} << 20;
 
 // Moves must not overlap in their destinations (the planner proves that).
 Schedule make_schedule(const std::vector<Move>& moves);

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanotron_fast.families.rules import Context, Param, Rule
+from nanotron_fast.families.parts import Param
+from nanotron_fast.families.rules import Context, Rule
 from nanotron_fast.spec import ModelSpec
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.

@@ -10,7 +10,7 @@ from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families import Family, family_of_config
 from nanotron_fast.families.hf_config import read_config
-from nanotron_fast.families.rules import Param
+from nanotron_fast.families.parts import Param
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
 from nanotron_fast.planning.moves import FILL, NamedMove, plan_moves

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import PlanError
-from nanotron_fast.families.rules import Box, Param, Part
+from nanotron_fast.families.parts import Box, Param, Part
+from nanotron_fast.planning.coverage import Extent, cover, extent_of
 
 FILL = -1
 NUM_COLUMNS = 15
@@ -205,7 +206,7 @@ class MovePlan:
 
     def check(self) -> None:
         """Proves that every byte of every output is written exactly once. Raises PlanError."""
-        by_file: list[list[_Extent]] = [[] for _ in self.outputs]
+        by_file: list[list[Extent]] = [[] for _ in self.outputs]
         for move in self.moves:
             if not 0 <= move.destination < len(self.outputs):
                 raise PlanError(f"a move writes to file {move.destination} of {len(self.outputs)}")
@@ -213,11 +214,18 @@ class MovePlan:
             for size, stride in zip(move.sizes, move.destination_strides, strict=True):
                 if size < 1 or (size > 1 and stride < 1):
                     raise PlanError(f"{path}: a move of size {size} and stride {stride}")
-            by_file[move.destination].append(_extent(move))
+            by_file[move.destination].append(
+                extent_of(
+                    move.destination_offset,
+                    move.destination_dtype.itemsize,
+                    move.sizes,
+                    move.destination_strides,
+                )
+            )
         for output, extents in zip(self.outputs, by_file, strict=True):
             extents.sort(key=lambda extent: extent.offset)
             start = len(output.header)
-            left = _cover(output.path, extents, start, output.size_bytes)
+            left = cover(output.path, extents, start, output.size_bytes)
             if left:
                 raise PlanError(
                     f"{output.path}: a move writes at byte {left[0].offset}, behind the end at "
@@ -259,75 +267,3 @@ class MovePlan:
 def _folder(output: OutputFile) -> str:
     folder, _, name = output.path.rpartition("/")
     return folder or name
-
-
-@dataclass(frozen=True, slots=True)
-class _Extent:
-    """The bytes that a move writes: (count, stride) per dimension, outermost first."""
-
-    offset: int
-    item: int
-    dims: tuple[tuple[int, int], ...]
-
-    @property
-    def dense_bytes(self) -> int | None:
-        """Length of the one run of bytes that this is, or None."""
-        if not self.dims:
-            return self.item
-        if len(self.dims) == 1 and self.dims[0][1] == self.item:
-            return self.dims[0][0] * self.item
-        return None
-
-
-def _extent(move: Move) -> _Extent:
-    item = move.destination_dtype.itemsize
-    dims = sorted(
-        (
-            (size, stride * item)
-            for size, stride in zip(move.sizes, move.destination_strides, strict=True)
-            if size > 1
-        ),
-        key=lambda dim: -dim[1],
-    )
-    merged: list[tuple[int, int]] = []
-    for size, stride in dims:
-        if merged and merged[-1][1] == size * stride:
-            merged[-1] = (merged[-1][0] * size, stride)
-        else:
-            merged.append((size, stride))
-    return _Extent(move.destination_offset, item, tuple(merged))
-
-
-def _cover(path: str, extents: list[_Extent], start: int, end: int) -> list[_Extent]:
-    """Proves that extents, in order of offset, fill [start, end) without gap or overlap.
-
-    Returns those that begin at or behind `end`. Extents whose rows interleave share an outermost
-    stride: within one stride, their first rows must fill it, and so do all the others then.
-    """
-    position = start
-    index = 0
-    while position < end:
-        if index == len(extents) or extents[index].offset > position:
-            raise PlanError(f"{path}: nothing writes byte {position}")
-        first = extents[index]
-        if first.offset < position:
-            raise PlanError(f"{path}: byte {first.offset} is written twice")
-        dense = first.dense_bytes
-        if dense is not None:
-            position += dense
-            index += 1
-            continue
-        count, stride = first.dims[0]
-        rows: list[_Extent] = []
-        while index < len(extents) and extents[index].offset < first.offset + stride:
-            extent = extents[index]
-            if not extent.dims or extent.dims[0] != (count, stride):
-                raise PlanError(f"{path}: moves overlap at byte {extent.offset}")
-            rows.append(_Extent(extent.offset, extent.item, extent.dims[1:]))
-            index += 1
-        if _cover(path, rows, position, position + stride):
-            raise PlanError(f"{path}: moves overlap at byte {position + stride}")
-        position += count * stride
-    if position > end:
-        raise PlanError(f"{path}: a move writes past byte {end}, to {position}")
-    return extents[index:]

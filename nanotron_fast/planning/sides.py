@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.families.rules import Address, Box, Param, Part
+from nanotron_fast.families.parts import Address, Box, Param, Part
 from nanotron_fast.layouts import nanotron
 from nanotron_fast.layouts.hf import HfCheckpoint, NewFile, StoredTensor
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint, Shard

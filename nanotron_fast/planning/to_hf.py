@@ -21,7 +21,7 @@ from nanotron_fast.families.model_classes import (
     rope_is_interleaved,
     write_model_config,
 )
-from nanotron_fast.families.rules import Param
+from nanotron_fast.families.parts import Param
 from nanotron_fast.layouts import hf, side_file
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
 from nanotron_fast.layouts.side_file import SideFile, read_side_file

@@ -17,7 +17,7 @@ from nanotron_fast.families import Family, family_of_config
 from nanotron_fast.families.gate import check_config, check_model, choose_class
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.model_classes import write_model_config
-from nanotron_fast.families.rules import Param
+from nanotron_fast.families.parts import Param
 from nanotron_fast.layouts import nanotron, side_file
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.side_file import SideFile

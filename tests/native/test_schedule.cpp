@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "check.h"
+#include "core/group.h"
 #include "core/schedule.h"
 
 using namespace nanotron_fast;
