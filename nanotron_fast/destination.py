@@ -23,6 +23,8 @@ class Destination:
     def __init__(self, path: Path, *, source: Path, overwrite: bool) -> None:
         """Checks that nothing would be lost. Raises DestinationError."""
         self.path = Path(os.path.realpath(path))
+        if not self.path.name:
+            raise DestinationError(f"{path}: the root of the file system cannot be a destination")
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._overwrite = overwrite
         self._lock: int | None = None
@@ -96,14 +98,14 @@ class Destination:
                 _sync_directory(Path(folder))
         replaced = self.path.with_name(f"{self.path.name}.replaced-{os.getpid()}")
         self.check()
-        if self.path.is_dir() and any(self.path.iterdir()):
-            self.path.rename(replaced)
-        # As late as can be: a killed run that has lost its lock looks like somebody else's folder.
-        (self.partial / _LOCK).unlink()
         try:
+            if self.path.is_dir() and any(self.path.iterdir()):
+                self.path.rename(replaced)
+            # As late as can be: a killed run that has lost its lock looks like another's folder.
+            (self.partial / _LOCK).unlink()
             self.partial.rename(self.path)
-        except OSError:
-            if replaced.exists():
+        except BaseException:
+            if replaced.exists() and not self.path.exists():
                 replaced.rename(self.path)
             raise
         if fsync:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast import reference
+from nanotron_fast.errors import ConfigError
 from nanotron_fast.layouts import hf
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.planning.options import Options
@@ -20,9 +21,15 @@ _RELATIVE, _RELATIVE_CAST = 1e-5, 5e-2
 
 
 def compare_logits(a: Path, b: Path, *, family: str | None, has_casts: bool) -> LogitsReport:
-    """Loads both models, one after the other, and compares their outputs in fp32."""
-    import torch
-    from transformers.utils import logging
+    """Loads both models, one after the other, and compares their outputs in fp32.
+
+    Raises ConfigError where torch or transformers is not there.
+    """
+    try:
+        import torch
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ConfigError(f"--logits: it needs torch and transformers: {error}") from None
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.errors import ConfigError, NanotronFastError
 
 
 class PeerFailed(NanotronFastError):
@@ -53,7 +53,10 @@ class TorchProcesses(Processes):
         except BaseException as error:
             failure = error
         messages: list[str | None] = [None] * self.world_size
-        self._dist.all_gather_object(messages, None if failure is None else str(failure))
+        try:
+            self._dist.all_gather_object(messages, None if failure is None else str(failure))
+        except RuntimeError as error:  # a process that is gone says nothing
+            raise (failure or PeerFailed(f"another process is gone: {error}")) from None
         if failure is not None:
             raise failure
         for rank, message in enumerate(messages):
@@ -66,7 +69,19 @@ class TorchProcesses(Processes):
 
 
 def connect() -> Processes:
-    """The processes that the environment speaks of; torch is imported for more than one alone."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    """The processes that the environment speaks of; torch is imported for more than one alone.
+
+    Raises ConfigError.
+    """
+    world_size = os.environ.get("WORLD_SIZE") or "1"
+    if not world_size.isdecimal():
+        raise ConfigError(f"WORLD_SIZE is {world_size!r} in the environment, and not a number")
+    if int(world_size) <= 1:
+        return Processes()
+    try:
         return TorchProcesses()
-    return Processes()
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} in the environment, and the processes cannot be "
+            f"connected: {error}. Start them with torchrun, or unset WORLD_SIZE"
+        ) from error

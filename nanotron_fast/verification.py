@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +61,17 @@ class Verification:
         if self.logits is not None:
             document["logits"] = {
                 "equal": self.logits.equal,
-                "max_difference": self.logits.max_difference,
-                "max_magnitude": self.logits.max_magnitude,
-                "tolerance": self.logits.tolerance,
+                "max_difference": _finite(self.logits.max_difference),
+                "max_magnitude": _finite(self.logits.max_magnitude),
+                "tolerance": _finite(self.logits.tolerance),
                 "num_tokens": self.logits.num_tokens,
             }
         return document
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
 
 
 def verify(
@@ -107,7 +113,7 @@ def verify(
     )
     differing = {**plan.differing, **_reasons(plan, found)}
     report = None
-    if logits and not any(name.startswith("config: ") for name in differing):
+    if logits and not plan.differing:  # else they are not the same model, or one is incomplete
         from nanotron_fast.logits import compare_logits
 
         report = compare_logits(*roots, family=family, has_casts=bool(plan.casts))

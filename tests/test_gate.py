@@ -7,6 +7,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast.errors import (
+    ConfigError,
     UnsupportedModelError,
 )
 from tests.modelzoo import make
@@ -169,3 +170,21 @@ def test_not_admitted_by_the_other_target_either(name: str, tmp_path: Path) -> N
     family, changes, message = MODELS[name]
     source = make(family, **changes).save(tmp_path / "source")
     refused(source, tmp_path, UnsupportedModelError, message, target="nanotron-fast")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {
+            "rope_scaling": {"rope_type": "llama3", "factor": 8.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+        },
+        {"rope_parameters": ["rope_type"]},
+    ],
+)
+def test_rope_that_two_versions_read_differently(changes: dict[str, Any], tmp_path: Path) -> None:
+    model = make("llama")
+    model.config.update(changes)
+    model.save(tmp_path / "hf")
+    with pytest.raises(ConfigError, match="rope_parameters"):
+        nanotron_fast.convert(tmp_path / "hf", tmp_path / "out")

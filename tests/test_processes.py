@@ -98,3 +98,31 @@ def test_one_failure_stops_all_and_leaves_nothing(tmp_path: Path, golden_hf: Pat
     assert "is not empty" in results[0].stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("world_size", ["many", "2"])
+def test_a_world_that_cannot_be_connected(world_size: str, tmp_path: Path, golden_hf: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "RANK"}
+    words = ["-m", "nanotron_fast", "convert", str(golden_hf), str(tmp_path / "out")]
+    result = subprocess.run(
+        [sys.executable, *words],
+        env={**environment, "WORLD_SIZE": world_size},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: WORLD_SIZE is ")
+    assert "Traceback" not in result.stderr
+
+
+def test_a_script_with_a_bad_topology(tmp_path: Path, golden_hf: Path) -> None:
+    (result,) = run_ranks(
+        1,
+        SCRIPTS / "convert_hf_to_nanotron.py",
+        f"--checkpoint_path={golden_hf}",
+        f"--save_path={tmp_path / 'out'}",
+        "--tp=0",
+        code=2,
+    )
+    assert result.stderr == "error: tp=0: a group has at least one rank\n"

@@ -161,3 +161,9 @@ def test_casts(family: str, tmp_path: Path) -> None:
     }
     assert {name for name, dtype in dtypes.items() if dtype == "F32"} <= {"router"}
     assert (family == "qwen2_moe") == ("F32" in dtypes.values())
+
+
+def test_a_router_takes_the_dtype_that_its_model_was_cast_to(tmp_path: Path) -> None:
+    make("qwen2_moe").save(tmp_path / "hf")
+    back = there_and_back(tmp_path / "hf", tmp_path, dtype="fp16")
+    assert {tensor.dtype for tensor in read_tensors(back).values()} == {"F16"}

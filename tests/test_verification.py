@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 import nanotron_fast as nf
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.header import read_header
+from nanotron_fast.verification import LogitsReport, Verification
+from tests.modelzoo import make
 
 LAYER = "model/model/decoder/{}/pp_block"
 
@@ -155,3 +160,72 @@ def test_logits_differ_where_a_weight_does(tmp_path: Path, golden: Path) -> None
     assert not found.equal
     assert found.logits is not None
     assert not found.logits.equal
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_padding_that_is_not_zero_is_found_on_either_side(
+    is_first: bool, tmp_path: Path, golden: Path
+) -> None:
+    hf = golden / "llama_untied" / "hf"
+    out = convert(golden, "llama_untied", tmp_path / "out", tp=2, pad_vocab_to_multiple_of=24)
+    path = sorted((out / "model/model/lm_head/pp_block").iterdir())[-1]
+    _, data = data_of(path)
+    data[-1] ^= 0x10
+    path.write_bytes(data)
+    found = nf.verify(out, hf) if is_first else nf.verify(hf, out)
+    assert [item.name for item in found.differing] == ["lm_head.weight (padding)"]
+
+
+def test_padding_is_the_same_without_the_side_file(tmp_path: Path, golden: Path) -> None:
+    a = convert(golden, "llama_untied", tmp_path / "a", pad_vocab_to_multiple_of=24)
+    b = tmp_path / "b"
+    shutil.copytree(a, b)
+    (b / "nanotron_fast.json").unlink()
+    c = convert(golden, "llama_untied", tmp_path / "c")
+    for first, second in itertools.permutations([a, b, c], 2):
+        assert nf.verify(first, second).equal, (first, second)
+
+
+@pytest.mark.parametrize(
+    ("hf", "nanotron"), [("qwen2", "llama_untied"), ("llama_untied", "starcoder2")]
+)
+def test_a_class_that_cannot_hold_the_family_is_a_difference(
+    hf: str, nanotron: str, tmp_path: Path, golden: Path
+) -> None:
+    out = convert(golden, nanotron, tmp_path / "out")
+    found = nf.verify(golden / hf / "hf", out)
+    assert "config: has_qkv_bias" in [item.name for item in found.differing]
+
+
+def test_logits_of_an_incomplete_checkpoint_are_not_asked_for(tmp_path: Path, golden: Path) -> None:
+    out = convert(golden, "llama_untied", tmp_path / "out")
+    shutil.rmtree(out / LAYER.format(0) / "input_layernorm")
+    found = nf.verify(golden / "llama_untied" / "hf", out, logits=True)
+    assert [item.name for item in found.differing] == ["model.layers.0.input_layernorm.weight"]
+    assert found.logits is None
+
+
+def test_heads_without_rotary_pairs_are_not_compared_in_part(tmp_path: Path) -> None:
+    make("llama", hidden_size=24).save(tmp_path / "hf")
+    nf.convert(tmp_path / "hf", tmp_path / "out")
+    path = tmp_path / "out" / "model_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_interleaved": True}))
+    with pytest.raises(UnsupportedModelError, match="heads of 3 rows have no rotary pairs"):
+        nf.verify(tmp_path / "hf", tmp_path / "out")
+
+
+def test_logits_that_are_no_numbers_are_null_in_json() -> None:
+    logits = LogitsReport(math.nan, math.inf, math.nan, 64)
+    found = Verification(False, 1, (), (), 2, logits)
+    document = json.loads(json.dumps(found.to_json()), parse_constant=pytest.fail)
+    assert document["logits"]["max_difference"] is None
+    assert document["logits"]["equal"] is False
+
+
+def test_logits_without_torch(
+    tmp_path: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = golden / "llama_untied" / "hf"
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ConfigError, match="needs torch and transformers"):
+        nf.verify(hf, hf, logits=True)

@@ -87,14 +87,22 @@ def _read_rope(reader: _Reader) -> tuple[float, Mapping[str, Any] | None]:
     parameters = reader.config.get("rope_parameters")
     scaling = reader.config.get("rope_scaling")
     theta = reader.get("rope_theta")
-    if isinstance(parameters, Mapping):
+    if parameters is not None and not isinstance(parameters, Mapping):
+        raise reader.error("rope_parameters", "an object")
+    if parameters is not None:
         if any(isinstance(value, Mapping) for value in parameters.values()):
             raise UnsupportedModelError(
                 "config.json: rope_parameters differ between kinds of layers, and Nanotron has one "
                 "rotary embedding for all of them"
             )
         theta = parameters.get("rope_theta", theta)
+        old = scaling
         scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
+        if old and _without_old_name(old) != _without_old_name(scaling):
+            # Version 4 knows the one, and version 5 lets it win.
+            raise ConfigError(
+                "config.json: rope_scaling and rope_parameters say different things: leave one out"
+            )
     if not is_number(theta) or theta <= 0:
         raise ConfigError(f"config.json: rope_theta is {theta!r}, and should be a positive number")
     if isinstance(scaling, Mapping):
@@ -110,6 +118,15 @@ def _read_rope(reader: _Reader) -> tuple[float, Mapping[str, Any] | None]:
     if partial is not None and partial != 1.0:
         _refuse_partial_rotary(partial)
     return float(theta), scaling
+
+
+def _without_old_name(scaling: object) -> object:
+    """A scaling without what both versions need not say alike: `type`, the theta."""
+    if not isinstance(scaling, Mapping):
+        return scaling
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    named = {**scaling, "rope_type": kind}
+    return {key: value for key, value in named.items() if key not in ("type", "rope_theta")}
 
 
 def _refuse_partial_rotary(factor: object) -> None:

@@ -193,6 +193,12 @@ def read_model_config(config: Mapping[str, Any], *, head_dim: int | None = None)
                 "residual_dropout": full.number("resid_pdrop"),
             },
         )
+    factor = full.get("rope_seq_len_interpolation_factor")
+    if factor not in (None, 1.0):
+        raise UnsupportedModelError(
+            f"model_config.json: rope_seq_len_interpolation_factor is {factor!r}: Nanotron divides "
+            "positions by it, and the way to Hugging Face has no place for that"
+        )
     return ModelSpec(
         **fields,
         pad_token_id=full.token_ids("pad_token_id"),
@@ -231,6 +237,6 @@ def _read_moe(config: Mapping[str, Any] | None, num_layers: int) -> MoeSpec | No
 
 def rope_is_interleaved(config: Mapping[str, Any]) -> bool:
     """Whether rotary pairs lie beside each other. Version 1.2 has no key, and always does so."""
-    if class_of(config) != "LlamaConfig":
-        return bool(config.get("rope_interleaved", False))
-    return bool(config.get("rope_interleaved", "rope_theta" not in config))
+    is_1_2 = class_of(config) == "LlamaConfig" and "rope_theta" not in config
+    fields = Fields("model_config.json", config, {"rope_interleaved": is_1_2})
+    return fields.flag("rope_interleaved")

@@ -12,6 +12,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.parts import Address, Param, Part
 
 # A row count as (number of groups, rows a group), so that whole groups go to a rank: heads.
@@ -149,6 +150,8 @@ class Fuse:
         for index, (hf, rows) in enumerate(zip(self.hf, self.rows, strict=True)):
             groups, length, unit = context.rows(rows)
             is_paired = context.has_rope_pairs and index < len(self.rotary) and self.rotary[index]
+            if is_paired and length % 2:
+                raise UnsupportedModelError(f"{name}: heads of {length} rows have no rotary pairs")
             is_interleaved = is_paired and context.rope_interleaved
             # Interleaved, row p * length/2 + i of a head becomes row 2 * i + p: a part for each p.
             for pair in range(2) if is_paired else range(1):

@@ -59,5 +59,12 @@ def read_side_file(root: Path) -> SideFile | None:
             raise CheckpointError(
                 f"{path}: {key} is {document.get(key)!r}; delete the file to do without it"
             )
+    vocab_size, dtypes = document["vocab_size"], document["dtypes"]
+    if isinstance(vocab_size, bool) or vocab_size < 1:
+        raise CheckpointError(
+            f"{path}: vocab_size is {vocab_size!r}; delete the file to do without it"
+        )
+    if not all(isinstance(dtype, str) for dtype in dtypes.values()):
+        raise CheckpointError(f"{path}: dtypes are no names; delete the file to do without it")
     # Keys of a later version are left alone.
     return SideFile(**{key: document[key] for key in kinds})

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from nanotron_fast.families import Family, family_of_config
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
-from nanotron_fast.planning.moves import FILL, NamedMove, plan_moves
+from nanotron_fast.planning.moves import FILL, NamedMove, plan_moves, plan_padding
 from nanotron_fast.planning.options import Options
 from nanotron_fast.planning.sides import HfSource, NanotronSource
 from nanotron_fast.planning.to_hf import NanotronModel
@@ -140,7 +140,11 @@ def _models(a: Checkpoint, b: Checkpoint, family: str | None) -> tuple[_Model, _
         first = _Model(a, "A", options)
         return first, _beside(b, "B", first, options)
     second = _Model(b, "B", options)
-    return _beside(a, "A", second, options), second
+    first = _beside(a, "A", second, options)
+    if isinstance(b, NanotronCheckpoint) and first.spec.vocab_size < second.spec.vocab_size:
+        # Only one of them says where its padding begins.
+        second.spec = replace(second.spec, vocab_size=first.spec.vocab_size)
+    return first, second
 
 
 def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options) -> _Model:
@@ -148,8 +152,12 @@ def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options)
     if isinstance(checkpoint, HfCheckpoint):
         return _Model(checkpoint, label, options)
     if isinstance(other.checkpoint, HfCheckpoint) and options.family is None:
-        options = replace(options, family=other.family.name)
-    model = _Model(checkpoint, label, options)
+        try:
+            model = _Model(checkpoint, label, replace(options, family=other.family.name))
+        except UnsupportedModelError:  # its class cannot hold that family: it is something else
+            model = _Model(checkpoint, label, options)
+    else:
+        model = _Model(checkpoint, label, options)
     vocab_size = min(other.spec.vocab_size, model.padded_vocab_size)
     if isinstance(other.checkpoint, HfCheckpoint) or model.spec.vocab_size > vocab_size:
         model.spec = replace(model.spec, vocab_size=vocab_size)
@@ -169,11 +177,13 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
         try:
             left_dtype, right_dtype = first.dtype(left), second.dtype(right)
             if left_dtype.itemsize >= right_dtype.itemsize:
-                moves = list(plan_moves([right], first.side, second.side, source_params=[left]))
-                source, destination = first, second
+                source, source_param, destination, param = first, left, second, right
             else:
-                moves = list(plan_moves([left], second.side, first.side, source_params=[right]))
-                source, destination = second, first
+                source, source_param, destination, param = second, right, first, left
+            moves = list(
+                plan_moves([param], source.side, destination.side, source_params=[source_param])
+            )
+            fills = list(plan_padding([source_param], [param], source.side, destination.side))
         except CheckpointError as error:
             plan.differing[name] = str(error)
             continue
@@ -201,6 +211,9 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
             if named.hf_name not in compared and move.source_dtype != move.destination_dtype:
                 casts[source.label, move.source_dtype, move.destination_dtype] += 1
             compared.add(named.hf_name)
+        for named in fills:
+            file = _number(plan, numbers, source.side, named.move.destination)
+            plan.moves.append(replace(named, move=replace(named.move, destination=file)))
     plan.num_tensors = len(compared)
     plan.casts = [
         f"{label} {source.short_name} -> {destination.short_name} ({count} tensors)"

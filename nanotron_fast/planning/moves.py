@@ -108,6 +108,19 @@ def plan_moves(
                     yield NamedMove(padding, name, param.name)
 
 
+def plan_padding(
+    params: Sequence[Param], other_params: Sequence[Param], side: Side, other: Side
+) -> Iterator[NamedMove]:
+    """Fills of the rows that `side` has and `other` lacks: vocabulary padding, to compare."""
+    for param, other_param in zip(params, other_params, strict=True):
+        for part, other_part in zip(param.parts, other_param.parts, strict=True):
+            places = other.pieces(other_param, other_part)
+            for piece in side.pieces(param, part):
+                padding = _padding(part, places, piece)
+                if padding is not None:
+                    yield NamedMove(padding, part.hf[0].name, param.name)
+
+
 def _intersect(source: Piece, destination: Piece) -> Move | None:
     low = (
         max(source.low[0], destination.low[0]),

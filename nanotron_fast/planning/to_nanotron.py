@@ -70,7 +70,9 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         param.local_shape(topology.tp)
 
     reader = HfSource(source)
-    main_dtype, warnings = _main_dtype(source, params, reader, options.cast)
+    stored_dtype = _stored_dtype(source, params, reader, options.cast)
+    main_dtype = options.cast or stored_dtype
+    warnings: list[str] = []
     dtypes = {
         param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
         for param in params
@@ -98,7 +100,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         vocab_size=spec.vocab_size,
         config=source.config,
         generation_config=source.generation_config,
-        dtypes=_other_dtypes(params, reader, options.cast or main_dtype),
+        dtypes=_other_dtypes(params, reader, stored_dtype),
     )
     metadata = nanotron.metadata_document(version, topology.tp)
     documents: dict[str, Callable[[], bytes]] = {
@@ -187,10 +189,10 @@ def count_parameters(params: list[Param]) -> int:
     return total
 
 
-def _main_dtype(
+def _stored_dtype(
     source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
-) -> tuple[Dtype, list[str]]:
-    """The dtype of most elements, and what to say about a cast that the source cannot take."""
+) -> Dtype:
+    """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast."""
     counts: Counter[Dtype] = Counter()
     for param in params:
         for part in param.parts:
@@ -200,7 +202,7 @@ def _main_dtype(
                 raise UnsupportedModelError(
                     f"{source.root}: {part.hf[0].name} is F64, which is not cast; use --dtype keep"
                 )
-    return cast or counts.most_common(1)[0][0], []
+    return counts.most_common(1)[0][0]
 
 
 def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
@@ -217,14 +219,14 @@ def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
     return Dtype.F32
 
 
-def _other_dtypes(params: list[Param], reader: HfSource, main: Dtype) -> dict[str, str]:
-    """Dtypes to restore on the way back, of tensors whose parameter has a dtype of its own."""
+def _other_dtypes(params: list[Param], reader: HfSource, stored: Dtype) -> dict[str, str]:
+    """Dtypes to restore on the way back: of routers that are not in their model's."""
     return {
         part.hf[0].name: reader.dtype(part).name
         for param in params
         if param.is_fp32
         for part in param.parts
-        if reader.dtype(part) is not main
+        if reader.dtype(part) is not stored
     }
 
 

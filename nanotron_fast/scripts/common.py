@@ -8,18 +8,31 @@ from typing import Any
 from nanotron_fast.errors import NanotronFastError
 
 
-def run(source: str, destination: str, *, direction: str, overwrite: bool, **choices: Any) -> None:
+def run(
+    source: str,
+    destination: str,
+    *,
+    direction: str,
+    overwrite: bool,
+    tp: int = 1,
+    pp: int = 1,
+    **choices: Any,
+) -> None:
     """Converts and says so, or exits with code 2 and one message."""
     from nanotron_fast.conversion import convert
-    from nanotron_fast.processes import connect
+    from nanotron_fast.processes import Processes, connect
     from nanotron_fast.reporting import report_lines
+    from nanotron_fast.topology import Topology
 
-    processes = connect()
+    processes = Processes()
     try:
+        topology = Topology(tp=tp, pp=pp)
+        processes = connect()
         report = convert(
             source,
             destination,
             to=direction,
+            topology=topology,
             overwrite=overwrite,
             processes=processes,
             **choices,

@@ -22,14 +22,13 @@ def main() -> None:
     parser.add_argument("--pp", type=int, default=1, help="Pipeline stages to write for")
     parser.add_argument("--overwrite", action="store_true", help="Replace a non-empty save_path")
     args = parser.parse_args()
-    from nanotron_fast.topology import Topology
-
     run(
         args.checkpoint_path,
         args.save_path,
         direction="nanotron",
         overwrite=args.overwrite,
-        topology=Topology(tp=args.tp, pp=args.pp),
+        tp=args.tp,
+        pp=args.pp,
     )
 
 

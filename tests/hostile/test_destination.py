@@ -349,3 +349,27 @@ def test_plans_write_nothing(source: Path, tmp_path: Path) -> None:
     nanotron_fast.plan(source, tmp_path / "out")
     assert names(tmp_path) == ["source"]
     assert time.monotonic() - before < 20
+
+
+def test_the_root_of_the_file_system(source: Path) -> None:
+    with pytest.raises(DestinationError, match="root of the file system"):
+        nanotron_fast.convert(source, "/", overwrite=True)
+
+
+def test_overwrite_puts_the_old_one_back_where_the_lock_is_gone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("x")
+    check = Destination.check
+
+    def check_and_lose_the_lock(self: Destination) -> None:
+        check(self)
+        (self.partial / ".nanotron_fast.lock").unlink(missing_ok=True)
+
+    monkeypatch.setattr(Destination, "check", check_and_lose_the_lock)
+    with pytest.raises(FileNotFoundError):
+        nanotron_fast.convert(source, out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({source.name, "out"})

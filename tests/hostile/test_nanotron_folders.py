@@ -9,7 +9,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import Topology
-from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.modelzoo import Model, Tensor, make, read_file, read_tensors, safetensors_bytes
 
 MODEL: Model = make("qwen2_moe", num_hidden_layers=2)
@@ -315,3 +315,31 @@ def test_model_config_of_another_model(changes: dict[str, Any], message: str, so
     (source / "nanotron_fast.json").unlink()
     edit(source / "model_config.json", **changes)
     refused(source, message, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"vocab_size": True}, "vocab_size is True"),
+        ({"dtypes": {"model.layers.0.mlp.gate.weight": ["BF16"]}}, "dtypes are no names"),
+    ],
+)
+def test_side_file_that_makes_no_sense(changes: dict[str, Any], message: str, source: Path) -> None:
+    path = source / "nanotron_fast.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    refused(source, message)
+
+
+def test_rope_interleaved_that_is_no_flag(source: Path) -> None:
+    path = source / "model_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rope_interleaved": "no"}))
+    refused(source, "rope_interleaved is 'no'", ConfigError)
+
+
+def test_positions_that_nanotron_divides(source: Path) -> None:
+    path = source / "model_config.json"
+    config = {**json.loads(path.read_text()), "rope_seq_len_interpolation_factor": 4.0}
+    path.write_text(json.dumps(config))
+    refused(source, "rope_seq_len_interpolation_factor is 4.0", UnsupportedModelError)
