@@ -37,11 +37,14 @@ ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTEC
 
 @dataclass
 class Samples:
-    """Seconds of one variant in each round, and what else it reported."""
+    """Seconds of one variant in each round, and what else it reported.
+
+    `inner_seconds` are its own: without starting the interpreter and importing the command.
+    """
 
     name: str
     seconds: list[float] = field(default_factory=list)
-    engine_seconds: list[float] = field(default_factory=list)
+    inner_seconds: list[float] = field(default_factory=list)
     peak_rss_bytes: int = 0
 
     @property
@@ -76,7 +79,7 @@ def run(command: list[str], out: Path, samples: Samples) -> None:
     peak = usage.ru_maxrss * 1024
     if stdout.startswith("{"):
         report = json.loads(stdout)
-        samples.engine_seconds.append(report["engine_seconds"])
+        samples.inner_seconds.append(report["seconds"])
         peak = report["peak_rss_bytes"]
     samples.peak_rss_bytes = max(samples.peak_rss_bytes, peak)
 
@@ -109,12 +112,12 @@ def measure(case: Case, rounds: int, work: Path) -> dict[str, object]:
 
 def show(result: dict[str, object]) -> None:
     print(f"\n{result['title']}   (target: {result['target']})")
-    print(f"  {'':34}{'median s':>9}{'ratio':>8}{'engine s':>10}{'peak MB':>9}")
+    print(f"  {'':34}{'median s':>9}{'ratio':>8}{'inside s':>10}{'peak MB':>9}")
     for row in result["variants"]:
-        engine = statistics.median(row["engine_seconds"]) if row["engine_seconds"] else None
+        inner = statistics.median(row["inner_seconds"]) if row["inner_seconds"] else None
         print(
             f"  {row['name']:34}{row['median_seconds']:9.3f}{row['ratio']:7.2f}x"
-            f"{'' if engine is None else format(engine, '10.3f'):>10}"
+            f"{'' if inner is None else format(inner, '10.3f'):>10}"
             f"{row['peak_rss_bytes'] / 1e6:9.0f}"
         )
     if result["anchor_spread"] > 2:

@@ -41,7 +41,13 @@ using OutputTuple = std::tuple<std::string, py::bytes, int64_t>;
 
 EngineOptions make_options(int num_workers, bool sync) {
   if (num_workers < 1) throw std::invalid_argument("workers must be at least 1");
-  return {num_workers, sync, default_simd_level()};
+  try {
+    return {num_workers, sync, default_simd_level()};
+  } catch (const std::invalid_argument& error) {
+    const py::object type = py::module_::import("nanotron_fast.errors").attr("ConfigError");
+    PyErr_SetString(type.ptr(), (std::string("NANOTRON_FAST_SIMD: ") + error.what()).c_str());
+    throw py::error_already_set();
+  }
 }
 
 void execute_binding(const std::vector<std::string>& sources,

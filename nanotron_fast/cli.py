@@ -5,6 +5,9 @@ Exit codes: 0 done; 1 verification found a difference; 2 bad input or usage.
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -109,7 +112,7 @@ def convert(
 
     DST appears when it is whole; on an error it is as it was before.
     """
-    with _errors():
+    with _errors(is_silent=json or quiet):
         from nanotron_fast import conversion, engine, reporting
         from nanotron_fast.processes import connect
         from nanotron_fast.topology import Topology
@@ -181,7 +184,7 @@ def verify(
 
     Exit code 1 says that something differs.
     """
-    with _errors():
+    with _errors(is_silent=json):
         from nanotron_fast import reporting, verification
 
         progress = reporting.Progress(is_quiet=json)
@@ -214,7 +217,7 @@ def inspect(
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is, from its headers."""
-    with _errors():
+    with _errors(is_silent=json):
         from nanotron_fast import inspection, reporting
 
         found = inspection.inspect(path, family=family)
@@ -225,8 +228,11 @@ def inspect(
 
 
 @contextmanager
-def _errors() -> Iterator[None]:
+def _errors(*, is_silent: bool) -> Iterator[None]:
     """Turns an expected error into one message and an exit code."""
+    if is_silent:
+        # Before the Hub's library is imported: it draws bars of its own on stderr.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     from nanotron_fast.errors import Cancelled, NanotronFastError
 
     try:
@@ -259,4 +265,8 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the command."""
+    # Paths are bytes, and may not be text in the terminal's encoding.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="nanotron-fast")

@@ -44,7 +44,6 @@ class Report:
         return {
             **self.plan.to_json(workers),
             "seconds": round(self.seconds, 6),
-            "engine_seconds": round(self.engine_seconds, 6),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
             "destination": str(self.destination),

@@ -28,6 +28,8 @@ class Destination:
         self.partial = self.path.with_name(self.path.name + ".partial")
         self._overwrite = overwrite
         self._lock: int | None = None
+        # The nearest folder above that was there before.
+        self._oldest_parent = self.path.parent
         source = Path(os.path.realpath(source))
         if self.path == source:
             raise DestinationError(f"{path}: the destination is the source")
@@ -65,6 +67,8 @@ class Destination:
             self._take_over()
             shutil.rmtree(self.partial)
             self._release()
+        while not self._oldest_parent.exists():
+            self._oldest_parent = self._oldest_parent.parent
         self.partial.mkdir(parents=True)
         self._acquire()
         return self.partial
@@ -109,7 +113,11 @@ class Destination:
                 replaced.rename(self.path)
             raise
         if fsync:
-            _sync_directory(self.path.parent)
+            parent = self.path.parent
+            while parent != self._oldest_parent:
+                _sync_directory(parent)
+                parent = parent.parent
+            _sync_directory(parent)
         if replaced.exists():
             shutil.rmtree(replaced)
         self._release()

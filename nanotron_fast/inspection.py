@@ -9,13 +9,13 @@ from typing import Any
 
 from nanotron_fast.dtypes import SAFETENSORS_BITS
 from nanotron_fast.errors import NanotronFastError
-from nanotron_fast.families import family_of_config
+from nanotron_fast.families import family_named, family_of_config
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
 from nanotron_fast.planning.options import Options
+from nanotron_fast.planning.stages import Stages
 from nanotron_fast.planning.to_hf import NanotronModel
-from nanotron_fast.planning.to_nanotron import Stages
 from nanotron_fast.source import read, resolve
 from nanotron_fast.spec import ModelSpec
 from nanotron_fast.topology import Topology
@@ -84,8 +84,9 @@ def inspect(path: str | Path, *, family: str | None = None) -> Inspection:
     Raises:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
     """
-    root = resolve(path)
-    checkpoint = read(root)
+    if family is not None:
+        family_named(family)
+    checkpoint = read(resolve(path))
     if isinstance(checkpoint, HfCheckpoint):
         return _inspect_hf(checkpoint, family)
     return _inspect_nanotron(checkpoint, family)
@@ -122,7 +123,7 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, family: str | None) -> Ins
     problem: str | None = None
     try:
         model = NanotronModel(checkpoint, Options(family=family))
-        stages = Stages(model.spec, model.model_class, topology).layers
+        stages = Stages(model.padded_spec, model.model_class, topology).layers
     except NanotronFastError as error:
         problem = str(error)
     shards = [shard for shards in checkpoint.params.values() for shard in shards]

@@ -54,7 +54,7 @@ class TorchProcesses(Processes):
             failure = error
         messages: list[str | None] = [None] * self.world_size
         try:
-            self._dist.all_gather_object(messages, None if failure is None else str(failure))
+            self._dist.all_gather_object(messages, _reason(failure))
         except RuntimeError as error:  # a process that is gone says nothing
             raise (failure or PeerFailed(f"another process is gone: {error}")) from None
         if failure is not None:
@@ -66,6 +66,10 @@ class TorchProcesses(Processes):
     def close(self) -> None:
         if self._is_ours:
             self._dist.destroy_process_group()
+
+
+def _reason(failure: BaseException | None) -> str | None:
+    return None if failure is None else str(failure) or type(failure).__name__
 
 
 def connect() -> Processes:

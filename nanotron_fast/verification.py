@@ -116,7 +116,7 @@ def verify(
     if logits and not plan.differing:  # else they are not the same model, or one is incomplete
         from nanotron_fast.logits import compare_logits
 
-        report = compare_logits(*roots, family=family, has_casts=bool(plan.casts))
+        report = compare_logits(*roots, family=family, has_casts=plan.has_lossy_casts)
     return Verification(
         equal=not differing and (report is None or report.equal),
         tensors_compared=plan.num_tensors,

@@ -9,7 +9,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import Topology
-from nanotron_fast.planning.to_nanotron import block_costs
+from nanotron_fast.planning.stages import block_costs
 from nanotron_fast.spec import ModelSpec
 from nanotron_fast.topology import assign_stages
 from tests.modelzoo import read_file, read_tensors

@@ -9,11 +9,13 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import nanotron_fast as nf
+from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
-from nanotron_fast.header import read_header
+from nanotron_fast.header import build_header, read_header
 from nanotron_fast.verification import LogitsReport, Verification
 from tests.modelzoo import make
 
@@ -229,3 +231,64 @@ def test_logits_without_torch(
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ConfigError, match="needs torch and transformers"):
         nf.verify(hf, hf, logits=True)
+
+
+def test_a_second_copy_of_a_tied_matrix_is_compared(tmp_path: Path) -> None:
+    model = make("llama", tie_word_embeddings=True)
+    embedding = model.tensors["model.embed_tokens.weight"]
+    plain, same, other = tmp_path / "plain", tmp_path / "same", tmp_path / "other"
+    model.save(plain)
+    model.tensors["lm_head.weight"] = embedding
+    model.save(same)
+    model.tensors["lm_head.weight"] = embedding._replace(data=bytes(len(embedding.data)))
+    model.save(other)
+    assert nf.verify(plain, same).equal
+    for a, b in ((plain, other), (other, plain), (other, same)):
+        assert [item.name for item in nf.verify(a, b).differing] == ["lm_head.weight"]
+
+
+def test_casts_are_chosen_tensor_by_tensor(tmp_path: Path, golden_hf: Path) -> None:
+    """q in fp32 on one side and k on the other: each is compared in its narrower dtype."""
+    sides = []
+    for name in ("q_proj", "k_proj"):
+        root = tmp_path / name
+        root.mkdir()
+        shutil.copy(golden_hf / "config.json", root)
+        widen(golden_hf / "model.safetensors", root / "model.safetensors", name)
+        sides.append(root)
+    found = nf.verify(*sides)
+    assert found.equal, found.differing
+    assert found.casts == ("A fp32 -> bf16 (4 tensors)", "B fp32 -> bf16 (4 tensors)")
+
+
+def widen(source: Path, target: Path, kind: str) -> None:
+    """The same file with some tensors in fp32."""
+    header, data = read_header(source), source.read_bytes()
+    blobs: dict[str, tuple[Dtype, tuple[int, ...], bytes]] = {}
+    for name, info in header.tensors.items():
+        raw = data[info.begin_bytes : info.end_bytes]
+        if kind in name:
+            wide = np.frombuffer(raw, np.uint16).astype(np.uint32) << 16
+            blobs[name] = Dtype.F32, info.shape, wide.tobytes()
+        else:
+            blobs[name] = Dtype.BF16, info.shape, raw
+    head, _ = build_header([(name, blob[0], blob[1]) for name, blob in blobs.items()], {})
+    target.write_bytes(head + b"".join(blob[2] for blob in blobs.values()))
+
+
+def test_a_tensor_wider_than_its_neighbours_comes_back_as_it_was(
+    tmp_path: Path, golden_hf: Path
+) -> None:
+    hf, there, back = tmp_path / "hf", tmp_path / "there", tmp_path / "back"
+    hf.mkdir()
+    shutil.copy(golden_hf / "config.json", hf)
+    widen(golden_hf / "model.safetensors", hf / "model.safetensors", "q_proj")
+    nf.convert(hf, there)
+    nf.convert(there, back)
+    before, after = (read_header(root / "model.safetensors").tensors for root in (hf, back))
+    assert {name: info.dtype for name, info in before.items()} == {
+        name: info.dtype for name, info in after.items()
+    }
+    found = nf.verify(hf, back)
+    assert found.equal
+    assert found.casts == ()

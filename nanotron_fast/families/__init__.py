@@ -11,7 +11,14 @@ from nanotron_fast.families.gate import unknown_family
 from nanotron_fast.families.model_classes import class_of
 from nanotron_fast.families.tables import BUILT_IN
 
-__all__ = ["Family", "family_names", "family_of_config", "family_of_model_config", "register"]
+__all__ = [
+    "Family",
+    "family_named",
+    "family_names",
+    "family_of_config",
+    "family_of_model_config",
+    "register",
+]
 
 _FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
 
@@ -28,7 +35,8 @@ def family_names() -> list[str]:
     return list(_FAMILIES)
 
 
-def _named(name: str) -> Family:
+def family_named(name: str) -> Family:
+    """A family by its name. Raises ConfigError."""
     if name not in _FAMILIES:
         raise ConfigError(f"--family {name}: choose one of {', '.join(_FAMILIES)}")
     return _FAMILIES[name]
@@ -37,7 +45,7 @@ def _named(name: str) -> Family:
 def family_of_config(config: Mapping[str, Any], override: str | None = None) -> Family:
     """The family of a Hugging Face config. Raises ConfigError, UnsupportedModelError."""
     if override is not None:
-        return _named(override)
+        return family_named(override)
     model_type = config.get("model_type")
     if model_type is None:
         raise ConfigError("config.json: model_type is missing; name it with --family")
@@ -54,7 +62,7 @@ def family_of_model_config(config: Mapping[str, Any], override: str | None = Non
     """
     model_class = class_of(config)
     if override is not None:
-        family = _named(override)
+        family = family_named(override)
         classes = (family.model_class, family.window_class, *family.other_classes)
         if model_class not in classes:
             raise UnsupportedModelError(

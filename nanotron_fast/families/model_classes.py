@@ -41,6 +41,13 @@ _KEYS = {
     "Qwen2Config": _LLAMA_KEYS,
     "Starcoder2Config": _STARCODER2_KEYS,
 }
+# What Hugging Face's class does without asking.
+_STARCODER2_FIXED = {
+    "use_rotary_embeddings": True,
+    "use_position_embeddings": False,
+    "scale_attn_weights": True,
+    "global_attn_layers": [],
+}
 _PLAIN = (
     "hidden_size",
     "intermediate_size",
@@ -180,6 +187,12 @@ def read_model_config(config: Mapping[str, Any], *, head_dim: int | None = None)
                 "model_config.json: a Starcoder2 with multi_query keeps query and key-value "
                 "weights apart; only grouped_query models are converted"
             )
+        for name, value in _STARCODER2_FIXED.items():
+            if full.get(name) != value:
+                raise UnsupportedModelError(
+                    f"model_config.json: {name} is {full.get(name)!r}: Hugging Face's Starcoder2 "
+                    f"computes as if it were {value!r}"
+                )
         return ModelSpec(
             **fields,
             tie_word_embeddings=True,

@@ -14,6 +14,8 @@ NAMES = (
     "merges.txt",
     "tokenizer.model",
     "spiece.model",
+    "sentencepiece.bpe.model",
+    "tekken.json",
     "chat_template.json",
     "chat_template.jinja",
 )

@@ -15,9 +15,8 @@ from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
 from nanotron_fast.planning.moves import FILL, NamedMove, plan_moves, plan_padding
 from nanotron_fast.planning.options import Options
-from nanotron_fast.planning.sides import HfSource, NanotronSource
+from nanotron_fast.planning.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
 from nanotron_fast.planning.to_hf import NanotronModel
-from nanotron_fast.planning.to_nanotron import is_ignored
 from nanotron_fast.spec import ModelSpec
 
 Checkpoint = HfCheckpoint | NanotronCheckpoint
@@ -56,7 +55,9 @@ class ComparisonPlan:
     # Found from headers alone: tensor or config key, and what is different about it.
     differing: dict[str, str] = field(default_factory=dict)
     casts: list[str] = field(default_factory=list)
+    has_lossy_casts: bool = False
     num_tensors: int = 0
+    numbers: dict[Path, int] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:
@@ -108,7 +109,7 @@ class _Model:
                 for name in self.checkpoint.tensors
                 if name not in self.side.used
                 and not is_ignored(name)
-                and not (name == "lm_head.weight" and self.spec.tie_word_embeddings)
+                and not (name == TIED_HEAD and self.spec.tie_word_embeddings)
             ]
         return [name for name in self.checkpoint.params if name not in self.side.used]
 
@@ -127,6 +128,8 @@ def plan_comparison(a: Checkpoint, b: Checkpoint, *, family: str | None = None) 
     if any(f"config: {name}" in plan.differing for name in _STRUCTURAL):
         return plan
     _plan_tensors(plan, first, second)
+    for model in (first, second):
+        _plan_tied_copy(plan, model)
     for model, other in ((first, "B"), (second, "A")):
         for name in model.leftovers():
             plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
@@ -166,54 +169,27 @@ def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options)
 
 def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
     has_rope_pairs = first.is_interleaved or second.is_interleaved
-    spec = first.spec
-    left_params = first.params(first.family, spec, has_rope_pairs)
-    right_params = second.params(first.family, spec, has_rope_pairs)
-    numbers: dict[Path, int] = {}
-    compared: set[str] = set()
+    left_params = first.params(first.family, first.spec, has_rope_pairs)
+    right_params = second.params(first.family, first.spec, has_rope_pairs)
     casts: Counter[tuple[str, Dtype, Dtype]] = Counter()
+    compared: set[str] = set()
     for left, right in zip(left_params, right_params, strict=True):
-        name = left.parts[0].hf[0].name if len(left.parts) == 1 else left.name
-        try:
-            left_dtype, right_dtype = first.dtype(left), second.dtype(right)
-            if left_dtype.itemsize >= right_dtype.itemsize:
-                source, source_param, destination, param = first, left, second, right
-            else:
-                source, source_param, destination, param = second, right, first, left
-            moves = list(
-                plan_moves([param], source.side, destination.side, source_params=[source_param])
-            )
-            fills = list(plan_padding([source_param], [param], source.side, destination.side))
-        except CheckpointError as error:
-            plan.differing[name] = str(error)
-            continue
-        for named in moves:
-            move = named.move
-            if Dtype.F64 in (move.source_dtype, move.destination_dtype) and (
-                move.source_dtype is not move.destination_dtype
-            ):
-                plan.differing[named.hf_name] = (
-                    f"{move.source_dtype.short_name} in {source.label}, "
-                    f"{move.destination_dtype.short_name} in {destination.label}"
+        for left_part, right_part in zip(left.parts, right.parts, strict=True):
+            name = left_part.hf[0].name
+            try:
+                cast = _plan_part(
+                    plan,
+                    (first, replace(left, parts=(left_part,))),
+                    (second, replace(right, parts=(right_part,))),
                 )
+            except CheckpointError as error:
+                plan.differing[name] = str(error)
                 continue
-            plan.moves.append(
-                NamedMove(
-                    replace(
-                        move,
-                        source=_number(plan, numbers, source.side, move.source),
-                        destination=_number(plan, numbers, destination.side, move.destination),
-                    ),
-                    named.hf_name,
-                    named.param,
-                )
-            )
-            if named.hf_name not in compared and move.source_dtype != move.destination_dtype:
-                casts[source.label, move.source_dtype, move.destination_dtype] += 1
-            compared.add(named.hf_name)
-        for named in fills:
-            file = _number(plan, numbers, source.side, named.move.destination)
-            plan.moves.append(replace(named, move=replace(named.move, destination=file)))
+            if cast is not None and name not in compared:
+                casts[cast] += 1
+                # A router is fp32 in Nanotron without having gained anything by it.
+                plan.has_lossy_casts |= not left.is_fp32
+            compared.add(name)
     plan.num_tensors = len(compared)
     plan.casts = [
         f"{label} {source.short_name} -> {destination.short_name} ({count} tensors)"
@@ -221,14 +197,65 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
     ]
 
 
-def _number(
-    plan: ComparisonPlan, numbers: dict[Path, int], side: HfSource | NanotronSource, file: int
-) -> int:
+def _plan_part(
+    plan: ComparisonPlan, left: tuple[_Model, Param], right: tuple[_Model, Param]
+) -> tuple[str, Dtype, Dtype] | None:
+    """Adds the moves that would make the narrower side's values from the wider side's.
+
+    Each side comes with a parameter of one part. Returns the cast: whose values, from, to.
+    """
+    left_dtype, right_dtype = left[0].dtype(left[1]), right[0].dtype(right[1])
+    if left_dtype.itemsize < right_dtype.itemsize:
+        left, right = right, left
+        left_dtype, right_dtype = right_dtype, left_dtype
+    (source, source_param), (destination, param) = left, right
+    if Dtype.F64 in (left_dtype, right_dtype) and left_dtype is not right_dtype:
+        raise CheckpointError(
+            f"{left_dtype.short_name} in {source.label}, {right_dtype.short_name} in "
+            f"{destination.label}"
+        )
+    for named in plan_moves([param], source.side, destination.side, source_params=[source_param]):
+        _add(plan, named, source.side, destination.side)
+    for named in plan_padding([source_param], [param], source.side, destination.side):
+        _add(plan, named, source.side, source.side)
+    return None if left_dtype is right_dtype else (source.label, left_dtype, right_dtype)
+
+
+def _plan_tied_copy(plan: ComparisonPlan, model: _Model) -> None:
+    """A tied head that a file holds as well must be what it is tied to."""
+    side = model.side
+    if not isinstance(side, HfSource) or not model.spec.tie_word_embeddings:
+        return
+    if not side.has_tied_copy:
+        return
+    try:
+        named = side.tied_copy()
+    except CheckpointError as error:
+        plan.differing[TIED_HEAD] = str(error)
+        return
+    _add(plan, replace(named, hf_name=TIED_HEAD), side, side)
+
+
+def _add(
+    plan: ComparisonPlan,
+    named: NamedMove,
+    source: HfSource | NanotronSource,
+    destination: HfSource | NanotronSource,
+) -> None:
+    move = replace(
+        named.move,
+        source=_number(plan, source, named.move.source),
+        destination=_number(plan, destination, named.move.destination),
+    )
+    plan.moves.append(replace(named, move=move))
+
+
+def _number(plan: ComparisonPlan, side: HfSource | NanotronSource, file: int) -> int:
     """A file's number among those of both sides."""
     if file == FILL:
         return FILL
     path = side.files.paths[file]
-    if path not in numbers:
-        numbers[path] = len(plan.files)
+    if path not in plan.numbers:
+        plan.numbers[path] = len(plan.files)
         plan.files.append(path)
-    return numbers[path]
+    return plan.numbers[path]

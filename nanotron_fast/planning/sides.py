@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -12,7 +13,19 @@ from nanotron_fast.layouts import nanotron
 from nanotron_fast.layouts.hf import HfCheckpoint, NewFile, StoredTensor
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint, Shard
 from nanotron_fast.layouts.slices import check_metadata, shard_metadata
-from nanotron_fast.planning.moves import OutputFile, Piece
+from nanotron_fast.planning.moves import Move, NamedMove, OutputFile, Piece
+
+# A tied model's file may hold its matrix under this name as well, or under this name alone.
+TIED_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+
+# Buffers that old files kept among the weights.
+_IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor is no weight: it is neither converted nor compared."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _IGNORED)
 
 
 def float_dtype(name: str, dtype: str, path: Path) -> Dtype:
@@ -119,6 +132,41 @@ class HfSource:
         dtype = float_dtype(address.name, tensor.info.dtype, tensor.path)
         file = self.files.number(tensor.path)
         return [_hf_piece(part, address, file, tensor.info.begin_bytes, dtype)]
+
+    @property
+    def has_tied_copy(self) -> bool:
+        """Whether a head lies beside the embedding that was used for it."""
+        return (
+            TIED_HEAD in self.checkpoint.tensors
+            and TIED_HEAD not in self.used
+            and _EMBEDDING in self.used
+        )
+
+    def tied_copy(self) -> NamedMove:
+        """A move that would write the embedding over its copy: comparing shows differences.
+
+        Raises CheckpointError where they cannot be equal.
+        """
+        first, second = _EMBEDDING, TIED_HEAD
+        a, b = self.checkpoint.tensors[first], self.checkpoint.tensors[second]
+        if (a.info.shape, a.info.dtype) != (b.info.shape, b.info.dtype):
+            raise CheckpointError(
+                f"{b.path}: tie_word_embeddings is true, but {second} is {b.info.dtype} "
+                f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}"
+            )
+        dtype = float_dtype(first, a.info.dtype, a.path)
+        move = Move(
+            self.files.number(a.path),
+            a.info.begin_bytes,
+            self.files.number(b.path),
+            b.info.begin_bytes,
+            (a.info.num_elements, 1, 1),
+            (1, 1, 1),
+            (1, 1, 1),
+            dtype,
+            dtype,
+        )
+        return NamedMove(move, first, second)
 
 
 class NanotronSource:

@@ -30,7 +30,8 @@ from nanotron_fast.planning.moves import MovePlan, plan_moves
 from nanotron_fast.planning.options import DEFAULT_SHARD_BYTES, Options
 from nanotron_fast.planning.plan import Plan
 from nanotron_fast.planning.sides import HfTarget, NanotronSource
-from nanotron_fast.planning.to_nanotron import Stages, count_parameters
+from nanotron_fast.planning.stages import Stages
+from nanotron_fast.planning.to_nanotron import count_parameters
 from nanotron_fast.spec import ModelSpec
 from nanotron_fast.topology import Topology
 
@@ -76,6 +77,11 @@ class NanotronModel:
                 "checkpoint holds"
             )
         return size
+
+    @property
+    def padded_spec(self) -> ModelSpec:
+        """The architecture as Nanotron has it, padding included."""
+        return replace(self.spec, vocab_size=self.padded_vocab_size)
 
     def params(self, *, has_rope_pairs: bool = False) -> list[Param]:
         """The parameters as they are stored."""
@@ -153,7 +159,6 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
     if index is not None:
         documents[hf.INDEX] = partial(bytes, index)
-    padded_spec = replace(spec, vocab_size=model.padded_vocab_size)
     topology = Topology(tp=source.tp, pp=source.pp)
     plan = Plan(
         direction="hf",
@@ -164,7 +169,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         topology=topology,
         dtype=main_dtype,
         num_parameters=count_parameters(params),
-        layer_stages=Stages(padded_spec, model.model_class, topology).layers,
+        layer_stages=Stages(model.padded_spec, model.model_class, topology).layers,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
         copies={path.name: path for path in tokenizer_files(source.root)},
@@ -189,21 +194,26 @@ def _hf_dtypes(
     cast: Dtype | None,
     main: Dtype,
 ) -> dict[str, Dtype]:
-    """The dtype of each Hugging Face tensor. A router takes the model's, or its original one."""
+    """The dtype of each Hugging Face tensor: its original one where that is known to differ.
+
+    A router takes the model's otherwise, and others that of their parameter.
+    """
     dtypes: dict[str, Dtype] = {}
-    originals = model.side.dtypes if model.side else {}
+    originals = {
+        name: Dtype[dtype]
+        for name, dtype in (model.side.dtypes if model.side else {}).items()
+        if dtype in Dtype.__members__ and dtype != Dtype.F64.name
+    }
     for param in params:
         stored = reader.dtype(param)
         if stored is Dtype.F64 and (cast is not None or param.is_fp32):
             raise CheckpointError(f"{param.name} is F64, which is not cast; use --dtype keep")
         for part in param.parts:
             name = part.hf[0].name
-            if not param.is_fp32:
-                dtypes[name] = cast or stored
-            elif cast is None and originals.get(name) in Dtype.__members__:
-                dtypes[name] = Dtype[originals[name]]
+            if cast is None and name in originals and stored is not Dtype.F64:
+                dtypes[name] = originals[name]
             else:
-                dtypes[name] = main
+                dtypes[name] = main if param.is_fp32 else cast or stored
     return dtypes
 
 

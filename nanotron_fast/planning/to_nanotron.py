@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
 from collections import Counter
@@ -12,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
-from nanotron_fast.errors import CheckpointError, TopologyError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from nanotron_fast.families import Family, family_of_config
 from nanotron_fast.families.gate import check_config, check_model, choose_class
 from nanotron_fast.families.hf_config import read_config
@@ -23,22 +22,14 @@ from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.side_file import SideFile
 from nanotron_fast.layouts.tokenizer import tokenizer_files
 from nanotron_fast.layouts.training_config import training_config
-from nanotron_fast.planning.moves import Move, MovePlan, NamedMove, plan_moves
+from nanotron_fast.planning.moves import MovePlan, NamedMove, plan_moves
 from nanotron_fast.planning.options import Options
 from nanotron_fast.planning.plan import Plan
-from nanotron_fast.planning.sides import HfSource, NanotronTarget, float_dtype
+from nanotron_fast.planning.sides import TIED_HEAD, HfSource, NanotronTarget, is_ignored
+from nanotron_fast.planning.stages import Stages
 from nanotron_fast.spec import ModelSpec
-from nanotron_fast.topology import Topology, assign_stages
+from nanotron_fast.topology import Topology
 from nanotron_fast.version import __version__
-
-# Buffers that old files kept among the weights.
-_IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
-_HEAD = "lm_head.weight"
-
-
-def is_ignored(name: str) -> bool:
-    """Whether a tensor is no weight: it is neither converted nor compared."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _IGNORED)
 
 
 def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) -> Plan:
@@ -100,7 +91,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         vocab_size=spec.vocab_size,
         config=source.config,
         generation_config=source.generation_config,
-        dtypes=_other_dtypes(params, reader, stored_dtype),
+        dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.cast),
     )
     metadata = nanotron.metadata_document(version, topology.tp)
     documents: dict[str, Callable[[], bytes]] = {
@@ -137,46 +128,6 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     )
     plan.check()
     return plan
-
-
-class Stages:
-    """The pipeline stage of every block of a model. Raises TopologyError on an empty stage."""
-
-    def __init__(self, spec: ModelSpec, model_class: str, topology: Topology) -> None:
-        stages = assign_stages(block_costs(spec, model_class), topology.pp)
-        used = max(stages) + 1
-        if used < topology.pp:
-            raise TopologyError(
-                f"pp={topology.pp}: {spec.num_layers} layers fill {used} stages by Nanotron's own "
-                f"assignment, so stages {used} to {topology.pp - 1} would own no block"
-            )
-        self.layers = tuple(stages[1 : 1 + spec.num_layers])
-        self._others = {
-            "embedding": stages[0],
-            "norm": stages[1 + spec.num_layers],
-            "head": stages[2 + spec.num_layers],
-        }
-
-    def of(self, block: int | str) -> int:
-        """The stage of a decoder layer, or of "embedding", "norm" or "head"."""
-        return self.layers[block] if isinstance(block, int) else self._others[block]
-
-
-def block_costs(spec: ModelSpec, model_class: str) -> list[int]:
-    """Compute costs of Nanotron's pipeline blocks in order, by which it assigns stages.
-
-    Source: get_block_compute_costs of llama.py, qwen.py and starcoder2.py at 2411b022: attention's
-    projections as if every head had keys and values, and the dense MLP also where there are
-    experts. Embedding, norm, cast to fp32 (LlamaConfig alone) and loss count nothing.
-    """
-    head_dim = spec.hidden_size // spec.num_heads
-    mlp_matrices = 2 if model_class == "Starcoder2Config" else 3
-    layer = (
-        4 * spec.num_heads * head_dim * spec.hidden_size
-        + mlp_matrices * spec.intermediate_size * spec.hidden_size
-    )
-    tail = [0, 0] if model_class == "LlamaConfig" else [0]
-    return [0, *[layer] * spec.num_layers, 0, spec.vocab_size * spec.hidden_size, *tail]
 
 
 def count_parameters(params: list[Param]) -> int:
@@ -219,15 +170,27 @@ def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
     return Dtype.F32
 
 
-def _other_dtypes(params: list[Param], reader: HfSource, stored: Dtype) -> dict[str, str]:
-    """Dtypes to restore on the way back: of routers that are not in their model's."""
-    return {
-        part.hf[0].name: reader.dtype(part).name
-        for param in params
-        if param.is_fp32
-        for part in param.parts
-        if reader.dtype(part) is not stored
-    }
+def _other_dtypes(
+    params: list[Param],
+    reader: HfSource,
+    written: dict[str, Dtype],
+    stored: Dtype,
+    cast: Dtype | None,
+) -> dict[str, str]:
+    """Dtypes to restore on the way back: where it would not choose the tensor's own.
+
+    A router takes the model's dtype then, and other tensors that of their parameter, which may be
+    wider than some of those that it is made of.
+    """
+    others: dict[str, str] = {}
+    for param in params:
+        for part in param.parts:
+            dtype = reader.dtype(part)
+            expected = stored if param.is_fp32 else written[param.name]
+            is_cast = cast is not None and not param.is_fp32
+            if dtype is not expected and not is_cast:
+                others[part.hf[0].name] = dtype.name
+    return others
 
 
 def _check_leftovers(
@@ -236,9 +199,9 @@ def _check_leftovers(
     """Refuses tensors that no rule uses; returns what to compare of a tied model's second copy."""
     unused = [name for name in source.tensors if name not in reader.used and not is_ignored(name)]
     duplicates: list[NamedMove] = []
-    if _HEAD in unused and (spec.tie_word_embeddings or family.is_always_tied):
-        unused.remove(_HEAD)
-        duplicates.append(_equality(source, reader, "model.embed_tokens.weight", _HEAD))
+    if reader.has_tied_copy and (spec.tie_word_embeddings or family.is_always_tied):
+        unused.remove(TIED_HEAD)
+        duplicates.append(reader.tied_copy())
     if unused:
         shown = ", ".join(sorted(unused)[:5])
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
@@ -247,29 +210,6 @@ def _check_leftovers(
             f"{shown}{more}"
         )
     return tuple(duplicates)
-
-
-def _equality(source: HfCheckpoint, reader: HfSource, first: str, second: str) -> NamedMove:
-    """A move that would write one tensor over another: comparing with it shows differences."""
-    a, b = source.tensors[first], source.tensors[second]
-    if (a.info.shape, a.info.dtype) != (b.info.shape, b.info.dtype):
-        raise CheckpointError(
-            f"{b.path}: tie_word_embeddings is true, but {second} is {b.info.dtype} "
-            f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}"
-        )
-    dtype = float_dtype(first, a.info.dtype, a.path)
-    move = Move(
-        reader.files.number(a.path),
-        a.info.begin_bytes,
-        reader.files.number(b.path),
-        b.info.begin_bytes,
-        (a.info.num_elements, 1, 1),
-        (1, 1, 1),
-        (1, 1, 1),
-        dtype,
-        dtype,
-    )
-    return NamedMove(move, first, second)
 
 
 def _warnings(model_class: str, topology: Topology, version: str) -> list[str]:
