@@ -79,7 +79,11 @@ void choose_blocks(Job& job) {
   int64_t row_bytes = 0;
   for (const View& view : job.destinations) row_bytes += view.row_stride_bytes;
   row_bytes = std::max(row_bytes, packed_source_bytes(job, 1));
-  int64_t rows = std::clamp<int64_t>(kBlockBytes / row_bytes, 1, job.num_rows);
+  // A block that many files share still gives each of them a write of a decent size.
+  const auto num_files =
+      static_cast<int64_t>(std::max(job.sources.size(), job.destinations.size()));
+  const int64_t block_bytes = std::max(kBlockBytes, num_files * kBlockBytes / 4);
+  int64_t rows = std::clamp<int64_t>(block_bytes / row_bytes, 1, job.num_rows);
 
   const bool is_transposed =
       std::any_of(job.sources.begin(), job.sources.end(),
@@ -101,10 +105,10 @@ void choose_blocks(Job& job) {
   job.first_block_rows = rows;
   const View& destination = job.destinations.front();
   if (job.parts.size() == 1 && rows < job.num_rows) {
-    const int64_t block_bytes = rows * destination.row_stride_bytes;
-    const int64_t past_boundary = destination.offset_bytes % block_bytes;
+    const int64_t aligned_bytes = rows * destination.row_stride_bytes;
+    const int64_t past_boundary = destination.offset_bytes % aligned_bytes;
     job.first_block_rows =
-        std::max<int64_t>(1, (block_bytes - past_boundary) / destination.row_stride_bytes);
+        std::max<int64_t>(1, (aligned_bytes - past_boundary) / destination.row_stride_bytes);
   }
   job.num_blocks = 1 + (job.num_rows - job.first_block_rows + rows - 1) / rows;
   job.source_buffer_bytes =
