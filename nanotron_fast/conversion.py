@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,7 +141,7 @@ def convert(
     overwrite: bool = False,
     workers: int | None = None,
     fsync: bool = False,
-    on_plan: Any = None,
+    on_plan: Callable[[Plan], None] | None = None,
     on_progress: ProgressCallback | None = None,
     processes: Processes | None = None,
     **choices: Any,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def verify(
     logits: bool = False,
     family: str | None = None,
     workers: int | None = None,
-    on_plan: Any = None,
+    on_plan: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
 ) -> Verification:
     """Compares every tensor of two checkpoints, and what their configurations say of the model.

@@ -216,3 +216,19 @@ def test_the_console_script_is_the_module() -> None:
     script = Path(sys.executable).with_name("nanotron-fast")
     version = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout == run("--version").stdout
+
+
+def test_an_unknown_instruction_set_is_bad_input(tmp_path: Path, golden_hf: Path) -> None:
+    result = subprocess.run(
+        [*COMMAND, "convert", str(golden_hf), str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NANOTRON_FAST_SIMD": "mmx"},
+    )
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: NANOTRON_FAST_SIMD: SIMD level 'mmx'")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_family_that_is_none_is_bad_input(golden_hf: Path) -> None:
+    assert "--family nosuch" in run("inspect", golden_hf, "--family", "nosuch", code=2).stderr

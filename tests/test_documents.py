@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 import nanotron_fast as nf
+from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.model_fields import FIELDS, FIELDS_1_2
 
 
@@ -114,3 +115,39 @@ def test_fsync_syncs_every_file_folder_and_the_rename(
     synced.clear()
     nf.convert(golden_hf, tmp_path / "other")
     assert synced == set()
+
+
+def test_fsync_syncs_the_folders_that_it_made(
+    tmp_path: Path, golden_hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[str] = set()
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        synced.add(os.readlink(f"/proc/self/fd/{descriptor}"))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    nf.convert(golden_hf, tmp_path / "new" / "deeper" / "out", fsync=True)
+    assert {str(tmp_path), str(tmp_path / "new"), str(tmp_path / "new" / "deeper")} <= synced
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_rotary_embeddings", False),
+        ("use_position_embeddings", True),
+        ("scale_attn_weights", False),
+        ("global_attn_layers", [0]),
+    ],
+)
+def test_a_starcoder2_that_hugging_face_computes_otherwise_is_refused(
+    name: str, value: object, tmp_path: Path, golden: Path
+) -> None:
+    there = tmp_path / "there"
+    nf.convert(golden / "starcoder2" / "hf", there)
+    path = there / "model_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), name: value}))
+    with pytest.raises(UnsupportedModelError, match=name):
+        nf.convert(there, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
