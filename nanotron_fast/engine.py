@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from nanotron_fast import _C
@@ -41,12 +41,14 @@ def execute(
     `meanwhile` is called once on the calling thread, while the engine works.
     Raises OSError with errno and file name, PlanError; KeyboardInterrupt stops the workers first.
     """
-    folders = {parent for output in plan.outputs for parent in PurePosixPath(output.path).parents}
-    for folder in sorted(folders):
-        (root / folder).mkdir(exist_ok=True)
+    # Strings, not pathlib: a plan has thousands of files, and making a Path costs as much as a file.
+    base = os.fspath(root)
+    paths = [os.path.join(base, output.path) for output in plan.outputs]
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        os.makedirs(folder, exist_ok=True)
     outputs = [
-        (os.fsencode(root / output.path), output.header, output.size_bytes)
-        for output in plan.outputs
+        (os.fsencode(path), output.header, output.size_bytes)
+        for path, output in zip(paths, plan.outputs, strict=True)
     ]
     progress = _C.Progress()
     _run(
