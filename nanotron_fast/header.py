@@ -21,7 +21,8 @@ from nanotron_fast.dtypes import SAFETENSORS_BITS, Dtype
 from nanotron_fast.errors import CheckpointError
 
 _MAX_HEADER_BYTES = 100_000_000
-_ALIGNMENT_BYTES = 8
+# Tensors start on a page: writes that begin inside one make the page cache work twice on it.
+_ALIGNMENT_BYTES = 4096
 _MAX_OFFSET = 2**63 - 1
 
 
@@ -199,7 +200,7 @@ def build_header(
         }
         position += num_bytes
     raw = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    raw += b" " * (-len(raw) % _ALIGNMENT_BYTES)
+    raw += b" " * (-(8 + len(raw)) % _ALIGNMENT_BYTES)
     start = 8 + len(raw)
     return len(raw).to_bytes(8, "little") + raw, {
         name: start + offset for name, offset in relative.items()
