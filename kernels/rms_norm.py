@@ -1,0 +1,294 @@
+"""RMSNorm, with the residual add in the same pass.
+
+    h = x + residual                      (rounded to x's dtype, as an add of its own would)
+    y = h / sqrt(mean(h^2) + eps) * w     (w + 1 with a zero-centred weight)
+
+All of it in fp32 and rounded once, into y. Backward, with r = 1 / sqrt(mean(h^2) + eps), n = h * r
+and g = dy * w:
+
+    dh = (g - n * mean(g * n)) * r + dh_out        dx = dresidual = dh
+    dw = sum over rows of dy * n
+
+Bytes for (rows, hidden) of two-byte elements: forward 4 a element, 8 with the residual; backward 6,
+8 with the residual. Saved for backward: h, the weight and r (4 bytes a row).
+Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.backend import num_multiprocessors, uses_triton
+
+# A row lies in one block: past this, registers spill and the reference is used.
+_MAX_HIDDEN = 16384
+# Elements of a block of several short rows.
+_BLOCK_ELEMENTS = 4096
+
+
+def rms_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    zero_centered: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same in plain torch, at least in fp32; what CPU tensors take."""
+    h = x if residual is None else x + residual
+    wide = torch.promote_types(x.dtype, torch.float32)
+    values = h.to(wide)
+    factor = weight.to(wide) + 1 if zero_centered else weight.to(wide)
+    normed = values * torch.rsqrt(values.square().mean(-1, keepdim=True) + eps)
+    y = (normed * factor).to(x.dtype)
+    return y if residual is None else (y, h)
+
+
+@triton.jit
+def _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED: tl.constexpr):
+    weight = tl.load(weight_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
+    if ZERO_CENTERED:
+        weight += 1.0
+    return weight
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    y_ptr,
+    h_ptr,
+    rstd_ptr,
+    x_row_stride,
+    residual_row_stride,
+    num_rows,
+    num_cols,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = tl.arange(0, COLS)[None, :]
+    mask = (rows < num_rows) & (cols < num_cols)
+    h = tl.load(x_ptr + rows * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(
+            residual_ptr + rows * residual_row_stride + cols, mask=mask, other=0.0
+        ).to(tl.float32)
+        rounded = (h + residual).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + rows * num_cols + cols, rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+    rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1, keep_dims=True) / num_cols + eps)
+    y = h * rstd * weight
+    tl.store(y_ptr + rows * num_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
+    tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    dh_out_ptr,
+    h_ptr,
+    weight_ptr,
+    rstd_ptr,
+    dx_ptr,
+    partial_dw_ptr,
+    dy_row_stride,
+    dh_out_row_stride,
+    h_row_stride,
+    num_rows,
+    num_cols,
+    HAS_DH_OUT: tl.constexpr,
+    ZERO_CENTERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    KEEP_WEIGHT: tl.constexpr,
+):
+    cols = tl.arange(0, COLS)[None, :]
+    if KEEP_WEIGHT:
+        weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+    dw = tl.zeros((ROWS, COLS), dtype=tl.float32)
+    # Each program walks over the rows with a stride of all programs, and sums its share of dw.
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    for start in tl.range(first, num_rows, tl.num_programs(0) * ROWS):
+        rows = start + tl.arange(0, ROWS)[:, None]
+        mask = (rows < num_rows) & (cols < num_cols)
+        h = tl.load(h_ptr + rows * h_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + rows * dy_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
+        normed = h * rstd
+        dw += dy * normed
+        if not KEEP_WEIGHT:
+            weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+        g = dy * weight
+        dx = (g - normed * (tl.sum(g * normed, axis=1, keep_dims=True) / num_cols)) * rstd
+        if HAS_DH_OUT:
+            dx += tl.load(dh_out_ptr + rows * dh_out_row_stride + cols, mask=mask, other=0.0).to(
+                tl.float32
+            )
+        tl.store(dx_ptr + rows * num_cols + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
+    total = tl.sum(dw, axis=0, keep_dims=True)
+    tl.store(
+        partial_dw_ptr + tl.program_id(0).to(tl.int64) * num_cols + cols,
+        total,
+        mask=cols < num_cols,
+    )
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    """(..., hidden) -> (rows, hidden) whose elements lie side by side within a row."""
+    rows = tensor.reshape(-1, tensor.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def _block(hidden: int) -> tuple[int, int, int]:
+    """Rows and columns of a block, and its warps."""
+    cols = triton.next_power_of_2(hidden)
+    rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
+    return rows, cols, 32 if cols > 8192 else max(rows * cols // 1024, 4)
+
+
+@torch.library.custom_op("nanotron_fast::rms_norm_forward", mutates_args=())
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y and h (rows, hidden) in x's dtype (h is empty without a residual), rstd (rows,) fp32."""
+    num_rows, hidden = x.shape
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    rows, cols, num_warps = _block(hidden)
+    if num_rows:
+        _forward_kernel[(triton.cdiv(num_rows, rows),)](
+            x,
+            residual,
+            weight,
+            y,
+            h,
+            rstd,
+            x.stride(0),
+            residual.stride(0) if residual is not None else 0,
+            num_rows,
+            hidden,
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            ZERO_CENTERED=zero_centered,
+            ROWS=rows,
+            COLS=cols,
+            num_warps=num_warps,
+        )
+    return y, h, rstd
+
+
+@_forward.register_fake
+def _(x, residual, weight, eps, zero_centered):
+    y = x.new_empty(x.shape)
+    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
+    return y, h, x.new_empty(x.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("nanotron_fast::rms_norm_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    dh_out: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    zero_centered: bool,
+) -> tuple[Tensor, Tensor]:
+    """dx (rows, hidden) in h's dtype and dw (hidden,) in the weight's."""
+    num_rows, hidden = h.shape
+    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    rows, cols, num_warps = _block(hidden)
+    num_programs = min(triton.cdiv(num_rows, rows), 2 * num_multiprocessors(h.device))
+    partial_dw = torch.empty(num_programs, hidden, dtype=torch.float32, device=h.device)
+    if num_programs:
+        _backward_kernel[(num_programs,)](
+            dy,
+            dh_out,
+            h,
+            weight,
+            rstd,
+            dx,
+            partial_dw,
+            dy.stride(0),
+            dh_out.stride(0) if dh_out is not None else 0,
+            h.stride(0),
+            num_rows,
+            hidden,
+            HAS_DH_OUT=dh_out is not None,
+            ZERO_CENTERED=zero_centered,
+            ROWS=rows,
+            COLS=cols,
+            # Of wide rows it does not fit in registers beside the rest; it stays in the cache.
+            KEEP_WEIGHT=cols <= 8192,
+            num_warps=num_warps,
+        )
+    return dx, partial_dw.sum(0).to(weight.dtype)
+
+
+@_backward.register_fake
+def _(dy, dh_out, h, weight, rstd, zero_centered):
+    return h.new_empty(h.shape), weight.new_empty(weight.shape)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps, zero_centered):
+        y, h, rstd = _forward(x, residual, weight, eps, zero_centered)
+        ctx.save_for_backward(x if residual is None else h, weight, rstd)
+        ctx.zero_centered = zero_centered
+        ctx.set_materialize_grads(False)
+        return (y, None) if residual is None else (y, h)
+
+    @staticmethod
+    def backward(ctx, dy, dh_out):
+        h, weight, rstd = ctx.saved_tensors
+        if dy is None:
+            return dh_out, dh_out, None, None, None
+        dh_out = None if dh_out is None else _as_rows(dh_out)
+        dx, dw = _backward(_as_rows(dy), dh_out, h, weight, rstd, ctx.zero_centered)
+        return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
+
+
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    *,
+    zero_centered: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """RMSNorm (Zhang and Sennrich, 2019), of the sum of x and the residual where one is given.
+
+    Args:
+        x: (..., hidden), bf16, fp16 or fp32.
+        weight: (hidden,), any of them.
+        eps: added to the mean square.
+        residual: x's shape and dtype.
+        zero_centered: the weight is stored less one, as Gemma does.
+
+    Returns:
+        y (..., hidden) in x's dtype, or (y, x + residual).
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} for x {tuple(x.shape)}")
+    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
+        raise ValueError(
+            f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} "
+            f"for x {tuple(x.shape)} {x.dtype}"
+        )
+    if not uses_triton(x) or x.shape[-1] > _MAX_HIDDEN or x.dtype == torch.float64:
+        return rms_norm_reference(x, weight, eps, residual, zero_centered)
+    rows = None if residual is None else _as_rows(residual)
+    y, h = _RmsNorm.apply(_as_rows(x), rows, weight.contiguous(), eps, zero_centered)
+    return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))

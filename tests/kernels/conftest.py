@@ -1,0 +1,32 @@
+"""Every kernel test runs once for each path that this machine has."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_path(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
+    """The kernels themselves: compiled on a GPU, interpreted on a CPU. Gives the device."""
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
+    return device
+
+
+@pytest.fixture
+def torch_path(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.device:
+    """The references. Gives the device."""
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "torch")
+    return device
+
+
+@pytest.fixture(params=["triton", "torch"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both paths, one after the other."""
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", request.param)
+    return str(request.param)

@@ -1,0 +1,223 @@
+"""Compiles every kernel launch of the gate's cases for each GPU architecture, without a GPU.
+
+    python -m tests.kernels.gate [--arch 80 90 100] [module ...]
+
+Each module beside this one lists CASES: functions that call the public operations on CPU tensors.
+A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
+configuration where the kernel is autotuned. Prints a line for each binary with registers and spills
+and exits with 1 where one does not compile, or spills without standing in ALLOWED_SPILLS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ.pop("TRITON_INTERPRET", None)
+os.environ["NANOTRON_FAST_BACKEND"] = "triton"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner, Heuristics
+from triton.runtime.jit import JITFunction
+
+ARCHITECTURES = (80, 90, 100)
+# module.kernel -> the most bytes a thread may spill, and why that is borne.
+ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
+    "rms_norm._backward_kernel": (
+        16,
+        "rows of 16384 alone: two to four registers of 64, once a row",
+    ),
+}
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+KERNELS = Path(__file__).parents[3] / "kernels"
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.bool: "*i1",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a binary is made from; equal launches make the same binary."""
+
+    module: str
+    kernel: str
+    signature: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+    divisible: tuple[int, ...]
+    options: tuple[tuple[str, Any], ...]
+
+    def __str__(self) -> str:
+        shown = [f"{name}={value}" for name, value in (*self.constants, *self.options)]
+        types = ",".join(sorted({kind for _, kind in self.signature if kind.startswith("*")}))
+        return f"{self.module}.{self.kernel}[{types}]({', '.join(shown)})"
+
+
+def _signature_type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return _POINTERS[value.dtype]
+    if isinstance(value, bool):
+        return "u1"
+    if isinstance(value, int):
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+    if isinstance(value, float):
+        return "fp32"
+    raise TypeError(f"a kernel argument of type {type(value)}")
+
+
+def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
+    """The launch as Triton would specialise it: ones and None are constants."""
+    options = tuple((name, kwargs[name]) for name in _OPTIONS if name in kwargs)
+    values = dict(zip(function.arg_names, args, strict=False))
+    values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
+    signature, constants, divisible = [], [], []
+    for index, parameter in enumerate(function.params):
+        value = values.get(parameter.name, parameter.default)
+        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or is_one:
+            signature.append((parameter.name, "constexpr"))
+            constants.append((parameter.name, getattr(value, "value", value)))
+            continue
+        signature.append((parameter.name, _signature_type(value)))
+        multiple = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
+        if multiple or isinstance(value, torch.Tensor):
+            divisible.append(index)
+    module = function.fn.__module__.rpartition(".")[2]
+    return Launch(
+        module,
+        function.fn.__name__,
+        tuple(signature),
+        tuple(constants),
+        tuple(divisible),
+        options,
+    )
+
+
+def _catch(launches: dict[Launch, None]) -> None:
+    """Replaces every way to launch a kernel by one that notes the launch."""
+
+    def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+        if callable(grid):
+            named = dict(zip(self.arg_names, args, strict=False)) | kwargs
+            grid = grid(named)
+        assert all(size > 0 for size in grid), f"{self.fn.__name__}: grid {grid}"
+        launches[_launch(self, args, kwargs)] = None
+
+    def autotuned(self: Autotuner, *args: Any, **kwargs: Any) -> None:
+        named = dict(zip(self.arg_names, args, strict=False))
+        self.nargs = named
+        for config in self.prune_configs(kwargs) or self.configs:
+            self.fn.run(*args, **{**kwargs, **config.all_kwargs()})
+
+    JITFunction.run = run
+    Autotuner.run = autotuned
+    assert Heuristics  # heuristics call the run of what they wrap: nothing to replace
+
+
+def _find(launch: Launch) -> JITFunction:
+    function = getattr(
+        importlib.import_module(f"nanotron_fast.kernels.{launch.module}"), launch.kernel
+    )
+    while not isinstance(function, JITFunction):
+        function = function.fn
+    return function
+
+
+def _never_launched(name: str, launches: Iterable[Launch]) -> list[str]:
+    """Kernels of the files that a gate module is named after which none of its cases launched."""
+    found = {f"{launch.module}.{launch.kernel}" for launch in launches}
+    missing = []
+    for path in sorted(KERNELS.glob(f"{name}*.py")):
+        module = importlib.import_module(f"nanotron_fast.kernels.{path.stem}")
+        defined = [key for key in vars(module) if key.endswith("_kernel")]
+        # One imported from elsewhere belongs to the file that defines it.
+        mine = [key for key in defined if _owner(vars(module)[key]) == module.__name__]
+        missing += [f"{path.stem}.{key}" for key in mine if f"{path.stem}.{key}" not in found]
+    return missing
+
+
+def _owner(function: Any) -> str:
+    while not isinstance(function, JITFunction):
+        function = function.fn
+    return str(function.fn.__module__)
+
+
+def compile_for(launch: Launch, architecture: int) -> tuple[int, int]:
+    """Registers and spilled bytes of a thread."""
+    source = ASTSource(
+        _find(launch),
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
+        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+    )
+    options = {name: value for name, value in launch.options if value is not None}
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    registers = int(re.search(r"REG:(\d+)", usage)[1])
+    # A kernel's stack holds nothing but spills: Triton's code has no arrays of its own there.
+    return registers, int(re.search(r"STACK:(\d+)", usage)[1])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("modules", nargs="*")
+    parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    options = parser.parse_args()
+    names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    launches: dict[Launch, None] = {}
+    _catch(launches)
+    unlaunched: list[str] = []
+    for name in options.modules or [name for name in names if name != "__main__"]:
+        for case in importlib.import_module(f"tests.kernels.gate.{name}").CASES:
+            case()
+        unlaunched += _never_launched(name, launches)
+    jobs = [(launch, architecture) for launch in launches for architecture in options.arch]
+    for kernel in unlaunched:
+        print(f"FAILED no case launches {kernel}")
+    failures = len(unlaunched)
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        results = [(*job, pool.submit(compile_for, *job)) for job in jobs]
+        for launch, architecture, result in results:
+            try:
+                registers, spills = result.result()
+            except Exception as error:
+                failures += 1
+                print(f"FAILED sm_{architecture} {launch}\n  {type(error).__name__}: {error}")
+                continue
+            allowed, _ = ALLOWED_SPILLS.get(f"{launch.module}.{launch.kernel}", (0, ""))
+            failures += spills > allowed
+            verdict = f"SPILLS {spills} bytes" if spills else "ok"
+            print(f"{verdict} sm_{architecture} {registers} registers {launch}")
+    print(f"{len(jobs)} binaries of {len(launches)} launches, {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
