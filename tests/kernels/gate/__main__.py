@@ -2,7 +2,8 @@
 
     python -m tests.kernels.gate [--arch 80 90 100] [module ...]
 
-Each module beside this one lists CASES: functions that call the public operations on CPU tensors.
+Each module beside this one lists FILES of kernels/ that it is for, every kernel of which it must
+launch, and CASES: functions that call the public operations on CPU tensors.
 A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
 configuration where the kernel is autotuned. Prints a line for each binary with registers and spills
 and exits with 1 where one does not compile, or spills without standing in ALLOWED_SPILLS.
@@ -43,7 +44,6 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     ),
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
-KERNELS = Path(__file__).parents[3] / "kernels"
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -146,16 +146,16 @@ def _find(launch: Launch) -> JITFunction:
     return function
 
 
-def _never_launched(name: str, launches: Iterable[Launch]) -> list[str]:
-    """Kernels of the files that a gate module is named after which none of its cases launched."""
+def _never_launched(files: Iterable[str], launches: Iterable[Launch]) -> list[str]:
+    """Kernels of these files in kernels/ that no case launched."""
     found = {f"{launch.module}.{launch.kernel}" for launch in launches}
     missing = []
-    for path in sorted(KERNELS.glob(f"{name}*.py")):
-        module = importlib.import_module(f"nanotron_fast.kernels.{path.stem}")
+    for file in files:
+        module = importlib.import_module(f"nanotron_fast.kernels.{file}")
         defined = [key for key in vars(module) if key.endswith("_kernel")]
         # One imported from elsewhere belongs to the file that defines it.
         mine = [key for key in defined if _owner(vars(module)[key]) == module.__name__]
-        missing += [f"{path.stem}.{key}" for key in mine if f"{path.stem}.{key}" not in found]
+        missing += [f"{file}.{key}" for key in mine if f"{file}.{key}" not in found]
     return missing
 
 
@@ -195,9 +195,10 @@ def main() -> int:
     _catch(launches)
     unlaunched: list[str] = []
     for name in options.modules or [name for name in names if name != "__main__"]:
-        for case in importlib.import_module(f"tests.kernels.gate.{name}").CASES:
+        gate = importlib.import_module(f"tests.kernels.gate.{name}")
+        for case in gate.CASES:
             case()
-        unlaunched += _never_launched(name, launches)
+        unlaunched += _never_launched(gate.FILES, launches)
     jobs = [(launch, architecture) for launch in launches for architecture in options.arch]
     for kernel in unlaunched:
         print(f"FAILED no case launches {kernel}")

@@ -9,6 +9,8 @@ import torch
 
 from nanotron_fast.kernels.rms_norm import rms_norm
 
+FILES = ("rms_norm",)
+
 
 def _step(dtype: torch.dtype, hidden: int, has_residual: bool) -> None:
     x = torch.empty(16, hidden, dtype=dtype, requires_grad=True)

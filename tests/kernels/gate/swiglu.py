@@ -9,6 +9,8 @@ import torch
 
 from nanotron_fast.kernels.swiglu import glu, glu_backward
 
+FILES = ("swiglu",)
+
 
 def _step(dtype: torch.dtype, inter: int, activation: str) -> None:
     gate_up = torch.empty(16, 2 * inter, dtype=dtype, requires_grad=True)

@@ -1,0 +1,45 @@
+"""Cross entropy, linear cross entropy and embedding over real ranks against the unsharded op.
+
+`loss_ranks` holds the cases. Its processes start once; the tests look up what came of each.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nanotron_fast.kernels.backend import is_interpreting
+from tests.kernels.loss_ranks import NUM_RANKS, RUNS
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Of each rank the runs that failed, with their tracebacks."""
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.kernels.loss_ranks", str(folder)]
+    ranks = [
+        subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        for rank in range(NUM_RANKS)
+    ]
+    try:
+        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert not any(rank.returncode for rank in ranks), "\n".join(errors)
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_like_the_unsharded_op(failures: list[dict[str, str]], name: str) -> None:
+    if RUNS[name][0] == "triton" and not is_interpreting():
+        pytest.skip("the ranks have CPU tensors, and Triton is not interpreted")
+    for rank, failed in enumerate(failures):
+        assert name not in failed, f"rank {rank}\n{failed[name]}"
