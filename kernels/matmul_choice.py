@@ -1,0 +1,102 @@
+"""Whether a fused product is faster than the vendor's product and our kernel: measured, and kept.
+
+The environment variable NANOTRON_FAST_FUSED_MATMUL decides:
+
+- ``auto`` (the default): the first use of a shape on a GPU times both, later ones keep the winner.
+  Nothing is timed while a CUDA graph is captured or torch.compile traces: there a shape that was
+  not met before takes the vendor's product. So does everything on the CPU;
+- ``always`` and ``never``: no timing. Ranks and runs then round alike, which ``auto`` does not
+  promise, since two machines may time differently.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from statistics import median
+
+import torch
+
+ENVIRONMENT_VARIABLE = "NANOTRON_FAST_FUSED_MATMUL"
+MODES = ("auto", "always", "never")
+
+# More tokens than these only repeat the same work, and would take memory that training needs.
+_MAX_TOKENS = 8192
+_WARMUPS, _ROUNDS = 2, 7
+
+Key = tuple[str, int, int, int, torch.dtype, torch.device]
+# Vendor's product and our kernel, then the fused kernel.
+Candidates = tuple[Callable[[], object], Callable[[], object]]
+_decisions: dict[Key, bool] = {}
+
+
+# torch.compile keeps what it reads while it traces: the choice is made once per compiled graph.
+@torch.compiler.assume_constant_result
+def requested_mode() -> str:
+    """What NANOTRON_FAST_FUSED_MATMUL asks for. Raises ValueError for a value that is no mode."""
+    mode = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
+    if mode not in MODES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={mode}: choose {', '.join(MODES)}")
+    return mode
+
+
+@torch.compiler.assume_constant_result
+def decided(key: Key) -> bool | None:
+    """What was measured before; None where nothing was."""
+    return _decisions.get(key)
+
+
+def tokens_bucket(tokens: int) -> int:
+    """The power of two that stands for so many tokens where something is timed or tuned."""
+    # Comparisons alone: under torch.compile they leave a number of tokens that varies, variable.
+    bucket = 16
+    while bucket < tokens and bucket < _MAX_TOKENS:
+        bucket *= 2
+    return bucket
+
+
+def _is_measured_on(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+@torch.no_grad()
+def _measure(make_candidates: Callable[[], Candidates]) -> bool:
+    """True where the fused kernel's median is the lower one, False where memory is too short."""
+    try:
+        candidates = make_candidates()
+        for run in candidates * _WARMUPS:
+            run()
+        rounds = [[_milliseconds(run) for run in candidates] for _ in range(_ROUNDS)]
+    except torch.OutOfMemoryError:
+        return False
+    vendor, fused = (median(times) for times in zip(*rounds, strict=True))
+    return fused < vendor
+
+
+def choose(key: Key, make_candidates: Callable[[], Candidates]) -> bool:
+    """Whether to take the fused kernel for this shape; see the module's docstring."""
+    mode = requested_mode()
+    if mode != "auto":
+        return mode == "always"
+    if not _is_measured_on(key[-1]):
+        return False
+    known = decided(key)
+    if known is not None:
+        return known
+    if torch.compiler.is_compiling() or _is_capturing():
+        return False
+    _decisions[key] = _measure(make_candidates)
+    return _decisions[key]

@@ -1,0 +1,52 @@
+"""Launches of rope_qkv to compile."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+
+import torch
+
+from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_backward_, rope_tables
+
+FILES = ("rope_kernels",)
+
+# (query heads, key heads, head_dim, share that turns): Llama-3-8B, SmolLM, Phi-2, Gemma, odd ones.
+SHAPES = [
+    (32, 8, 128, 1.0),
+    (9, 3, 64, 1.0),
+    (32, 32, 80, 0.4),
+    (8, 1, 256, 1.0),
+    (12, 4, 24, 1.0),
+    (2, 1, 8, 1.0),
+]
+
+
+def _step(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int, float],
+    interleaved: bool,
+    has_positions: bool = True,
+) -> None:
+    num_q_heads, num_kv_heads, head_dim, share = heads
+    sizes = (num_q_heads, num_kv_heads, head_dim)
+    cos, sin = rope_tables(head_dim, 64, partial_rotary_factor=share)
+    position_ids = torch.zeros(64, dtype=torch.int64) if has_positions else None
+    rest = (cos, sin, *sizes, position_ids, interleaved)
+    qkv = torch.empty(64, (num_q_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    qkv.requires_grad_()
+    q, k, v = rope_qkv(qkv, *rest)
+    (q.sum() + k.sum() + v.sum()).backward()
+    q, k, v = rope_qkv(qkv, *rest)
+    k.sum().backward()
+    packed = qkv.detach()
+    rope_qkv_(packed, *rest)
+    rope_qkv_backward_(packed, *rest)
+
+
+CASES = [
+    *(partial(_step, torch.bfloat16, *case) for case in product(SHAPES, (False, True))),
+    partial(_step, torch.bfloat16, SHAPES[0], False, has_positions=False),
+    partial(_step, torch.float16, SHAPES[0], False),
+    partial(_step, torch.float32, SHAPES[0], True),
+]
