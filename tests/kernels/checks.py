@@ -25,11 +25,17 @@ def wide(tensor: Tensor | None, requires_grad: bool = False) -> Tensor | None:
 
 
 def assert_close(
-    ours: Tensor, reference: Tensor, *, factor: float = 1.0, dtype: torch.dtype | None = None
+    ours: Tensor,
+    reference: Tensor,
+    *,
+    factor: float = 1.0,
+    dtype: torch.dtype | None = None,
+    floor: float = 1e-30,
 ) -> None:
     """Holds a result to the table. `factor`: how many roundings follow each other; say why.
 
-    `dtype`: where a coarser dtype than the result's own set the precision.
+    `dtype`: where a coarser dtype than the result's own set the precision. `floor`: an error that
+    is always allowed, where terms of a known size cancel.
     """
     assert ours.shape == reference.shape, (ours.shape, reference.shape)
     if ours.numel() == 0:
@@ -38,7 +44,7 @@ def assert_close(
     assert torch.isfinite(ours).all(), "not all finite"
     scale = reference.abs().max().item()
     error = (ours.double() - reference.double()).abs().max().item()
-    assert error <= tolerance * scale + 1e-30, (
+    assert error <= tolerance * scale + floor, (
         f"error {error:.3g} is {error / max(scale, 1e-300):.3g} of the largest value {scale:.3g}; "
         f"allowed {tolerance:.3g}"
     )

@@ -36,12 +36,17 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
-# module.kernel -> the most bytes a thread may spill, and why that is borne.
+# How a launch's line begins -> the most bytes a thread may spill, and why that is borne.
+_FP32 = "fp32 products are exact on the ordinary cores: correct, not fast, and nobody's choice"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     "rms_norm._backward_kernel": (
         16,
         "rows of 16384 alone: two to four registers of 64, once a row",
     ),
+    "attention_forward.forward_kernel[*fp32]": (1024, _FP32),
+    "attention_dq.dq_kernel[*fp32]": (4096, _FP32),
+    "attention_dkv.dkv_kernel[*fp32]": (1536, _FP32),
+    "attention_dkv.dkv_kernel[*bf16,*fp32]": (8, "heads of 80 and 96 padded to 128: one register"),
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -69,6 +74,10 @@ class Launch:
     constants: tuple[tuple[str, Any], ...]
     divisible: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]
+
+    def runs_on(self, architecture: int) -> bool:
+        """The bulk copy engine came with sm_90; such configurations are not tried before it."""
+        return architecture >= 90 or not dict(self.constants).get("TMA", False)
 
     def __str__(self) -> str:
         shown = [f"{name}={value}" for name, value in (*self.constants, *self.options)]
@@ -159,6 +168,13 @@ def _never_launched(files: Iterable[str], launches: Iterable[Launch]) -> list[st
     return missing
 
 
+def _allowed_spills(launch: Launch) -> int:
+    return max(
+        (most for start, (most, _) in ALLOWED_SPILLS.items() if str(launch).startswith(start)),
+        default=0,
+    )
+
+
 def _owner(function: Any) -> str:
     while not isinstance(function, JITFunction):
         function = function.fn
@@ -199,7 +215,12 @@ def main() -> int:
         for case in gate.CASES:
             case()
         unlaunched += _never_launched(gate.FILES, launches)
-    jobs = [(launch, architecture) for launch in launches for architecture in options.arch]
+    jobs = [
+        (launch, architecture)
+        for launch in launches
+        for architecture in options.arch
+        if launch.runs_on(architecture)
+    ]
     for kernel in unlaunched:
         print(f"FAILED no case launches {kernel}")
     failures = len(unlaunched)
@@ -212,8 +233,7 @@ def main() -> int:
                 failures += 1
                 print(f"FAILED sm_{architecture} {launch}\n  {type(error).__name__}: {error}")
                 continue
-            allowed, _ = ALLOWED_SPILLS.get(f"{launch.module}.{launch.kernel}", (0, ""))
-            failures += spills > allowed
+            failures += spills > _allowed_spills(launch)
             verdict = f"SPILLS {spills} bytes" if spills else "ok"
             print(f"{verdict} sm_{architecture} {registers} registers {launch}")
     print(f"{len(jobs)} binaries of {len(launches)} launches, {failures} failures")

@@ -1,0 +1,194 @@
+"""Which implementation of attention a call gets, and why: a table, and one function over it.
+
+| name | what it is |
+|---|---|
+| flash_attn_3 | the package flash_attn_interface (FlashAttention 3), Hopper alone |
+| flash_attn_2 | the package flash_attn, the real one |
+| sdpa_cudnn | torch's scaled_dot_product_attention on cuDNN |
+| sdpa_flash | the same on the flash kernels that torch brings |
+| sdpa_varlen | torch.nn.attention.varlen, those kernels with documents and windows |
+| triton | our kernels: every option, fp32 too |
+| torch | the reference: every option on every device, all scores in memory |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+EQUAL, FEWER_QUERIES, MORE_QUERIES = "equal", "fewer queries", "more queries"
+
+# What "auto" tries, fastest first. The order is measured on GPUs, see benchmarks/results where
+# present; until then it is the published one, for head_dim 128 on the H100: FlashAttention 3 685
+# TFLOP/s forward, cuDNN 539, FlashAttention 2 and torch's flash kernels 350 to 400; ours last.
+PREFERENCE = (
+    "flash_attn_3",
+    "sdpa_cudnn",
+    "flash_attn_2",
+    "sdpa_flash",
+    "sdpa_varlen",
+    "triton",
+    "torch",
+)
+# Compute capability (major) -> the order measured there, in place of the one above.
+MEASURED: dict[int, tuple[str, ...]] = {}
+# `backend` -> what may serve it; each name of the table stands for itself too.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "sdpa": ("sdpa_cudnn", "sdpa_flash", "sdpa_varlen"),
+    "flash_attn": ("flash_attn_3", "flash_attn_2"),
+}
+
+_HALF = (torch.bfloat16, torch.float16)
+# GPUs with 100 KB of shared memory a multiprocessor, where flash backward is short of it.
+_SMALL_GPUS = (86, 87, 89, 120, 121)
+
+
+@dataclass(frozen=True, slots=True)
+class Capability:
+    """What an implementation can do on a GPU. Architectures are inclusive: 90 is sm_90."""
+
+    architectures: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...] = _HALF
+    max_head_dim: int = 256
+    head_dim_multiple: int = 8
+    max_head_dim_to_train_on_small_gpus: int = 256
+    documents: bool = True
+    window: bool = True
+    softcap: bool = True
+    # Under a causal mask aligned to the last key; with more queries than keys some see nothing.
+    lengths: tuple[str, ...] = (EQUAL, FEWER_QUERIES, MORE_QUERIES)
+    deterministic: bool = True
+    # Whether attention_forward and attention_backward can call it.
+    lse: bool = False
+
+
+CAPABILITIES: dict[str, Capability] = {
+    "flash_attn_3": Capability((90, 90), lengths=(EQUAL, FEWER_QUERIES), deterministic=False),
+    "sdpa_cudnn": Capability(
+        (90, 109),
+        max_head_dim=128,
+        documents=False,
+        window=False,
+        softcap=False,
+        lengths=(EQUAL,),
+        deterministic=False,
+        lse=True,
+    ),
+    "flash_attn_2": Capability(
+        (80, 121), lengths=(EQUAL, FEWER_QUERIES), max_head_dim_to_train_on_small_gpus=192
+    ),
+    "sdpa_flash": Capability(
+        (80, 121),
+        documents=False,
+        window=False,
+        softcap=False,
+        lengths=(EQUAL,),
+        max_head_dim_to_train_on_small_gpus=192,
+        lse=True,
+    ),
+    "sdpa_varlen": Capability(
+        (80, 121),
+        softcap=False,
+        lengths=(EQUAL, FEWER_QUERIES),
+        max_head_dim_to_train_on_small_gpus=192,
+        lse=True,
+    ),
+    "triton": Capability((80, 999), (*_HALF, torch.float32), head_dim_multiple=1, lse=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a call wants and where: all that the choice depends on, but for what is installed."""
+
+    device_type: str = "cuda"
+    architecture: int = 90
+    dtype: torch.dtype = torch.bfloat16
+    head_dim: int = 128
+    causal: bool = True
+    has_documents: bool = False
+    has_window: bool = False
+    has_softcap: bool = False
+    lengths: str = EQUAL
+    is_training: bool = True
+    is_deterministic: bool = False
+    wants_lse: bool = False
+    backend: str = "auto"
+    # NANOTRON_FAST_BACKEND, and whether Triton interprets kernels on the CPU.
+    environment: str = "auto"
+    is_interpreting: bool = False
+
+
+def _unfit(name: str, request: Request, on_any_device: bool = False) -> str:
+    """Why an implementation cannot serve a request, installed or not; empty where it can."""
+    if name == "torch":
+        return ""
+    able = CAPABILITIES[name]
+    if request.device_type == "cuda":
+        low, high = able.architectures
+        if not low <= request.architecture <= high:
+            return f"is for sm_{low} to sm_{high}, not sm_{request.architecture}"
+    elif not on_any_device and not (name == "triton" and request.is_interpreting):
+        return f"needs a GPU, not tensors on {request.device_type}"
+    if request.dtype not in able.dtypes:
+        return f"takes no {request.dtype}"
+    if request.head_dim > able.max_head_dim or request.head_dim % able.head_dim_multiple:
+        multiple = able.head_dim_multiple
+        return f"takes head_dim in {multiple}s up to {able.max_head_dim}, not {request.head_dim}"
+    limit = able.max_head_dim_to_train_on_small_gpus
+    if request.is_training and request.architecture in _SMALL_GPUS and request.head_dim > limit:
+        return f"trains head_dim up to {limit} on sm_{request.architecture}"
+    for is_wanted, is_able, what in (
+        (request.has_documents, able.documents, "documents (cu_seqlens)"),
+        (request.has_window, able.window, "a window"),
+        (request.has_softcap, able.softcap, "a softcap"),
+        (request.is_deterministic, able.deterministic, "deterministic algorithms"),
+        (request.wants_lse, able.lse, "attention_forward and attention_backward"),
+    ):
+        if is_wanted and not is_able:
+            return f"cannot do {what}"
+    if request.causal and request.lengths not in able.lengths:
+        return f"cannot do a causal mask with {request.lengths} than keys"
+    return ""
+
+
+def choose_backend(request: Request, missing: Callable[[str], str]) -> tuple[str, str]:
+    """The name of the implementation that serves a request, and the reason, for people.
+
+    Args:
+        request: what is wanted.
+        missing: name -> why it is not there to be used; empty where it is.
+
+    Raises:
+        ValueError: `backend` is unknown, or names what cannot serve the request.
+    """
+    backend = request.backend
+    if backend == "auto" and request.environment == "torch":
+        return "torch", "NANOTRON_FAST_BACKEND=torch"
+    if backend == "auto" and request.environment == "triton":
+        why_not = _unfit("triton", request, on_any_device=True) or missing("triton")
+        if why_not:
+            return "torch", f"NANOTRON_FAST_BACKEND=triton, but it {why_not}"
+        return "triton", "NANOTRON_FAST_BACKEND=triton"
+    if backend == "auto" and request.device_type != "cuda":
+        return "torch", f"tensors on {request.device_type}"
+    if backend == "auto":
+        measured = MEASURED.get(request.architecture // 10)
+        names = measured or PREFERENCE
+        order = "measured" if measured else "published"
+    elif backend in GROUPS or backend in PREFERENCE:
+        names = GROUPS.get(backend, (backend,))
+    else:
+        known = ", ".join(("auto", *GROUPS, *PREFERENCE))
+        raise ValueError(f"attention: backend={backend!r}: choose {known}")
+    refusals = []
+    for name in names:
+        why_not = _unfit(name, request) or missing(name)
+        if not why_not:
+            passed = f" ({'; '.join(refusals)})" if refusals else ""
+            reason = f"backend={backend!r}" if backend != "auto" else f"first of the {order} order"
+            return name, reason + passed
+        refusals.append(f"{name} {why_not}")
+    raise ValueError(f"attention: backend={backend!r} cannot serve this: {'; '.join(refusals)}")

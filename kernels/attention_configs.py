@@ -1,0 +1,102 @@
+"""Block sizes of the attention kernels, and which of them a launch tries.
+
+The first call of a kind times the few that its GPU can run, and keeps the fastest. All of them are
+held to no register spills on sm_80, sm_90 and sm_100 (`make gate`); those with TMA, the bulk copy
+engine, need sm_90. On the H100 a block of 64 x 128 or more keeps its matrix units busy from shared
+memory: narrower ones are here for what needs more registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton import Config
+
+
+def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": True}
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+def _plain(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": False}
+    return Config(blocks, num_warps=num_warps, num_stages=num_stages)
+
+
+Table = dict[int, list[Config]]
+# head_dim, padded to a power of two -> configurations.
+FORWARD: Table = {
+    64: [_tma(128, 64, 4, 3), _tma(128, 128, 8, 3), _plain(128, 64, 8, 3)],
+    128: [_tma(128, 128, 8, 2), _tma(128, 64, 8, 3), _plain(128, 64, 8, 2)],
+    256: [_tma(128, 64, 8, 2), _tma(128, 32, 8, 3), _plain(64, 32, 8, 2)],
+}
+DQ: Table = {
+    64: [_tma(128, 64, 8, 3), _tma(128, 128, 8, 2), _plain(128, 64, 8, 3)],
+    128: [_tma(128, 64, 8, 2), _tma(128, 128, 8, 2), _plain(64, 64, 8, 2), _plain(128, 32, 8, 2)],
+    256: [_tma(64, 64, 8, 2), _tma(128, 32, 8, 2), _plain(64, 32, 8, 2)],
+}
+DKV: Table = {
+    64: [_tma(64, 128, 8, 3), _tma(128, 128, 8, 2), _plain(64, 128, 8, 3), _plain(32, 64, 4, 2)],
+    128: [_tma(64, 128, 8, 2), _tma(64, 64, 4, 2), _plain(32, 64, 4, 2), _plain(32, 64, 8, 2)],
+    256: [_tma(32, 64, 8, 2), _tma(16, 64, 8, 2), _plain(32, 32, 8, 2)],
+}
+# The same for documents, and with a window or a softcap, which take registers of their own.
+FORWARD_DOCUMENTS: Table = FORWARD
+FORWARD_OPTIONS: Table = FORWARD | {
+    128: [_tma(128, 128, 8, 2), _tma(128, 64, 8, 3), _plain(128, 32, 8, 2)],
+}
+DQ_DOCUMENTS: Table = DQ | {
+    128: [_tma(128, 64, 8, 2), _plain(64, 64, 8, 2), _plain(128, 32, 8, 2)],
+}
+DQ_OPTIONS: Table = DQ | {
+    128: [_tma(128, 64, 8, 2), _plain(128, 32, 8, 2)],
+    256: [_tma(64, 32, 8, 2), _plain(64, 32, 8, 2)],
+}
+DKV_DOCUMENTS: Table = DKV | {
+    128: [_tma(64, 128, 8, 2), _tma(32, 128, 8, 2), _plain(32, 64, 4, 2), _plain(32, 64, 8, 2)],
+    256: [_tma(16, 64, 8, 2), _tma(32, 32, 8, 2), _plain(32, 32, 8, 2)],
+}
+DKV_OPTIONS: Table = {
+    64: [_tma(64, 128, 8, 3), _plain(32, 64, 4, 2)],
+    128: [_tma(32, 128, 8, 2), _plain(32, 64, 8, 2)],
+    256: [_tma(32, 32, 8, 2), _plain(32, 32, 8, 2)],
+}
+# fp32 products are exact, on the ordinary cores: correct, not fast.
+_FP32 = {64: _plain(32, 32, 4, 1), 128: _plain(32, 32, 4, 1), 256: _plain(16, 16, 4, 1)}
+# For the interpreter: blocks of unequal sides, and short, so that few rows cross many edges.
+INTERPRETED = _plain(32, 16, 1, 1)
+
+
+def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
+    """Arguments of triton.autotune for a kernel with these tables."""
+
+    def prune(configs: list[Config], named_args: dict[str, Any], **kwargs: Any) -> list[Config]:
+        arguments = {**named_args, **kwargs}
+        q = arguments["q_ptr"]
+        block_d = max(arguments["BLOCK_D"], 64)
+        if q.dtype == torch.float32:
+            return [_FP32[block_d]]
+        has_options = arguments["HAS_WINDOW"] or arguments["HAS_SOFTCAP"]
+        table = (options if has_options else documents if arguments["VARLEN"] else dense)[block_d]
+        if not arguments["CAN_TMA"]:
+            return [config for config in table if not config.kwargs["TMA"]]
+        # Off the GPU this is the compile gate, which wants all that could run somewhere.
+        return [config for config in table if config.kwargs["TMA"] or not q.is_cuda]
+
+    early_prune: Callable[..., list[Config]] = prune
+    tables = (dense, documents, options)
+    return {
+        "configs": [config for table in tables for configs in table.values() for config in configs],
+        "key": [
+            "HEAD_DIM",
+            "CAUSAL",
+            "HAS_WINDOW",
+            "HAS_SOFTCAP",
+            "VARLEN",
+            "CAN_TMA",
+            "size_class",
+        ],
+        "prune_configs_by": {"early_config_prune": early_prune},
+    }

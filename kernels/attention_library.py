@@ -1,0 +1,268 @@
+"""Attention by the libraries that are there: flash-attn 3 and 2, and torch's own.
+
+`attend` is differentiable, by the library's own autograd. `forward` and `backward` call torch's
+flash and cuDNN kernels directly, for blocks that keep out and lse themselves.
+Shapes as in attention.py; lse (batch, H, seq_q), or (H, tokens) with cu_seqlens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from functools import cache
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+# Where cuDNN refuses (one key, say) flash takes its place.
+_SDPA_KERNELS = {
+    "sdpa_cudnn": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION],
+    "sdpa_flash": [SDPBackend.FLASH_ATTENTION],
+}
+_FLASH_MODULES = {
+    "flash_attn_3": "flash_attn_interface",
+    "flash_attn_2": "flash_attn.flash_attn_interface",
+}
+_FLASH_OPTIONS = ("softmax_scale", "causal", "window_size", "softcap", "deterministic")
+
+
+def _flash_module(name: str) -> ModuleType:
+    return importlib.import_module(_FLASH_MODULES[name])
+
+
+def _missing_flash(name: str) -> str:
+    try:
+        module = _flash_module(name)
+    except ImportError as error:
+        return f"does not import ({error})"
+    if name == "flash_attn_3":
+        is_real = hasattr(torch.ops.flash_attn_3, "fwd")
+    else:
+        # A stand-in has the functions of the real package, but not its compiled extension.
+        extensions = (getattr(module, f"flash_attn_{kind}", None) for kind in ("gpu", "cuda"))
+        is_real = any(getattr(e, "__name__", "") == "flash_attn_2_cuda" for e in extensions)
+    if not is_real:
+        return f"is a stand-in: {module.__name__} without its compiled kernels"
+    for function in ("flash_attn_func", "flash_attn_varlen_func"):
+        parameters = inspect.signature(getattr(module, function)).parameters
+        lacking = [option for option in _FLASH_OPTIONS if option not in parameters]
+        if lacking:
+            return f"is too old: {function} takes no {lacking[0]}"
+    return ""
+
+
+def _varlen_parameters() -> tuple[str, ...]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ()
+    return tuple(inspect.signature(varlen_attn).parameters)
+
+
+@cache
+def missing(name: str) -> str:
+    """Why a library of attention_choice's table is not there to be used; empty where it is."""
+    if name in _FLASH_MODULES:
+        return _missing_flash(name)
+    if name in ("sdpa_flash", "sdpa_varlen"):
+        if not torch.backends.cuda.is_flash_attention_available():
+            return "is not in this build of torch"
+        lacking = {"window_size", "scale"}.difference(_varlen_parameters())
+        if name == "sdpa_varlen" and lacking:
+            return f"needs a torch whose varlen_attn takes {' and '.join(sorted(lacking))}"
+    if name == "sdpa_cudnn":
+        version = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+        # Older ones are wrong where a length is no multiple of 128 (pytorch issue 169849).
+        if version is None or version <= 91500:
+            return f"needs cuDNN above 9.15, not {version}"
+    return ""
+
+
+def _dense_heads(tensor: Tensor) -> Tensor:
+    """Vectors of 16 bytes: what these kernels load."""
+    step = 16 // tensor.element_size()
+    steps = (*tensor.stride()[:-1], tensor.storage_offset())
+    is_fit = tensor.stride(-1) == 1 and all(stride % step == 0 for stride in steps)
+    return tensor if is_fit else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _window_size(causal: bool, window: int | None) -> tuple[int, int]:
+    """Keys to the left and to the right of a query's own; -1 is all of them."""
+    if window is not None:
+        return window - 1, 0
+    return -1, 0 if causal else -1
+
+
+def _attend_sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    has_groups = q.shape[1] != k.shape[1]
+    with sdpa_kernel(_SDPA_KERNELS[name], set_priority=True):
+        out = F.scaled_dot_product_attention(
+            q, k, v, is_causal=causal, scale=scale, enable_gqa=has_groups
+        )
+    return out.transpose(1, 2)
+
+
+def _attend_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    options = {"scale": scale, "window_size": _window_size(causal, window)}
+    if "enable_gqa" in _varlen_parameters():
+        options["enable_gqa"] = q.shape[-2] != k.shape[-2]
+    if cu_seqlens is not None:
+        longest = max_seqlen or q.shape[0]
+        return varlen_attn(q, k, v, cu_seqlens, cu_seqlens, longest, longest, **options)
+    ends = [
+        torch.arange(0, (t.shape[0] + 1) * t.shape[1], t.shape[1], device=t.device).int()
+        for t in (q, k)
+    ]
+    rows = (t.flatten(0, 1) for t in (q, k, v))
+    return varlen_attn(*rows, *ends, q.shape[1], k.shape[1], **options).view(q.shape)
+
+
+def attend(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """out, by the library of that name, for autograd."""
+    q, k, v = (_dense_heads(t) for t in (q, k, v))
+    if name in _SDPA_KERNELS:
+        return _attend_sdpa(name, q, k, v, causal, scale)
+    if name == "sdpa_varlen":
+        return _attend_varlen(q, k, v, cu_seqlens, max_seqlen, causal, window, scale)
+    options = {
+        "softmax_scale": scale,
+        "causal": causal,
+        "window_size": _window_size(causal, window),
+        "softcap": softcap or 0.0,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }
+    module = _flash_module(name)
+    if cu_seqlens is None:
+        out = module.flash_attn_func(q, k, v, **options)
+    else:
+        longest = max_seqlen or q.shape[0]
+        out = module.flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_k=longest,
+            **options,
+        )
+    return out[0] if isinstance(out, tuple) else out  # early FlashAttention 3 returns lse too
+
+
+def _longest(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None):
+    if cu_seqlens is None:
+        return q.shape[1], k.shape[1]
+    longest = max_seqlen or q.shape[0]
+    return longest, longest
+
+
+def forward(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: None = None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse, by torch's kernels."""
+    q, k, v = (_dense_heads(t) for t in (q, k, v))
+    if name == "sdpa_cudnn":
+        heads_first = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *heads_first, None, True, 0.0, causal, False, scale=scale
+        )
+        return out.transpose(1, 2), lse.reshape(q.shape[0], q.shape[2], q.shape[1])
+    left, right = _window_size(causal, window)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        cu_seqlens,
+        *_longest(q, k, cu_seqlens, max_seqlen),
+        0.0,
+        causal and window is None,
+        False,
+        scale=scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
+    return out, lse
+
+
+def backward(
+    name: str,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv, by torch's kernels."""
+    dout, q, k, v, out = (_dense_heads(t) for t in (dout, q, k, v, out))
+    # The state of a random generator, which without dropout nothing reads.
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    longest = _longest(q, k, cu_seqlens, max_seqlen)
+    if name == "sdpa_cudnn":
+        heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *heads_first, lse, state, unused, None, None, None, *longest, 0.0, causal, scale=scale
+        )
+        return tuple(t.transpose(1, 2) for t in grads)
+    left, right = _window_size(causal, window)
+    return torch.ops.aten._flash_attention_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        cu_seqlens,
+        cu_seqlens,
+        *longest,
+        0.0,
+        causal and window is None,
+        state,
+        unused,
+        scale=scale,
+        window_size_left=left,
+        window_size_right=right,
+    )
