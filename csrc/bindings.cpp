@@ -11,6 +11,9 @@
 #include "cast/cast.h"
 #include "core/engine.h"
 #include "core/error.h"
+#include "core/pack.h"
+#include "core/read.h"
+#include "core/tiles.h"
 
 namespace py = pybind11;
 using namespace nanotron_fast;
@@ -77,6 +80,45 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> compare_binding(
   return result;
 }
 
+// (address, size in bytes) of a tensor's memory.
+using MemoryTuple = std::tuple<uintptr_t, int64_t>;
+
+std::vector<Memory> memories_of(const std::vector<MemoryTuple>& tuples) {
+  std::vector<Memory> memories;
+  for (const auto& [address, size_bytes] : tuples) {
+    memories.push_back({reinterpret_cast<std::byte*>(address), size_bytes});
+  }
+  return memories;
+}
+
+void pack_binding(const py::buffer& moves, const std::vector<MemoryTuple>& sources,
+                  const std::vector<MemoryTuple>& destinations, int workers) {
+  const Table table(moves);
+  const EngineOptions options = make_options(workers, false);
+  const py::gil_scoped_release release;
+  pack(table.data(), table.num_moves(), memories_of(sources), memories_of(destinations),
+       options.num_workers, options.simd_level);
+}
+
+std::pair<py::bytes, int64_t> tiles_binding(const py::buffer& moves,
+                                            const std::vector<MemoryTuple>& sources,
+                                            const std::vector<MemoryTuple>& destinations) {
+  const Table table(moves);
+  const TileTable tiles =
+      make_tiles(table.data(), table.num_moves(), memories_of(sources), memories_of(destinations));
+  return {py::bytes(reinterpret_cast<const char*>(tiles.items.data()),
+                    tiles.items.size() * sizeof(TileItem)),
+          tiles.num_tiles};
+}
+
+int64_t read_ranges_binding(const std::vector<std::string>& paths, const py::buffer& moves,
+                            const std::vector<MemoryTuple>& destinations, int workers) {
+  const Table table(moves);
+  if (workers < 1) throw std::invalid_argument("workers must be at least 1");
+  const py::gil_scoped_release release;
+  return read_ranges(paths, table.data(), table.num_moves(), memories_of(destinations), workers);
+}
+
 py::bytes cast_binding(const py::bytes& source, int64_t source_dtype, int64_t destination_dtype,
                        const std::string& simd) {
   if (source_dtype < 0 || source_dtype >= kNumDtypes || destination_dtype < 0 ||
@@ -140,6 +182,12 @@ PYBIND11_MODULE(_C, module) {
         return worker_buffer_bytes(table.data(), table.num_moves(), compares);
       },
       py::arg("moves"), py::kw_only(), py::arg("compares") = false);
+  module.def("pack", &pack_binding, py::arg("moves"), py::arg("sources"), py::arg("destinations"),
+             py::kw_only(), py::arg("workers"));
+  module.def("pack_tiles", &tiles_binding, py::arg("moves"), py::arg("sources"),
+             py::arg("destinations"));
+  module.def("read_ranges", &read_ranges_binding, py::arg("paths"), py::arg("moves"),
+             py::arg("destinations"), py::kw_only(), py::arg("workers"));
   module.def("cast", &cast_binding, py::arg("source"), py::arg("source_dtype"),
              py::arg("destination_dtype"), py::kw_only(), py::arg("simd") = "");
   module.def("simd_levels", [] {

@@ -29,5 +29,24 @@ def compare(
     progress: Progress,
 ) -> list[tuple[int, int, int]]: ...
 def worker_buffer_bytes(moves: array[int], *, compares: bool = False) -> int: ...
+def pack(
+    moves: array[int],
+    sources: Sequence[tuple[int, int]],
+    destinations: Sequence[tuple[int, int]],
+    *,
+    workers: int,
+) -> None: ...
+def pack_tiles(
+    moves: array[int],
+    sources: Sequence[tuple[int, int]],
+    destinations: Sequence[tuple[int, int]],
+) -> tuple[bytes, int]: ...
+def read_ranges(
+    paths: Sequence[str | bytes],
+    moves: array[int],
+    destinations: Sequence[tuple[int, int]],
+    *,
+    workers: int,
+) -> int: ...
 def cast(source: bytes, source_dtype: int, destination_dtype: int, *, simd: str = "") -> bytes: ...
 def simd_levels() -> list[str]: ...

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from nanotron_fast.conversion import Report, convert, plan
     from nanotron_fast.errors import NanotronFastError
     from nanotron_fast.inspection import inspect
+    from nanotron_fast.loading import load_into
     from nanotron_fast.planning.plan import Plan
     from nanotron_fast.topology import Topology
     from nanotron_fast.verification import verify
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "load_into",
     "plan",
     "verify",
 ]
@@ -39,6 +41,7 @@ _HOMES = {
     "Topology": "topology",
     "convert": "conversion",
     "inspect": "inspection",
+    "load_into": "loading",
     "plan": "conversion",
     "verify": "verification",
 }

@@ -16,14 +16,14 @@ HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface
 
 # Modules from the bottom up; each may import from its own line and from those above it.
 LAYERS = (
-    {"version", "errors"},
+    {"version", "errors", "kernels"},
     {"dtypes", "topology"},
     {"header", "spec"},
     {"layouts", "families"},
     {"planning", "source"},
     {"engine", "reference", "destination", "processes", "_C"},
-    {"conversion", "verification", "inspection", "logits"},
-    {"reporting", "scripts"},
+    {"conversion", "verification", "inspection", "logits", "loading"},
+    {"reporting", "scripts", "parallel", "environment", "patch"},
     {"cli", "__main__", ""},
 )
 

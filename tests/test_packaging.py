@@ -75,7 +75,8 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation"],
         cwd=tree,
-        env={**os.environ, "CXXFLAGS": "-O0"},  # the contents matter here, not the speed
+        # The contents matter here, not the speed; and not what this machine happens to have.
+        env={**os.environ, "CXXFLAGS": "-O0", "NANOTRON_FAST_CUDA": "0"},
         capture_output=True,
         text=True,
     )
@@ -122,6 +123,41 @@ def test_wheel_works_away_from_the_repository(wheel: Path, tmp_path: Path) -> No
     assert found["metadata"] == found["__version__"] == nanotron_fast.__version__
     assert found["commands"]["nanotron-fast"] == "nanotron_fast.cli:main"
     assert str(site) not in (found["kernels"] or "")
+
+
+def build_extensions(target: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Builds into a folder, from the objects that are there already."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(target)]
+    env = {**os.environ, **variables}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists(),
+    reason="needs a CUDA compiler",
+)
+def test_cuda_sources_compile_where_there_is_a_compiler(tmp_path: Path) -> None:
+    done = build_extensions(tmp_path, NANOTRON_FAST_CUDA="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = {path.name.partition(".")[0] for path in tmp_path.rglob("*.so")}
+    assert names == {"_C", "_cuda"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NANOTRON_FAST_CUDA": "1", "CUDA_HOME": "/nowhere"}, "there is no nvcc on PATH"),
+        ({"NANOTRON_FAST_CUDA": "yes"}, "NANOTRON_FAST_CUDA=yes: set it to 0 or 1"),
+    ],
+)
+def test_what_a_build_with_cuda_lacks_is_named(
+    tmp_path: Path, variables: dict[str, str], message: str
+) -> None:
+    done = build_extensions(tmp_path, **variables)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kernels_is_never_ours(tmp_path: Path) -> None:

@@ -1,0 +1,17 @@
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "core/pack.h"
+
+namespace nanotron_fast {
+
+// Reads byte ranges of files into memory. The moves' sources are the files, their destinations the
+// memories; they copy only: each runs on along the same dimension on both sides, in one dtype.
+// Nothing is read but what the moves name. Returns the bytes read; throws PlanError or IoError.
+int64_t read_ranges(const std::vector<std::string>& paths, const int64_t* table, int64_t num_moves,
+                    const std::vector<Memory>& destinations, int num_workers);
+
+}  // namespace nanotron_fast
