@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 JOBS := $(shell nproc 2>/dev/null || echo 2)
+SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format bench demo sanitize run-native clean
+.PHONY: help venv build test lint format bench test-gpu bench-gpu report demo sanitize run-native clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 venv: $(READY) ## make .venv with everything for development (PYTHON=python3.12 picks another)
 
@@ -38,8 +39,24 @@ format: $(READY) ## rewrite everything in the house style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: build ## time conversion against cp and torch
+bench: build ## time conversion against cp and torch, and the kernels' CPU paths
 	$(BIN)/python benchmarks/bench_convert.py
+	$(BIN)/pytest benchmarks/test_kernels.py
+
+# On a machine with a GPU, with the torch that is there: nothing is installed.
+test-gpu: ## build, then run the kernels' tests on the GPU and the packer under compute-sanitizer
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) -m pytest tests/kernels tests/parallel
+	$(if $(SANITIZER_GPU),$(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -m pytest -q \
+	  tests/kernels/test_pack.py -m gpu,@echo "compute-sanitizer is not here: skipped" >&2)
+
+bench-gpu: ## build, then time the kernels beside torch and the peers that are installed
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) benchmarks/bench_kernels.py --save benchmarks/results/kernels.json
+
+report: $(READY) ## turn benchmarks/results into tables and plots in docs/results
+	$(BIN)/pip install -qq -c constraints.txt -e '.[bench]' --no-build-isolation
+	$(BIN)/python benchmarks/report.py
 
 demo: build ## convert a small Llama there and back, and prove that nothing changed
 	$(BIN)/python examples/demo.py

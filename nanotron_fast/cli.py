@@ -227,6 +227,19 @@ def inspect(
             _print(reporting.inspection_lines(found))
 
 
+@app.command()
+def env(json: Json = False) -> None:
+    """Print versions, devices, what was built, and which path each operation takes."""
+    with _errors(is_silent=json):
+        from nanotron_fast import environment
+
+        found = environment.environment()
+        if json:
+            _print_json(found.to_json())
+        else:
+            _print(environment.lines(found))
+
+
 @contextmanager
 def _errors(*, is_silent: bool) -> Iterator[None]:
     """Turns an expected error into one message and an exit code."""

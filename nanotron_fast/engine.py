@@ -41,7 +41,7 @@ def execute(
     `meanwhile` is called once on the calling thread, while the engine works.
     Raises OSError with errno and file name, PlanError; KeyboardInterrupt stops the workers first.
     """
-    # Strings, not pathlib: a plan has thousands of files, and making a Path costs as much as a file.
+    # Strings, not pathlib: of thousands of files, making the Paths costs as much as creating them.
     base = os.fspath(root)
     paths = [os.path.join(base, output.path) for output in plan.outputs]
     for folder in sorted({os.path.dirname(path) for path in paths}):

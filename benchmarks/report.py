@@ -1,0 +1,217 @@
+"""Turns benchmarks/results/*.json into tables (Markdown) and plots (SVG) for the docs.
+
+    python benchmarks/report.py [--out docs/results]
+
+Takes what bench_convert.py, bench_kernels.py and pytest-benchmark write, and tells them apart by
+their keys. Plots need matplotlib; without it the tables are written alone, and it says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass
+class Bars:
+    """A group of horizontal bars: one variant each, and a line for what they are held against."""
+
+    title: str
+    unit: str
+    names: list[str]
+    values: list[float]
+    line: float | None = None
+
+
+@dataclass
+class Section:
+    """One result file as text and as plots."""
+
+    name: str
+    lines: list[str]
+    bars: list[Bars]
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+
+
+def about(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in environment.items())
+
+
+def convert_section(name: str, document: dict[str, Any]) -> Section:
+    lines = [f"Measured: {about(document['environment'])}; {document['rounds']} rounds."]
+    bars = []
+    for case in document["cases"]:
+        rows = [
+            (
+                variant["name"],
+                f"{variant['median_seconds']:.2f}",
+                f"{variant['ratio']:.2f}",
+                f"{variant['peak_rss_bytes'] / 1e6:.0f}",
+            )
+            for variant in case["variants"]
+        ]
+        spread = f"the anchor varied {case['anchor_spread']:.1f}-fold"
+        lines += ["", f"{case['title']} (target: {case['target']}; {spread})", ""]
+        lines += table(("", "median s", "ratio", "peak MB"), rows)
+        variants = case["variants"]
+        bars.append(
+            Bars(
+                case["title"],
+                "time as a ratio to the anchor's in the same round (median)",
+                [variant["name"] for variant in variants],
+                [variant["ratio"] for variant in variants],
+                1.0,
+            )
+        )
+    return Section(name, lines, bars)
+
+
+def kernel_section(name: str, document: dict[str, Any]) -> Section:
+    ceilings = document["ceilings"]
+    lines = [
+        f"Measured: {about(document['environment'])}.",
+        f"Ceilings of the same run: device copy {ceilings['copy_gb_per_s']:.0f} GB/s, bare bf16 "
+        f"product {ceilings['matmul_tflop_per_s']:.0f} TFLOP/s.",
+        "",
+    ]
+    rows = []
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in document["rows"]:
+        key = (row["op"], row["shape"])
+        if "wrong_by" in row:
+            rows.append((*key, "", row["variant"], "wrong, not timed", "", "", ""))
+        elif "absent" in row:
+            rows.append((*key, "", row["variant"], row["absent"], "", "", ""))
+        else:
+            groups.setdefault((*key, row["phase"]), []).append(row)
+            rate = row.get("gb_per_s")
+            speed = f"{rate} GB/s" if rate is not None else f"{row.get('tflop_per_s')} TFLOP/s"
+            times = (row["p50_ms"], f"{row['p20_ms']} to {row['p80_ms']}")
+            share = f"{row.get('fraction_of_ceiling', 0):.0%}"
+            rows.append((*key, row["phase"], row["variant"], *times, speed, share))
+    header = ("op", "shape", "phase", "variant", "p50 ms", "p20 to p80", "rate", "of the ceiling")
+    lines += table(header, rows)
+    bars = [
+        Bars(
+            f"{op}, {phase}, {shape}",
+            "share of the ceiling measured in the same run",
+            [row["variant"] for row in group],
+            [row.get("fraction_of_ceiling", 0.0) for row in group],
+            1.0,
+        )
+        for (op, shape, phase), group in groups.items()
+    ]
+    return Section(name, lines, bars)
+
+
+def pytest_section(name: str, document: dict[str, Any]) -> Section:
+    machine = document["machine_info"]
+    cpu = machine.get("cpu", {})
+    lines = [
+        f"Measured: {cpu.get('brand_raw', 'unknown CPU')}, {cpu.get('count', '?')} cores, "
+        f"Python {machine.get('python_version')}, {document['datetime'][:10]}.",
+        "",
+    ]
+    groups: dict[str, list[tuple[str, float]]] = {}
+    for benchmark in document["benchmarks"]:
+        variant = benchmark["name"].partition("[")[2].rstrip("]")
+        op = benchmark["group"] or variant
+        median_ms = benchmark["stats"]["median"] * 1e3
+        groups.setdefault(op, []).append((variant.removeprefix(f"{op}-"), median_ms))
+    rows = [(op, name, f"{ms:.3f}") for op, group in groups.items() for name, ms in group]
+    lines += table(("op", "variant", "median ms, forward and backward"), rows)
+    bars = [
+        Bars(op, "median ms", [name for name, _ in group], [ms for _, ms in group])
+        for op, group in groups.items()
+    ]
+    return Section(name, lines, bars)
+
+
+def read(path: Path) -> Section:
+    """Raises ValueError for a file that none of the benchmarks wrote."""
+    document = json.loads(path.read_text())
+    if "cases" in document:
+        return convert_section(path.stem, document)
+    if "ceilings" in document:
+        return kernel_section(path.stem, document)
+    if "benchmarks" in document:
+        return pytest_section(path.stem, document)
+    raise ValueError(f"{path}: neither cases, ceilings nor benchmarks in it")
+
+
+def plot(section: Section, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = section.name  # the same picture for the same numbers
+    from matplotlib import pyplot
+
+    heights = [len(bars.names) for bars in section.bars]
+    figure, axes = pyplot.subplots(
+        len(section.bars),
+        1,
+        figsize=(8, 0.34 * sum(heights) + 0.95 * len(heights)),
+        height_ratios=heights,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, bars in zip(axes[:, 0], section.bars, strict=True):
+        is_ours = [name.startswith(("ours", "nanotron-fast")) for name in bars.names]
+        colors = ["#d95f02" if ours else "#9aa5b1" for ours in is_ours]
+        drawn = axis.barh(bars.names, bars.values, color=colors, height=0.7)
+        axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_title(bars.title, fontsize=9, loc="left")
+        axis.set_xlabel(bars.unit, fontsize=7)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        if bars.line is not None:
+            axis.axvline(bars.line, color="#333333", linewidth=0.8, linestyle="--")
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    paths = sorted(options.results.glob("*.json"))
+    if not paths:
+        print(f"{options.results}: no results", file=sys.stderr)
+        return 2
+    options.out.mkdir(parents=True, exist_ok=True)
+    sections = [read(path) for path in paths]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        print("matplotlib is not installed: tables without plots", file=sys.stderr)
+        has_plots = False
+    else:
+        has_plots = True
+    lines = ["# Results", "", "Written by `benchmarks/report.py` from `benchmarks/results/`."]
+    for section in sections:
+        lines += ["", f"## {section.name}", "", *section.lines]
+        if has_plots and section.bars:
+            plot(section, options.out / f"{section.name}.svg")
+            lines += ["", f"![{section.name}]({section.name}.svg)"]
+    (options.out / "README.md").write_text("\n".join(lines) + "\n")
+    print(f"{options.out / 'README.md'}: {len(sections)} sections")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

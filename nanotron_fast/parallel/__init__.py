@@ -1,0 +1,26 @@
+"""Tensor parallelism with Nanotron's semantics: layers, and whole fused blocks.
+
+Groups are torch.distributed's: a ProcessGroup, or a DeviceMesh of one dimension. Activations are
+(tokens, hidden); weights are this rank's shards, as Nanotron stores them.
+"""
+
+from __future__ import annotations
+
+from nanotron_fast.parallel.attention import tensor_parallel_attention
+from nanotron_fast.parallel.linear import column_linear, row_linear
+from nanotron_fast.parallel.mlp import tensor_parallel_mlp
+from nanotron_fast.parallel.modules import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+)
+
+__all__ = [
+    "ColumnParallelLinear",
+    "RowParallelLinear",
+    "VocabParallelEmbedding",
+    "column_linear",
+    "row_linear",
+    "tensor_parallel_attention",
+    "tensor_parallel_mlp",
+]

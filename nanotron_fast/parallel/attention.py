@@ -1,0 +1,268 @@
+"""The attention of a tensor-parallel layer as one function, from its input shard to its output.
+
+    [q | k | v] = x Wqkv^T + b;  q, k rotated;  y = sum over ranks of attention(q, k, v) Wo^T
+
+Saved for backward: x's shard, attention's output and log-sum-exp, and the packed QKV after rotary
+unless it is recomputed from x. Rotary and its inverse work in place of the packed tensor, and
+attention reads q, k and v as views of it: they are never copied apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels.attention import attention_backward, attention_forward
+from nanotron_fast.kernels.collectives import Group, Ranks, resolve
+from nanotron_fast.kernels.matmul import matmul_rope, prefers_fused
+from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward_
+from nanotron_fast.parallel.communication import (
+    check_mode,
+    start_all_gather,
+)
+from nanotron_fast.parallel.products import (
+    bias_gradient,
+    gather_linear,
+    input_gradient,
+    linear_all_reduce,
+    linear_scatter,
+    main_gradients,
+    weight_gradient,
+)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What does not change between forward and backward. Heads are this rank's."""
+
+    ranks: Ranks
+    mode: str
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    batch: int
+    max_seqlen: int | None
+    window: int | None
+    scale: float | None
+    interleaved: bool
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        return self.num_q_heads, self.num_kv_heads, self.head_dim
+
+    @property
+    def scatters(self) -> bool:
+        return self.mode == "reduce_scatter" and self.ranks.size > 1
+
+    def split(self, packed: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of packed (tokens, (H+2K)*d) as attention takes them."""
+        q_heads, kv_heads, head_dim = self.heads
+        shape: tuple[int, ...] = (packed.shape[0],)
+        if not is_varlen:
+            shape = (self.batch, packed.shape[0] // self.batch)
+        views = packed.view(*shape, q_heads + 2 * kv_heads, head_dim)
+        q, k, v = views.split([q_heads, kv_heads, kv_heads], dim=-2)
+        return q, k, v
+
+    def options(self, cu_seqlens: Tensor | None) -> dict[str, Any]:
+        return {
+            "causal": True,
+            "cu_seqlens": cu_seqlens,
+            "max_seqlen": self.max_seqlen,
+            "window": self.window,
+            "scale": self.scale,
+        }
+
+
+def _qkv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    layout: _Layout,
+    keeps_gathered: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Packed QKV after rotary, and the gathered x if it is to be kept."""
+    rotary = (cos, sin, *layout.heads, position_ids, layout.interleaved)
+    if layout.scatters:
+        # All ranks must communicate alike, and each measures the fused product for itself.
+        packed, whole = gather_linear(x, weight, bias, layout.ranks, keeps_gathered=keeps_gathered)
+    elif prefers_fused("rope", *x.shape, weight.shape[0], x.dtype, x.device):
+        return matmul_rope(x, weight, bias, *rotary), x
+    else:
+        packed, whole = torch.nn.functional.linear(x, weight, bias), x
+    return rope_qkv_(packed, *rotary), whole
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        qkv_weight: Tensor,
+        qkv_bias: Tensor | None,
+        o_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+        cu_seqlens: Tensor | None,
+        layout: _Layout,
+        recompute: bool,
+    ) -> Tensor:
+        packed, _ = _qkv(x, qkv_weight, qkv_bias, cos, sin, position_ids, layout, False)
+        q, k, v = layout.split(packed, cu_seqlens is not None)
+        out, lse = attention_forward(q, k, v, **layout.options(cu_seqlens))
+        ctx.save_for_backward(
+            *(x, qkv_weight, qkv_bias, o_weight, cos, sin, position_ids, cu_seqlens),
+            *(None if recompute else packed, out, lse),
+        )
+        ctx.main_grads = main_gradients(qkv_weight, qkv_bias, o_weight)
+        ctx.layout = layout
+        rows = out.reshape(packed.shape[0], -1)
+        product = linear_scatter if layout.scatters else linear_all_reduce
+        return product(rows, o_weight, None, layout.ranks)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, o_weight, cos, sin, position_ids, cu_seqlens, packed, out, lse = (
+            ctx.saved_tensors
+        )
+        layout: _Layout = ctx.layout
+        needs_x, needs_qkv, needs_bias, needs_o = ctx.needs_input_grad[:4]
+        rotary = (cos, sin, *layout.heads, position_ids, layout.interleaved)
+        dy = dy.contiguous()
+        gathering = None
+        if packed is None:
+            packed, x = _qkv(x, weight, bias, cos, sin, position_ids, layout, True)
+        elif layout.scatters:
+            gathering = start_all_gather(x, layout.ranks)
+        if layout.scatters:
+            d_out, dy = gather_linear(dy, o_weight.t(), None, layout.ranks)
+        else:
+            d_out = dy @ o_weight
+        is_varlen = cu_seqlens is not None
+        q, k, v = layout.split(packed, is_varlen)
+        d_packed = torch.empty_like(packed)
+        targets = layout.split(d_packed, is_varlen)
+        gradients = attention_backward(
+            d_out.view(out.shape), q, k, v, out, lse, **layout.options(cu_seqlens)
+        )
+        for target, gradient in zip(targets, gradients, strict=True):
+            target.copy_(gradient)
+        del packed, q, k, v, gradients
+        d_packed = rope_qkv_backward_(d_packed, *rotary)
+        dx = input_gradient(d_packed, weight, layout.mode, layout.ranks) if needs_x else None
+        d_o = None
+        if needs_o:
+            d_o = weight_gradient(dy, out.reshape(dy.shape[0], -1), ctx.main_grads[2])
+        x = x if gathering is None else gathering.wait()
+        d_weight = weight_gradient(d_packed, x, ctx.main_grads[0]) if needs_qkv else None
+        d_bias = bias_gradient(d_packed, ctx.main_grads[1]) if needs_bias else None
+        dx = None if dx is None else dx.wait()
+        return dx, d_weight, d_bias, d_o, None, None, None, None, None, None
+
+
+def _document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
+    """0, 1, 2, ... from each document's start: (tokens,)."""
+    tokens = torch.arange(num_tokens, device=cu_seqlens.device)
+    documents = torch.searchsorted(cu_seqlens, tokens, right=True, out_int32=True) - 1
+    return tokens - cu_seqlens[documents.clamp_min(0)]
+
+
+def tensor_parallel_attention(
+    x: Tensor,
+    qkv_weight: Tensor,
+    o_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    batch: int = 1,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    qkv_bias: Tensor | None = None,
+    group: Group = None,
+    mode: str = "all_reduce",
+    window: int | None = None,
+    scale: float | None = None,
+    interleaved: bool = False,
+    recompute: bool = True,
+) -> Tensor:
+    """Causal self-attention with rotary embedding, its heads split over a group.
+
+    Args:
+        x: (tokens, hidden), the same on every rank; with mode "reduce_scatter" (tokens / size,
+            hidden), this rank's tokens. Tokens are batch-major: batch x sequence.
+        qkv_weight: ((H + 2K) * d / size, hidden), this rank's rows packed [q | k | v].
+        o_weight: (hidden, H * d / size), this rank's columns. Parameters that have a `main_grad`
+            (fp32, their shape) get their gradients added to it, and `grad` stays None.
+        cos, sin: (positions, rotary_dim / 2) fp32, see `kernels.rope.rope_tables`.
+        num_q_heads, num_kv_heads: H and K of the whole model.
+        head_dim: d.
+        batch: sequences of equal length in x; 1 with `cu_seqlens`.
+        cu_seqlens: (documents + 1,) int32, where documents start and end among all tokens.
+            Positions start again in each of them.
+        max_seqlen: the longest document's length, if known.
+        qkv_bias: ((H + 2K) * d / size,).
+        group: a ProcessGroup, a DeviceMesh of one dimension, or None for a rank alone.
+        mode: "all_reduce" or "reduce_scatter" (sequence parallelism).
+        window: a token sees so many last tokens, itself included.
+        scale: of the scores; head_dim ** -0.5.
+        interleaved: rotary pairs are neighbours (2i, 2i + 1), not halves.
+        recompute: save x alone and compute QKV again in backward.
+
+    Returns:
+        x's shape and dtype.
+
+    Raises:
+        ValueError: shapes do not fit. TopologyError: heads or tokens do not split over the group.
+    """
+    check_mode(mode)
+    ranks = resolve(group)
+    size = ranks.size
+    for name, heads in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads)):
+        if heads % size:
+            raise TopologyError(f"{name} {heads} does not split over tp={size}")
+    rows = (num_q_heads + 2 * num_kv_heads) * head_dim // size
+    columns = num_q_heads * head_dim // size
+    if x.dim() != 2 or qkv_weight.shape != (rows, x.shape[1]) or o_weight.shape[1] != columns:
+        raise ValueError(
+            f"tensor_parallel_attention: x {tuple(x.shape)}, qkv_weight {tuple(qkv_weight.shape)}, "
+            f"o_weight {tuple(o_weight.shape)} for {num_q_heads} and {num_kv_heads} heads of "
+            f"{head_dim} over tp={size}: the weights should be ({rows}, hidden) and "
+            f"(hidden, {columns})"
+        )
+    num_tokens = x.shape[0] * (size if mode == "reduce_scatter" else 1)
+    if num_tokens % batch or (cu_seqlens is not None and batch != 1):
+        raise ValueError(
+            f"tensor_parallel_attention: batch {batch} for {num_tokens} tokens"
+            + (" and cu_seqlens, which takes batch 1" if cu_seqlens is not None else "")
+        )
+    position_ids = None
+    if cu_seqlens is not None:
+        position_ids = _document_positions(cu_seqlens, num_tokens)
+    elif batch > 1:
+        position_ids = torch.arange(num_tokens // batch, device=x.device).repeat(batch)
+    layout = _Layout(
+        ranks,
+        mode,
+        num_q_heads // size,
+        num_kv_heads // size,
+        head_dim,
+        batch,
+        max_seqlen,
+        window,
+        scale,
+        interleaved,
+    )
+    return _Attention.apply(
+        x, qkv_weight, qkv_bias, o_weight, cos, sin, position_ids, cu_seqlens, layout, recompute
+    )

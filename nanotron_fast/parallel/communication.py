@@ -1,0 +1,83 @@
+"""Collectives along dimension 0 that are started, and waited for later.
+
+What runs between the start and the wait overlaps with the communication: on NCCL's own stream, on
+gloo's own threads. While torch.compile traces, they are functional collectives, which it may
+reorder and fuse itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels import collectives
+from nanotron_fast.kernels.collectives import Ranks
+
+MODES = ("all_reduce", "reduce_scatter")
+
+
+def check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise ValueError(f"mode {mode!r}: choose {' or '.join(MODES)}")
+
+
+@dataclass
+class Pending:
+    """A tensor on its way, or here already where nothing is to be done."""
+
+    tensor: Tensor
+    work: Any = None
+
+    def wait(self) -> Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
+def start_all_reduce(tensor: Tensor, ranks: Ranks) -> Pending:
+    """The sum over ranks, in place of a tensor that nobody else reads."""
+    if ranks.size == 1:
+        return Pending(tensor)
+    if torch.compiler.is_compiling():
+        return Pending(collectives.all_reduce(tensor, ranks))
+    return Pending(tensor, dist.all_reduce(tensor, group=_group(ranks), async_op=True))
+
+
+def start_all_gather(tensor: Tensor, ranks: Ranks) -> Pending:
+    """(rows, ...) -> (size * rows, ...), the ranks' rows one after another."""
+    if ranks.size == 1:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    shape = (ranks.size * tensor.shape[0], *tensor.shape[1:])
+    if torch.compiler.is_compiling():
+        return Pending(collectives.all_gather(tensor, ranks).view(shape))
+    # Renamed in torch 2.13.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    out = tensor.new_empty(shape)
+    return Pending(out, gather(out, tensor, group=_group(ranks), async_op=True))
+
+
+def start_reduce_scatter(tensor: Tensor, ranks: Ranks) -> Pending:
+    """(size * rows, ...) -> (rows, ...), summed over ranks.
+
+    Raises TopologyError where the rows do not divide.
+    """
+    if ranks.size == 1:
+        return Pending(tensor)
+    if tensor.shape[0] % ranks.size:
+        raise TopologyError(f"{tensor.shape[0]} rows do not scatter over tp={ranks.size}")
+    tensor = tensor.contiguous()
+    if torch.compiler.is_compiling():
+        return Pending(collectives.reduce_scatter(tensor, ranks))
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    out = tensor.new_empty((tensor.shape[0] // ranks.size, *tensor.shape[1:]))
+    return Pending(out, scatter(out, tensor, group=_group(ranks), async_op=True))
+
+
+def _group(ranks: Ranks) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(ranks.name)

@@ -1,0 +1,187 @@
+"""Linear layers whose weights are split over a tensor-parallel group, with Nanotron's semantics.
+
+A column linear splits the output features, a row linear the input features. In mode "all_reduce"
+activations are whole on every rank: a column linear sums the input's gradient over ranks, a row
+linear its output. In mode "reduce_scatter" (sequence parallelism) what lies between is split along
+dimension 0: a column linear gathers its input, a row linear scatters its output.
+
+Shapes, with size the number of ranks: a column linear takes (n, ..., in), with sequence parallelism
+(n / size, ..., in), and gives (n, ..., out / size); a row linear takes (n, ..., in / size) and
+gives (n, ..., out), or (n / size, ..., out). Weights are (out / size, in) and (out, in / size).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels.collectives import Group, Ranks, resolve
+from nanotron_fast.parallel.communication import (
+    check_mode,
+    start_all_gather,
+)
+from nanotron_fast.parallel.products import (
+    bias_gradient,
+    gather_linear,
+    input_gradient,
+    linear_all_reduce,
+    linear_scatter,
+    main_gradients,
+    weight_gradient,
+)
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+class _ColumnLinear(torch.autograd.Function):
+    """On (rows, in). Saves its input (the shard, or what was gathered) and the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranks: Ranks,
+        mode: str,
+        recompute_allgather: bool,
+    ) -> Tensor:
+        gathers = mode == "reduce_scatter"
+        if gathers:
+            y, gathered = gather_linear(
+                x, weight, bias, ranks, keeps_gathered=not recompute_allgather
+            )
+        else:
+            y, gathered = torch.nn.functional.linear(x, weight, bias), x
+        ctx.regathers = gathers and recompute_allgather
+        ctx.save_for_backward(x if ctx.regathers else gathered, weight)
+        ctx.main_grads = main_gradients(weight, bias)
+        ctx.ranks, ctx.mode = ranks, mode
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dy = dy.contiguous()
+        gathering = start_all_gather(x, ctx.ranks) if ctx.regathers and needs_weight else None
+        dx = input_gradient(dy, weight, ctx.mode, ctx.ranks) if needs_x else None
+        dw = db = None
+        if needs_weight:
+            x = x if gathering is None else gathering.wait()
+            dw = weight_gradient(dy, x, ctx.main_grads[0])
+        if needs_bias:
+            db = bias_gradient(dy, ctx.main_grads[1])
+        return None if dx is None else dx.wait(), dw, db, None, None, None
+
+
+class _RowLinear(torch.autograd.Function):
+    """On (rows, in). Saves its input and the weight."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        ranks: Ranks,
+        mode: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.main_grads = main_gradients(weight, bias)
+        ctx.ranks, ctx.mode = ranks, mode
+        if mode == "reduce_scatter":
+            return linear_scatter(x, weight, bias, ranks, may_have_bias=True)
+        return linear_all_reduce(x, weight, bias, ranks)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dy = dy.contiguous()
+        dx = dw = db = None
+        if ctx.mode == "reduce_scatter":
+            if needs_x:
+                # Gathered in chunks, each multiplied as it arrives.
+                dx, dy = gather_linear(dy, weight.t(), None, ctx.ranks)
+            else:
+                dy = start_all_gather(dy, ctx.ranks).wait()
+        elif needs_x:
+            dx = dy @ weight
+        if needs_weight:
+            dw = weight_gradient(dy, x, ctx.main_grads[0])
+        if needs_bias:
+            db = bias_gradient(dy, ctx.main_grads[1])
+        return dx, dw, db, None, None
+
+
+def column_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group = None,
+    mode: str = "all_reduce",
+    recompute_allgather: bool = True,
+) -> Tensor:
+    """x @ weight^T + bias with the output features split over the group.
+
+    Args:
+        x: (..., in); with mode "reduce_scatter" this rank's share of dimension 0.
+        weight: (out / size, in), this rank's rows. If it has a `main_grad` (fp32, its shape), the
+            gradient is added to that and `grad` stays None; the bias likewise.
+        bias: (out / size,).
+        mode: "all_reduce" or "reduce_scatter".
+        recompute_allgather: keep the shard of x for backward and gather it again there.
+
+    Returns:
+        (..., out / size); with mode "reduce_scatter" dimension 0 is whole again.
+    """
+    check_mode(mode)
+    ranks = resolve(group)
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"column_linear: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
+    y = _ColumnLinear.apply(_rows(x), weight, bias, ranks, mode, recompute_allgather)
+    first = x.shape[0] * (ranks.size if mode == "reduce_scatter" else 1)
+    return y.view(first, *x.shape[1:-1], weight.shape[0]) if x.dim() != 2 else y
+
+
+def row_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: Group = None,
+    mode: str = "all_reduce",
+) -> Tensor:
+    """x @ weight^T + bias with the input features split over the group.
+
+    Args:
+        x: (..., in / size).
+        weight: (out, in / size), this rank's columns; for `main_grad` see `column_linear`.
+        bias: (out,), on one rank of the group alone (Nanotron: rank 0), None on the others.
+        mode: "all_reduce" or "reduce_scatter".
+
+    Returns:
+        (..., out); with mode "reduce_scatter" this rank's share of dimension 0.
+
+    Raises:
+        TopologyError: dimension 0 does not divide by the group's size.
+    """
+    check_mode(mode)
+    ranks = resolve(group)
+    size = ranks.size
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"row_linear: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
+    first = x.shape[0]
+    if mode == "reduce_scatter":
+        if first % size:
+            raise TopologyError(f"row_linear: {first} rows do not scatter over tp={size}")
+        first //= size
+    y = _RowLinear.apply(_rows(x), weight, bias, ranks, mode)
+    return y.view(first, *x.shape[1:-1], weight.shape[0]) if x.dim() != 2 else y

@@ -1,0 +1,175 @@
+"""The fused blocks: real ranks, the kernels' own path, what they save, what they refuse."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels.rope import rope_tables
+from nanotron_fast.parallel import tensor_parallel_attention, tensor_parallel_mlp
+from tests.parallel.ranks import run_ranks
+
+TOKENS, HIDDEN, INTER = 24, 32, 48
+HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
+ROWS = (4 + 2 * 2) * 16
+
+
+@pytest.fixture(params=["triton", "torch"])
+def path(request, monkeypatch) -> str:
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", request.param)
+    return request.param
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_the_whole(size: int) -> None:
+    run_ranks("tests.parallel.block_ranks", size)
+
+
+def mlp_tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = ((TOKENS, HIDDEN), (2 * INTER, HIDDEN), (HIDDEN, INTER))
+    return [(torch.randn(shape) * 0.3).to(dtype).requires_grad_() for shape in shapes]
+
+
+def attention_tensors(dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    shapes = ((TOKENS, HIDDEN), (ROWS, HIDDEN), (HIDDEN, 64))
+    return [(torch.randn(shape) * 0.3).to(dtype).requires_grad_() for shape in shapes]
+
+
+def saved_bytes(function) -> int:
+    """Bytes that a call keeps for backward, beyond its parameters; storage shared counts once."""
+    saved = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            saved[tensor.untyped_storage().data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        function()
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("fused", ["never", "always"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_mlp(path, monkeypatch, fused, recompute, activation) -> None:
+    monkeypatch.setenv("NANOTRON_FAST_FUSED_MATMUL", fused)
+    x, gate_up, down = mlp_tensors(torch.float32)
+    y = tensor_parallel_mlp(x, gate_up, down, activation=activation, recompute=recompute)
+    dy = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, gate_up, down), dy)
+    leaves = [t.detach().double().requires_grad_() for t in (x, gate_up, down)]
+    gate, up = F.linear(leaves[0], leaves[1]).chunk(2, -1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    expected = F.linear(act * up, leaves[2])
+    reference = torch.autograd.grad(expected, leaves, dy.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_the_mlp_saves(path, recompute) -> None:
+    """x alone (2 bytes a value); and gate_up where it is not computed again."""
+    x, gate_up, down = (torch.nn.Parameter(t) for t in mlp_tensors(torch.float16))
+    hidden = x.detach().requires_grad_()
+    bound = TOKENS * HIDDEN * 2 + (0 if recompute else TOKENS * 2 * INTER * 2)
+    assert (
+        saved_bytes(lambda: tensor_parallel_mlp(hidden, gate_up, down, recompute=recompute))
+        == bound
+    )
+
+
+@pytest.mark.parametrize("fused", ["never", "always"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("documents", [None, [0, 5, 5, 24]])
+def test_attention(path, monkeypatch, fused, recompute, interleaved, documents) -> None:
+    monkeypatch.setenv("NANOTRON_FAST_FUSED_MATMUL", fused)
+    x, weight, o_weight = attention_tensors(torch.float32)
+    cos, sin = rope_tables(16, TOKENS)
+    cu_seqlens = torch.tensor(documents, dtype=torch.int32) if documents else None
+    options = {**HEADS, "cu_seqlens": cu_seqlens, "interleaved": interleaved}
+    y = tensor_parallel_attention(x, weight, o_weight, cos, sin, **options, recompute=recompute)
+    dy = torch.randn_like(y)
+    ours = torch.autograd.grad(y, (x, weight, o_weight), dy)
+    leaves = [t.detach().double().requires_grad_() for t in (x, weight, o_weight)]
+    expected = plain_attention(*leaves, cos, sin, documents or [0, TOKENS], interleaved)
+    reference = torch.autograd.grad(expected, leaves, dy.double())
+    torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
+    for a, b in zip(ours, reference, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def plain_attention(x, weight, o_weight, cos, sin, edges, interleaved):
+    """Written out from the definition, one document after another."""
+    outs = []
+    for a, b in itertools.pairwise(edges):
+        q, k, v = F.linear(x[a:b], weight).view(b - a, 8, 16).split([4, 2, 2], dim=1)
+        c, s = cos[: b - a, None].double(), sin[: b - a, None].double()
+
+        def rotate(t, c=c, s=s):
+            if interleaved:
+                p, q = t[..., 0::2], t[..., 1::2]
+                return torch.stack([p * c - q * s, q * c + p * s], -1).flatten(-2)
+            p, q = t.chunk(2, -1)
+            return torch.cat([p * c - q * s, q * c + p * s], -1)
+
+        q, k = rotate(q), rotate(k)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 4
+        mask = torch.ones(b - a, b - a, dtype=torch.bool).tril()
+        weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+        outs.append(torch.einsum("hqk,khd->qhd", weights, v).flatten(1))
+    return F.linear(torch.cat(outs), o_weight)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_what_attention_saves(path, recompute) -> None:
+    """x, attention's output, its log-sum-exp in fp32; QKV where it is not computed again."""
+    x, weight, o_weight = attention_tensors(torch.float16)
+    hidden = x.detach().requires_grad_()
+    weight, o_weight = torch.nn.Parameter(weight), torch.nn.Parameter(o_weight)
+    cos, sin = rope_tables(16, TOKENS)
+    bound = TOKENS * (HIDDEN * 2 + 64 * 2 + 4 * 4) + (0 if recompute else TOKENS * ROWS * 2)
+    tables = (cos.numel() + sin.numel()) * 4
+    assert (
+        saved_bytes(
+            lambda: tensor_parallel_attention(
+                hidden, weight, o_weight, cos, sin, **HEADS, recompute=recompute
+            )
+        )
+        <= bound + tables
+    )
+
+
+def test_blocks_compile_without_a_graph_break(path) -> None:
+    x, gate_up, down = mlp_tensors(torch.float32)
+    compiled = torch.compile(tensor_parallel_mlp, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, gate_up, down), tensor_parallel_mlp(x, gate_up, down))
+    x, weight, o_weight = attention_tensors(torch.float32)
+    args = (x, weight, o_weight, *rope_tables(16, TOKENS))
+    compiled = torch.compile(tensor_parallel_attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(
+        compiled(*args, **HEADS), tensor_parallel_attention(*args, **HEADS), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_what_does_not_fit_is_named() -> None:
+    x, gate_up, down = mlp_tensors(torch.float32)
+    with pytest.raises(ValueError, match=r"gate_up_weight \(48, 32\), down_weight \(32, 48\)"):
+        tensor_parallel_mlp(x, gate_up[:INTER], down)
+    x, weight, o_weight = attention_tensors(torch.float32)
+    tables = rope_tables(16, TOKENS)
+    with pytest.raises(ValueError, match=r"the weights should be \(128, hidden\) and"):
+        tensor_parallel_attention(x, weight[:64], o_weight, *tables, **HEADS)
+    with pytest.raises(ValueError, match="batch 5 for 24 tokens"):
+        tensor_parallel_attention(x, weight, o_weight, *tables, **HEADS, batch=5)
+    assert issubclass(TopologyError, ValueError)

@@ -1,0 +1,61 @@
+"""Parallel layers against the whole ones: real ranks over gloo, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear, column_linear
+from tests.parallel.ranks import run_ranks
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_agree_with_the_whole(size: int) -> None:
+    run_ranks("tests.parallel.linear_ranks", size)
+
+
+@pytest.mark.parametrize("mode", ["all_reduce", "reduce_scatter"])
+@pytest.mark.parametrize("shape", [(3,), (2, 5), (0,)])
+def test_a_rank_alone_is_a_linear_layer(mode, shape) -> None:
+    # Nanotron's own raises in backward here, with one rank and three dimensions.
+    x = torch.randn(*shape, 6, dtype=torch.float64, requires_grad=True)
+    for kind in (ColumnParallelLinear, RowParallelLinear):
+        layer = kind(6, 4, mode=mode, bias=True, dtype=torch.float64)
+        y = layer(x)
+        expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+        torch.testing.assert_close(y, expected)
+        dy = torch.randn_like(y)
+        inputs = (x, layer.weight, layer.bias)
+        for ours, theirs in zip(
+            torch.autograd.grad(y, inputs, dy),
+            torch.autograd.grad(expected, inputs, dy),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_only_what_is_asked_for_is_computed() -> None:
+    x = torch.randn(3, 6)
+    weight = torch.randn(4, 6, requires_grad=True)
+    y = column_linear(x, weight)
+    y.sum().backward()
+    assert weight.grad is not None
+
+
+def test_compiles_without_a_graph_break() -> None:
+    layer = ColumnParallelLinear(6, 4, bias=True)
+    x = torch.randn(3, 6, requires_grad=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_what_does_not_fit_is_named() -> None:
+    with pytest.raises(ValueError, match=r"column_linear: x \(3, 5\) for weight \(4, 6\)"):
+        column_linear(torch.randn(3, 5), torch.randn(4, 6))
+    with pytest.raises(ValueError, match="mode 'both': choose all_reduce or reduce_scatter"):
+        column_linear(torch.randn(3, 6), torch.randn(4, 6), mode="both")
+    with pytest.raises(ValueError, match=r"\(1, 2\) sum to 3, not to out_features 4"):
+        ColumnParallelLinear(6, 4, contiguous_chunks=(1, 2))
+    assert issubclass(TopologyError, ValueError)
