@@ -12,8 +12,8 @@ from torch import Tensor
 
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.rope import rope_qkv_reference
-from nanotron_fast.parallel import products, tensor_parallel_attention, tensor_parallel_mlp
-from tests.parallel.ranks import check, join, leaf, run_cases, shard
+from nanotron_fast.parallel import tensor_parallel_attention, tensor_parallel_mlp
+from tests.parallel.ranks import check, join, leaf, run_cases, shard, with_chunks
 
 HIDDEN, INTER, TOKENS = 12, 16, 24
 Q_HEADS, KV_HEADS, HEAD_DIM = 8, 4, 16
@@ -94,14 +94,6 @@ def attend(mode: str, recompute: bool, batch: int, documents, window, bias, grou
     if bias:
         check(qkv_bias.grad, shard(whole[2].grad, 0, sections), "d bias", 1e-6)
     check(o.grad, shard(whole[3].grad, 1), "d o", 1e-6)
-
-
-def with_chunks(case: Callable[[], None]) -> None:
-    threshold, products.MIN_ROWS = products.MIN_ROWS, 1
-    try:
-        case()
-    finally:
-        products.MIN_ROWS = threshold
 
 
 def cases(group) -> Iterator[tuple[str, Callable[[], None]]]:

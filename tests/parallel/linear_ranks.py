@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.distributed import _symmetric_memory
 from torch.distributed.device_mesh import init_device_mesh
 
-from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear, products
-from tests.parallel.ranks import check, join, leaf, run_cases, shard
+from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear
+from tests.parallel.ranks import check, join, leaf, run_cases, shard, with_chunks
 
 IN, OUT = 12, 24
 MODES = ("all_reduce", "reduce_scatter")
@@ -86,15 +86,6 @@ def main_gradients(mode: str, mesh) -> None:
     assert layer.bias.grad is None
     check(layer.weight.main_grad, 1 + dy.double().t() @ x.double(), "main grad", 1e-5)
     check(layer.bias.main_grad, 1 + dy.double().sum(0), "main grad of the bias", 1e-5)
-
-
-def with_chunks(case: Callable[[], None]) -> None:
-    """The same case with its communication cut into chunks."""
-    threshold, products.MIN_ROWS = products.MIN_ROWS, 1
-    try:
-        case()
-    finally:
-        products.MIN_ROWS = threshold
 
 
 def with_symmetric_memory(case: Callable[[], None], group) -> None:

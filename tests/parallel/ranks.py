@@ -13,6 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanotron_fast.parallel import products
+
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 240
 
@@ -75,6 +77,15 @@ def run_cases(cases: Iterable[tuple[str, Callable[[], None]]]) -> None:
     dist.destroy_process_group()
     # Not through the interpreter's own end: gloo's threads may outlive their group, and abort it.
     os._exit(0)
+
+
+def with_chunks(case: Callable[[], None]) -> None:
+    """The same case with its communication cut into chunks, whatever its size."""
+    threshold, products.MIN_ROWS = products.MIN_ROWS, 1
+    try:
+        case()
+    finally:
+        products.MIN_ROWS = threshold
 
 
 def shard(tensor: Tensor, dim: int, chunks: list[int] | None = None) -> Tensor:
