@@ -20,6 +20,7 @@ Shapes: q, out (batch, seq_q, H, d); k, v (batch, seq_k, K, d), K a divisor of H
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -158,11 +159,13 @@ def _check(
     if softcap is not None and not softcap > 0:
         raise ValueError(f"attention: softcap={softcap}: it must be above 0")
     is_whole = window is not None and window >= k.shape[-3]
+    # A graph with symbolic sizes holds for one head_dim: index() says so.
+    head_dim = operator.index(q.shape[-1])
     return {
         "cu_seqlens": cu_seqlens,
         "causal": causal,
         "window": None if is_whole else window,
-        "scale": q.shape[-1] ** -0.5 if scale is None else scale,
+        "scale": head_dim**-0.5 if scale is None else scale,
         "softcap": softcap,
     }
 
@@ -179,7 +182,7 @@ def _name(
     name, _ = _choose(
         q.device,
         q.dtype,
-        q.shape[-1],
+        operator.index(q.shape[-1]),
         options["causal"],
         options["cu_seqlens"] is not None,
         options["window"] is not None,

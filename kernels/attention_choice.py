@@ -53,6 +53,7 @@ class Capability:
     dtypes: tuple[torch.dtype, ...] = _HALF
     max_head_dim: int = 256
     head_dim_multiple: int = 8
+    max_head_dim_in_fp32: int = 256
     max_head_dim_to_train_on_small_gpus: int = 256
     documents: bool = True
     window: bool = True
@@ -95,7 +96,13 @@ CAPABILITIES: dict[str, Capability] = {
         max_head_dim_to_train_on_small_gpus=192,
         lse=True,
     ),
-    "triton": Capability((80, 999), (*_HALF, torch.float32), head_dim_multiple=1, lse=True),
+    "triton": Capability(
+        (80, 999),
+        dtypes=(*_HALF, torch.float32),
+        head_dim_multiple=1,
+        max_head_dim_in_fp32=128,
+        lse=True,
+    ),
 }
 
 
@@ -128,15 +135,19 @@ def _unfit(name: str, request: Request, on_any_device: bool = False) -> str:
     able = CAPABILITIES[name]
     if request.device_type == "cuda":
         low, high = able.architectures
+        if request.architecture == 0:
+            return "needs a GPU, and there is none"
         if not low <= request.architecture <= high:
             return f"is for sm_{low} to sm_{high}, not sm_{request.architecture}"
     elif not on_any_device and not (name == "triton" and request.is_interpreting):
         return f"needs a GPU, not tensors on {request.device_type}"
     if request.dtype not in able.dtypes:
         return f"takes no {request.dtype}"
-    if request.head_dim > able.max_head_dim or request.head_dim % able.head_dim_multiple:
-        multiple = able.head_dim_multiple
-        return f"takes head_dim in {multiple}s up to {able.max_head_dim}, not {request.head_dim}"
+    is_fp32 = request.dtype == torch.float32
+    limit = able.max_head_dim_in_fp32 if is_fp32 else able.max_head_dim
+    if request.head_dim > limit or request.head_dim % able.head_dim_multiple:
+        multiple = f"multiples of {able.head_dim_multiple} " if able.head_dim_multiple > 1 else ""
+        return f"takes head_dim {multiple}up to {limit}, not {request.head_dim}"
     limit = able.max_head_dim_to_train_on_small_gpus
     if request.is_training and request.architecture in _SMALL_GPUS and request.head_dim > limit:
         return f"trains head_dim up to {limit} on sm_{request.architecture}"

@@ -39,7 +39,7 @@ DQ: Table = {
 }
 DKV: Table = {
     64: [_tma(64, 128, 8, 3), _tma(128, 128, 8, 2), _plain(64, 128, 8, 3), _plain(32, 64, 4, 2)],
-    128: [_tma(64, 128, 8, 2), _tma(64, 64, 4, 2), _plain(32, 64, 4, 2), _plain(32, 64, 8, 2)],
+    128: [_tma(64, 128, 8, 2), _tma(64, 64, 4, 2), _plain(32, 64, 8, 2)],
     256: [_tma(32, 64, 8, 2), _tma(16, 64, 8, 2), _plain(32, 32, 8, 2)],
 }
 # The same for documents, and with a window or a softcap, which take registers of their own.
@@ -51,11 +51,12 @@ DQ_DOCUMENTS: Table = DQ | {
     128: [_tma(128, 64, 8, 2), _plain(64, 64, 8, 2), _plain(128, 32, 8, 2)],
 }
 DQ_OPTIONS: Table = DQ | {
+    64: [_tma(128, 64, 8, 3), _plain(64, 32, 4, 3)],
     128: [_tma(128, 64, 8, 2), _plain(128, 32, 8, 2)],
     256: [_tma(64, 32, 8, 2), _plain(64, 32, 8, 2)],
 }
 DKV_DOCUMENTS: Table = DKV | {
-    128: [_tma(64, 128, 8, 2), _tma(32, 128, 8, 2), _plain(32, 64, 4, 2), _plain(32, 64, 8, 2)],
+    128: [_tma(64, 128, 8, 2), _tma(32, 128, 8, 2), _plain(32, 64, 8, 2)],
     256: [_tma(16, 64, 8, 2), _tma(32, 32, 8, 2), _plain(32, 32, 8, 2)],
 }
 DKV_OPTIONS: Table = {
@@ -63,8 +64,8 @@ DKV_OPTIONS: Table = {
     128: [_tma(32, 128, 8, 2), _plain(32, 64, 8, 2)],
     256: [_tma(32, 32, 8, 2), _plain(32, 32, 8, 2)],
 }
-# fp32 products are exact, on the ordinary cores: correct, not fast.
-_FP32 = {64: _plain(32, 32, 4, 1), 128: _plain(32, 32, 4, 1), 256: _plain(16, 16, 4, 1)}
+# fp32 products are exact, on the ordinary cores: correct, not fast, and too much above 128.
+_FP32 = _plain(16, 16, 8, 1)
 # For the interpreter: blocks of unequal sides, and short, so that few rows cross many edges.
 INTERPRETED = _plain(32, 16, 1, 1)
 
@@ -75,15 +76,15 @@ def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
     def prune(configs: list[Config], named_args: dict[str, Any], **kwargs: Any) -> list[Config]:
         arguments = {**named_args, **kwargs}
         q = arguments["q_ptr"]
-        block_d = max(arguments["BLOCK_D"], 64)
         if q.dtype == torch.float32:
-            return [_FP32[block_d]]
+            return [_FP32]
         has_options = arguments["HAS_WINDOW"] or arguments["HAS_SOFTCAP"]
-        table = (options if has_options else documents if arguments["VARLEN"] else dense)[block_d]
+        table = options if has_options else documents if arguments["VARLEN"] else dense
+        choices = table[max(arguments["BLOCK_D"], 64)]
         if not arguments["CAN_TMA"]:
-            return [config for config in table if not config.kwargs["TMA"]]
+            return [config for config in choices if not config.kwargs["TMA"]]
         # Off the GPU this is the compile gate, which wants all that could run somewhere.
-        return [config for config in table if config.kwargs["TMA"] or not q.is_cuda]
+        return [config for config in choices if config.kwargs["TMA"] or not q.is_cuda]
 
     early_prune: Callable[..., list[Config]] = prune
     tables = (dense, documents, options)

@@ -81,7 +81,7 @@ def _visit_queries(
         # Past the end: the one more row of each head, of weights 0.
         at = head * (seq_q + 1) + tl.where(rows < num_q, rows, seq_q - first_row)
         lse = tl.load(lse_ptr + at)
-        scores = tl.dot(k, tl.trans(q), input_precision="tf32x3")
+        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
         if HAS_SOFTCAP:
             capped = tanh_of(scores, scale)
             weights = tl.exp2(capped * cap - lse[None, :])
@@ -91,13 +91,13 @@ def _visit_queries(
             queries = (rows + shift)[None, :]
             visible = is_visible(queries, keys[:, None], 0, window, CAUSAL, HAS_WINDOW)
             weights = tl.where(visible, weights, 0.0)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="tf32x3")
+        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
         if HAS_SOFTCAP:
             weights *= 1.0 - capped * capped
-        dweights = tl.dot(v, tl.trans(dout), input_precision="tf32x3")
+        dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
         delta = tl.load(delta_ptr + at)
         dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="tf32x3")
+        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
         start += BLOCK_M
         if TMA:  # a branch takes fewer registers, but many more without the bulk copies
             if start >= last:

@@ -56,7 +56,7 @@ def _visit_keys(
         else:
             k = load_rows(k_source, k_row_stride, start, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
             v = load_rows(v_source, v_row_stride, start, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_SOFTCAP:
             capped = tanh_of(scores, scale)
             weights = tl.exp2(capped * cap - lse[:, None])
@@ -68,9 +68,9 @@ def _visit_keys(
             weights = tl.where(visible, weights, 0.0)
         if HAS_SOFTCAP:
             weights *= 1.0 - capped * capped
-        dweights = tl.dot(dout, tl.trans(v), input_precision="tf32x3")
+        dweights = tl.dot(dout, tl.trans(v), input_precision="ieee")
         dscores = weights * (dweights - delta[:, None])
-        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="tf32x3")
+        dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision="ieee")
     return dq
 
 

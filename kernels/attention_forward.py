@@ -59,7 +59,7 @@ def _visit(
             k = k_source.load([start, 0])
         else:
             k = load_rows(k_source, k_row_stride, start, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
         if HAS_SOFTCAP:
             scores = tanh_of(scores, scale)
             unit = cap
@@ -80,7 +80,7 @@ def _visit(
             v = v_source.load([start, 0])
         else:
             v = load_rows(v_source, v_row_stride, start, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="tf32x3")
+        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
         peak = new_peak
     return acc, total, peak
 

@@ -81,11 +81,12 @@ def missing(name: str) -> str:
     return ""
 
 
-def _dense_heads(tensor: Tensor) -> Tensor:
-    """Vectors of 16 bytes: what these kernels load."""
-    step = 16 // tensor.element_size()
-    steps = (*tensor.stride()[:-1], tensor.storage_offset())
-    is_fit = tensor.stride(-1) == 1 and all(stride % step == 0 for stride in steps)
+def _vectors(tensor: Tensor) -> Tensor:
+    """A copy, unless its heads can be loaded 16 bytes at a time, as these kernels do."""
+    multiple = 16 // tensor.element_size()
+    is_fit = tensor.stride(-1) == 1 and all(step % multiple == 0 for step in tensor.stride()[:-1])
+    if is_fit and not torch.compiler.is_compiling():  # no graph can hold an offset
+        is_fit = tensor.storage_offset() % multiple == 0
     return tensor if is_fit else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -145,7 +146,7 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """out, by the library of that name, for autograd."""
-    q, k, v = (_dense_heads(t) for t in (q, k, v))
+    q, k, v = (_vectors(t) for t in (q, k, v))
     if name in _SDPA_KERNELS:
         return _attend_sdpa(name, q, k, v, causal, scale)
     if name == "sdpa_varlen":
@@ -195,7 +196,7 @@ def forward(
     softcap: None = None,
 ) -> tuple[Tensor, Tensor]:
     """out and lse, by torch's kernels."""
-    q, k, v = (_dense_heads(t) for t in (q, k, v))
+    q, k, v = (_vectors(t) for t in (q, k, v))
     if name == "sdpa_cudnn":
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -236,7 +237,7 @@ def backward(
     softcap: None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, by torch's kernels."""
-    dout, q, k, v, out = (_dense_heads(t) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = (_vectors(t) for t in (dout, q, k, v, out))
     # The state of a random generator, which without dropout nothing reads.
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)

@@ -1,4 +1,8 @@
-"""Launches of attention to compile."""
+"""Launches of attention to compile.
+
+Every configuration of the tables in attention_configs.py, at the head_dim that each is for: dense,
+with documents, and with options; a padded head_dim; fp32.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +13,37 @@ import torch
 from nanotron_fast.kernels.attention import attention
 
 FILES = ("attention_forward", "attention_dkv", "attention_dq")
-_BF16, _FP32 = torch.bfloat16, torch.float32
 
 
-def _step(dtype: torch.dtype, head_dim: int, documents: bool, **options) -> None:
-    shape = (2048,) if documents else (2, 1024)
-    q = torch.zeros(*shape, 8, head_dim, dtype=dtype, requires_grad=True)
-    k, v = (torch.zeros(*shape, 2, head_dim, dtype=dtype, requires_grad=True) for _ in range(2))
-    if documents:
-        options["cu_seqlens"] = torch.tensor([0, 1000, 2048], dtype=torch.int32)
-    attention(q, k, v, **options).sum().backward()
+def _step(
+    dtype: torch.dtype,
+    head_dim: int,
+    *,
+    has_documents: bool = False,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> None:
+    lead = (4096,) if has_documents else (1, 4096)
+    q, k, v = (
+        torch.empty(*lead, heads, head_dim, dtype=dtype, requires_grad=True) for heads in (8, 2, 2)
+    )
+    cu_seqlens = torch.zeros(17, dtype=torch.int32) if has_documents else None
+    out = attention(q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, softcap=softcap)
+    out.sum().backward()
 
 
-# Each compiles every configuration of three kernels: few, chosen for what they add.
 CASES = [
-    partial(_step, _BF16, 128, False),
-    partial(_step, _BF16, 64, True),
-    partial(_step, _BF16, 80, False, window=512),
-    partial(_step, _BF16, 256, False, softcap=50.0),
-    partial(_step, _FP32, 128, False),
+    partial(_step, torch.bfloat16, 128),
+    partial(_step, torch.bfloat16, 128, causal=False),
+    partial(_step, torch.bfloat16, 128, has_documents=True),
+    partial(_step, torch.bfloat16, 128, window=1024),
+    partial(_step, torch.bfloat16, 128, has_documents=True, window=1024, softcap=30.0),
+    partial(_step, torch.bfloat16, 64),
+    partial(_step, torch.bfloat16, 64, has_documents=True, window=1024, softcap=30.0),
+    partial(_step, torch.bfloat16, 256, has_documents=True),
+    partial(_step, torch.bfloat16, 256, softcap=50.0),
+    partial(_step, torch.bfloat16, 96),
+    partial(_step, torch.float32, 128),
+    partial(_step, torch.float32, 64, has_documents=True, window=1024, softcap=30.0),
 ]

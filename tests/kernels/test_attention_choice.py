@@ -1,0 +1,278 @@
+"""Which attention is chosen where, and what the libraries are handed."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanotron_fast.kernels import attention_choice, attention_library
+from nanotron_fast.kernels.attention import attention, explain
+from nanotron_fast.kernels.attention_choice import (
+    FEWER_QUERIES,
+    MORE_QUERIES,
+    PREFERENCE,
+    Request,
+    choose_backend,
+)
+from nanotron_fast.kernels.attention_reference import attention_reference
+
+
+def choose(present=PREFERENCE, **request) -> str:
+    """The name chosen where only some libraries are present."""
+    return choose_backend(
+        Request(**request), lambda name: "" if name in present else "is not here"
+    )[0]
+
+
+TORCH = ("sdpa_cudnn", "sdpa_flash", "sdpa_varlen", "triton", "torch")
+
+
+@pytest.mark.parametrize(
+    ("expected", "present", "request_"),
+    [
+        ("flash_attn_3", PREFERENCE, {}),
+        ("sdpa_cudnn", PREFERENCE, {"architecture": 100}),
+        ("flash_attn_2", PREFERENCE, {"architecture": 80}),
+        ("sdpa_cudnn", TORCH, {}),
+        ("sdpa_flash", TORCH, {"architecture": 80}),
+        ("sdpa_flash", TORCH, {"head_dim": 192}),
+        ("sdpa_varlen", TORCH, {"has_documents": True}),
+        ("sdpa_varlen", TORCH, {"has_window": True}),
+        ("triton", TORCH, {"has_softcap": True}),
+        ("flash_attn_3", PREFERENCE, {"has_softcap": True, "has_documents": True}),
+        ("triton", PREFERENCE, {"has_softcap": True, "wants_lse": True}),
+        ("sdpa_cudnn", PREFERENCE, {"wants_lse": True}),
+        ("triton", PREFERENCE, {"dtype": torch.float32}),
+        ("torch", PREFERENCE, {"dtype": torch.float32, "head_dim": 136}),
+        ("torch", PREFERENCE, {"dtype": torch.float64}),
+        ("torch", PREFERENCE, {"head_dim": 264}),
+        ("triton", PREFERENCE, {"head_dim": 20}),
+        ("triton", TORCH, {"architecture": 89, "head_dim": 256}),
+        ("sdpa_flash", TORCH, {"architecture": 89, "head_dim": 256, "is_training": False}),
+        ("torch", PREFERENCE, {"architecture": 75}),
+        ("flash_attn_2", PREFERENCE, {"is_deterministic": True}),
+        ("sdpa_flash", TORCH, {"is_deterministic": True}),
+        ("sdpa_varlen", TORCH, {"lengths": FEWER_QUERIES}),
+        ("sdpa_cudnn", TORCH, {"lengths": FEWER_QUERIES, "causal": False}),
+        ("triton", PREFERENCE, {"lengths": MORE_QUERIES}),
+        ("torch", PREFERENCE, {"device_type": "cpu"}),
+        ("torch", PREFERENCE, {"environment": "torch"}),
+        ("triton", PREFERENCE, {"environment": "triton"}),
+        ("triton", PREFERENCE, {"environment": "triton", "device_type": "cpu"}),
+        ("torch", PREFERENCE, {"environment": "triton", "dtype": torch.float64}),
+        ("sdpa_cudnn", PREFERENCE, {"environment": "torch", "backend": "sdpa"}),
+        ("flash_attn_2", PREFERENCE, {"backend": "flash_attn", "architecture": 80}),
+        ("flash_attn_2", PREFERENCE, {"backend": "flash_attn_2"}),
+        ("triton", PREFERENCE, {"backend": "triton"}),
+        (
+            "triton",
+            PREFERENCE,
+            {"backend": "triton", "device_type": "cpu", "is_interpreting": True},
+        ),
+        ("torch", PREFERENCE, {"backend": "torch"}),
+    ],
+)
+def test_choice(expected, present, request_) -> None:
+    assert choose(present, **request_) == expected
+
+
+@pytest.mark.parametrize(
+    ("message", "request_"),
+    [
+        ("backend='cudnn': choose auto, sdpa, flash_attn, flash_attn_3", {"backend": "cudnn"}),
+        ("sdpa_varlen cannot do a softcap", {"backend": "sdpa", "has_softcap": True}),
+        ("triton needs a GPU, not tensors on cpu", {"backend": "triton", "device_type": "cpu"}),
+        ("flash_attn_3 is for sm_90", {"backend": "flash_attn_3", "architecture": 80}),
+        ("flash_attn_2 takes no torch.float32", {"backend": "flash_attn", "dtype": torch.float32}),
+        ("triton takes head_dim up to 256", {"backend": "triton", "head_dim": 320}),
+        ("more queries than keys", {"backend": "flash_attn", "lengths": MORE_QUERIES}),
+        ("sdpa_flash needs a GPU, and there is none", {"backend": "sdpa", "architecture": 0}),
+    ],
+)
+def test_what_cannot_be_served_is_refused(message, request_) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(**request_)
+
+
+def test_what_is_not_installed_is_refused() -> None:
+    with pytest.raises(ValueError, match="flash_attn_2 is not here"):
+        choose(("torch",), backend="flash_attn")
+
+
+def test_the_reason_names_what_was_passed_over() -> None:
+    name, reason = choose_backend(Request(), lambda name: "is away" if "flash" in name else "")
+    assert name == "sdpa_cudnn"
+    assert reason == "first of the published order (flash_attn_3 is away)"
+
+
+def test_a_measured_order_goes_first(monkeypatch) -> None:
+    monkeypatch.setitem(attention_choice.MEASURED, 9, ("triton", "torch"))
+    assert choose() == "triton"
+    assert choose(architecture=80) == "flash_attn_2"
+
+
+def test_explain_follows_the_environment(monkeypatch) -> None:
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
+    assert explain("cpu") == ("torch", "tensors on cpu")
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
+    assert explain("cpu") == ("triton", "NANOTRON_FAST_BACKEND=triton")
+    name, reason = explain("cpu", dtype=torch.float64)
+    assert name == "torch"
+    assert "takes no torch.float64" in reason
+
+
+def test_an_explicit_backend_that_cannot_is_refused_by_the_call() -> None:
+    q = torch.randn(1, 4, 2, 16)
+    with pytest.raises(ValueError, match="sdpa_cudnn needs a GPU, not tensors on cpu"):
+        attention(q, q, q, backend="sdpa")
+    torch.testing.assert_close(attention(q, q, q, backend="torch"), attention_reference(q, q, q))
+
+
+def flash_module(name: str, extension: str | None) -> ModuleType:
+    """A module with flash-attn's functions, which compute by the reference and note their calls."""
+    module = ModuleType(name)
+    module.calls = []
+    if extension is not None:
+        module.flash_attn_gpu = ModuleType(extension)
+
+    def flash_attn_func(
+        q,
+        k,
+        v,
+        softmax_scale=None,
+        causal=False,
+        window_size=(-1, -1),
+        softcap=0.0,
+        deterministic=False,
+        **others,
+    ):
+        module.calls.append(others)
+        left, right = window_size
+        assert right == (0 if causal else -1)
+        return attention_reference(
+            q,
+            k,
+            v,
+            causal=causal,
+            cu_seqlens=others.get("cu_seqlens_q"),
+            window=left + 1 if left >= 0 else None,
+            scale=softmax_scale,
+            softcap=softcap or None,
+        )
+
+    module.flash_attn_func = flash_attn_func
+    module.flash_attn_varlen_func = flash_attn_func
+    return module
+
+
+@pytest.fixture
+def fresh():
+    """Forgets what is installed, before and after."""
+    attention_library.missing.cache_clear()
+    yield
+    attention_library.missing.cache_clear()
+
+
+def install(monkeypatch, module: ModuleType) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", module)
+
+
+def test_a_stand_in_for_flash_attn_is_not_taken_for_it(monkeypatch, fresh) -> None:
+    install(monkeypatch, flash_module("flash_attn.flash_attn_interface", None))
+    assert "is a stand-in" in attention_library.missing("flash_attn_2")
+
+
+def test_an_old_flash_attn_is_too_old(monkeypatch, fresh) -> None:
+    module = flash_module("flash_attn.flash_attn_interface", "flash_attn_2_cuda")
+    module.flash_attn_varlen_func = lambda q, k, v, softmax_scale, causal, window_size: None
+    install(monkeypatch, module)
+    assert attention_library.missing("flash_attn_2").endswith("takes no softcap")
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 3, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_flash_attn_is_handed_the_options(monkeypatch, fresh, options, has_documents) -> None:
+    module = flash_module("flash_attn.flash_attn_interface", "flash_attn_2_cuda")
+    install(monkeypatch, module)
+    assert attention_library.missing("flash_attn_2") == ""
+    shape = (9,) if has_documents else (2, 9)
+    q, k, v = (torch.randn(*shape, heads, 16) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32) if has_documents else None
+    options = {"cu_seqlens": cu_seqlens, "causal": True, "window": None, "softcap": None} | options
+    out = attention_library.attend("flash_attn_2", q, k, v, max_seqlen=5, scale=0.3, **options)
+    torch.testing.assert_close(out, attention_reference(q, k, v, scale=0.3, **options))
+    assert len(module.calls) == 1
+    if has_documents:
+        assert module.calls[0]["max_seqlen_q"] == module.calls[0]["max_seqlen_k"] == 5
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_torch_sdpa_is_handed_the_options(causal) -> None:
+    q, k, v = (torch.randn(2, 9, heads, 16, requires_grad=True) for heads in (4, 2, 2))
+    options = {"causal": causal, "scale": 0.3}
+
+    def by_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_library.attend(
+            "sdpa_flash", q, k, v, None, None, window=None, softcap=None, **options
+        )
+
+    out = by_library(q, k, v)
+    expected = attention_reference(q, k, v, **options)
+    torch.testing.assert_close(out, expected)
+    compiled = torch.compile(by_library, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q, k, v), expected)
+    grads = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for a, b in zip(grads, torch.autograd.grad(expected.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_varlen_attn_is_handed_the_options(monkeypatch, has_documents, window) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert enable_gqa
+        assert (max_q, max_k) == (9, 9)
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        assert torch.equal(cu_q, cu_k)
+        assert window_size == (-1 if window is None else 3, 0)
+        return attention_reference(q, k, v, cu_seqlens=cu_q, window=window, scale=scale)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    shape = (9,) if has_documents else (2, 9)
+    q, k, v = (torch.randn(*shape, heads, 16) for heads in (4, 2, 2))
+    cu_seqlens = torch.tensor([0, 4, 9], dtype=torch.int32) if has_documents else None
+    options = {"cu_seqlens": cu_seqlens, "causal": True, "window": window, "scale": 0.3}
+    out = attention_library.attend("sdpa_varlen", q, k, v, max_seqlen=9, softcap=None, **options)
+    torch.testing.assert_close(out, attention_reference(q, k, v, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "has_documents", "window"),
+    [
+        ("sdpa_cudnn", False, None),
+        ("sdpa_flash", False, None),
+        ("sdpa_varlen", False, 4),
+        ("sdpa_varlen", True, None),
+    ],
+)
+def test_kernels_of_torch_take_what_they_are_called_with(name, has_documents, window) -> None:
+    # On meta tensors: signatures and shapes, no values.
+    def make(heads: int) -> Tensor:
+        shape = (64, heads, 32) if has_documents else (2, 64, heads, 32)
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    q, k, v = make(8), make(2), make(2)
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta") if has_documents else None
+    options = (cu_seqlens, 40 if has_documents else None, True, window, 0.2)
+    out, lse = attention_library.forward(name, q, k, v, *options)
+    assert out.shape == q.shape
+    assert lse.shape == ((8, 64) if has_documents else (2, 8, 64))
+    grads = attention_library.backward(name, make(8), q, k, v, out, lse, *options)
+    assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]
