@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format bench test-gpu bench-gpu report demo sanitize run-native clean
+.PHONY: help venv build test lint format bench test-nanotron test-gpu bench-gpu report demo sanitize run-native clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -43,6 +43,15 @@ bench: build ## time conversion against cp and torch, and the kernels' CPU paths
 	$(BIN)/python benchmarks/bench_convert.py
 	$(BIN)/pytest benchmarks/test_kernels.py
 
+# Its own environment, laid over .venv: what Nanotron needs is older than what we are tested with.
+NANOTRON_VENV := .venv-nanotron
+test-nanotron: build ## install the released Nanotron beside us, without flash-attn, and train with it
+	test -x $(NANOTRON_VENV)/bin/python || $(BIN)/python -m venv $(NANOTRON_VENV)
+	@$(BIN)/python -c 'import site; print(f"import site; site.addsitedir({site.getsitepackages()[0]!r})")' \
+	  > $$(echo $(NANOTRON_VENV)/lib/python3*/site-packages)/development.pth
+	$(NANOTRON_VENV)/bin/python -m pip install -qq --no-deps --ignore-installed -r tests/nanotron/requirements.txt
+	$(NANOTRON_VENV)/bin/python -m pytest tests/nanotron
+
 # On a machine with a GPU, with the torch that is there: nothing is installed.
 test-gpu: ## build, then run the kernels' tests on the GPU and the packer under compute-sanitizer
 	$(PYTHON) setup.py --quiet build_ext --inplace
@@ -66,7 +75,7 @@ sanitize: ## native tests under ASan, UBSan and TSan (a C++ compiler is enough)
 	@$(MAKE) --no-print-directory -j$(JOBS) run-native SANITIZER=thread
 
 clean: ## remove everything that was built, .venv too
-	rm -rf $(VENV) build dist *.egg-info nanotron_fast/*.so .*_cache
+	rm -rf $(VENV) $(NANOTRON_VENV) build dist *.egg-info nanotron_fast/*.so .*_cache
 
 # Everything below serves `sanitize`.
 CPP := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')

@@ -24,10 +24,10 @@ HALF, SINGLE = torch.float16, torch.float32
 # name -> (seq_q or tokens, seq_k or cu_seqlens, H, K, head_dim, dtype, options). Interpreted, a
 # block is of 32 queries and 16 keys.
 CASES = {
-    "causal": (70, 70, 4, 1, 16, SINGLE, {}),
+    "causal": (50, 50, 4, 1, 16, SINGLE, {}),
     "two batches": (19, 19, 2, 2, 24, SINGLE, {"causal": False}),
     "window": (75, 75, 2, 1, 64, HALF, {"window": 20}),
-    "window of itself": (35, 35, 8, 1, 16, SINGLE, {"window": 1}),
+    "window of itself": (20, 20, 8, 1, 16, SINGLE, {"window": 1}),
     "window without effect": (20, 20, 1, 1, 16, SINGLE, {"window": 20}),
     "softcap": (40, 40, 2, 2, 80, HALF, {"softcap": 3.0, "scale": 0.3}),
     "fewer queries": (33, 90, 2, 1, 16, SINGLE, {}),
@@ -36,6 +36,7 @@ CASES = {
     "more queries, not causal": (40, 18, 2, 1, 16, SINGLE, {"causal": False}),
     "one": (1, 1, 1, 1, 40, HALF, {}),
     "head_dim 128": (50, 50, 1, 1, 128, HALF, {}),
+    "head_dim 192": (20, 20, 2, 1, 192, HALF, {}),
     "head_dim 256": (33, 33, 1, 1, 256, HALF, {}),
     "documents": (80, [0, 40, 40, 41, 80], 2, 1, 16, SINGLE, {}),
     "documents, not causal": (34, [0, 1, 1, 34], 2, 2, 16, SINGLE, {"causal": False}),
@@ -74,10 +75,35 @@ def check(ours, tensors: list[Tensor], options: dict, factor: float = 1) -> None
     reference = run(attention_reference, [wide(t) for t in tensors], options)
     for index, (a, b) in enumerate(zip(ours, reference, strict=True)):
         assert a.dtype == tensors[0].dtype
-        if b.numel() and b.abs().max() < 1e-12:  # of a single key: all cancels
-            assert a.abs().max() < 1e-5
-            continue
-        assert_close(a, b, factor=factor * (GRAD_FACTOR if index else OUT_FACTOR))
+        # The gradient of a query that sees one key cancels, but for the round-off of its terms.
+        assert_close(a, b, factor=factor * (GRAD_FACTOR if index else OUT_FACTOR), floor=2e-6)
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None):
+    """The definition, a query and a head at a time: (seq, heads, d) in fp64."""
+    out = torch.zeros_like(q)
+    for i in range(q.shape[0]):
+        for h in range(q.shape[1]):
+            g = h * k.shape[1] // q.shape[1]
+            first = 0 if window is None else max(0, i - window + 1)
+            scores = k[first : i + 1, g] @ q[i, h] * q.shape[-1] ** -0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            out[i, h] = scores.softmax(0) @ v[first : i + 1, g]
+    return out
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (3, None), (None, 2.0), (2, 1.0)])
+def test_the_reference_is_the_definition(window, softcap) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(7, heads, 8, dtype=torch.float64) for heads in (4, 2, 2))
+    options = {"window": window, "softcap": softcap}
+    cu_seqlens = torch.tensor([0, 7], dtype=torch.int32)
+    for ours in (
+        attention_reference(q[None], k[None], v[None], **options)[0],
+        attention_reference(q, k, v, cu_seqlens=cu_seqlens, **options),
+    ):
+        torch.testing.assert_close(ours, written_out(q, k, v, window, softcap))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -101,8 +127,7 @@ def test_forward_and_backward_apart(path, device, name) -> None:
     assert_close(lse[seen], lse64[seen], factor=2)
 
 
-@pytest.mark.parametrize("tma", [False, True])
-@pytest.mark.parametrize("blocks", [(16, 32), (64, 16)])
+@pytest.mark.parametrize(("blocks", "tma"), [((16, 32), False), ((64, 16), True)])
 def test_blocks_of_other_shapes(triton_path, monkeypatch, blocks, tma) -> None:
     if triton_path.type == "cuda":
         pytest.skip("a GPU runs the configurations that it ships: test_every_configuration")
@@ -192,8 +217,8 @@ def test_documents_do_not_touch_each_other(path, device) -> None:
             assert torch.equal(a[40:], b[40:])
 
 
-def test_the_same_twice(path, device) -> None:
-    tensors, options = make("window", device)
+def test_the_same_twice(triton_path) -> None:
+    tensors, options = make("more queries", triton_path)
     for a, b in zip(*(run(attention, tensors, options) for _ in range(2)), strict=True):
         assert torch.equal(a, b)
 

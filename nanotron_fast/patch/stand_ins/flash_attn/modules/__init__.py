@@ -1,0 +1,1 @@
+"""flash_attn.modules, as far as Nanotron uses it."""

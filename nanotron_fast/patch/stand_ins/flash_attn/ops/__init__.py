@@ -1,0 +1,1 @@
+"""flash_attn.ops, as far as Nanotron uses it."""
