@@ -37,16 +37,11 @@ from triton.runtime.jit import JITFunction
 
 ARCHITECTURES = (80, 90, 100)
 # How a launch's line begins -> the most bytes a thread may spill, and why that is borne.
-_FP32 = "fp32 products are exact on the ordinary cores: correct, not fast, and nobody's choice"
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     "rms_norm._backward_kernel": (
         16,
         "rows of 16384 alone: two to four registers of 64, once a row",
     ),
-    "attention_forward.forward_kernel[*fp32]": (1024, _FP32),
-    "attention_dq.dq_kernel[*fp32]": (4096, _FP32),
-    "attention_dkv.dkv_kernel[*fp32]": (1536, _FP32),
-    "attention_dkv.dkv_kernel[*bf16,*fp32]": (8, "heads of 80 and 96 padded to 128: one register"),
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
