@@ -29,7 +29,7 @@ def _split(qkv: Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int) -> l
     return list(qkv.unflatten(-1, (sum(heads), head_dim)).split(heads, dim=1))
 
 
-def _rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (tokens, heads, head_dim), cos and sin (tokens, rotary_dim/2)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(wide)[:, None], sin.to(wide)[:, None]
@@ -57,7 +57,7 @@ def rope_qkv_reference(
     else:
         cos, sin = cos.index_select(0, position_ids), sin.index_select(0, position_ids)
     q, k, v = _split(qkv, num_q_heads, num_kv_heads, head_dim)
-    q, k = (_rotate_reference(x, cos, sin, interleaved) for x in (q, k))
+    q, k = (rotate_reference(x, cos, sin, interleaved) for x in (q, k))
     return q, k, v.clone(memory_format=torch.contiguous_format)
 
 

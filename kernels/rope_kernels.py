@@ -133,7 +133,7 @@ def _rope_kernel(
         num_kv_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
         HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS, HALF_COLS,
     )
-    if not IN_PLACE:
+    if not IN_PLACE and v_dst_ptr is not None:
         _move_heads(
             v_src_ptr, v_dst_ptr, v_src_token_stride, v_src_head_stride, kv_dst_token_stride,
             num_kv_heads, tokens, num_tokens, cos, sin, False, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
@@ -144,7 +144,7 @@ def _rope_kernel(
 
 def launch(
     sources: list[Tensor | None],
-    destinations: list[Tensor],
+    destinations: list[Tensor | None],
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None,
@@ -156,8 +156,8 @@ def launch(
     """Takes q, k and v from sources to destinations, all (tokens, heads, head_dim).
 
     Sources: any strides but the last, 1; None stands for zeros. Destinations: views of one packed
-    tensor, or contiguous. In place they are the sources, and v and what does not turn are left
-    alone. cos, sin and position_ids are contiguous.
+    tensor, or contiguous; None for v leaves v out. In place they are the sources, and v and what
+    does not turn are left alone. cos, sin and position_ids are contiguous.
     """
     num_tokens, num_q_heads, head_dim = destinations[0].shape
     num_kv_heads, half = destinations[1].shape[1], cos.shape[1]

@@ -1,4 +1,4 @@
-"""Launches of rope_qkv to compile."""
+"""Launches of rope_qkv and rope_apart to compile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from itertools import product
 import torch
 
 from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_backward_, rope_tables
+from nanotron_fast.kernels.rope_apart import rope_apart
 
 FILES = ("rope_kernels",)
 
@@ -44,9 +45,20 @@ def _step(
     rope_qkv_backward_(packed, *rest)
 
 
+def _apart(dtype: torch.dtype, heads: tuple[int, int, int, float], num_beside: int) -> None:
+    num_q_heads, num_kv_heads, head_dim, share = heads
+    cos, sin = rope_tables(head_dim, 64, partial_rotary_factor=share)
+    q = torch.empty(64, num_q_heads, head_dim, dtype=dtype, requires_grad=True)
+    kv = torch.empty(64, num_beside, num_kv_heads, head_dim, dtype=dtype, requires_grad=True)
+    for which in (slice(None), slice(1)):
+        sum(x.sum() for x in rope_apart(q, kv, cos, sin)[which]).backward()
+
+
 CASES = [
     *(partial(_step, torch.bfloat16, *case) for case in product(SHAPES, (False, True))),
     partial(_step, torch.bfloat16, SHAPES[0], False, has_positions=False),
     partial(_step, torch.float16, SHAPES[0], False),
     partial(_step, torch.float32, SHAPES[0], True),
+    *(partial(_apart, torch.bfloat16, *case) for case in product(SHAPES[:3], (1, 2))),
+    partial(_apart, torch.float32, SHAPES[0], 1),
 ]

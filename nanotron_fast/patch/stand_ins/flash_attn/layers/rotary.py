@@ -12,77 +12,11 @@ Shapes: q, x (batch, seq, H, d), kv (batch, seq, 2, K, d), qkv (batch, seq, 3, H
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from nanotron_fast.kernels.backend import uses_triton
-from nanotron_fast.kernels.rope import rope_qkv_reference
-from nanotron_fast.kernels.rope_kernels import launch
+from nanotron_fast.kernels.rope_apart import rope_apart
 from nanotron_fast.patch.stand_ins.arguments import refuse
-
-
-def _launch(
-    sources: Sequence[Tensor | None],
-    shapes: Sequence[torch.Size],
-    tables: Sequence[Tensor],
-    interleaved: bool,
-    inverse: bool,
-) -> tuple[Tensor, Tensor]:
-    """One launch: reads q and kv where they lie, turns q and k, takes v along; one is there."""
-    q, kv = (
-        each if each is None or each.stride(-1) == 1 else each.contiguous() for each in sources
-    )
-    given = next(each for each in (q, kv) if each is not None)
-    q_out, kv_out = (given.new_empty(shape) for shape in shapes)
-    k, v = (None, None) if kv is None else kv.unbind(1)
-    cos, sin, positions = tables
-    destinations = [q_out, *kv_out.unbind(1)]
-    launch([q, k, v], destinations, cos, sin, positions, inverse=inverse, interleaved=interleaved)
-    return q_out, kv_out
-
-
-class _Turn(torch.autograd.Function):
-    """q (tokens, H, d) and kv (tokens, 2, K, d) on a GPU; positions (tokens,)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        kv: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        positions: Tensor,
-        interleaved: bool,
-    ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(cos, sin, positions)
-        ctx.interleaved, ctx.shapes = interleaved, (q.shape, kv.shape)
-        ctx.set_materialize_grads(False)
-        return _launch((q, kv), ctx.shapes, (cos, sin, positions), interleaved, inverse=False)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if all(grad is None for grad in grads):
-            return (None,) * 6
-        outs = _launch(grads, ctx.shapes, ctx.saved_tensors, ctx.interleaved, inverse=True)
-        return *outs, None, None, None, None
-
-
-def _turn(
-    q: Tensor, kv: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, interleaved: bool
-) -> tuple[Tensor, Tensor]:
-    """q (tokens, H, d) and kv (tokens, 2, K, d) with q and k turned."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    cos, sin = cos.to(wide).contiguous(), sin.to(wide).contiguous()
-    if uses_triton(q) and wide == torch.float32:
-        return _Turn.apply(q, kv, cos, sin, positions, interleaved)
-    num_heads, (num_kv_heads, head_dim) = q.shape[1], kv.shape[2:]
-    packed = torch.cat((q.flatten(1), kv.flatten(1)), dim=1)
-    sizes = (num_heads, num_kv_heads, head_dim)
-    q, k, v = rope_qkv_reference(packed, cos, sin, *sizes, positions, interleaved)
-    return q, torch.stack((k, v), dim=1)
 
 
 def _positions(batch: int, seq: int, offsets: int | Tensor, device: torch.device) -> Tensor:
@@ -122,8 +56,9 @@ def apply_rotary_emb(
         positions = _packed_positions(cu_seqlens, len(x), seqlen_offsets)
         rows = x
     # The kernel turns queries and keys together: one head of the queries serves it as a key.
-    spare = rows.detach()[:, None, :1].expand(-1, 2, -1, -1)
-    return _turn(rows, spare, cos, sin, positions, interleaved)[0].view(x.shape)
+    spare = rows.detach()[:, None, :1]
+    turned, _ = rope_apart(rows, spare, cos, sin, positions, interleaved)
+    return turned.view(x.shape)
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -205,7 +140,7 @@ class RotaryEmbedding(nn.Module):
             raise ValueError("RotaryEmbedding: a seqlen_offset tensor needs max_seqlen")
         q, pair = (qkv[:, :, 0], qkv[:, :, 1:]) if kv is None else (qkv, kv)
         positions = _positions(batch, seq, seqlen_offset, qkv.device)
-        turned_q, turned_kv = _turn(
+        turned_q, turned_kv = rope_apart(
             *(q.flatten(0, 1), pair.flatten(0, 1)), cos, sin, positions, self.interleaved
         )
         if kv is None:
