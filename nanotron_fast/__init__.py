@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from nanotron_fast.errors import NanotronFastError
     from nanotron_fast.inspection import inspect
     from nanotron_fast.loading import load_into
+    from nanotron_fast.patch.registry import disable, enable, status
     from nanotron_fast.planning.plan import Plan
     from nanotron_fast.topology import Topology
     from nanotron_fast.verification import verify
@@ -28,9 +29,12 @@ __all__ = [
     "Topology",
     "__version__",
     "convert",
+    "disable",
+    "enable",
     "inspect",
     "load_into",
     "plan",
+    "status",
     "verify",
 ]
 
@@ -40,9 +44,12 @@ _HOMES = {
     "Report": "conversion",
     "Topology": "topology",
     "convert": "conversion",
+    "disable": "patch.registry",
+    "enable": "patch.registry",
     "inspect": "inspection",
     "load_into": "loading",
     "plan": "conversion",
+    "status": "patch.registry",
     "verify": "verification",
 }
 

@@ -240,6 +240,53 @@ def env(json: Json = False) -> None:
             _print(environment.lines(found))
 
 
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="A script that trains with Nanotron.")],
+    cpu: Annotated[bool, typer.Option("--cpu", help="Without a GPU: over gloo.")] = False,
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            help="Operations to replace, with commas. (default: NANOTRON_FAST_OPS, or all)"
+        ),
+    ] = None,
+    rope_scaling: Annotated[
+        bool, typer.Option("--rope-scaling", help="Honour rope_scaling, which Nanotron ignores.")
+    ] = False,
+    z_loss: Annotated[
+        str, typer.Option(metavar="nanotron|correct", help="How z-loss takes its log-sum-exp.")
+    ] = "nanotron",
+) -> None:
+    """Run a script of Nanotron's with our kernels under it; what follows SCRIPT is its own.
+
+    Under torchrun: torchrun --nproc_per_node=8 -m nanotron_fast run run_train.py --config-file ...
+    """
+    from nanotron_fast.errors import NanotronFastError
+
+    try:
+        from nanotron_fast.patch import launcher
+        from nanotron_fast.patch.registry import requested_ops
+
+        launcher.run(
+            script,
+            context.args,
+            on_cpu=cpu,
+            ops=requested_ops() if ops is None else {each.strip() for each in ops.split(",")},
+            rope_scaling=rope_scaling,
+            z_loss_mode=z_loss,
+        )
+    except NanotronFastError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
 @contextmanager
 def _errors(*, is_silent: bool) -> Iterator[None]:
     """Turns an expected error into one message and an exit code."""

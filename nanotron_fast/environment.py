@@ -29,7 +29,7 @@ _PREFIX = "NANOTRON_FAST_"
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """One operation: the path it takes, and why."""
+    """One operation: the path it takes or the state it is in, and why."""
 
     name: str
     path: str
@@ -45,6 +45,7 @@ class Environment:
     built: dict[str, str]
     variables: dict[str, str]
     operations: list[Operation] = field(default_factory=list)
+    drop_in: list[Operation] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `env --json`."""
@@ -55,6 +56,9 @@ class Environment:
             "variables": self.variables,
             "operations": {
                 each.name: {"path": each.path, "reason": each.reason} for each in self.operations
+            },
+            "drop_in": {
+                each.name: {"state": each.path, "reason": each.reason} for each in self.drop_in
             },
         }
 
@@ -77,7 +81,7 @@ def environment() -> Environment:
         operations = list(_operations("cuda" if devices else "cpu"))
     except ValueError as error:  # kernels know no errors of ours
         raise ConfigError(str(error)) from None
-    return Environment(versions, devices, _built(), variables, operations)
+    return Environment(versions, devices, _built(), variables, operations, _drop_in())
 
 
 def _describe(torch: Any, index: int) -> str:
@@ -128,6 +132,25 @@ def _operations(device_type: str) -> Iterator[Operation]:
     yield Operation("pack", *pack_backends.explain(device_type))
 
 
+def _drop_in() -> list[Operation]:
+    """What is replaced in Nanotron, or what would be if this process turned the drop-in on."""
+    from nanotron_fast.patch import registry
+
+    was_on = registry.is_enabled()
+    try:
+        statuses = registry.status() or registry.enable(registry.requested_ops())
+    except ImportError as error:
+        return [Operation("nanotron", "off", str(error))]
+    finally:
+        if not was_on:
+            registry.disable()
+    words = {} if was_on else {"on": "would be on"}
+    return [
+        Operation(each.target.name, words.get(each.state, each.state), each.reason)
+        for each in statuses
+    ]
+
+
 def lines(found: Environment) -> Iterator[str]:
     """For people."""
     yield "versions"
@@ -149,3 +172,9 @@ def lines(found: Environment) -> Iterator[str]:
         yield f"  {each.name:30}{each.path:14}{each.reason}"
     if not found.operations:
         yield "  none: torch is not installed"
+    yield "drop-in"
+    for each in found.drop_in:
+        name = each.name.removeprefix("nanotron.")
+        yield f"  {each.path:12}{name}" + (f": {each.reason}" if each.reason else "")
+    if not found.drop_in:
+        yield "  nothing: torch is not installed"

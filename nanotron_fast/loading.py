@@ -18,13 +18,14 @@ from nanotron_fast.engine import ProgressCallback, default_workers
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.kernels import pack
 from nanotron_fast.planning.chunks import chunks_of
-from nanotron_fast.planning.moves import table_of
+from nanotron_fast.planning.moves import MovePlan, table_of
 from nanotron_fast.planning.options import Options
-from nanotron_fast.planning.to_memory import LoadPlan, TensorSpec, plan_load
+from nanotron_fast.planning.to_memory import TensorSpec, plan_load
 from nanotron_fast.source import read, resolve
 from nanotron_fast.topology import Topology
 
-_DTYPES = {getattr(torch, dtype.torch_name): dtype for dtype in Dtype}
+# What tensors may be of, in torch's words.
+DTYPES = {getattr(torch, dtype.torch_name): dtype for dtype in Dtype}
 # Bytes of each of the two staging buffers. On a CPU they should stay in its last cache.
 _STAGING_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}
 
@@ -97,7 +98,7 @@ def load_into(
     if staging_bytes is not None and staging_bytes < 4096:
         raise ConfigError(f"staging_bytes {staging_bytes}: it should be at least 4096")
     named = dict(tensors.named_parameters() if isinstance(tensors, torch.nn.Module) else tensors)
-    where = _check_tensors(named, None if device is None else torch.device(device))
+    where = check_tensors(named, None if device is None else torch.device(device))
     options = Options(
         topology=topology,
         model_class=model_class,
@@ -107,27 +108,57 @@ def load_into(
         pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
     )
     specs = {
-        name: TensorSpec(tuple(tensor.shape), _DTYPES[tensor.dtype], tensor.data_ptr())
+        name: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype], tensor.data_ptr())
         for name, tensor in named.items()
     }
     plan = plan_load(read(resolve(path)), specs, rank, options, rope_interleaved=rope_interleaved)
-    loader = _Loader(
-        plan,
-        [named[name].detach() for name in plan.names],
+    bytes_read = read_moves(
+        plan.transfer,
+        [named[name] for name in plan.names],
         where,
-        default_workers() if workers is None else workers,
-        staging_bytes or _STAGING_BYTES.get(where.type, _STAGING_BYTES["cuda"]),
+        workers=workers,
+        staging_bytes=staging_bytes,
+        on_progress=on_progress,
     )
-    bytes_read = loader.run(on_progress)
     return LoadReport(bytes_read, time.perf_counter() - started, plan.num_tensors)
 
 
-def _check_tensors(named: Mapping[str, torch.Tensor], wanted: torch.device | None) -> torch.device:
-    """The device of all tensors. Raises ValueError, naming one that differs."""
+def read_moves(
+    transfer: MovePlan,
+    tensors: Sequence[torch.Tensor],
+    device: torch.device,
+    *,
+    workers: int | None = None,
+    staging_bytes: int | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> int:
+    """Carries out moves from files to tensors, and returns the bytes read. Raises OSError.
+
+    Args:
+        transfer: moves that fit the files and the tensors; a move's destination is a tensor's
+            position.
+        tensors: as `check_tensors` has found them.
+        device: where all of them are.
+        workers, staging_bytes, on_progress: as for `load_into`.
+    """
+    loader = _Loader(
+        transfer,
+        [tensor.detach() for tensor in tensors],
+        device,
+        default_workers() if workers is None else workers,
+        staging_bytes or _STAGING_BYTES.get(device.type, _STAGING_BYTES["cuda"]),
+    )
+    return loader.run(on_progress)
+
+
+def check_tensors(
+    named: Mapping[str, torch.Tensor], wanted: torch.device | None = None
+) -> torch.device:
+    """The device of all tensors. Raises ValueError, naming one that cannot be read into."""
     device = wanted
     for name, tensor in named.items():
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"{name}: {tensor.dtype} is not one of {', '.join(map(str, _DTYPES))}")
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name}: {tensor.dtype} is not one of {', '.join(map(str, DTYPES))}")
         if not tensor.is_contiguous():
             raise ValueError(f"{name}: it is not contiguous: its strides are {tensor.stride()}")
         found = tensor.device
@@ -145,19 +176,19 @@ class _Loader:
 
     def __init__(
         self,
-        plan: LoadPlan,
+        transfer: MovePlan,
         tensors: Sequence[torch.Tensor],
         device: torch.device,
         workers: int,
         staging_bytes: int,
     ) -> None:
-        self.paths = [os.fsencode(path) for path in plan.transfer.sources]
+        self.paths = [os.fsencode(path) for path in transfer.sources]
         self.tensors = tensors
         self.device = device
         self.workers = workers
         self.chunks = list(
             chunks_of(
-                plan.transfer.moves,
+                transfer.moves,
                 staging_bytes,
                 staging=len(tensors),
                 reads_direct=device.type == "cpu",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -49,3 +50,11 @@ def test_a_value_that_cannot_be_is_named(name: str, message: str) -> None:
     assert result.returncode == 2
     assert f"{name}=fast: {message}" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_says_why_the_drop_in_is_off() -> None:
+    if importlib.util.find_spec("nanotron") is not None:
+        pytest.skip("nanotron is installed here: tests/nanotron looks at its targets")
+    drop_in = json.loads(env("--json").stdout)["drop_in"]
+    assert drop_in["nanotron"]["state"] == "off"
+    assert "pip install nanotron" in drop_in["nanotron"]["reason"]

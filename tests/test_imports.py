@@ -23,8 +23,9 @@ LAYERS = (
     {"planning", "source"},
     {"engine", "reference", "destination", "processes", "_C"},
     {"conversion", "verification", "inspection", "logits", "loading"},
-    {"reporting", "scripts", "parallel", "environment", "patch"},
-    {"cli", "__main__", ""},
+    {"reporting", "scripts", "parallel", "patch"},
+    {"environment"},
+    {"cli", "__main__", "auto", ""},
 )
 
 

@@ -100,7 +100,7 @@ def plan_moves(
             places = source.pieces(source_param, source_part)
             for piece in destination.pieces(param, part):
                 for place in places:
-                    move = _intersect(place, piece)
+                    move = intersect(place, piece)
                     if move is not None:
                         yield NamedMove(move, name, param.name)
                 padding = _padding(part, places, piece)
@@ -121,7 +121,8 @@ def plan_padding(
                     yield NamedMove(padding, part.hf[0].name, param.name)
 
 
-def _intersect(source: Piece, destination: Piece) -> Move | None:
+def intersect(source: Piece, destination: Piece) -> Move | None:
+    """The move of what two pieces of one tensor share, or None."""
     low = (
         max(source.low[0], destination.low[0]),
         max(source.low[1], destination.low[1]),

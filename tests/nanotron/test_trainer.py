@@ -3,23 +3,98 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.nanotron.installed import has_qwen2
 from tests.nanotron.training import free_port
 from tests.parallel.ranks import run_ranks
 
+# The Llama of main cannot be initialised at random: its StandardParametrizator is given the wrong
+# part of the configuration.
+FAMILY = "qwen2" if has_qwen2() else "llama"
+OPTIMIZER = "accumulation+clip+adamw"
+# Topologies and optimizers to train at.
+RUNS = {
+    "tp2": (2, {}),
+    "dp2": (2, {"dp": 2}),
+    "dp2-zero1-bf16": (2, {"dp": 2, "zero_stage": 1, "grad_fp32": 0}),
+    "dp2-zero1": (2, {"dp": 2, "zero_stage": 1}),
+}
+Train = Callable[[str, str], Path]
 
-def test_it_trains_and_saves(tmp_path: Path) -> None:
-    # The Llama of main cannot be initialised at random: its StandardParametrizator is given the
-    # wrong part of the configuration.
-    family = "qwen2" if has_qwen2() else "llama"
-    folder = tmp_path / "checkpoints"
-    words = [str(folder), str(free_port()), family]
-    run_ranks("tests.nanotron.trainer_ranks", 2, *words)
-    saved = folder / "2"
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """The checkpoint of a run with operations of the drop-in on; trained once."""
+    done: dict[tuple[str, str], Path] = {}
+
+    def run(name: str, ops: str) -> Path:
+        if (name, ops) not in done:
+            folder = tmp_path_factory.mktemp("trained") / "checkpoints"
+            size, options = RUNS[name]
+            words = [f"{key}={value}" for key, value in options.items()]
+            words += [f"ops={ops}"] if ops else []
+            words = [str(folder), str(free_port()), FAMILY, *words]
+            run_ranks("tests.nanotron.trainer_ranks", size, *words)
+            done[name, ops] = folder / "2"
+        return done[name, ops]
+
+    return run
+
+
+def test_it_trains_and_saves(train: Train) -> None:
+    saved = train("tp2", "")
     metadata = json.loads((saved / "checkpoint_metadata.json").read_text())
     assert metadata["tp"] == 2
     shards = sorted(path.name for path in (saved / "model").rglob("qkv_proj/*weight*.safetensors"))
     assert len(shards) == 4  # of two layers, by two ranks
     assert (saved / "model_config.json").is_file()
+
+
+def tensors_of(found: Any, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(found, torch.Tensor):
+        return {path: found}
+    if isinstance(found, dict):
+        pairs = [tensors_of(value, f"{path}/{key}") for key, value in found.items()]
+        return {key: value for pair in pairs for key, value in pair.items()}
+    return {}
+
+
+def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and the optimizer's state."""
+    found = {}
+    for path in folder.rglob("*.safetensors"):
+        found[str(path.relative_to(folder))] = load_file(path)["data"]
+    for path in (folder / "optimizer").glob("*.pt"):
+        found |= tensors_of(torch.load(path, weights_only=False), path.name)
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_accumulation_clipping_and_adamw_are_the_same(train: Train, name: str) -> None:
+    if name == "dp2-zero1" and has_qwen2():
+        pytest.xfail("main raises: ZeRO-1 with fp32 accumulation and dp > 1 is not implemented")
+    off, on = checkpoint(train(name, "")), checkpoint(train(name, OPTIMIZER))
+    assert off.keys() == on.keys()
+    assert any("exp_avg_sq" in key for key in off)
+    for key, expected in off.items():
+        # AdamW's expressions are the same but for the order of a product: the last bit in fp32.
+        bound = (1e-6 if expected.dtype == torch.float32 else 2**-8) * expected.float().abs().max()
+        assert (on[key].float() - expected.float()).abs().max() <= bound, key
+
+
+@pytest.mark.parametrize("name", ["tp2", "dp2"])
+def test_everything_on_trains_the_same(train: Train, name: str) -> None:
+    off, on = checkpoint(train(name, "")), checkpoint(train(name, "all"))
+    assert off.keys() == on.keys()
+    for key, whole in off.items():
+        if whole.is_floating_point() and key.endswith(".safetensors"):
+            # bf16 weights after two steps of 1e-3: one bf16 step of the largest is 2^-8.
+            error = (on[key].float() - whole.float()).abs().max() / whole.float().abs().max()
+            assert error < 2e-2, f"{key}: {error:.2g}"

@@ -1,7 +1,7 @@
 """A rank of Nanotron's own trainer on the CPU.
 
-`python -m tests.nanotron.trainer_ranks FOLDER PORT FAMILY` trains for two steps, tensor parallel
-over all ranks, and saves a checkpoint in FOLDER/2.
+`python -m tests.nanotron.trainer_ranks FOLDER PORT FAMILY key=value...` trains for two steps over
+all ranks and saves a checkpoint in FOLDER/2. Keys are the fields of Run.
 """
 
 from __future__ import annotations
@@ -9,19 +9,38 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
+from nanotron_fast.patch.registry import disable, enable
 from tests.nanotron.training import BATCH, SEQUENCE, SIZES, join_environment
 from tests.parallel.ranks import run_cases
 
 
-def configuration(folder: str, family: str, size: int, is_main: bool) -> dict[str, Any]:
+@dataclass
+class Run:
+    """What differs between runs. `ops` of the drop-in, with pluses between; empty: it is off."""
+
+    ops: str = ""
+    dp: int = 1
+    zero_stage: int = 0
+    grad_fp32: bool = True
+
+    @classmethod
+    def from_words(cls, words: list[str]) -> Run:
+        given = dict(word.split("=") for word in words)
+        numbers = {name: int(value) for name, value in given.items() if name != "ops"}
+        return cls(given.get("ops", ""), **numbers)
+
+
+def configuration(folder: str, family: str, size: int, is_main: bool, run: Run) -> dict[str, Any]:
     """What a user would write into a file. Main and the released 0.4 differ in three places."""
     adam = {"adam_eps": 1e-8, "adam_beta1": 0.9, "adam_beta2": 0.95, "torch_adam_is_fused": True}
     data = {"dataset": None, "num_loading_workers": 0, "seed": 42}
@@ -35,9 +54,9 @@ def configuration(folder: str, family: str, size: int, is_main: bool) -> dict[st
             "save_initial_state": False,
         },
         "parallelism": {
-            "dp": 1,
+            "dp": run.dp,
             "pp": 1,
-            "tp": size,
+            "tp": size // run.dp,
             "pp_engine": "1f1b",
             "tp_mode": "REDUCE_SCATTER",
             # The released 0.4 gets its gradients wrong with it.
@@ -51,10 +70,10 @@ def configuration(folder: str, family: str, size: int, is_main: bool) -> dict[st
         },
         "tokenizer": {"tokenizer_name_or_path": None},
         "optimizer": {
-            "zero_stage": 0,
+            "zero_stage": run.zero_stage,
             "weight_decay": 0.01,
             "clip_grad": 1.0,
-            "accumulate_grad_in_fp32": True,
+            "accumulate_grad_in_fp32": bool(run.grad_fp32),
             "learning_rate_scheduler": {
                 "learning_rate": 1e-3,
                 "lr_warmup_steps": 1,
@@ -79,10 +98,13 @@ def configuration(folder: str, family: str, size: int, is_main: bool) -> dict[st
     }
 
 
-def train(folder: str, port: str, family: str) -> None:
+def train(folder: str, port: str, family: str, *words: str) -> None:
     join_environment(int(port))
     size, rank = int(os.environ["WORLD_SIZE"]), os.environ["RANK"]
+    run = Run.from_words([*words])
     import_nanotron()
+    if run.ops:
+        enable("all" if run.ops == "all" else run.ops.split("+"))
     from nanotron.parallel.pipeline_parallel.utils import get_input_output_pp_ranks
     from nanotron.trainer import DistributedTrainer
 
@@ -92,7 +114,7 @@ def train(folder: str, port: str, family: str) -> None:
     else:
         from nanotron.dataloader import dummy_infinite_data_generator
     path = Path(f"{folder}-{rank}.yaml")
-    path.write_text(yaml.safe_dump(configuration(folder, family, size, is_main)))
+    path.write_text(yaml.safe_dump(configuration(folder, family, size, is_main, run)))
     trainer = DistributedTrainer(str(path))
     first, last = get_input_output_pp_ranks(model=trainer.model)
     context = trainer.parallel_context
@@ -107,6 +129,12 @@ def train(folder: str, port: str, family: str) -> None:
         parallel_context=context,
     )()
     trainer.train({"all": batches} if is_main else batches)
+    optimizer = trainer.optimizer.get_base_optimizer()
+    is_ours = run.ops == "all" or "adamw" in run.ops.split("+")
+    assert type(optimizer).__name__ == ("FusedAdamW" if is_ours else "AdamW")
+    disable()
+    assert type(optimizer) is torch.optim.AdamW
+    trainer.optimizer.step()  # the scheduler has wrapped the step of the class that it was
 
 
 if __name__ == "__main__":

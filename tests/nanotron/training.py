@@ -32,6 +32,16 @@ FAMILIES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "llama": ("llama", "LlamaConfig", "LlamaForTraining", {}),
     "qwen2": ("qwen", "Qwen2Config", "Qwen2ForTraining", {"attention_bias": True}),
 }
+# Operation of the drop-in -> where its replacement calls which kernel.
+KERNELS = {
+    "cross_entropy": ("loss", "vocab_parallel_cross_entropy"),
+    "rms_norm": ("norm", "rms_norm"),
+    "glu": ("mlp", "glu"),
+    "rope": ("attention", "rope_qkv"),
+    "attention": ("attention", "attention"),
+    "linear": ("linear", "column_linear"),
+    "embedding": ("embedding", "vocab_parallel_embedding"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,7 @@ class Case:
     dtype: str = "float32"
     steps: int = 3
     learning_rate: float = 0.5
+    ops: str = ""  # of the drop-in, with pluses between them; empty: it is off
 
     @property
     def word(self) -> str:
@@ -59,6 +70,7 @@ class Case:
             dtype=given["dtype"],
             steps=int(given["steps"]),
             learning_rate=float(given["learning_rate"]),
+            ops=given["ops"],
         )
 
 
@@ -85,7 +97,7 @@ def start(port: int) -> Any:
     )
 
 
-def build(case: Case, context: Any) -> Any:
+def build(case: Case, context: Any, **overrides: Any) -> Any:
     """The model with its weights, ties marked as the trainer marks them."""
     import nanotron.config
     from nanotron.config import ParallelismArgs
@@ -102,7 +114,7 @@ def build(case: Case, context: Any) -> Any:
         tp_mode=TensorParallelLinearMode[case.mode],
         tp_linear_async_communication=case.is_async,
     )
-    config = getattr(nanotron.config, config_name)(**SIZES, **more)
+    config = getattr(nanotron.config, config_name)(**SIZES, **more, **overrides)
     model = build_model(
         model_builder=lambda: getattr(module, model_name)(
             config=config, parallel_context=context, parallel_config=parallel
@@ -186,7 +198,7 @@ def merge(folder: Path, case: Case, size: int) -> dict[str, Any]:
     """What the ranks of a run saved, in whole tensors. All ranks must have the same losses."""
     ranks = [torch.load(path_of(folder, case, i), weights_only=False) for i in range(size)]
     assert all(rank["losses"] == ranks[0]["losses"] for rank in ranks), [r["losses"] for r in ranks]
-    merged: dict[str, Any] = {"losses": ranks[0]["losses"]}
+    merged: dict[str, Any] = {"losses": ranks[0]["losses"], "calls": ranks[0]["calls"]}
     for kind in ("gradients", "parameters"):
         merged[kind] = {}
         for name, (shape, _) in ranks[0]["slices"].items():

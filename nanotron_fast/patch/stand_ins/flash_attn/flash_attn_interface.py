@@ -20,7 +20,8 @@ from typing import Any, NoReturn, TypeAlias
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.attention import attention, attention_backward, attention_forward
+from nanotron_fast.kernels.attention import attention
+from nanotron_fast.patch.attention_with_lse import attention_with_lse
 from nanotron_fast.patch.stand_ins.arguments import refuse
 
 Window = tuple[int, int]
@@ -57,28 +58,9 @@ def _options(
     }
 
 
-class _WithLse(torch.autograd.Function):
-    """Attention that also returns its log-sum-exp."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        out, lse = attention_forward(q, k, v, **options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = options
-        ctx.mark_non_differentiable(lse)
-        return out, lse
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return *attention_backward(dout, q, k, v, out, lse, **ctx.options), None
-
-
 def _attend(q: Tensor, k: Tensor, v: Tensor, with_lse: bool, **options: Any) -> Result:
     if with_lse:
-        return *_WithLse.apply(q, k, v, options), None
+        return *attention_with_lse(q, k, v, **options), None
     return attention(q, k, v, **options)
 
 

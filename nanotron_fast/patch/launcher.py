@@ -1,0 +1,45 @@
+"""Runs a script of Nanotron's users with the drop-in on, without a change to it."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.errors import ConfigError
+
+
+def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any) -> None:
+    """Runs a script as `python script arguments` would, after `enable(**enabling)`.
+
+    Args:
+        script: the path of a Python file.
+        arguments: what follows it on the command line.
+        on_cpu: within the CPU mode: over gloo, without a GPU.
+        enabling: arguments of `nanotron_fast.enable`.
+
+    Raises:
+        ConfigError: there is no such script, or Nanotron cannot be imported.
+        Exception: whatever the script raises.
+    """
+    if not Path(script).is_file():
+        raise ConfigError(f"{script}: there is no such script")
+    from nanotron_fast.patch.cpu import cpu_mode
+    from nanotron_fast.patch.registry import enable
+
+    with cpu_mode() if on_cpu else nullcontext():
+        try:
+            enable(**enabling)
+        except ImportError as error:
+            raise ConfigError(str(error)) from error
+        arguments_before, path_before = sys.argv, sys.path
+        sys.argv = [script, *arguments]
+        # The script's folder takes the place of this program's, as if it had been called itself.
+        sys.path = [str(Path(script).resolve().parent), *sys.path]
+        try:
+            runpy.run_path(script, run_name="__main__")
+        finally:
+            sys.argv, sys.path = arguments_before, path_before
