@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nanotron_fast.inspection import inspect
     from nanotron_fast.loading import load_into
     from nanotron_fast.patch.registry import disable, enable, status
+    from nanotron_fast.patch.transformers_models import disable_transformers, enable_transformers
     from nanotron_fast.planning.plan import Plan
     from nanotron_fast.topology import Topology
     from nanotron_fast.verification import verify
@@ -30,7 +31,9 @@ __all__ = [
     "__version__",
     "convert",
     "disable",
+    "disable_transformers",
     "enable",
+    "enable_transformers",
     "inspect",
     "load_into",
     "plan",
@@ -45,7 +48,9 @@ _HOMES = {
     "Topology": "topology",
     "convert": "conversion",
     "disable": "patch.registry",
+    "disable_transformers": "patch.transformers_models",
     "enable": "patch.registry",
+    "enable_transformers": "patch.transformers_models",
     "inspect": "inspection",
     "load_into": "loading",
     "plan": "conversion",
