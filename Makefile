@@ -59,9 +59,12 @@ test-gpu: ## build, then run the kernels' tests on the GPU and the packer under 
 	$(if $(SANITIZER_GPU),$(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -m pytest -q \
 	  tests/kernels/test_pack.py -m gpu,@echo "compute-sanitizer is not here: skipped" >&2)
 
-bench-gpu: ## build, then time the kernels beside torch and the peers that are installed
+bench-gpu: ## build, then time the kernels beside torch and the peers that are installed, and Nanotron's step
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) benchmarks/bench_kernels.py --save benchmarks/results/kernels.json
+	@if $(PYTHON) -c 'import nanotron' 2>/dev/null; \
+	  then $(PYTHON) benchmarks/bench_step.py --save; \
+	  else echo "nanotron is not here: its training step is not timed" >&2; fi
 
 report: $(READY) ## turn benchmarks/results into tables and plots in docs/results
 	$(BIN)/pip install -qq -c constraints.txt -e '.[bench]' --no-build-isolation

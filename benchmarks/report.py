@@ -2,8 +2,9 @@
 
     python benchmarks/report.py [--out docs/results]
 
-Takes what bench_convert.py, bench_kernels.py and pytest-benchmark write, and tells them apart by
-their keys. Plots need matplotlib; without it the tables are written alone, and it says so.
+Takes what bench_convert.py, bench_load.py, bench_kernels.py, bench_step.py and pytest-benchmark
+write, and tells them apart by their keys. Plots need matplotlib; without it the tables are written
+alone, and it says so.
 """
 
 from __future__ import annotations
@@ -49,22 +50,27 @@ def about(environment: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in environment.items())
 
 
-def convert_section(name: str, document: dict[str, Any]) -> Section:
+def files_section(name: str, document: dict[str, Any]) -> Section:
+    """Of conversion, whose variants say their memory, and of loading, whose say their speed."""
     lines = [f"Measured: {about(document['environment'])}; {document['rounds']} rounds."]
     bars = []
     for case in document["cases"]:
+        has_memory = "peak_rss_bytes" in case["variants"][0]
         rows = [
             (
                 variant["name"],
                 f"{variant['median_seconds']:.2f}",
                 f"{variant['ratio']:.2f}",
-                f"{variant['peak_rss_bytes'] / 1e6:.0f}",
+                f"{variant['peak_rss_bytes'] / 1e6:.0f}"
+                if has_memory
+                else f"{variant['gigabytes_per_second']:.1f}",
             )
             for variant in case["variants"]
         ]
+        target = f"target: {case['target']}; " if "target" in case else ""
         spread = f"the anchor varied {case['anchor_spread']:.1f}-fold"
-        lines += ["", f"{case['title']} (target: {case['target']}; {spread})", ""]
-        lines += table(("", "median s", "ratio", "peak MB"), rows)
+        lines += ["", f"{case['title']} ({target}{spread})", ""]
+        lines += table(("", "median s", "ratio", "peak MB" if has_memory else "GB/s"), rows)
         variants = case["variants"]
         bars.append(
             Bars(
@@ -116,6 +122,27 @@ def kernel_section(name: str, document: dict[str, Any]) -> Section:
     return Section(name, lines, bars)
 
 
+def step_section(name: str, document: dict[str, Any]) -> Section:
+    """Of a training step of Nanotron's, the drop-in off and on."""
+    lines = [f"Measured: {about(document['environment'])}.", f"{document['model']}.", ""]
+    stock = document["variants"][0]
+    rows = [
+        (
+            each["name"],
+            each["p50_ms"],
+            f"{each['p20_ms']} to {each['p80_ms']}",
+            f"{each['tokens_per_s']:.0f}",
+            f"{each['p50_ms'] / stock['p50_ms']:.2f}",
+            "" if each["peak_gb"] is None else each["peak_gb"],
+        )
+        for each in document["variants"]
+    ]
+    header = ("drop-in", "p50 ms", "p20 to p80", "tokens/s", "ratio", "peak GB")
+    names, values = zip(*((row[0], float(row[4])) for row in rows), strict=True)
+    bars = Bars("a step", "time as a ratio to Nanotron's own", [*names], [*values], 1.0)
+    return Section(name, lines + table(header, rows), [bars])
+
+
 def pytest_section(name: str, document: dict[str, Any]) -> Section:
     machine = document["machine_info"]
     cpu = machine.get("cpu", {})
@@ -143,12 +170,14 @@ def read(path: Path) -> Section:
     """Raises ValueError for a file that none of the benchmarks wrote."""
     document = json.loads(path.read_text())
     if "cases" in document:
-        return convert_section(path.stem, document)
+        return files_section(path.stem, document)
+    if "variants" in document:
+        return step_section(path.stem, document)
     if "ceilings" in document:
         return kernel_section(path.stem, document)
     if "benchmarks" in document:
         return pytest_section(path.stem, document)
-    raise ValueError(f"{path}: neither cases, ceilings nor benchmarks in it")
+    raise ValueError(f"{path}: neither cases, variants, ceilings nor benchmarks in it")
 
 
 def plot(section: Section, path: Path) -> None:
@@ -168,7 +197,9 @@ def plot(section: Section, path: Path) -> None:
         layout="constrained",
     )
     for axis, bars in zip(axes[:, 0], section.bars, strict=True):
-        is_ours = [name.startswith(("ours", "nanotron-fast")) for name in bars.names]
+        is_ours = [
+            name.startswith(("ours", "nanotron-fast", "nanotron_fast")) for name in bars.names
+        ]
         colors = ["#d95f02" if ours else "#9aa5b1" for ours in is_ours]
         drawn = axis.barh(bars.names, bars.values, color=colors, height=0.7)
         axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)

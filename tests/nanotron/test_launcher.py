@@ -109,3 +109,12 @@ def test_the_scripts_own_error_is_its_own(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text("import sys\nraise SystemExit(len(sys.argv))\n")
     done = run("-m", "nanotron_fast", "run", "script.py", "--cpu", "x", cwd=tmp_path)
     assert done.returncode == 3, done.stdout  # the script's own --cpu is not ours
+
+
+def test_the_step_benchmark_runs(tmp_path: Path) -> None:
+    words = ("--cpu", "--rounds", "1", "--warmup", "0", "--steps", "2")
+    done = run(str(ROOT / "benchmarks/bench_step.py"), *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    shown = [line.split()[0] for line in done.stdout.splitlines() if line.endswith("x")]
+    assert shown[0] == "off"
+    assert shown[-1] == "all"
