@@ -26,6 +26,14 @@ RUNS = {
     "dp2-zero1-bf16": (2, {"dp": 2, "zero_stage": 1, "grad_fp32": 0}),
     "dp2-zero1": (2, {"dp": 2, "zero_stage": 1}),
 }
+# What main cannot train, with the drop-in off as with it on, and what it raises.
+FAULTS = {
+    "dp2-zero1": "NotImplementedError",
+    # Its sanity checks compare what ZeRO has split.
+    "dp2-zero1-bf16": "exp_avg are not synced across DP",
+    "pp2": "'TensorPointer' object has no attribute 'numel'",
+}
+RUNS |= {"pp2": (2, {"pp": 2})} if has_qwen2() else {}
 Train = Callable[[str, str], Path]
 
 
@@ -76,10 +84,16 @@ def checkpoint(folder: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.skipif(not has_qwen2(), reason="the released 0.4 trains with ZeRO-1, and has no Qwen2")
+@pytest.mark.parametrize("ops", ["", "all"])
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_main_cannot_train_stays_so(train: Train, name: str, ops: str) -> None:
+    with pytest.raises(AssertionError, match=FAULTS[name]):
+        train(name, ops)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if not (has_qwen2() and name in FAULTS)])
 def test_accumulation_clipping_and_adamw_are_the_same(train: Train, name: str) -> None:
-    if name == "dp2-zero1" and has_qwen2():
-        pytest.xfail("main raises: ZeRO-1 with fp32 accumulation and dp > 1 is not implemented")
     off, on = checkpoint(train(name, "")), checkpoint(train(name, OPTIMIZER))
     assert off.keys() == on.keys()
     assert any("exp_avg_sq" in key for key in off)

@@ -30,6 +30,7 @@ class Run:
 
     ops: str = ""
     dp: int = 1
+    pp: int = 1
     zero_stage: int = 0
     grad_fp32: bool = True
 
@@ -55,8 +56,8 @@ def configuration(folder: str, family: str, size: int, is_main: bool, run: Run) 
         },
         "parallelism": {
             "dp": run.dp,
-            "pp": 1,
-            "tp": size // run.dp,
+            "pp": run.pp,
+            "tp": size // run.dp // run.pp,
             "pp_engine": "1f1b",
             "tp_mode": "REDUCE_SCATTER",
             # The released 0.4 gets its gradients wrong with it.

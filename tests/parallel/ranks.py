@@ -48,7 +48,12 @@ def run_ranks(module: str, size: int, *words: str) -> None:
                 process.kill()
     failed = [i for i, process in enumerate(processes) if process.returncode != 0]
     # The rank that raised says more than those that lost it.
-    failed.sort(key=lambda rank: "AssertionError: case" not in outputs[rank])
+    failed.sort(
+        key=lambda rank: (
+            "AssertionError: case" not in outputs[rank],
+            "Connection closed by peer" in outputs[rank],
+        )
+    )
     assert not failed, f"rank {failed[0]} of {size}:\n{outputs[failed[0]]}"
     assert all("cases passed" in output for output in outputs), outputs[0]
 
