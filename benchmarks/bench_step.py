@@ -83,7 +83,7 @@ def build(context: Any, sizes: dict[str, int]) -> tuple[Any, Any, Any]:
         dp=1,
         pp=1,
         tp=1,
-        tp_mode=TensorParallelLinearMode.REDUCE_SCATTER,
+        tp_mode=TensorParallelLinearMode.ALL_REDUCE,  # main raises at tp=1 in the other one
         tp_linear_async_communication=False,
     )
     model = build_model(
