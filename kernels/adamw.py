@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.backend import operator
 from nanotron_fast.kernels.multi_tensor import (
     TRITON_DTYPES,
     addresses_of,
@@ -174,7 +175,7 @@ def _adamw_kernel(
         tl.store(copy_ptr + offsets, p.to(COPY), mask=mask)
 
 
-@torch.library.custom_op(
+@operator(
     "nanotron_fast::adamw_step_",
     mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "copies"),
 )

@@ -21,7 +21,7 @@ from nanotron_fast.kernels.attention_configs import INTERPRETED
 from nanotron_fast.kernels.attention_dkv import dkv_kernel
 from nanotron_fast.kernels.attention_dq import dq_kernel
 from nanotron_fast.kernels.attention_forward import forward_kernel
-from nanotron_fast.kernels.backend import is_interpreting
+from nanotron_fast.kernels.backend import is_interpreting, operator
 
 MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
@@ -131,7 +131,7 @@ def _launch(
         kernel[grid](*arguments, **constants)
 
 
-@torch.library.custom_op("nanotron_fast::attention_forward", mutates_args=())
+@operator("nanotron_fast::attention_forward")
 def _forward(
     q: Tensor,
     k: Tensor,
@@ -164,7 +164,7 @@ def _(q, k, v, cu_seqlens, causal, window, scale, softcap):
     return q.new_empty(q.shape), q.new_empty(lse_shape(q), dtype=torch.float32)
 
 
-@torch.library.custom_op("nanotron_fast::attention_backward", mutates_args=())
+@operator("nanotron_fast::attention_backward")
 def _backward(
     dout: Tensor,
     q: Tensor,

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import uses_triton
+from nanotron_fast.kernels.backend import operator, uses_triton
 from nanotron_fast.kernels.cross_entropy_kernels import (
     combine_kernel,
     gradient_kernel,
@@ -104,7 +104,7 @@ def _gradient_torch(
     gradient.copy_(values)
 
 
-@torch.library.custom_op("nanotron_fast::cross_entropy_statistics", mutates_args=())
+@operator("nanotron_fast::cross_entropy_statistics")
 def statistics(logits: Tensor, target: Tensor, first_col: int, ignore_index: int | None) -> Tensor:
     """(3, rows), fp32: largest logit of this shard, sum over it, the target's logit or 0."""
     if not _launches(logits):
@@ -137,7 +137,7 @@ def _(logits, target, first_col, ignore_index):
     return logits.new_empty(3, logits.shape[0], dtype=_wide_dtype(logits.dtype))
 
 
-@torch.library.custom_op("nanotron_fast::cross_entropy_combine", mutates_args=())
+@operator("nanotron_fast::cross_entropy_combine")
 def combine(
     of_all: Tensor,
     target: Tensor,
@@ -231,7 +231,7 @@ def _write_gradient(
         )
 
 
-@torch.library.custom_op("nanotron_fast::cross_entropy_gradient", mutates_args=())
+@operator("nanotron_fast::cross_entropy_gradient")
 def gradient(
     logits: Tensor,
     target: Tensor,
@@ -263,7 +263,7 @@ def _(logits, target, maximum_and_sum, dloss, first_col, ignore_index, z_loss, a
     return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("nanotron_fast::cross_entropy_gradient_", mutates_args=("logits",))
+@operator("nanotron_fast::cross_entropy_gradient_", mutates_args=("logits",))
 def gradient_(
     logits: Tensor,
     target: Tensor,

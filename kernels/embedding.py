@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import uses_triton
+from nanotron_fast.kernels.backend import operator, uses_triton
 from nanotron_fast.kernels.collectives import (
     Group,
     Ranks,
@@ -63,7 +63,7 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
         raise IndexError(f"vocab_parallel_embedding: id {wrong} for a vocabulary of {vocab}")
 
 
-@torch.library.custom_op("nanotron_fast::embedding_gather", mutates_args=())
+@operator("nanotron_fast::embedding_gather")
 def gather(ids: Tensor, weight: Tensor, first_row: int, vocab: int) -> Tensor:
     """(tokens,) -> (tokens, hidden), this rank's part of the sum over all ranks."""
     num_tokens, (num_rows, num_cols) = ids.shape[0], weight.shape
@@ -100,7 +100,7 @@ def _(ids, weight, first_row, vocab):
     return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
-@torch.library.custom_op("nanotron_fast::embedding_sum", mutates_args=())
+@operator("nanotron_fast::embedding_sum")
 def sum_by_id(
     dy: Tensor, ids: Tensor, num_rows: int, first_row: int, padding_idx: int | None
 ) -> Tensor:

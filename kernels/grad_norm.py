@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.backend import operator
 from nanotron_fast.kernels.collectives import Group, all_gather, all_reduce, resolve
 from nanotron_fast.kernels.multi_tensor import (
     TRITON_DTYPES,
@@ -150,7 +151,7 @@ def _clip_kernel(
         tl.store(grad_ptr + offsets, (grad * coefficient).to(GRAD), mask=mask)
 
 
-@torch.library.custom_op("nanotron_fast::grad_power_sums", mutates_args=())
+@operator("nanotron_fast::grad_power_sums")
 def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
     """(tensors,) fp32 sums of |g|^p, or max |g| for p = inf; 0 for an empty tensor."""
     sums = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
@@ -186,7 +187,7 @@ def _(grads, norm_type):
     return grads[0].new_empty(len(grads), dtype=torch.float32)
 
 
-@torch.library.custom_op("nanotron_fast::clip_grads_", mutates_args=("grads",))
+@operator("nanotron_fast::clip_grads_", mutates_args=("grads",))
 def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     for group in groups_of((grads,), _LONG_CHUNK):
         _clip_kernel[(group.num_chunks,)](

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nanotron_fast.kernels.backend import operator
 from nanotron_fast.kernels.collectives import Ranks, all_gather, start_all_reduce
 from nanotron_fast.kernels.cross_entropy_operators import combine, gradient_, statistics
 
@@ -159,12 +160,8 @@ def backward_in_chunks(
     return gradients.finish()
 
 
-forward = torch.library.custom_op(
-    "nanotron_fast::linear_cross_entropy_forward", forward_in_chunks, mutates_args=()
-)
-backward = torch.library.custom_op(
-    "nanotron_fast::linear_cross_entropy_backward", backward_in_chunks, mutates_args=()
-)
+forward = operator("nanotron_fast::linear_cross_entropy_forward")(forward_in_chunks)
+backward = operator("nanotron_fast::linear_cross_entropy_backward")(backward_in_chunks)
 
 
 @forward.register_fake

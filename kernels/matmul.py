@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nanotron_fast.kernels.backend import uses_triton
+from nanotron_fast.kernels.backend import operator, uses_triton
 from nanotron_fast.kernels.matmul_choice import Candidates, choose, tokens_bucket
 from nanotron_fast.kernels.matmul_kernels import GROUP, MAX_BLOCK_K, glu_kernel, rope_kernel
 from nanotron_fast.kernels.rope import check_arguments, rope_qkv_, rope_qkv_reference
@@ -74,7 +74,7 @@ def _is_wide(weight: Tensor) -> bool:
     return weight.shape[0] * weight.stride(0) >= 2**31
 
 
-@torch.library.custom_op("nanotron_fast::matmul_glu", mutates_args=())
+@operator("nanotron_fast::matmul_glu")
 def _matmul_glu(
     x: Tensor, gate_up_weight: Tensor, activation: str, save_gate_up: bool
 ) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ def _(x, gate_up_weight, activation, save_gate_up):
     return x.new_empty(shape[0], shape[1] // 2), x.new_empty(shape if save_gate_up else (0,))
 
 
-@torch.library.custom_op("nanotron_fast::matmul_rope", mutates_args=())
+@operator("nanotron_fast::matmul_rope")
 def _matmul_rope(
     x: Tensor,
     qkv_weight: Tensor,

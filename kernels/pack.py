@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels import pack_backends
+from nanotron_fast.kernels.backend import operator
 from nanotron_fast.kernels.pack_backends import DTYPES, explain, pack_reference, table_of
 
 __all__ = [
@@ -38,7 +39,7 @@ __all__ = [
 ]
 
 
-@torch.library.custom_op("nanotron_fast::pack", mutates_args=("destinations",))
+@operator("nanotron_fast::pack", mutates_args=("destinations",))
 def _pack(table: Tensor, sources: list[Tensor], destinations: list[Tensor]) -> None:
     pack_backends.run(table, sources, destinations)
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import num_multiprocessors, uses_triton
+from nanotron_fast.kernels.backend import num_multiprocessors, operator, uses_triton
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
@@ -154,7 +154,7 @@ def _block(hidden: int) -> tuple[int, int, int]:
     return rows, cols, 32 if cols > 8192 else max(rows * cols // 1024, 4)
 
 
-@torch.library.custom_op("nanotron_fast::rms_norm_forward", mutates_args=())
+@operator("nanotron_fast::rms_norm_forward")
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,7 +193,7 @@ def _(x, residual, weight, eps, zero_centered):
     return y, h, x.new_empty(x.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("nanotron_fast::rms_norm_backward", mutates_args=())
+@operator("nanotron_fast::rms_norm_backward")
 def _backward(
     dy: Tensor,
     dh_out: Tensor | None,

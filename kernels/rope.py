@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import uses_triton
+from nanotron_fast.kernels.backend import operator, uses_triton
 from nanotron_fast.kernels.rope_kernels import launch
 from nanotron_fast.kernels.rope_tables import rope_tables as rope_tables
 
@@ -61,7 +61,7 @@ def rope_qkv_reference(
     return q, k, v.clone(memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("nanotron_fast::rope_qkv_forward", mutates_args=())
+@operator("nanotron_fast::rope_qkv_forward")
 def _forward(
     qkv: Tensor,
     cos: Tensor,
@@ -85,7 +85,7 @@ def _(qkv, cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids, interlea
     return tuple(qkv.new_empty(qkv.shape[0], n, head_dim) for n in heads)
 
 
-@torch.library.custom_op("nanotron_fast::rope_qkv_backward", mutates_args=())
+@operator("nanotron_fast::rope_qkv_backward")
 def _backward(
     dq: Tensor | None,
     dk: Tensor | None,
@@ -115,7 +115,7 @@ def _(dq, dk, dv, cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids, i
     return _empty_packed(dq, dk, dv, num_q_heads, num_kv_heads, head_dim)
 
 
-@torch.library.custom_op("nanotron_fast::rope_qkv_", mutates_args=("qkv",))
+@operator("nanotron_fast::rope_qkv_", mutates_args=("qkv",))
 def _in_place(
     qkv: Tensor,
     cos: Tensor,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import uses_triton
+from nanotron_fast.kernels.backend import operator, uses_triton
 from nanotron_fast.kernels.rope import rotate_reference
 from nanotron_fast.kernels.rope_kernels import launch
 
@@ -37,7 +37,7 @@ def rope_apart_reference(
     return q, torch.stack((k, *v), dim=1)
 
 
-@torch.library.custom_op("nanotron_fast::rope_apart", mutates_args=())
+@operator("nanotron_fast::rope_apart")
 def _turn(
     q: Tensor | None,
     kv: Tensor | None,

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import uses_triton
+from nanotron_fast.kernels.backend import operator, uses_triton
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -167,7 +167,7 @@ def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, i
     return grid, {"ROWS": rows, "COLS": cols, "num_warps": _NUM_WARPS}
 
 
-@torch.library.custom_op("nanotron_fast::glu_forward", mutates_args=())
+@operator("nanotron_fast::glu_forward")
 def _forward(gate_up: Tensor, activation: str) -> Tensor:
     """h (rows, inter) from gate_up (rows, 2 * inter)."""
     num_rows, inter = gate_up.shape[0], gate_up.shape[1] // 2
@@ -185,7 +185,7 @@ def _(gate_up, activation):
     return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
 
 
-@torch.library.custom_op("nanotron_fast::glu_backward", mutates_args=())
+@operator("nanotron_fast::glu_backward")
 def _backward(
     dy: Tensor, gate_up: Tensor, activation: str, with_output: bool
 ) -> tuple[Tensor, Tensor]:
