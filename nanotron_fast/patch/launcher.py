@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import socket
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -10,6 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import ConfigError
+
+
+def _alone() -> dict[str, str]:
+    """What torchrun says to the only process: Nanotron asks for it."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any) -> None:
@@ -30,6 +41,8 @@ def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any)
     from nanotron_fast.patch.cpu import cpu_mode
     from nanotron_fast.patch.registry import enable
 
+    if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
+        os.environ.update(_alone())
     with cpu_mode() if on_cpu else nullcontext():
         try:
             enable(**enabling)

@@ -57,6 +57,9 @@ class _State:
     replaced: list[_Replaced] = field(default_factory=list)
     # id of an original function -> its replacement
     functions: dict[int, Callable[..., Any]] = field(default_factory=dict)
+    # Of those in modules, also by names that were bound while the drop-in was on: id of a
+    # replacement -> it and its original.
+    homes: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
 
 _state = _State()
@@ -122,8 +125,13 @@ def disable() -> None:
                 getattr(each.owner, "__name__", type(each.owner).__name__),
                 each.name,
             )
+    for module, name, value in _bindings():
+        replacement, original = _state.homes.get(id(value), (None, None))
+        if original is not None and value is replacement:
+            setattr(module, name, original)
     _state.replaced.clear()
     _state.functions.clear()
+    _state.homes.clear()
     _state.asked, _state.status = None, ()
     for finish in ON_DISABLE:
         finish()
@@ -174,7 +182,6 @@ def _checked_options(options: dict[str, Any]) -> Options:
 
 def _replace_all(ops: frozenset[str], options: Options, force: bool) -> Iterator[Status]:
     version = installed_version()
-    homes: dict[int, tuple[Callable[..., Any], Callable[..., Any]]] = {}
     for target in TARGETS:
         if version not in target.versions:
             continue
@@ -196,9 +203,9 @@ def _replace_all(ops: frozenset[str], options: Options, force: bool) -> Iterator
         _put(owner, name, original, replacement)
         _state.functions[id(original)] = replacement
         if isinstance(owner, types.ModuleType):
-            homes[id(original)] = (original, replacement)
+            _state.homes[id(replacement)] = (replacement, original)
         yield Status(target, "on")
-    _replace_where_bound(homes)
+    _replace_where_bound()
 
 
 def _find(target: Target) -> tuple[Any, str, Callable[..., Any]] | None:
@@ -244,7 +251,7 @@ def _make(target: Target, original: Callable[..., Any], options: Options) -> Cal
     home, name = target.factory.rsplit(".", 1)
     module = importlib.import_module(f"nanotron_fast.patch.replacements.{home}")
     replacement: Callable[..., Any] = getattr(module, name)(original, options)
-    names = ("__name__", "__qualname__", "__doc__")
+    names = ("__module__", "__name__", "__qualname__", "__doc__")
     functools.update_wrapper(replacement, original, assigned=names, updated=())
     return replacement
 
@@ -254,15 +261,21 @@ def _put(owner: Any, name: str, original: Any, replacement: Any) -> None:
     _state.replaced.append(_Replaced(owner, name, original, replacement))
 
 
-def _replace_where_bound(homes: dict[int, tuple[Any, Any]]) -> None:
-    """In modules that have the function under whatever name, the user's script among them."""
+def _bindings() -> Iterator[tuple[types.ModuleType, str, Any]]:
+    """Every name of every module, the user's script among them, and what it is bound to."""
     for module in [*sys.modules.values()]:
-        if not isinstance(module, types.ModuleType) or module.__name__.startswith(__package__):
-            continue
-        for name, value in [*vars(module).items()]:
-            original, replacement = homes.get(id(value), (None, None))
-            if value is original and original is not None:
-                _put(module, name, original, replacement)
+        if isinstance(module, types.ModuleType) and not module.__name__.startswith(__package__):
+            for name, value in [*vars(module).items()]:
+                yield module, name, value
+
+
+def _replace_where_bound() -> None:
+    """In modules that have the function under whatever name."""
+    originals = {id(original): pair for pair in _state.homes.values() for original in pair[1:]}
+    for module, name, value in _bindings():
+        replacement, original = originals.get(id(value), (None, None))
+        if original is not None and value is original:
+            _put(module, name, original, replacement)
 
 
 def _reach(model: torch.nn.Module) -> None:

@@ -26,12 +26,15 @@ class Options:
         rope_scaling: honour `rope_scaling` of the model's configuration, which Nanotron ignores.
         padding_idx: "nanotron" takes the padding token's id for a row of every rank's shard;
             "global" for a row of the whole embedding. They differ at tp > 1 alone.
+        assume_full_masks: take every sequence mask of Llama's for all true, as they are in
+            pretraining, and save the look at the device that each new one costs.
     """
 
     z_loss_mode: Literal["nanotron", "correct"] = "nanotron"
     ignore_index: int | None = None
     rope_scaling: bool = False
     padding_idx: Literal["nanotron", "global"] = "nanotron"
+    assume_full_masks: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 import sys
+import types
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -59,6 +62,25 @@ def identity_is_restored(context: Any) -> None:
     assert not is_enabled()
     assert not status()
     disable()  # and a second time
+
+
+def names_bound_while_it_was_on(context: Any) -> None:
+    """As a script's imports after `import nanotron_fast.auto` are."""
+    from nanotron.parallel.tensor_parallel import functional
+
+    enable({"cross_entropy"})
+    late = types.ModuleType("late")
+    late.loss = functional.sharded_cross_entropy
+    sys.modules["late"] = late
+    try:
+        enable({"cross_entropy"}, ignore_index=-100)  # other options reach it too
+        assert late.loss is functional.sharded_cross_entropy
+        assert pickle.loads(pickle.dumps(late.loss)) is late.loss
+        disable()
+        assert late.loss is functional.sharded_cross_entropy
+        assert "nanotron_fast" not in late.loss.__code__.co_filename
+    finally:
+        del sys.modules["late"]
 
 
 def importing_modules_are_patched(context: Any) -> None:
@@ -258,9 +280,94 @@ def generation_is_nanotrons(context: Any) -> None:
     disable()
 
 
+def masks_made_in_inference_mode(context: Any) -> None:
+    """Validation moves its batches to the device there; tensors count no versions then."""
+    model = build(Case(), context)
+    given = {k: v for k, v in batch("llama", 0).items() if "label" not in k}
+    with torch.inference_mode():
+        given = {name: each.clone() for name, each in given.items()}
+        stock = model.model(**given)
+        for options in ({}, {"assume_full_masks": True}):
+            enable({"rope", "attention"}, **options)
+            torch.testing.assert_close(model.model(**given), stock)
+            disable()
+        given["input_mask"][0, 9:] = False
+        stock = model.model(**given)
+        enable({"attention"})
+        torch.testing.assert_close(model.model(**given)[:, :1], stock[:, :1])
+        disable()
+
+
+def a_loss_of_somebody_else_gets_fp32(context: Any) -> None:
+    from nanotron.models import llama
+
+    model = build(Case(dtype="bfloat16"), context)
+    given = {k: v for k, v in batch("llama", 0).items() if "label" not in k}
+    stock = llama.sharded_cross_entropy
+    llama.sharded_cross_entropy = lambda *args, **kwargs: stock(*args, **kwargs)
+    try:
+        enable()
+        assert model.model(**given).dtype == torch.float32
+    finally:
+        disable()
+        llama.sharded_cross_entropy = stock
+
+
+def adamw_goes_back_and_forth(context: Any) -> None:
+    from nanotron.optim.gradient_accumulator import FP32GradientAccumulator
+    from nanotron.optim.named_optimizer import NamedOptimizer
+    from nanotron.optim.optimizer_from_gradient_accumulator import OptimizerFromGradientAccumulator
+
+    def make() -> Any:
+        model = build(Case(dtype="bfloat16"), context)
+        named = list(model.get_named_params_with_correct_tied())
+        return model, OptimizerFromGradientAccumulator(
+            gradient_accumulator_builder=lambda given: FP32GradientAccumulator(
+                named_parameters=given, grad_buckets_named_params=named
+            ),
+            named_params_or_groups=named,
+            optimizer_builder=lambda groups: NamedOptimizer(
+                groups, lambda params: torch.optim.AdamW(params, lr=0.1)
+            ),
+        )
+
+    def step(model: Any, optimizer: Any) -> None:
+        optimizer.gradient_accumulator.backward(model(**batch("llama", 0))["loss"])
+        optimizer.step()
+        optimizer.zero_grad()
+        for each in optimizer.gradient_accumulator.parameters.values():
+            assert torch.equal(each["half"], each["fp32"].to(torch.bfloat16))
+
+    before = make()
+    enable({"adamw"})
+    step(*before)  # built before: torch's own, and it says so once
+    assert type(before[1].get_base_optimizer()) is torch.optim.AdamW
+    model, optimizer = make()
+    base = optimizer.get_base_optimizer()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(base, lambda step: 1.0)
+    step(model, optimizer)
+    assert type(copy.deepcopy(base)) is torch.optim.AdamW
+    assert pickle.loads(pickle.dumps(base.__reduce_ex__(2)[1]))[0] is torch.optim.AdamW
+    enable()  # something else: it stays ours
+    assert type(base).__name__ == "FusedAdamW"
+    step(model, optimizer)
+    scheduler.step()
+    for ops in (set(), {"accumulation"}, {"adamw"}):
+        disable()
+        if ops:
+            enable(ops)
+        step(model, optimizer)
+    disable()
+    assert type(base) is torch.optim.AdamW
+
+
 CASES: tuple[Callable[[Any], None], ...] = (
     identity_is_restored,
+    names_bound_while_it_was_on,
     importing_modules_are_patched,
+    masks_made_in_inference_mode,
+    a_loss_of_somebody_else_gets_fp32,
+    adamw_goes_back_and_forth,
     a_target_outside_the_vocabulary,
     z_loss,
     column_linear_in_three_dimensions,

@@ -89,6 +89,14 @@ def test_a_users_script_trains_under_torchrun(tmp_path: Path) -> None:
     assert (tmp_path / "saved/2/model_config.json").is_file()
 
 
+def test_without_torchrun_it_is_one_process(tmp_path: Path) -> None:
+    lay_out(tmp_path, 1)
+    words = ("run_train.py", "--config-file", "config.yaml")
+    done = run("-m", "nanotron_fast", "run", "--cpu", *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("FusedAdamW") == 1
+
+
 def test_it_says_how_it_got_past_the_cycle(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(
         "import nanotron_fast.auto\n"

@@ -170,6 +170,8 @@ class _Documents:
 
     def of(self, mask: Tensor) -> Tensor | None:
         """cu_seqlens (batch + 1,) int32 as Nanotron counts them: row by row, by the sums."""
+        if mask.is_inference():  # it counts no versions, so that nothing can be kept
+            return self._starts(mask)
         held = self.mask
         is_same = (
             held is not None
@@ -180,11 +182,16 @@ class _Documents:
             and self.version == mask._version
         )
         if not is_same:
-            lengths = mask.sum(-1, dtype=torch.int32)
-            starts = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-            self.starts = None if bool(mask.all()) else starts
+            self.starts = self._starts(mask)
             self.mask, self.version = mask.detach(), mask._version
         return self.starts
+
+    @staticmethod
+    def _starts(mask: Tensor) -> Tensor | None:
+        if bool(mask.all()):
+            return None
+        lengths = mask.sum(-1, dtype=torch.int32)
+        return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
     def forget(self) -> None:
         self.mask = self.starts = None
@@ -214,7 +221,7 @@ def core_attention(original: Callable[..., Any], options: Options) -> Callable[.
             out = original(self, *flat, q_sequence_mask, kv_sequence_mask)
             return out.reshape(query_states.shape)
         batch, seq = q_sequence_mask.shape
-        starts = _documents.of(q_sequence_mask)
+        starts = None if options.assume_full_masks else _documents.of(q_sequence_mask)
         shape = (batch, seq) if starts is None else (batch * seq,)
         q, k, v = (
             x if x.shape[:-2] == shape else x.reshape(*shape, *x.shape[-2:])

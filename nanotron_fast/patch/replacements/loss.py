@@ -11,6 +11,9 @@ from torch import Tensor
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.patch.targets import Options
 
+# On a loss that takes logits of any dtype.
+_TAKES_ANY = "__nanotron_fast_any_dtype__"
+
 
 def cross_entropy(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`sharded_cross_entropy`: statistics in fp32 whatever the logits' dtype, so nothing is cast.
@@ -37,18 +40,22 @@ def cross_entropy(original: Callable[..., Any], options: Options) -> Callable[..
         dtype = sharded_logits.dtype if dtype is None else dtype
         return tuple(x.to(dtype) for x in found) if isinstance(found, tuple) else found.to(dtype)
 
+    setattr(sharded_cross_entropy, _TAKES_ANY, True)
     return sharded_cross_entropy
 
 
 def without_cast(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`LlamaModel.forward` without its cast of the logits to fp32, which the loss does not need.
 
-    Only under autograd: generation and validation keep their fp32 logits.
+    Only under autograd, and under our loss: generation, validation and the loss of somebody else
+    get their fp32 logits.
     """
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         is_one_stage = getattr(self.cast_to_fp32, "rank", 0) == getattr(self.lm_head, "rank", 1)
-        if not torch.is_grad_enabled() or not is_one_stage:
+        loss = original.__globals__.get("sharded_cross_entropy")
+        is_ours = getattr(loss, _TAKES_ANY, False)
+        if not (torch.is_grad_enabled() and is_one_stage and is_ours):
             return original(self, *args, **kwargs)
         # An attribute of the instance comes before its submodules.
         vars(self)["cast_to_fp32"] = lambda x: {"output": x}

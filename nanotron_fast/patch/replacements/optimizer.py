@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -14,6 +17,8 @@ from nanotron_fast.kernels.grad_norm import clip_grads_with_norm_, get_total_nor
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_
 from nanotron_fast.patch.registry import ON_DISABLE
 from nanotron_fast.patch.targets import Options
+
+logger = logging.getLogger(__name__)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -66,7 +71,7 @@ def copy_back(original: Callable[..., Any], options: Options) -> Callable[..., A
 
     @torch.inference_mode()
     def replacement(self: Any) -> None:
-        written = vars(self).pop(_WRITTEN, ())
+        written = vars(self).get(_WRITTEN, ())
         pairs = [
             (element["half"], element["fp32"])
             for element in self.parameters.values()
@@ -132,10 +137,18 @@ def _torch_step(optimizer: AdamW, closure: Callable[[], float] | None) -> float 
 class FusedAdamW(AdamW):
     """torch's AdamW, whose step is one launch for each group. Its state is torch's.
 
-    `copies` maps the id of a parameter to the low-precision tensor that is written with it.
+    `copies` maps the id of a parameter to the low-precision tensor that is written with it. What is
+    copied or pickled is torch's AdamW again.
     """
 
-    copies: dict[int, Tensor]
+    copies: Mapping[int, Tensor] = MappingProxyType({})
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        function, arguments, *rest = super().__reduce_ex__(protocol)
+        return function, tuple(AdamW if x is FusedAdamW else x for x in arguments), *rest
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "copies"}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
@@ -144,6 +157,9 @@ class FusedAdamW(AdamW):
         if type(self) is not FusedAdamW:
             return _torch_step(self, closure)
         if not all(map(self._is_served, self.param_groups)):
+            _say_once(
+                "torch's AdamW steps: ours wants plain dense tensors, and fused=True on a GPU"
+            )
             self.copies = {}
             return _torch_step(self, closure)
         loss = None
@@ -191,26 +207,37 @@ class FusedAdamW(AdamW):
 
 
 def named(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """`NamedOptimizer.__init__`: an AdamW of torch's that it builds becomes ours."""
+    """`NamedOptimizer.__init__`: an AdamW of torch's that it builds becomes ours.
+
+    So do those that were ours before. One that was built while the drop-in was off stays torch's:
+    its scheduler has wrapped torch's step.
+    """
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
-        optimizer = self.optimizer
-        if type(optimizer) is AdamW:
-            optimizer.__class__ = FusedAdamW
-            optimizer.copies = {}
-            optimizer._patch_step_function()  # torch's hooks around the step of this class
-            _made.add(optimizer)
+        if type(self.optimizer) is AdamW:
+            _made.add(self.optimizer)
+            _make_ours(self.optimizer)
 
+    for optimizer in [*_made]:
+        _make_ours(optimizer)
     return __init__
+
+
+def _make_ours(optimizer: AdamW) -> None:
+    optimizer.__class__ = FusedAdamW
+    optimizer._patch_step_function()  # torch's hooks around the step of this class
 
 
 def _turn_back() -> None:
     for optimizer in [*_made]:
-        if type(optimizer) is FusedAdamW:
-            optimizer.__class__ = AdamW
-            del optimizer.copies
-    _made.clear()
+        optimizer.__class__ = AdamW
+        vars(optimizer).pop("copies", None)
+
+
+@cache
+def _say_once(what: str) -> None:
+    logger.warning("nanotron_fast: %s", what)
 
 
 ON_DISABLE.append(_turn_back)
@@ -222,6 +249,8 @@ def step(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
     def replacement(self: Any, closure: Callable[[], float] | None = None) -> float | None:
         optimizer, accumulator = self.get_base_optimizer(), self.gradient_accumulator
         if type(optimizer) is not FusedAdamW:
+            if type(optimizer) is AdamW:
+                _say_once("torch's AdamW steps: it was built before the drop-in was enabled")
             return original(self, closure)
         optimizer.copies = {
             id(element["fp32"]): element["half"].detach()
@@ -230,7 +259,10 @@ def step(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
         }
         loss = self.optimizer.step(closure=closure)
         vars(accumulator)[_WRITTEN] = frozenset(optimizer.copies)
-        accumulator.step()
+        try:
+            accumulator.step()
+        finally:
+            vars(accumulator).pop(_WRITTEN, None)
         return loss
 
     return replacement
