@@ -26,9 +26,13 @@ from tests.parallel.ranks import run_cases
 
 @dataclass
 class Run:
-    """What differs between runs. `ops` of the drop-in, with pluses between; empty: it is off."""
+    """What differs between runs. `ops` of the drop-in, with pluses between; empty: it is off.
+
+    `resume` is the checkpoint to go on from, for two steps more.
+    """
 
     ops: str = ""
+    resume: str = ""
     dp: int = 1
     pp: int = 1
     zero_stage: int = 0
@@ -37,8 +41,8 @@ class Run:
     @classmethod
     def from_words(cls, words: list[str]) -> Run:
         given = dict(word.split("=") for word in words)
-        numbers = {name: int(value) for name, value in given.items() if name != "ops"}
-        return cls(given.get("ops", ""), **numbers)
+        words = {name: given.pop(name, "") for name in ("ops", "resume")}
+        return cls(**words, **{name: int(value) for name, value in given.items()})
 
 
 def configuration(folder: str, family: str, size: int, is_main: bool, run: Run) -> dict[str, Any]:
@@ -51,7 +55,7 @@ def configuration(folder: str, family: str, size: int, is_main: bool, run: Run) 
             "checkpoint_interval": 2,
             "checkpoints_path": folder,
             "checkpoints_path_is_shared_file_system": True,
-            "resume_checkpoint_path": None,
+            "resume_checkpoint_path": run.resume or None,
             "save_initial_state": False,
         },
         "parallelism": {
@@ -87,7 +91,7 @@ def configuration(folder: str, family: str, size: int, is_main: bool, run: Run) 
         "logging": {"log_level": "info", "log_level_replica": "info"},
         "tokens": {
             "sequence_length": SEQUENCE,
-            "train_steps": 2,
+            "train_steps": 4 if run.resume else 2,
             "micro_batch_size": BATCH,
             "batch_accumulation_per_replica": 2,
         },
