@@ -29,6 +29,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.collectives import Group, Ranks, all_gather, resolve
 from nanotron_fast.kernels.cross_entropy_operators import combine, gradient, gradient_, statistics
+from nanotron_fast.kernels.rows import as_rows
 
 Z_LOSS_MODES = ("nanotron", "correct")
 
@@ -97,10 +98,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _as_rows(logits: Tensor) -> Tensor:
     """(..., vocab/ranks) -> (rows, vocab/ranks): elements side by side, no two rows the same."""
-    rows = logits.reshape(-1, logits.shape[-1])
-    is_dense = rows.stride(1) == 1 or rows.shape[1] == 1
+    rows = as_rows(logits)
     is_apart = rows.stride(0) >= rows.shape[1] or rows.shape[0] <= 1
-    return rows if is_dense and is_apart else rows.contiguous()
+    return rows if is_apart else rows.contiguous()
 
 
 def _is_leaf(tensor: Tensor) -> bool:

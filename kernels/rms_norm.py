@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanotron_fast.kernels.backend import num_multiprocessors, operator, uses_triton
+from nanotron_fast.kernels.rows import as_rows
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
@@ -141,12 +142,6 @@ def _backward_kernel(
     )
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    """(..., hidden) -> (rows, hidden) whose elements lie side by side within a row."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def _block(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and its warps."""
     cols = triton.next_power_of_2(hidden)
@@ -252,8 +247,8 @@ class _RmsNorm(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         if dy is None:
             return dh_out, dh_out, None, None, None
-        dh_out = None if dh_out is None else _as_rows(dh_out)
-        dx, dw = _backward(_as_rows(dy), dh_out, h, weight, rstd, ctx.zero_centered)
+        dh_out = None if dh_out is None else as_rows(dh_out)
+        dx, dw = _backward(as_rows(dy), dh_out, h, weight, rstd, ctx.zero_centered)
         return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
 
 
@@ -289,6 +284,6 @@ def rms_norm(
         )
     if not uses_triton(x) or x.shape[-1] > _MAX_HIDDEN or x.dtype == torch.float64:
         return rms_norm_reference(x, weight, eps, residual, zero_centered)
-    rows = None if residual is None else _as_rows(residual)
-    y, h = _RmsNorm.apply(_as_rows(x), rows, weight.contiguous(), eps, zero_centered)
+    rows = None if residual is None else as_rows(residual)
+    y, h = _RmsNorm.apply(as_rows(x), rows, weight.contiguous(), eps, zero_centered)
     return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))

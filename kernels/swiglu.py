@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanotron_fast.kernels.backend import operator, uses_triton
+from nanotron_fast.kernels.rows import as_rows
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -153,12 +154,6 @@ def _backward_kernel(
         tl.store(h_ptr + rows * num_cols + cols, (activated * up).to(dtype), mask=mask)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    """(..., cols) -> (rows, cols) whose elements lie side by side within a row."""
-    rows = tensor.reshape(-1, tensor.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid and the block's constants. Short rows share a block."""
     cols = min(triton.next_power_of_2(num_cols), _MAX_COLS)
@@ -226,7 +221,7 @@ class _Glu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
-        return _backward(_as_rows(dy), gate_up, ctx.activation, False)[0], None
+        return _backward(as_rows(dy), gate_up, ctx.activation, False)[0], None
 
 
 def _check(name: str, gate_up: Tensor, activation: str) -> None:
@@ -247,7 +242,7 @@ def glu_forward(gate_up: Tensor, activation: str = "silu") -> Tensor:
     _check("glu_forward", gate_up, activation)
     if _takes_reference(gate_up):
         return glu_reference(gate_up, activation)
-    h = _forward(_as_rows(gate_up), activation)
+    h = _forward(as_rows(gate_up), activation)
     return h.view(*gate_up.shape[:-1], h.shape[-1])
 
 
@@ -273,7 +268,7 @@ def glu_backward(
         raise ValueError(f"glu_backward: dy {tuple(dy.shape)} for gate_up {tuple(gate_up.shape)}")
     if _takes_reference(gate_up):
         return glu_backward_reference(dy, gate_up, activation, with_output)
-    d_gate_up, h = _backward(_as_rows(dy), _as_rows(gate_up), activation, with_output)
+    d_gate_up, h = _backward(as_rows(dy), as_rows(gate_up), activation, with_output)
     d_gate_up = d_gate_up.view(gate_up.shape)
     return (d_gate_up, h.view(dy.shape)) if with_output else d_gate_up
 
@@ -294,5 +289,5 @@ def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
     _check("glu", gate_up, activation)
     if _takes_reference(gate_up):
         return glu_reference(gate_up, activation)
-    h = _Glu.apply(_as_rows(gate_up), activation)
+    h = _Glu.apply(as_rows(gate_up), activation)
     return h.view(*gate_up.shape[:-1], h.shape[-1])
