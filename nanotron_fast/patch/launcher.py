@@ -50,7 +50,7 @@ def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any)
             raise ConfigError(str(error)) from error
         arguments_before, path_before = sys.argv, sys.path
         sys.argv = [script, *arguments]
-        # The script's folder takes the place of this program's, as if it had been called itself.
+        # Modules beside the script come first, as if it had been called itself.
         sys.path = [str(Path(script).resolve().parent), *sys.path]
         try:
             runpy.run_path(script, run_name="__main__")

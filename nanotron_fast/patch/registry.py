@@ -52,7 +52,8 @@ class _Replaced:
 
 @dataclass(slots=True)
 class _State:
-    asked: tuple[frozenset[str], Options] | None = None
+    # Operations, options, and whether to insist.
+    asked: tuple[frozenset[str], Options, bool] | None = None
     status: tuple[Status, ...] = ()
     replaced: list[_Replaced] = field(default_factory=list)
     # id of an original function -> its replacement
@@ -84,7 +85,7 @@ def enable(
             which `rope_scaling` it has.
         force: replace what somebody else has replaced before us, too.
         options: fields of `patch.targets.Options`: z_loss_mode, ignore_index, rope_scaling,
-            padding_idx.
+            padding_idx, assume_full_masks.
 
     Returns:
         The status of every target that the installed Nanotron has.
@@ -94,14 +95,14 @@ def enable(
             operation "rope", which honours it.
         ImportError: Nanotron, or what it needs, is not installed.
     """
-    asked = (_checked_ops(ops), _checked_options(options))
+    asked = (_checked_ops(ops), _checked_options(options), force)
     if asked[1].rope_scaling and "rope" not in asked[0]:
         raise ConfigError('rope_scaling=True needs the operation "rope" among ops')
     if _state.asked != asked:
         disable()
         import_nanotron()
         try:
-            _state.status = tuple(_replace_all(*asked, force))
+            _state.status = tuple(_replace_all(*asked))
         except BaseException:
             disable()
             raise
@@ -126,9 +127,8 @@ def disable() -> None:
                 each.name,
             )
     for module, name, value in _bindings():
-        replacement, original = _state.homes.get(id(value), (None, None))
-        if original is not None and value is replacement:
-            setattr(module, name, original)
+        if id(value) in _state.homes:
+            setattr(module, name, _state.homes[id(value)][1])
     _state.replaced.clear()
     _state.functions.clear()
     _state.homes.clear()
@@ -271,11 +271,10 @@ def _bindings() -> Iterator[tuple[types.ModuleType, str, Any]]:
 
 def _replace_where_bound() -> None:
     """In modules that have the function under whatever name."""
-    originals = {id(original): pair for pair in _state.homes.values() for original in pair[1:]}
+    replacements = {id(original): replacement for replacement, original in _state.homes.values()}
     for module, name, value in _bindings():
-        replacement, original = originals.get(id(value), (None, None))
-        if original is not None and value is original:
-            _put(module, name, original, replacement)
+        if id(value) in replacements:
+            _put(module, name, value, replacements[id(value)])
 
 
 def _reach(model: torch.nn.Module) -> None:

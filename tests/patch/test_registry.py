@@ -176,7 +176,6 @@ def test_what_somebody_replaced_is_refused(
     assert nanotron.clip_grads.clip_grad_norm is theirs
     assert states()["clip_grad_norm"] == "refused"
     assert "was replaced by" in caplog.text
-    disable()
     enable({"clip"}, force=True)
     assert states()["clip_grad_norm"] == "on"
     disable()
