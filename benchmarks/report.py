@@ -185,6 +185,7 @@ def plot(section: Section, path: Path) -> None:
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = section.name  # the same picture for the same numbers
+    matplotlib.rcParams["svg.fonttype"] = "none"  # text, not the outlines of letters
     from matplotlib import pyplot
 
     heights = [len(bars.names) for bars in section.bars]
