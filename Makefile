@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format bench test-nanotron test-gpu bench-gpu report demo sanitize run-native clean
+.PHONY: help venv build test lint format bench test-nanotron test-gpu build-here bench-gpu report demo sanitize run-native clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -53,11 +53,16 @@ test-nanotron: build ## install the released Nanotron beside us, without flash-a
 	$(NANOTRON_VENV)/bin/python -m pytest tests/nanotron
 
 # On a machine with a GPU, with the torch that is there: nothing is installed.
-test-gpu: ## build, then run the kernels' tests on the GPU and the packer under compute-sanitizer
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) -m pytest tests/kernels tests/parallel
+test-gpu: build-here ## build what can be built, then test kernels and parallel on the GPU, the packer under compute-sanitizer
+	$(PYTHON) -m pytest tests/kernels tests/parallel --gpu
 	$(if $(SANITIZER_GPU),$(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -m pytest -q \
-	  tests/kernels/test_pack.py -m gpu,@echo "compute-sanitizer is not here: skipped" >&2)
+	  tests/kernels/test_pack.py --gpu -m gpu,@echo "compute-sanitizer is not here: skipped" >&2)
+
+# The kernels need no native code, but for the packer.
+build-here:
+	@if $(PYTHON) -c 'import ninja, pybind11, setuptools' 2>/dev/null && command -v $(CXX) >/dev/null; \
+	  then $(PYTHON) setup.py --quiet build_ext --inplace; \
+	  else echo "no native build: it needs pybind11, ninja, setuptools and a C++ compiler" >&2; fi
 
 bench-gpu: ## build, then time the kernels beside torch and the peers that are installed, and Nanotron's step
 	$(PYTHON) setup.py --quiet build_ext --inplace

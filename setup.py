@@ -214,7 +214,12 @@ class NinjaBuildExt(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["nanotron_fast*"]), "nanotron_fast.kernels"],
+    # nanotron_fast/kernels is a link, so that the tree works where it is not installed: left out
+    # here, or its files would be packaged under both of their paths.
+    packages=[
+        *find_packages(include=["nanotron_fast*"], exclude=["nanotron_fast.kernels"]),
+        "nanotron_fast.kernels",
+    ],
     package_dir={"nanotron_fast.kernels": "kernels"},
     package_data={"nanotron_fast": ["py.typed", "*.pyi"]},
     ext_modules=[Extension("nanotron_fast._C", SOURCES, language="c++")],

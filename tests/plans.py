@@ -13,24 +13,11 @@ from hypothesis import strategies as st
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.planning.moves import FILL, Move, MovePlan, OutputFile
+from tests.strides import packed, permuted
 
 NUM_SOURCES = 3
 OUTPUT_PATHS = ("a", "b/tp-0", "b/tp-1", "c/tp-0", "c/tp-1")
 CASTABLE = (Dtype.BF16, Dtype.F16, Dtype.F32)
-
-
-def packed(shape):
-    """Strides of a contiguous box."""
-    return (shape[1] * shape[2], shape[2], 1)
-
-
-def permuted(shape, order):
-    """Strides of a box that lies with its dimensions in another order."""
-    strides, stride = [0, 0, 0], 1
-    for dim in reversed(order):
-        strides[dim] = stride
-        stride *= shape[dim]
-    return tuple(strides)
 
 
 class Builder:

@@ -6,7 +6,7 @@ import pytest
 from nanotron_fast import _C, engine, reference
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.planning.moves import FILL, Move, MovePlan, OutputFile, table_of
-from tests.plans import permuted
+from tests.strides import permuted
 
 MIB = 2**20
 

@@ -108,6 +108,24 @@ def test_commands_run_where_the_training_packages_are_not_installed(
     assert command != "convert" or (tmp_path / "there" / "model_config.json").is_file()
 
 
+def test_kernels_run_from_the_tree_with_torch_triton_and_numpy_alone() -> None:
+    """What a machine with a GPU has before anything is installed on it."""
+    root = PACKAGE.parent
+    code = (
+        "import importlib, pkgutil\n"
+        "names = {finder: getattr(finder, '__name__', '') for finder in sys.meta_path}\n"
+        "sys.meta_path = [finder for finder in names if 'Editable' not in names[finder]]\n"
+        f"sys.path.insert(0, {str(root)!r})\n"
+        "import nanotron_fast.kernels, nanotron_fast.parallel\n"
+        f"assert nanotron_fast.kernels.__file__ == {str(PACKAGE / 'kernels/__init__.py')!r}\n"
+        "for module in pkgutil.iter_modules(nanotron_fast.kernels.__path__):\n"
+        "    importlib.import_module(f'nanotron_fast.kernels.{module.name}')\n"
+    )
+    assert (PACKAGE / "kernels").readlink() == Path("../kernels")
+    others = ("typer", "rich", "yaml", "safetensors", "transformers", "huggingface_hub", "pybind11")
+    run(code, "nanotron_fast._C", "hypothesis", *others)
+
+
 def test_every_public_name_is_there() -> None:
     for name in nanotron_fast.__all__:
         assert getattr(nanotron_fast, name) is not None

@@ -68,7 +68,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree = tmp_path_factory.mktemp("packaging")
     for folder in FOLDERS:
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
-        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored)
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignored, symlinks=True)
     for path in ROOT.iterdir():
         if path.is_file():
             shutil.copy(path, tree)

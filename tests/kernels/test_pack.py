@@ -10,66 +10,28 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
 
-from nanotron_fast import reference
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import PlanError
 from nanotron_fast.kernels import pack
 from nanotron_fast.planning.moves import FILL, Move, table_of
-from tests.plans import builders, permuted
+from tests.kernels.packing import PATHS, check, choose_path, gpu, no_gpu, random_bytes, run_bytes
+from tests.strides import permuted
+
+pytest.importorskip("nanotron_fast._C", reason="the native code is not built")
 
 TORCH = dict(zip(Dtype, pack.pack_backends.DTYPES, strict=True))
 CASTABLE = (Dtype.BF16, Dtype.F16, Dtype.F32)
 CASTS = [(a, b) for a in CASTABLE for b in CASTABLE if a is not b]
 PAIRS = [*((dtype, dtype) for dtype in Dtype), *CASTS]
 names = {"ids": lambda value: getattr(value, "name", None)}
-gpu = pytest.mark.gpu
 # The interpreter adds signalling NaN, and numpy warns of it.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
-@pytest.fixture(params=["native", "torch", "triton", pytest.param("cuda", marks=(gpu, no_gpu))])
+@pytest.fixture(params=PATHS)
 def place(request, monkeypatch) -> torch.device:
-    """Each path, and the device whose tensors take it. Triton's is interpreted without a GPU."""
-    backend = request.param if request.param in ("torch", "triton") else "auto"
-    monkeypatch.setenv("NANOTRON_FAST_BACKEND", backend)
-    on_gpu = request.param == "cuda" or (request.param == "triton" and torch.cuda.is_available())
-    device = torch.device("cuda" if on_gpu else "cpu", 0 if on_gpu else None)
-    wanted = "cpu" if request.param == "native" else request.param
-    path, why = pack.explain(device)
-    if path != wanted:
-        pytest.skip(why)
-    return device
-
-
-def run_bytes(moves, sources, sizes, device, shift=0):
-    """What destinations of these sizes hold after a run; they held sevens. All begin at `shift`."""
-    on_device = []
-    for data in sources:
-        on_device.append(torch.zeros(shift + len(data), dtype=torch.uint8, device=device)[shift:])
-        on_device[-1].copy_(torch.from_numpy(data))
-    written = [
-        torch.full((shift + size,), 7, dtype=torch.uint8, device=device)[shift:] for size in sizes
-    ]
-    pack.run(moves, on_device, written)
-    return [tensor.cpu().numpy() for tensor in written]
-
-
-def check(moves, sources, sizes, device, shift=0):
-    """Runs moves and compares with the reference."""
-    expected = [np.full(size, 7, np.uint8) for size in sizes]
-    for move in moves:
-        source = None if move.source == FILL else sources[move.source]
-        reference.apply_move(move, source, expected[move.destination])
-    found = run_bytes(moves, sources, sizes, device, shift)
-    for wanted, got in zip(expected, found, strict=True):
-        assert np.array_equal(wanted, got)
-
-
-def random_bytes(size, seed=0):
-    return np.frombuffer(np.random.default_rng(seed).bytes(size), np.uint8).copy()
+    return choose_path(request.param, monkeypatch)
 
 
 def span(sizes, strides, dtype):
@@ -82,28 +44,6 @@ def check_move(sizes, strides, order, dtypes, device, shifts=(0, 0)):
     move = Move(0, shifts[0], 0, shifts[1], sizes, strides, to, *dtypes)
     source = random_bytes(shifts[0] + span(sizes, strides, dtypes[0]))
     check([move], [source], [shifts[1] + span(sizes, to, dtypes[1]) + 3], device)
-
-
-def plans(max_examples):
-    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    return settings(deadline=None, max_examples=max_examples, suppress_health_check=quiet)
-
-
-def check_plan(build, device):
-    sources = [random_bytes(size, seed) for seed, size in enumerate(build.source_sizes)]
-    check(build.moves, sources, build.output_sizes, device, shift=len(build.moves) % 3)
-
-
-@plans(8)
-@given(build=builders())
-def test_random_plans(place, build) -> None:
-    check_plan(build, place)
-
-
-@plans(100)
-@given(build=builders(max_size=40))
-def test_random_plans_in_native_code(build) -> None:
-    check_plan(build, torch.device("cpu"))
 
 
 def patterns(dtype):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nanotron_fast.kernels.rope_tables import rope_frequencies, rope_tables
+
+_transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+_utils = pytest.importorskip("transformers.modeling_rope_utils")
+_llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+ROPE_INIT_FUNCTIONS = _utils.ROPE_INIT_FUNCTIONS
+LlamaRotaryEmbedding = _llama.LlamaRotaryEmbedding
 
 HEAD_DIM = 64
 MAX_POSITIONS = 128
@@ -74,7 +77,7 @@ def configuration(scaling, theta=10000.0, share=1.0):
     outside = {"partial_rotary_factor": share}
     if "original_max_position_embeddings" in scaling:
         outside["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
-    return LlamaConfig(
+    return _transformers.LlamaConfig(
         hidden_size=2 * HEAD_DIM,
         num_attention_heads=2,
         num_key_value_heads=1,
