@@ -34,6 +34,14 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 FamilyName = Annotated[
     str | None, typer.Option("--family", help="Overrule the family that the config names.")
 ]
+RopeInterleaved = Annotated[
+    bool | None,
+    typer.Option(
+        "--rope-interleaved/--no-rope-interleaved",
+        help="Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
+        "for Nanotron, and what to read from it. (default: halves; what its config says)",
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
 ]
@@ -78,10 +86,7 @@ def convert(
             "this package's models add (rope_scaling). (default: nanotron)"
         ),
     ] = None,
-    rope_interleaved: Annotated[
-        bool,
-        typer.Option("--rope-interleaved", help="Lay q and k out for interleaved rotary pairs."),
-    ] = False,
+    rope_interleaved: RopeInterleaved = None,
     checkpoint_version: Annotated[
         str | None,
         typer.Option(help="1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)"),
@@ -177,6 +182,7 @@ def verify(
         bool, typer.Option("--logits", help="Also run both in transformers and compare logits.")
     ] = False,
     family: FamilyName = None,
+    rope_interleaved: RopeInterleaved = None,
     workers: Workers = None,
     json: Json = False,
 ) -> None:
@@ -198,6 +204,7 @@ def verify(
                 b,
                 logits=logits,
                 family=family,
+                rope_interleaved=rope_interleaved,
                 workers=workers,
                 on_plan=on_plan,
                 on_progress=on_progress,
@@ -205,6 +212,7 @@ def verify(
         if json:
             _print_json(result.to_json())
         else:
+            _warn(result.warnings)
             _print(reporting.verification_lines(result))
         if not result.equal:
             raise typer.Exit(EXIT_DIFFERENT)
@@ -214,17 +222,19 @@ def verify(
 def inspect(
     path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
     family: FamilyName = None,
+    rope_interleaved: RopeInterleaved = None,
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is, from its headers."""
     with _errors(is_silent=json):
         from nanotron_fast import inspection, reporting
 
-        found = inspection.inspect(path, family=family)
+        found = inspection.inspect(path, family=family, rope_interleaved=rope_interleaved)
         if json:
             _print_json(found.to_json())
         else:
             _print(reporting.inspection_lines(found))
+            _warn(found.warnings)
 
 
 @app.command()

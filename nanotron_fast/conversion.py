@@ -61,7 +61,7 @@ def plan(
     model_class: str = "auto",
     family: str | None = None,
     target: str | None = None,
-    rope_interleaved: bool = False,
+    rope_interleaved: bool | None = None,
     checkpoint_version: str | None = None,
     pad_vocab_to_multiple_of: int | None = None,
     vocab_size: int | None = None,
@@ -80,7 +80,9 @@ def plan(
         family: overrules the family that the configuration speaks of.
         target: "nanotron" refuses what stock Nanotron would compute wrongly; "nanotron-fast"
             admits what this package's models add.
-        rope_interleaved: lay the rows of q and k out for interleaved rotary pairs.
+        rope_interleaved: to Nanotron, lay the rows of q and k out for interleaved rotary pairs
+            (by default for halves); to Hugging Face, how they lie in the checkpoint (by default
+            as its configuration says).
         checkpoint_version: "1.5" (Nanotron main) or "1.2" (PyPI's 0.4).
         pad_vocab_to_multiple_of: adds zero rows to the embedding and the head.
         vocab_size: rows to keep of a padded vocabulary, for Hugging Face.

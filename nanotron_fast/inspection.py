@@ -41,6 +41,9 @@ class Inspection:
     has_side_file: bool
     # Why family and architecture are unknown, where they are.
     problem: str | None = None
+    # Whether rotary pairs lie beside each other in q and k, in a Nanotron checkpoint.
+    rope_interleaved: bool | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `inspect --json`."""
@@ -71,15 +74,20 @@ class Inspection:
             "layer_stages": list(self.layer_stages),
             "has_side_file": self.has_side_file,
             "problem": self.problem,
+            "rope_interleaved": self.rope_interleaved,
+            "warnings": list(self.warnings),
         }
 
 
-def inspect(path: str | Path, *, family: str | None = None) -> Inspection:
+def inspect(
+    path: str | Path, *, family: str | None = None, rope_interleaved: bool | None = None
+) -> Inspection:
     """Reads a checkpoint's headers and configuration.
 
     Args:
         path: a directory in either format, or a Hub id.
         family: overrules what the configuration says.
+        rope_interleaved: overrules what a Nanotron checkpoint's configuration says of q and k.
 
     Raises:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
@@ -89,7 +97,7 @@ def inspect(path: str | Path, *, family: str | None = None) -> Inspection:
     checkpoint = read(resolve(path))
     if isinstance(checkpoint, HfCheckpoint):
         return _inspect_hf(checkpoint, family)
-    return _inspect_nanotron(checkpoint, family)
+    return _inspect_nanotron(checkpoint, Options(family=family, rope_interleaved=rope_interleaved))
 
 
 def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
@@ -116,13 +124,13 @@ def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
     )
 
 
-def _inspect_nanotron(checkpoint: NanotronCheckpoint, family: str | None) -> Inspection:
+def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspection:
     topology = Topology(tp=checkpoint.tp, pp=checkpoint.pp)
     model: NanotronModel | None = None
     stages: tuple[int, ...] = ()
     problem: str | None = None
     try:
-        model = NanotronModel(checkpoint, Options(family=family))
+        model = NanotronModel(checkpoint, options)
         stages = Stages(model.padded_spec, model.model_class, topology).layers
     except NanotronFastError as error:
         problem = str(error)
@@ -139,6 +147,8 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, family: str | None) -> Ins
         layer_stages=stages,
         has_side_file=model is not None and model.side is not None,
         problem=problem,
+        rope_interleaved=model.is_interleaved if model else None,
+        warnings=tuple(model.warnings) if model else (),
         **_totals([(shard.info.dtype, shard.info.num_elements) for shard in shards]),
     )
 

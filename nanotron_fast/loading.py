@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -37,6 +38,7 @@ class LoadReport:
     bytes_read: int
     seconds: float
     num_tensors: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -55,6 +57,7 @@ def load_into(
     model_class: str = "auto",
     target: str | None = None,
     rope_interleaved: bool | None = None,
+    stored_rope_interleaved: bool | None = None,
     checkpoint_version: str | None = None,
     pad_vocab_to_multiple_of: int | None = None,
     workers: int | None = None,
@@ -81,6 +84,8 @@ def load_into(
         family, model_class, target, checkpoint_version, pad_vocab_to_multiple_of: as for `plan`.
         rope_interleaved: lay rows of q and k out for interleaved pairs, or for halves; by default
             as a Nanotron checkpoint has them, and in halves from Hugging Face.
+        stored_rope_interleaved: how they lie in a Nanotron checkpoint, whatever its configuration
+            says. A Llama's that says nothing is taken for interleaved, with a warning.
         workers: threads that read; by default one for each core, 16 at most.
         staging_bytes: of each buffer; by default 256 MiB for a GPU, and 32 MiB on a CPU.
         on_progress: called now and then with the bytes read so far.
@@ -104,6 +109,7 @@ def load_into(
         model_class=model_class,
         family=family,
         target=target,
+        rope_interleaved=stored_rope_interleaved,
         checkpoint_version=checkpoint_version,
         pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
     )
@@ -112,6 +118,8 @@ def load_into(
         for name, tensor in named.items()
     }
     plan = plan_load(read(resolve(path)), specs, rank, options, rope_interleaved=rope_interleaved)
+    for warning in plan.warnings:
+        warnings.warn(f"{path}: {warning}", stacklevel=2)
     bytes_read = read_moves(
         plan.transfer,
         [named[name] for name in plan.names],
@@ -120,7 +128,8 @@ def load_into(
         staging_bytes=staging_bytes,
         on_progress=on_progress,
     )
-    return LoadReport(bytes_read, time.perf_counter() - started, plan.num_tensors)
+    seconds = time.perf_counter() - started
+    return LoadReport(bytes_read, seconds, plan.num_tensors, plan.warnings)
 
 
 def read_moves(

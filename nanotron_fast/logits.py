@@ -20,7 +20,14 @@ _BATCH, _LENGTH = 2, 32
 _RELATIVE, _RELATIVE_CAST = 1e-5, 5e-2
 
 
-def compare_logits(a: Path, b: Path, *, family: str | None, has_casts: bool) -> LogitsReport:
+def compare_logits(
+    a: Path,
+    b: Path,
+    *,
+    family: str | None,
+    has_casts: bool,
+    rope_interleaved: bool | None = None,
+) -> LogitsReport:
     """Loads both models, one after the other, and compares their outputs in fp32.
 
     Raises ConfigError where torch or transformers is not there.
@@ -37,7 +44,7 @@ def compare_logits(a: Path, b: Path, *, family: str | None, has_casts: bool) -> 
     outputs = []
     tokens: Any = None
     for root in (a, b):
-        model = _load(root, family)
+        model = _load(root, Options(family=family, rope_interleaved=rope_interleaved))
         if tokens is None:
             generator = torch.Generator().manual_seed(0)
             length = min(_LENGTH, int(model.config.max_position_embeddings))
@@ -56,7 +63,7 @@ def compare_logits(a: Path, b: Path, *, family: str | None, has_casts: bool) -> 
     )
 
 
-def _load(root: Path, family: str | None) -> Any:
+def _load(root: Path, options: Options) -> Any:
     """A checkpoint of either format as a transformers model in fp32, in evaluation mode."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -64,7 +71,7 @@ def _load(root: Path, family: str | None) -> Any:
     checkpoint = read(root)
     if isinstance(checkpoint, HfCheckpoint):
         return AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    plan = plan_to_hf(checkpoint, Options(family=family))
+    plan = plan_to_hf(checkpoint, options)
     document = json.loads(plan.documents[hf.CONFIG]())
     config = AutoConfig.for_model(document.pop("model_type"), **document)
     # from_pretrained, and not load_state_dict: it knows how this version keeps experts.

@@ -109,6 +109,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
             f"MLP {spec.intermediate_size}, vocabulary {spec.vocab_size:,}"
             f"{', tied' if spec.tie_word_embeddings else ''}"
         )
+    if found.rope_interleaved:
+        yield "  rotary      neighbours (interleaved)"
     if found.topology:
         yield f"  topology    {found.topology}"
         for line in _stages(found.layer_stages):

@@ -50,6 +50,7 @@ class Verification:
     casts: tuple[str, ...]
     bytes_compared: int
     logits: LogitsReport | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `verify --json`."""
@@ -58,6 +59,7 @@ class Verification:
             "tensors_compared": self.tensors_compared,
             "differing": [{"name": item.name, "reason": item.reason} for item in self.differing],
             "casts": list(self.casts),
+            "warnings": list(self.warnings),
         }
         if self.logits is not None:
             document["logits"] = {
@@ -81,6 +83,7 @@ def verify(
     *,
     logits: bool = False,
     family: str | None = None,
+    rope_interleaved: bool | None = None,
     workers: int | None = None,
     on_plan: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
@@ -94,6 +97,8 @@ def verify(
         a, b: directories or Hub ids, each in either format.
         logits: also run both in transformers, and compare what they compute.
         family: overrules what the configurations say.
+        rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
+            configuration says; of two, in those whose configuration does not say.
         workers: threads; by default one for each core, 16 at most.
         on_plan: called with the number of bytes to compare.
         on_progress: called now and then with the bytes compared so far.
@@ -102,7 +107,9 @@ def verify(
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
     """
     roots = resolve(a), resolve(b)
-    plan = plan_comparison(read(roots[0]), read(roots[1]), family=family)
+    plan = plan_comparison(
+        read(roots[0]), read(roots[1]), family=family, rope_interleaved=rope_interleaved
+    )
     if on_plan is not None:
         on_plan(plan.num_bytes)
     found = engine.compare(
@@ -117,7 +124,12 @@ def verify(
     if logits and not plan.differing:  # else they are not the same model, or one is incomplete
         from nanotron_fast.logits import compare_logits
 
-        report = compare_logits(*roots, family=family, has_casts=plan.has_lossy_casts)
+        report = compare_logits(
+            *roots,
+            family=family,
+            has_casts=plan.has_lossy_casts,
+            rope_interleaved=rope_interleaved,
+        )
     return Verification(
         equal=not differing and (report is None or report.equal),
         tensors_compared=plan.num_tensors,
@@ -125,6 +137,7 @@ def verify(
         casts=tuple(plan.casts),
         bytes_compared=plan.num_bytes,
         logits=report,
+        warnings=tuple(plan.warnings),
     )
 
 

@@ -99,7 +99,6 @@ def test_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
         ({"topology": Topology(tp=2)}, "--tp: it has no meaning when writing a Hugging Face"),
         ({"topology": Topology(pp=2)}, "--pp: it has no meaning"),
         ({"model_class": "qwen2"}, "--model-class: it has no meaning"),
-        ({"rope_interleaved": True}, "--rope-interleaved: it has no meaning"),
         ({"pad_vocab_to_multiple_of": 8}, "--pad-vocab-to-multiple-of: it has no meaning"),
         ({"to": "nanotron"}, "--to nanotron: .* is a Nanotron checkpoint already"),
     ],
@@ -118,6 +117,12 @@ def test_options_of_the_way_back(options: dict[str, Any], message: str, tmp_path
         ("llama", {}, {"model_class": "starcoder2"}, "cannot hold a llama"),
         ("starcoder2", {}, {"model_class": "qwen2"}, "cannot hold a starcoder2"),
         ("starcoder2", {}, {"rope_interleaved": True}, "--rope-interleaved"),
+        (
+            "llama",
+            {},
+            {"checkpoint_version": "1.2", "rope_interleaved": False},
+            "--no-rope-interleaved: checkpoint version 1.2",
+        ),
         ("llama", {"rope_theta": 5e5}, {"checkpoint_version": "1.2"}, "rope_theta 500000"),
         ("qwen2", {}, {"checkpoint_version": "1.2"}, "version 1.2 .* has no Qwen2Config"),
         (

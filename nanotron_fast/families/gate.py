@@ -77,9 +77,12 @@ def check_model(
     *,
     target: str,
     version: str,
-    rope_interleaved: bool,
+    rope_interleaved: bool | None,
 ) -> None:
-    """Refuses a model that the chosen target cannot hold. Raises UnsupportedModelError."""
+    """Refuses a model that the chosen target cannot hold. Raises UnsupportedModelError.
+
+    `rope_interleaved` is the layout to write; None for a checkpoint that has one already.
+    """
     if target not in TARGETS:
         raise ConfigError(f"--target {target}: choose {' or '.join(TARGETS)}")
     if version not in VERSIONS:
@@ -134,6 +137,11 @@ def check_model(
         )
     if rope_interleaved and model_class == "Starcoder2Config":
         raise UnsupportedModelError("--rope-interleaved: Starcoder2 rotates halves in Nanotron")
+    if version == "1.2" and model_class == "LlamaConfig" and rope_interleaved is False:
+        raise UnsupportedModelError(
+            "--no-rope-interleaved: checkpoint version 1.2 (Nanotron 0.4) always rotates "
+            "neighbours; use --checkpoint-version 1.5"
+        )
     if version == "1.2" and model_class == "LlamaConfig" and spec.rope_theta != _ROPE_THETA_1_2:
         raise UnsupportedModelError(
             f"rope_theta {spec.rope_theta:g}: checkpoint version 1.2 (Nanotron 0.4) always "

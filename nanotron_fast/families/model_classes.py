@@ -249,7 +249,11 @@ def _read_moe(config: Mapping[str, Any] | None, num_layers: int) -> MoeSpec | No
 
 
 def rope_is_interleaved(config: Mapping[str, Any]) -> bool:
-    """Whether rotary pairs lie beside each other. Version 1.2 has no key, and always does so."""
-    is_1_2 = class_of(config) == "LlamaConfig" and "rope_theta" not in config
-    fields = Fields("model_config.json", config, {"rope_interleaved": is_1_2})
+    """Whether rotary pairs lie beside each other. Raises ConfigError.
+
+    Nanotron's Llama rotated neighbours, and had no option for it, until September 2024: version
+    1.2 (without rope_theta) and the months of 1.4 that had rope_theta and no rope_interleaved.
+    """
+    is_old = class_of(config) == "LlamaConfig"
+    fields = Fields("model_config.json", config, {"rope_interleaved": is_old})
     return fields.flag("rope_interleaved")

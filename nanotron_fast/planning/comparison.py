@@ -58,6 +58,7 @@ class ComparisonPlan:
     has_lossy_casts: bool = False
     num_tensors: int = 0
     numbers: dict[Path, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def num_bytes(self) -> int:
@@ -75,6 +76,7 @@ class _Model:
         self.checkpoint = checkpoint
         self.side: HfSource | NanotronSource
         self.is_interleaved = False
+        self.warnings: list[str] = []
         if isinstance(checkpoint, HfCheckpoint):
             self.family: Family = family_of_config(checkpoint.config, options.family)
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)
@@ -85,6 +87,7 @@ class _Model:
             self.family, self.spec = model.family, model.spec
             self.padded_vocab_size = model.padded_vocab_size
             self.is_interleaved = model.is_interleaved
+            self.warnings = [f"{label}: {warning}" for warning in model.warnings]
             self.side = NanotronSource(checkpoint)
 
     def params(self, family: Family, spec: ModelSpec, has_rope_pairs: bool) -> list[Param]:
@@ -114,13 +117,21 @@ class _Model:
         return [name for name in self.checkpoint.params if name not in self.side.used]
 
 
-def plan_comparison(a: Checkpoint, b: Checkpoint, *, family: str | None = None) -> ComparisonPlan:
+def plan_comparison(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    family: str | None = None,
+    rope_interleaved: bool | None = None,
+) -> ComparisonPlan:
     """Plans the comparison of every tensor.
 
+    `rope_interleaved` overrules what the configuration of a Nanotron side says; where both are
+    Nanotron's, it holds for those whose configuration says nothing.
     Raises CheckpointError, ConfigError, UnsupportedModelError where a checkpoint makes no sense.
     """
-    first, second = _models(a, b, family)
-    plan = ComparisonPlan()
+    first, second = _models(a, b, Options(family=family, rope_interleaved=rope_interleaved))
+    plan = ComparisonPlan(warnings=[*first.warnings, *second.warnings])
     for name in _COMPARED:
         left, right = getattr(first.spec, name), getattr(second.spec, name)
         if left != right:
@@ -136,16 +147,30 @@ def plan_comparison(a: Checkpoint, b: Checkpoint, *, family: str | None = None) 
     return plan
 
 
-def _models(a: Checkpoint, b: Checkpoint, family: str | None) -> tuple[_Model, _Model]:
+def _models(a: Checkpoint, b: Checkpoint, options: Options) -> tuple[_Model, _Model]:
     """Both sides, a Nanotron one seen as what the Hugging Face one says it is."""
-    options = Options(family=family)
     if isinstance(a, HfCheckpoint):
         first = _Model(a, "A", options)
         return first, _beside(b, "B", first, options)
+    if isinstance(a, NanotronCheckpoint) and isinstance(b, NanotronCheckpoint):
+        return _nanotron_models(a, b, options)
     second = _Model(b, "B", options)
-    first = _beside(a, "A", second, options)
-    if isinstance(b, NanotronCheckpoint) and first.spec.vocab_size < second.spec.vocab_size:
-        # Only one of them says where its padding begins.
+    return _beside(a, "A", second, options), second
+
+
+def _nanotron_models(
+    a: NanotronCheckpoint, b: NanotronCheckpoint, options: Options
+) -> tuple[_Model, _Model]:
+    """Both sides, where only one may say where its padding begins."""
+
+    def own(checkpoint: NanotronCheckpoint) -> Options:
+        if "rope_interleaved" in checkpoint.model_config:
+            return replace(options, rope_interleaved=None)
+        return options
+
+    second = _Model(b, "B", own(b))
+    first = _beside(a, "A", second, own(a))
+    if first.spec.vocab_size < second.spec.vocab_size:
         second.spec = replace(second.spec, vocab_size=first.spec.vocab_size)
     return first, second
 

@@ -22,7 +22,8 @@ class Options:
     model_class: str = "auto"
     family: str | None = None
     target: str | None = None
-    rope_interleaved: bool = False
+    # To Nanotron: the layout to write. From it: the layout that is there, whatever its config says.
+    rope_interleaved: bool | None = None
     checkpoint_version: str | None = None
     pad_vocab_to_multiple_of: int | None = None
     vocab_size: int | None = None
@@ -44,7 +45,6 @@ class Options:
                 "--tp": self.topology.tp != 1,
                 "--pp": self.topology.pp != 1,
                 "--model-class": self.model_class != "auto",
-                "--rope-interleaved": self.rope_interleaved,
                 "--pad-vocab-to-multiple-of": self.pad_vocab_to_multiple_of is not None,
             }
             what = "writing a Hugging Face checkpoint"

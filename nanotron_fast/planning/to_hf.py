@@ -11,7 +11,12 @@ from functools import partial
 from typing import Any
 
 from nanotron_fast.dtypes import Dtype
-from nanotron_fast.errors import CheckpointError, ConfigError, NanotronFastError
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    NanotronFastError,
+    UnsupportedModelError,
+)
 from nanotron_fast.families import Family, family_of_model_config
 from nanotron_fast.families.gate import check_expressible, check_model
 from nanotron_fast.families.hf_config import read_config, write_config
@@ -49,11 +54,8 @@ class NanotronModel:
         self.side = read_side_file(source.root)
         self.target = options.target or (self.side.target if self.side else "nanotron")
         self.family = self._choose_family(config, options.family)
-        self.is_interleaved = rope_is_interleaved(config) or (
-            options.checkpoint_version == "1.2"
-            and "rope_interleaved" not in config
-            and self.model_class == "LlamaConfig"
-        )
+        self.warnings: list[str] = []
+        self.is_interleaved = self._is_interleaved(config, options)
         stored = read_model_config(config, head_dim=_head_dim(source))
         if self.model_class == "LlamaConfig":
             # The stock class has the field, and no bias whatever it says.
@@ -68,6 +70,24 @@ class NanotronModel:
     def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
         name = override or (self.side.family if self.side else None)
         return family_of_model_config(config, name)
+
+    def _is_interleaved(self, config: Mapping[str, Any], options: Options) -> bool:
+        """How the rows of q and k lie: as the caller says, or as the configuration does."""
+        stated = rope_is_interleaved(config)
+        if options.rope_interleaved is not None:
+            if options.rope_interleaved and self.model_class == "Starcoder2Config":
+                raise UnsupportedModelError(
+                    "--rope-interleaved: Starcoder2 rotates halves in Nanotron"
+                )
+            return options.rope_interleaved
+        is_1_2 = "rope_theta" not in config or options.checkpoint_version == "1.2"
+        if stated and "rope_interleaved" not in config and not is_1_2:
+            self.warnings.append(
+                "model_config.json: no rope_interleaved. A Llama without it was saved before "
+                "September 2024, when Nanotron always rotated neighbours, and is read so; "
+                "--no-rope-interleaved reads it as rotating halves"
+            )
+        return stated
 
     def _vocab_size(self, override: int | None) -> int:
         size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
@@ -136,7 +156,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         model.model_class,
         target=model.target,
         version=options.checkpoint_version or "1.5",
-        rope_interleaved=False,
+        rope_interleaved=None,
     )
     check_expressible(family, spec)
     params = model.params()
@@ -153,6 +173,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     model.check_leftovers(reader)
 
     config, warnings = hf_config(model, main_dtype)
+    warnings = [*model.warnings, *warnings]
     documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(_json, config)}
     generation_config = _generation_config(model.side, spec)
     if generation_config is not None:

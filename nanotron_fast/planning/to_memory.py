@@ -7,7 +7,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from nanotron_fast.dtypes import Dtype
-from nanotron_fast.errors import CheckpointError, TopologyError, UnsupportedModelError
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    TopologyError,
+    UnsupportedModelError,
+)
 from nanotron_fast.families import family_of_config
 from nanotron_fast.families.gate import check_config, check_model, choose_class
 from nanotron_fast.families.hf_config import read_config
@@ -47,6 +52,7 @@ class LoadPlan:
     transfer: MovePlan
     names: tuple[str, ...]
     num_tensors: int
+    warnings: tuple[str, ...] = ()
 
 
 class MemoryTarget:
@@ -81,8 +87,14 @@ class _Source:
         rope_interleaved: bool | None,
     ) -> None:
         self.checkpoint = checkpoint
+        self.warnings: list[str] = []
         multiple = options.pad_vocab_to_multiple_of
         if isinstance(checkpoint, HfCheckpoint):
+            if options.rope_interleaved:
+                raise ConfigError(
+                    f"stored_rope_interleaved: {checkpoint.root} is a Hugging Face checkpoint, "
+                    "where q and k always lie in halves"
+                )
             check_config(checkpoint.config)
             self.family = family_of_config(checkpoint.config, options.family)
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)
@@ -102,6 +114,7 @@ class _Source:
         else:
             model = NanotronModel(checkpoint, options)
             self.family, self.spec, self.model_class = model.family, model.spec, model.model_class
+            self.warnings += model.warnings
             was_interleaved = model.is_interleaved
             shall = was_interleaved if rope_interleaved is None else rope_interleaved
             stored_vocab = model.padded_vocab_size
@@ -168,6 +181,7 @@ def plan_load(
 ) -> LoadPlan:
     """Plans how one rank's tensors are filled, every byte of them exactly once.
 
+    `rope_interleaved` is the layout in memory, that of `options` what a Nanotron checkpoint has.
     Raises CheckpointError, ConfigError, UnsupportedModelError where the checkpoint makes no sense,
     TopologyError where the tensors are not those of the rank.
     """
@@ -206,7 +220,7 @@ def plan_load(
     outputs = tuple(OutputFile(name, b"", spec.num_bytes) for name, spec in filled.items())
     transfer = MovePlan(tuple(reader.files.paths), outputs, moves)
     transfer.check()
-    return LoadPlan(transfer, tuple(filled), len(tensors))
+    return LoadPlan(transfer, tuple(filled), len(tensors), tuple(source.warnings))
 
 
 def _params_of_stage(

@@ -46,7 +46,9 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     spec = read_config(family, source.config)
     model_class = choose_class(family, spec, options.model_class)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
-    interleaved = options.rope_interleaved or (version == "1.2" and model_class == "LlamaConfig")
+    interleaved = options.rope_interleaved
+    if interleaved is None:
+        interleaved = version == "1.2" and model_class == "LlamaConfig"
     check_model(
         family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
     )

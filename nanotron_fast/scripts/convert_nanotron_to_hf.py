@@ -8,7 +8,7 @@ needed. Text is not generated at the end: `nanotron-fast verify --logits` compar
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 
 from nanotron_fast.scripts.common import run
 
@@ -26,6 +26,11 @@ def main() -> None:
         choices=("LlamaConfig", "Qwen2Config"),
         help="Accepted for compatibility; model_config.json says which it is",
     )
+    parser.add_argument(
+        "--rope-interleaved",
+        action=BooleanOptionalAction,
+        help="How q and k lie in the checkpoint, whatever its configuration says",
+    )
     parser.add_argument("--overwrite", action="store_true", help="Replace a non-empty save_path")
     args = parser.parse_args()
     run(
@@ -34,6 +39,7 @@ def main() -> None:
         direction="hf",
         overwrite=args.overwrite,
         tokenizer=args.tokenizer_name,
+        rope_interleaved=args.rope_interleaved,
     )
 
 
