@@ -37,7 +37,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "rope-parameters": (
         "llama",
-        {"rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
+        {"rope_theta": 5e5, "rope_parameters": {"rope_theta": 5e5, **LLAMA3}},
         "rope_scaling 'llama3'",
     ),
     "partial-rotary": ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),

@@ -12,11 +12,18 @@ from typing import Any
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.fields import MAX_COUNT, MAX_SIZE, Fields, is_number
+from nanotron_fast.families.fields import MAX_COUNT, MAX_SIZE, Fields
+from nanotron_fast.families.layer_kinds import read_no_rope_interval, read_window
+from nanotron_fast.families.rope import must_agree, read_rope
 from nanotron_fast.spec import ModelSpec, MoeSpec
 
 _REQUIRED = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
 _POSITIVE = (*_REQUIRED, "num_kv_heads", "max_position_embeddings")
+# Other names under which some classes keep what a mixture of experts has.
+_EXPERT_ALIASES = {
+    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "num_experts_per_tok": ("moe_topk", "moe_k"),
+}
 
 
 class _Reader(Fields):
@@ -66,16 +73,17 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     fields["head_dim"] = (
         hidden_size // num_heads if head_dim is None else reader.positive("head_dim")
     )
-    fields["rope_theta"], fields["rope_scaling"] = _read_rope(reader)
+    fields["rope_theta"], fields["rope_scaling"] = read_rope(reader)
     fields["has_qkv_bias"] = reader.bias(family.qkv_bias)
     fields["has_output_bias"] = reader.bias(family.output_bias)
     fields["has_mlp_bias"] = reader.bias(family.mlp_bias)
     num_layers = fields["num_layers"]
     if family.has_no_rope_layers:
-        fields["no_rope_interval"] = _read_no_rope_interval(reader, num_layers)
-    fields["sliding_window"] = _read_window(reader, num_layers)
+        fields["no_rope_interval"] = read_no_rope_interval(reader, num_layers)
+    fields["sliding_window"] = read_window(reader, family, num_layers)
     if family.is_moe:
         fields["moe"] = _read_moe(reader, num_layers)
+    _check_agreement(reader)
     for key in family.extras:
         if reader.get(key) is not None:
             reader.number(key)
@@ -83,137 +91,28 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec(**fields)
 
 
-def _read_rope(reader: _Reader) -> tuple[float, Mapping[str, Any] | None]:
-    parameters = reader.config.get("rope_parameters")
-    scaling = reader.config.get("rope_scaling")
-    theta = reader.get("rope_theta")
-    if parameters is not None and not isinstance(parameters, Mapping):
-        raise reader.error("rope_parameters", "an object")
-    if parameters is not None:
-        if any(isinstance(value, Mapping) for value in parameters.values()):
-            raise UnsupportedModelError(
-                "config.json: rope_parameters differ between kinds of layers, and Nanotron has one "
-                "rotary embedding for all of them"
-            )
-        theta = parameters.get("rope_theta", theta)
-        old = scaling
-        scaling = {key: value for key, value in parameters.items() if key != "rope_theta"}
-        if old and _without_old_name(old) != _without_old_name(scaling):
-            # Version 4 knows the one, and version 5 lets it win.
-            raise ConfigError(
-                "config.json: rope_scaling and rope_parameters say different things: leave one out"
-            )
-    if not is_number(theta) or theta <= 0:
-        raise ConfigError(f"config.json: rope_theta is {theta!r}, and should be a positive number")
-    if isinstance(scaling, Mapping):
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        factor = scaling.get("partial_rotary_factor", 1.0)
-        if factor != 1.0:
-            _refuse_partial_rotary(factor)
-        if kind == "default":
-            scaling = None
-    elif scaling is not None:
-        raise ConfigError(f"config.json: rope_scaling is {scaling!r}, and should be an object")
-    partial = reader.config.get("partial_rotary_factor")
-    if partial is not None and partial != 1.0:
-        _refuse_partial_rotary(partial)
-    return float(theta), scaling
-
-
-def _without_old_name(scaling: object) -> object:
-    """A scaling without what both versions need not say alike: `type`, the theta."""
-    if not isinstance(scaling, Mapping):
-        return scaling
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    named = {**scaling, "rope_type": kind}
-    return {key: value for key, value in named.items() if key not in ("type", "rope_theta")}
-
-
-def _refuse_partial_rotary(factor: object) -> None:
-    raise UnsupportedModelError(
-        f"config.json: partial_rotary_factor is {factor!r}: Nanotron rotates whole heads only"
-    )
-
-
-def _no_rope_layers(reader: _Reader, num_layers: int) -> list[int]:
-    """The layers without rotary embedding."""
-    listed = reader.config.get("no_rope_layers")
-    if listed is None:
-        interval = reader.positive("no_rope_layer_interval")
-        return [layer for layer in range(num_layers) if (layer + 1) % interval == 0]
-    if not isinstance(listed, list) or any(has_rope not in (0, 1) for has_rope in listed):
-        raise ConfigError(
-            f"config.json: no_rope_layers is {listed!r}, and should be a list of 0 and 1"
-        )
-    if len(listed) != num_layers:
-        raise ConfigError(
-            f"config.json: no_rope_layers has {len(listed)} entries for {num_layers} layers"
-        )
-    return [layer for layer, has_rope in enumerate(listed) if not has_rope]
-
-
-def _read_no_rope_interval(reader: _Reader, num_layers: int) -> int | None:
-    without = _no_rope_layers(reader, num_layers)
-    if not without:
-        return None
-    interval = without[0] + 1
-    regular = [layer for layer in range(num_layers) if (layer + 1) % interval == 0]
-    if without != regular or num_layers % interval:
-        raise UnsupportedModelError(
-            f"config.json: no_rope_layers leaves rotary embeddings out of layers {without} of "
-            f"{num_layers}. Nanotron leaves them out of every n-th layer, where n divides the "
-            "number of layers (no_rope_layer)"
-        )
-    return interval
-
-
-def _read_window(reader: _Reader, num_layers: int) -> int | None:
-    family = reader.family
-    if family.window is None:
-        return None
-    if family.window == "qwen":
-        if not reader.flag("use_sliding_window") or reader.get("sliding_window") is None:
-            return None
-        windowed = _windowed_layers(reader, num_layers)
-        if not any(windowed):
-            return None
-        if not all(windowed):
-            raise UnsupportedModelError(
-                f"config.json: {sum(windowed)} of {num_layers} layers have a sliding window. "
-                "Nanotron has one on all layers or on none"
-            )
-    elif reader.get("sliding_window") is None:
-        return None
-    return reader.positive("sliding_window")
-
-
-def _windowed_layers(reader: _Reader, num_layers: int) -> list[bool]:
-    """Whether each layer has a window, where windows are in use."""
-    kinds = reader.config.get("layer_types")
-    if kinds is not None:
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or any(kind not in known for kind in kinds):
-            raise ConfigError(
-                f"config.json: layer_types is {kinds!r}, and should be a list of "
-                f"{' and '.join(known)}"
-            )
-        if len(kinds) != num_layers:
-            raise ConfigError(
-                f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers"
-            )
-        return [kind == "sliding_attention" for kind in kinds]
+def _check_agreement(reader: _Reader) -> None:
+    """Refuses fields that say the same thing twice, and not alike. Raises ConfigError."""
+    config = reader.config
+    dtypes = {
+        key: str(config[key]).removeprefix("torch.")
+        for key in ("dtype", "torch_dtype")
+        if config.get(key) is not None
+    }
+    if dtypes:
+        must_agree("config.json", "the dtype", dtypes)
     if reader.family.is_moe:
-        raise UnsupportedModelError(
-            "config.json: use_sliding_window without layer_types: transformers 4 puts the window "
-            "on the layers from max_window_layers on, transformers 5 on every other layer before "
-            "it; say which with layer_types"
-        )
-    if reader.family.has_no_rope_layers:
-        without = _no_rope_layers(reader, num_layers)
-        return [layer in without for layer in range(num_layers)]
-    first = reader.get("max_window_layers")
-    first = 0 if first is None else reader.integer("max_window_layers")
-    return [layer >= first for layer in range(num_layers)]
+        for key, aliases in _EXPERT_ALIASES.items():
+            others = {name: config[name] for name in aliases if config.get(name) is not None}
+            if others:
+                place = key if key in config else f"{key}, which is absent (its default)"
+                must_agree("config.json", key, {place: reader.get(key), **others})
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):
+        for key in sorted({*reader.family.config_keys.values(), *reader.defaults, "head_dim"}):
+            if inner.get(key) is not None and key in config:
+                places = {key: config[key], f"text_config.{key}": inner[key]}
+                must_agree("config.json", key, places)
 
 
 def _read_moe(reader: _Reader, num_layers: int) -> MoeSpec:

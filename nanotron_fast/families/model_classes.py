@@ -8,6 +8,7 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.fields import MAX_COUNT, MAX_SIZE, Fields
 from nanotron_fast.families.model_fields import FIELDS, FIELDS_1_2
+from nanotron_fast.families.rope import read_rope
 from nanotron_fast.spec import ModelSpec, MoeSpec
 
 _MARKERS = {
@@ -165,8 +166,9 @@ def read_model_config(config: Mapping[str, Any], *, head_dim: int | None = None)
     for name in ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_position_embeddings"):
         limit = MAX_COUNT if name == "num_layers" else MAX_SIZE
         fields[name] = full.positive(keys.get(name, name), limit)
-    for name in ("initializer_range", "rope_theta", "norm_eps"):
+    for name in ("initializer_range", "norm_eps"):
         fields[name] = full.number(keys.get(name, name))
+    fields["rope_theta"], fields["rope_scaling"] = read_rope(full)
     fields["hidden_act"] = full.text(keys.get("hidden_act", "hidden_act"))
     num_kv_heads = full.positive_or_none(keys["num_kv_heads"])
     if num_kv_heads is None:
@@ -217,7 +219,6 @@ def read_model_config(config: Mapping[str, Any], *, head_dim: int | None = None)
         pad_token_id=full.token_ids("pad_token_id"),
         tie_word_embeddings=full.flag("tie_word_embeddings"),
         use_cache=full.flag("use_cache"),
-        rope_scaling=full.mapping("rope_scaling") or None,
         has_qkv_bias=full.flag("attention_bias"),
         sliding_window=full.positive_or_none("sliding_window_size"),
         no_rope_interval=full.positive_or_none("no_rope_layer"),
