@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.families import foreign
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.gate import unknown_family
 from nanotron_fast.families.model_classes import class_of
@@ -18,6 +19,7 @@ __all__ = [
     "family_of_config",
     "family_of_model_config",
     "register",
+    "warnings_about",
 ]
 
 _FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
@@ -43,15 +45,24 @@ def family_named(name: str) -> Family:
 
 
 def family_of_config(config: Mapping[str, Any], override: str | None = None) -> Family:
-    """The family of a Hugging Face config. Raises ConfigError, UnsupportedModelError."""
+    """The family of a Hugging Face config. Raises ConfigError, UnsupportedModelError.
+
+    An override changes the table of tensors. It is refused where the config says that its model
+    computes what that family does not.
+    """
     if override is not None:
-        return family_named(override)
+        return foreign.seen_as(family_named(override), config, _FAMILIES)
     model_type = config.get("model_type")
     if model_type is None:
         raise ConfigError("config.json: model_type is missing; name it with --family")
     if not isinstance(model_type, str) or model_type not in _FAMILIES:
         raise unknown_family(model_type, family_names())
     return _FAMILIES[model_type]
+
+
+def warnings_about(family: Family, config: Mapping[str, Any]) -> list[str]:
+    """What to tell of a Hugging Face config that is read as one of a family."""
+    return foreign.warnings_about(family, config, _FAMILIES)
 
 
 def family_of_model_config(config: Mapping[str, Any], override: str | None = None) -> Family:

@@ -8,27 +8,20 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_classes import CLASS_BY_OPTION
+from nanotron_fast.families.model_types import LIKE_LLAMA, REFUSED
 from nanotron_fast.spec import NANOTRON_ACTIVATIONS, ModelSpec
 
 TARGETS = ("nanotron", "nanotron-fast")
 VERSIONS = ("1.5", "1.2")
 _ROPE_THETA_1_2 = 10000.0
 
-# Why a model type that has no table cannot have one, where there is more to say than "no table".
-_REASONS = {
-    "qwen3": "its queries and keys are normalised (qk-norm), which Nanotron does not do",
-    "qwen3_moe": "its queries and keys are normalised (qk-norm), which Nanotron does not do",
-    "olmo2": "its queries and keys are normalised (qk-norm), which Nanotron does not do",
-    "mixtral": "it renormalises the weights of the chosen experts, which Nanotron does not do",
-    "gemma": "its norms are zero-centred and its embeddings scaled, which Nanotron does not do",
-    "gemma2": "its norms are zero-centred and its logits capped, which Nanotron does not do",
-    "phi": "its rotary embedding is partial, which Nanotron does not do",
-}
-
 
 def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelError:
     """The error for a model type without a table."""
-    reason = _REASONS.get(str(model_type))
+    reason = REFUSED.get(str(model_type))
+    if reason is None and model_type in LIKE_LLAMA:
+        reason = "it computes as a llama where its keys are neutral; --family llama, mistral or "
+        reason += "qwen2 converts it where they are"
     why = f": {reason}" if reason else ""
     return UnsupportedModelError(
         f"config.json: model_type {model_type!r} is not supported{why}. "

@@ -61,7 +61,8 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         fields["num_heads"],
         fields["num_kv_heads"],
     )
-    if config.get("head_dim") is None and hidden_size % num_heads:
+    head_dim = reader.get("head_dim")
+    if head_dim is None and hidden_size % num_heads:
         raise ConfigError(
             f"config.json: hidden_size {hidden_size} does not divide by {num_heads} heads"
         )
@@ -69,7 +70,6 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         raise ConfigError(
             f"config.json: {num_heads} heads do not divide by {num_kv_heads} key-value heads"
         )
-    head_dim = config.get("head_dim")
     fields["head_dim"] = (
         hidden_size // num_heads if head_dim is None else reader.positive("head_dim")
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.families import Family, family_of_config
+from nanotron_fast.families import Family, family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.layouts.hf import HfCheckpoint
@@ -79,6 +79,8 @@ class _Model:
         self.warnings: list[str] = []
         if isinstance(checkpoint, HfCheckpoint):
             self.family: Family = family_of_config(checkpoint.config, options.family)
+            found = warnings_about(self.family, checkpoint.config)
+            self.warnings = [f"{label}: {warning}" for warning in found]
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)
             self.padded_vocab_size = self.spec.vocab_size
             self.side = HfSource(checkpoint)

@@ -17,7 +17,7 @@ from nanotron_fast.errors import (
     NanotronFastError,
     UnsupportedModelError,
 )
-from nanotron_fast.families import Family, family_of_model_config
+from nanotron_fast.families import Family, family_of_config, family_of_model_config
 from nanotron_fast.families.gate import check_expressible, check_model
 from nanotron_fast.families.hf_config import read_config, write_config
 from nanotron_fast.families.model_classes import (
@@ -245,7 +245,7 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     if side is None or side.family != model.family.name:
         return written, []
     try:
-        original = read_config(model.family, side.config)
+        original = read_config(family_of_config(side.config, model.family.name), side.config)
     except NanotronFastError as error:
         path = model.source.root / side_file.NAME
         raise CheckpointError(f"{path}: the source's {error}") from None

@@ -13,7 +13,7 @@ from nanotron_fast.errors import (
     TopologyError,
     UnsupportedModelError,
 )
-from nanotron_fast.families import family_of_config
+from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.gate import check_config, check_model, choose_class
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Box, Param, Part
@@ -97,6 +97,7 @@ class _Source:
                 )
             check_config(checkpoint.config)
             self.family = family_of_config(checkpoint.config, options.family)
+            self.warnings += warnings_about(self.family, checkpoint.config)
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)
             self.model_class = choose_class(self.family, self.spec, options.model_class)
             version = options.checkpoint_version or "1.5"

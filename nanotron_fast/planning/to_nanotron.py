@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.families import Family, family_of_config
+from nanotron_fast.families import Family, family_of_config, warnings_about
 from nanotron_fast.families.gate import check_config, check_model, choose_class
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.model_classes import write_model_config
@@ -65,7 +65,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     reader = HfSource(source)
     stored_dtype = _stored_dtype(source, params, reader, options.cast)
     main_dtype = options.cast or stored_dtype
-    warnings: list[str] = []
+    warnings = warnings_about(family, source.config)
     dtypes = {
         param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
         for param in params

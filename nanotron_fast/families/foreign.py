@@ -1,0 +1,125 @@
+"""A family that is given by hand for a model of another type.
+
+`--family` changes the table of tensors, never what the source's own configuration says that its
+model computes: what the chosen family has no place for must be neutral.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.families.family import Family
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.model_types import LIKE_LLAMA, NEUTRAL, REFUSED
+from nanotron_fast.spec import ModelSpec
+
+_STARCODER2 = "starcoder2"
+# What two families may read out of one config.json differently, and the key that says it.
+_COMPUTED = {
+    "sliding_window": "sliding_window",
+    "no_rope_interval": "no_rope_layers",
+    "moe": "num_experts",
+    "has_qkv_bias": "biases on q, k and v",
+    "has_output_bias": "a bias on the attention's output",
+    "has_mlp_bias": "biases in the MLP",
+    "hidden_act": "hidden_act",
+    "norm_eps": "the norms' epsilon",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "rope_theta": "rope_theta",
+    "rope_scaling": "rope_scaling",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
+
+
+def seen_as(chosen: Family, config: Mapping[str, Any], known: Mapping[str, Family]) -> Family:
+    """The chosen family, which takes keys that the config leaves out for what its own class does.
+
+    Raises ConfigError, UnsupportedModelError where the model computes something else.
+    """
+    model_type = config.get("model_type")
+    if model_type is None or model_type == chosen.name:
+        return chosen
+    if not isinstance(model_type, str):
+        raise ConfigError(f"config.json: model_type is {model_type!r}, and should be text")
+    if model_type in known:
+        return _seen_as_relative(chosen, known[model_type], config)
+    if model_type in REFUSED:
+        raise _refused(chosen, model_type, REFUSED[model_type])
+    defaults = LIKE_LLAMA.get(model_type, {})
+    family = replace(chosen, defaults={**chosen.defaults, **defaults})
+    _check_keys(family, {**defaults, **config}, read_config(family, config), model_type)
+    return family
+
+
+def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) -> Family:
+    """For a type that has a table too: both must read the same model."""
+    if _STARCODER2 in (chosen.name, own.name):
+        raise _refused(
+            chosen, own.name, "a starcoder2 alone has biases in its norms and an MLP without a gate"
+        )
+    family = replace(chosen, defaults={**chosen.defaults, **own.defaults})
+    means, reads = read_config(own, config), read_config(family, config)
+    for name, what in _COMPUTED.items():
+        left, right = getattr(means, name), getattr(reads, name)
+        if left != right:
+            raise _refused(
+                chosen, own.name, f"its {what}: {left!r}, where a {chosen.name} has {right!r}"
+            )
+    return family
+
+
+def _check_keys(
+    family: Family, config: Mapping[str, Any], spec: ModelSpec, model_type: str
+) -> None:
+    read = _keys_read(family)
+    for key, value in config.items():
+        is_neutral = NEUTRAL.get(key)
+        if key in read or is_neutral is None:
+            continue
+        if key == "sliding_window" and config.get("use_sliding_window") is False:
+            continue
+        if not is_neutral(value, spec):
+            raise _refused(
+                family, model_type, f"its {key} is {value!r}, which a {family.name} cannot have"
+            )
+
+
+def _keys_read(family: Family) -> set[str]:
+    """The keys that a family gives a meaning to."""
+    keys = {*family.config_keys.values(), *family.extras, "head_dim"}
+    keys |= {
+        key
+        for key in (family.qkv_bias, family.output_bias, family.mlp_bias)
+        if isinstance(key, str)
+    }
+    if family.window == "plain":
+        keys |= {"sliding_window", "layer_types"}
+    if family.has_no_rope_layers:
+        keys |= {"no_rope_layers", "no_rope_layer_interval"}
+    if family.is_moe:
+        keys |= {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+    return keys
+
+
+def _refused(chosen: Family, model_type: str, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"--family {chosen.name}: config.json's model_type is {model_type!r}, and {why}. A family "
+        "given by hand changes the names of tensors, not what a model computes"
+    )
+
+
+def warnings_about(
+    family: Family, config: Mapping[str, Any], known: Mapping[str, Family]
+) -> list[str]:
+    """What to say of a model type that nothing is known of."""
+    model_type = config.get("model_type")
+    if model_type is None or model_type in known or model_type in LIKE_LLAMA:
+        return []
+    return [
+        f"config.json: nothing is known of model_type {model_type!r}; it is converted as if it "
+        f"computed what a {family.name} does. Compare logits before you train"
+    ]
