@@ -82,8 +82,9 @@ def convert(
     target: Annotated[
         str | None,
         typer.Option(
-            help="nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits what "
-            "this package's models add (rope_scaling). (default: nanotron)"
+            help="nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
+            "rope_scaling, for the drop-in, and a llama's own head_dim and biases, for conversion "
+            "and loading alone. (default: nanotron)"
         ),
     ] = None,
     rope_interleaved: RopeInterleaved = None,

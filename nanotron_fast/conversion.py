@@ -79,7 +79,8 @@ def plan(
         model_class: "auto", "llama", "qwen2" or "starcoder2": Nanotron's configuration class.
         family: overrules the family that the configuration speaks of.
         target: "nanotron" refuses what stock Nanotron would compute wrongly; "nanotron-fast"
-            admits what this package's models add.
+            admits rope_scaling, which the drop-in honours, and a llama's own head_dim and biases,
+            which can be converted and loaded; nothing trains those yet.
         rope_interleaved: to Nanotron, lay the rows of q and k out for interleaved rotary pairs
             (by default for halves); to Hugging Face, how they lie in the checkpoint (by default
             as its configuration says).

@@ -63,10 +63,11 @@ def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
 def report_lines(report: Report) -> Iterator[str]:
     """What a conversion did."""
     plan = report.plan
-    yield (
-        f"{plan.family}, {plan.num_parameters:,} parameters, {plan.topology} -> "
-        f"{report.destination}"
-    )
+    if plan.direction == "nanotron":
+        way = f"{plan.topology} -> {report.destination}"
+    else:
+        way = f"{plan.source} ({plan.topology}) -> {report.destination}"
+    yield f"{plan.family}, {plan.num_parameters:,} parameters, {way}"
     yield (
         f"{size(plan.bytes_written)} in {_count(len(plan.transfer.outputs), 'file')}, "
         f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s, "

@@ -14,7 +14,7 @@ from tests.modelzoo import make
 from tests.refusals import refused
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
-EXTENDED = "--target nanotron-fast admits it"
+EXTENDED = "--target nanotron-fast admits it, for conversion and load_into alone: nothing trains"
 
 
 # Family, changes to its config, the words of the refusal.
@@ -22,7 +22,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "rope-scaling": (
         "llama",
         {"rope_scaling": LLAMA3},
-        "rope_scaling 'llama3': Nanotron stores rope_scaling and ignores it.*nanotron-fast",
+        "rope_scaling 'llama3': Nanotron stores rope_scaling and ignores it.*"
+        "nanotron-fast run --rope-scaling",
     ),
     "rope-scaling-old-key": (
         "llama",

@@ -62,6 +62,9 @@ class Fields:
             raise self.error(key, "true or false")
         return value
 
+    def flag_or_false(self, key: str) -> bool:
+        return self.get(key) is not None and self.flag(key)
+
     def text(self, key: str) -> str:
         value = self.get(key)
         if not isinstance(value, str):

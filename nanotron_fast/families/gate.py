@@ -71,10 +71,12 @@ def check_model(
     target: str,
     version: str,
     rope_interleaved: bool | None,
+    states_extension: bool = False,
 ) -> None:
     """Refuses a model that the chosen target cannot hold. Raises UnsupportedModelError.
 
     `rope_interleaved` is the layout to write; None for a checkpoint that has one already.
+    `states_extension`: it has fields for what its class lacks, which then need no other target.
     """
     if target not in TARGETS:
         raise ConfigError(f"--target {target}: choose {' or '.join(TARGETS)}")
@@ -82,7 +84,8 @@ def check_model(
         raise ConfigError(f"--checkpoint-version {version}: choose {' or '.join(VERSIONS)}")
     is_extended = target == "nanotron-fast"
     extended_hint = (
-        "; --target nanotron-fast admits it, for this package's models and drop-in"
+        "; --target nanotron-fast admits it, for conversion and load_into alone: nothing trains "
+        "such a model yet"
         if family.has_extended_target
         else ""
     )
@@ -90,12 +93,16 @@ def check_model(
         kind = spec.rope_scaling.get("rope_type", spec.rope_scaling.get("type"))
         raise UnsupportedModelError(
             f"rope_scaling {kind!r}: Nanotron stores rope_scaling and ignores it, so the model "
-            "would run with wrong frequencies. Use --target nanotron-fast, and train with this "
-            "package's drop-in or models, which honour it"
+            "would run with wrong frequencies. Use --target nanotron-fast, and train with "
+            "nanotron-fast run --rope-scaling (the drop-in), which honours it"
         )
     if spec.rope_scaling is not None and model_class == "Starcoder2Config":
         raise UnsupportedModelError("rope_scaling: Starcoder2Config has no field for it")
-    allows_extension = is_extended and family.has_extended_target and model_class == "LlamaConfig"
+    allows_extension = (
+        (is_extended or states_extension)
+        and family.has_extended_target
+        and model_class == "LlamaConfig"
+    )
     if spec.head_dim * spec.num_heads != spec.hidden_size and not allows_extension:
         raise UnsupportedModelError(
             f"head_dim {spec.head_dim} is not hidden_size / heads = {spec.hidden_size} / "

@@ -7,7 +7,7 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.fields import MAX_COUNT, MAX_SIZE, Fields
-from nanotron_fast.families.model_fields import FIELDS, FIELDS_1_2
+from nanotron_fast.families.model_fields import EXTENSION_FIELDS, FIELDS, FIELDS_1_2
 from nanotron_fast.families.rope import read_rope
 from nanotron_fast.spec import ModelSpec, MoeSpec
 
@@ -84,7 +84,10 @@ def first_token(value: Any, model_class: str, name: str) -> int | None:
 def write_model_config(
     spec: ModelSpec, model_class: str, *, version: str, rope_interleaved: bool
 ) -> dict[str, Any]:
-    """Every field of the class, in its order. Raises UnsupportedModelError."""
+    """Every field of the class, in its order, and the extension's where it is needed.
+
+    Raises UnsupportedModelError.
+    """
     config = dict(FIELDS[model_class])
     if model_class == "Starcoder2Config":
         _fill_starcoder2(config, spec)
@@ -101,7 +104,20 @@ def write_model_config(
                 f"{' and '.join(FIELDS_1_2)}"
             )
         config = {name: config[name] for name in FIELDS_1_2[model_class]}
+    if model_class == "LlamaConfig" and _is_extended(spec):
+        values = (spec.head_dim, spec.has_output_bias, spec.has_mlp_bias)
+        config.update(zip(EXTENSION_FIELDS, values, strict=True))
     return config
+
+
+def _is_extended(spec: ModelSpec) -> bool:
+    """Whether a LlamaConfig's own fields leave something about a model out."""
+    return (
+        spec.head_dim * spec.num_heads != spec.hidden_size
+        or spec.has_qkv_bias
+        or spec.has_output_bias
+        or spec.has_mlp_bias
+    )
 
 
 def _fill_plain(config: dict[str, Any], spec: ModelSpec, model_class: str) -> None:
@@ -140,6 +156,19 @@ def _fill_starcoder2(config: dict[str, Any], spec: ModelSpec) -> None:
     config["resid_pdrop"] = spec.extras.get("residual_dropout", 0.0)
 
 
+# Those of Nanotron's MoEConfig.
+MOE_FIELDS = (
+    "num_experts",
+    "top_k",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "router_aux_loss_coef",
+    "layers",
+    "enable_shared_expert",
+    "token_dispatcher_type",
+)
+
+
 def _moe_config(moe: MoeSpec) -> dict[str, Any]:
     return {
         "num_experts": moe.num_experts,
@@ -153,14 +182,20 @@ def _moe_config(moe: MoeSpec) -> dict[str, Any]:
     }
 
 
-def read_model_config(config: Mapping[str, Any], *, head_dim: int | None = None) -> ModelSpec:
+def read_model_config(
+    config: Mapping[str, Any],
+    *,
+    head_dim: int | None = None,
+    moe_sizes: Mapping[str, Any] | None = None,
+) -> ModelSpec:
     """The architecture of a model_config.json; absent fields have the class's defaults.
 
-    `head_dim` overrules hidden_size / num_attention_heads: no class has a field for it.
+    `head_dim` and `moe_sizes`, which tensors show, stand in for fields that the config lacks.
     Raises ConfigError, UnsupportedModelError.
     """
     model_class = class_of(config)
     full = Fields("model_config.json", config, FIELDS[model_class])
+    head_dim = full.positive_or_none("head_dim") or head_dim
     keys = _KEYS[model_class]
     fields: dict[str, Any] = {}
     for name in ("hidden_size", "num_layers", "num_heads", "vocab_size", "max_position_embeddings"):
@@ -220,18 +255,27 @@ def read_model_config(config: Mapping[str, Any], *, head_dim: int | None = None)
         tie_word_embeddings=full.flag("tie_word_embeddings"),
         use_cache=full.flag("use_cache"),
         has_qkv_bias=full.flag("attention_bias"),
+        has_output_bias=full.flag_or_false("attention_output_bias"),
+        has_mlp_bias=full.flag_or_false("mlp_bias"),
         sliding_window=full.positive_or_none("sliding_window_size"),
         no_rope_interval=full.positive_or_none("no_rope_layer"),
-        moe=_read_moe(full.mapping("moe_config"), fields["num_layers"]),
+        moe=_read_moe(full.mapping("moe_config"), fields["num_layers"], moe_sizes or {}),
         extras={"pretraining_tp": full.integer("pretraining_tp")},
     )
 
 
-def _read_moe(config: Mapping[str, Any] | None, num_layers: int) -> MoeSpec | None:
+def _read_moe(
+    config: Mapping[str, Any] | None, num_layers: int, sizes: Mapping[str, Any]
+) -> MoeSpec | None:
     if config is None:
         return None
-    # Defaults of Nanotron's MoEConfig.
-    defaults = {"layers": [-1], "enable_shared_expert": False, "router_aux_loss_coef": 0.01}
+    # Defaults of Nanotron's MoEConfig; those of its branches lack some fields.
+    defaults = {
+        "layers": [-1],
+        "enable_shared_expert": False,
+        "router_aux_loss_coef": 0.01,
+        **sizes,
+    }
     moe = Fields("model_config.json: moe_config", config, defaults)
     has_shared_expert = moe.flag("enable_shared_expert")
     layers = moe.indices("layers")

@@ -103,6 +103,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     },
 }
 
+# What no class of Nanotron's has, and --target nanotron-fast writes after its fields where a model
+# differs from what they can say. Stock Nanotron stops at them, as it should: it would compute
+# something else.
+EXTENSION_FIELDS = ("head_dim", "attention_output_bias", "mlp_bias")
+
 # What PyPI's 0.4 does not know.
 _SINCE_1_5 = {
     "attention_bias",

@@ -135,7 +135,7 @@ def plan_comparison(
     first, second = _models(a, b, Options(family=family, rope_interleaved=rope_interleaved))
     plan = ComparisonPlan(warnings=[*first.warnings, *second.warnings])
     for name in _COMPARED:
-        left, right = getattr(first.spec, name), getattr(second.spec, name)
+        left, right = (_computed(model.spec, name) for model in (first, second))
         if left != right:
             plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
     if any(f"config: {name}" in plan.differing for name in _STRUCTURAL):
@@ -147,6 +147,13 @@ def plan_comparison(
         for name in model.leftovers():
             plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
     return plan
+
+
+def _computed(spec: ModelSpec, name: str) -> object:
+    """A field of a spec, without what only training asks for."""
+    if name == "moe" and spec.moe is not None:
+        return replace(spec.moe, router_aux_loss_coef=0.0)
+    return getattr(spec, name)
 
 
 def _models(a: Checkpoint, b: Checkpoint, options: Options) -> tuple[_Model, _Model]:

@@ -27,10 +27,16 @@ from nanotron_fast.families.model_classes import (
     write_model_config,
 )
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.unknown_fields import (
+    UNKNOWN_FIELDS,
+    unknown_fields,
+    unknown_fields_warnings,
+)
 from nanotron_fast.layouts import hf, side_file
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
 from nanotron_fast.layouts.side_file import SideFile, read_side_file
 from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.planning.from_shapes import has_param, head_dim_of, moe_sizes_of
 from nanotron_fast.planning.moves import MovePlan, plan_moves
 from nanotron_fast.planning.options import DEFAULT_SHARD_BYTES, Options
 from nanotron_fast.planning.plan import Plan
@@ -39,8 +45,6 @@ from nanotron_fast.planning.stages import Stages
 from nanotron_fast.planning.to_nanotron import count_parameters
 from nanotron_fast.spec import ModelSpec
 from nanotron_fast.topology import Topology
-
-_QKV = "attn.qkv_proj"
 
 
 class NanotronModel:
@@ -56,14 +60,26 @@ class NanotronModel:
         self.family = self._choose_family(config, options.family)
         self.warnings: list[str] = []
         self.is_interleaved = self._is_interleaved(config, options)
-        stored = read_model_config(config, head_dim=_head_dim(source))
+        self.states_extension = "head_dim" in config
+        stored = read_model_config(
+            config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
+        )
         if self.model_class == "LlamaConfig":
             # The stock class has the field, and no bias whatever it says.
+            has_output_bias = has_param(source, "attn.o_proj.bias")
+            if self.states_extension and stored.has_output_bias != has_output_bias:
+                raise CheckpointError(
+                    f"{source.root}: model_config.json's attention_output_bias is "
+                    f"{stored.has_output_bias}, and attn.o_proj.bias is "
+                    f"{'there' if has_output_bias else 'missing'}"
+                )
             stored = replace(
                 stored,
-                has_qkv_bias=_has_param(source, f"{_QKV}.bias"),
-                has_output_bias=_has_param(source, "attn.o_proj.bias"),
+                has_qkv_bias=has_param(source, "attn.qkv_proj.bias"),
+                has_output_bias=has_output_bias,
             )
+        self.unknown_fields = unknown_fields(config, stored)
+        self.warnings += unknown_fields_warnings(self.unknown_fields)
         self.padded_vocab_size = stored.vocab_size
         self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
 
@@ -123,24 +139,6 @@ class NanotronModel:
             )
 
 
-def _has_param(source: NanotronCheckpoint, ending: str) -> bool:
-    return any(name.endswith(ending) for name in source.params)
-
-
-def _head_dim(source: NanotronCheckpoint) -> int | None:
-    """The size of a head by the rows of the packed projection, which no config field tells."""
-    heads = source.model_config.get("num_attention_heads")
-    kv_heads = source.model_config.get("num_key_value_heads") or heads
-    if not isinstance(heads, int) or not isinstance(kv_heads, int):
-        return None
-    num_groups = heads + 2 * kv_heads
-    for name, shards in source.params.items():
-        if name.endswith(f"{_QKV}.weight") and num_groups > 0:
-            rows = sum(shard.info.shape[0] for shard in shards if shard.info.shape)
-            return rows // num_groups or None if rows % num_groups == 0 else None
-    return None
-
-
 def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     """Plans a conversion.
 
@@ -157,6 +155,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         target=model.target,
         version=options.checkpoint_version or "1.5",
         rope_interleaved=None,
+        states_extension=model.states_extension,
     )
     check_expressible(family, spec)
     params = model.params()
@@ -241,9 +240,10 @@ def _hf_dtypes(
 def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[str]]:
     """`config.json`: the source's own, where we know it, with what Nanotron's config says now."""
     written = write_config(model.family, model.spec, dtype)
+    unknown = {UNKNOWN_FIELDS: model.unknown_fields} if model.unknown_fields else {}
     side = model.side
     if side is None or side.family != model.family.name:
-        return written, []
+        return {**written, **unknown}, []
     try:
         original = read_config(family_of_config(side.config, model.family.name), side.config)
     except NanotronFastError as error:
@@ -251,8 +251,9 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
         raise CheckpointError(f"{path}: the source's {error}") from None
     warnings: list[str] = []
     config = dict(side.config)
-    for key in ("dtype", "torch_dtype", "rope_parameters"):
+    for key in ("dtype", "torch_dtype", "rope_parameters", UNKNOWN_FIELDS):
         config.pop(key, None)
+    config.update(unknown)
     config["torch_dtype"] = dtype.torch_name
     config.setdefault("architectures", written["architectures"])
     config.setdefault("model_type", written["model_type"])

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
@@ -16,7 +17,9 @@ from nanotron_fast.families import Family, family_of_config, warnings_about
 from nanotron_fast.families.gate import check_config, check_model, choose_class
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.model_classes import write_model_config
+from nanotron_fast.families.model_fields import EXTENSION_FIELDS
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.layouts import nanotron, side_file
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.side_file import SideFile
@@ -83,8 +86,11 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     model_config = write_model_config(
         padded_spec, model_class, version=version, rope_interleaved=interleaved
     )
+    stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     tokenizer = tokenizer_files(source.root)
+    warnings += kept_warnings
     warnings += _warnings(model_class, topology, version)
+    warnings += _extension_warnings(spec, model_config)
     side = SideFile(
         tool_version=__version__,
         family=family.name,
@@ -97,7 +103,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     )
     metadata = nanotron.metadata_document(version, topology.tp)
     documents: dict[str, Callable[[], bytes]] = {
-        nanotron.MODEL_CONFIG: lambda: json.dumps(model_config).encode(),
+        nanotron.MODEL_CONFIG: lambda: json.dumps(stored_config).encode(),
         nanotron.METADATA: lambda: json.dumps(metadata, indent=2, sort_keys=True).encode(),
         side_file.NAME: side.to_bytes,
     }
@@ -212,6 +218,24 @@ def _check_leftovers(
             f"{shown}{more}"
         )
     return tuple(duplicates)
+
+
+def _extension_warnings(spec: ModelSpec, model_config: Mapping[str, Any]) -> list[str]:
+    """What runs a model that stock Nanotron does not."""
+    warnings: list[str] = []
+    if spec.rope_scaling is not None:
+        warnings.append(
+            "Nanotron by itself ignores rope_scaling: train with nanotron-fast run --rope-scaling, "
+            "or nanotron_fast.enable(rope_scaling=True)"
+        )
+    extension = [name for name in EXTENSION_FIELDS if name in model_config]
+    if extension:
+        warnings.append(
+            f"model_config.json and config.yaml have {', '.join(extension)}, at which Nanotron "
+            "stops, for its models lack what they say. Nothing trains such a model yet: it can be "
+            "converted back, compared, and loaded with load_into"
+        )
+    return warnings
 
 
 def _warnings(model_class: str, topology: Topology, version: str) -> list[str]:
