@@ -9,7 +9,7 @@ from typing import Any
 
 from nanotron_fast.dtypes import SAFETENSORS_BITS
 from nanotron_fast.errors import NanotronFastError
-from nanotron_fast.families import family_named, family_of_config
+from nanotron_fast.families import family_named, family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
@@ -102,8 +102,10 @@ def inspect(
 
 def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
     name, spec, problem = None, None, None
+    warnings: list[str] = []
     try:
         found = family_of_config(checkpoint.config, family)
+        warnings = warnings_about(found, checkpoint.config)
         name, spec = found.name, read_config(found, checkpoint.config)
     except NanotronFastError as error:
         problem = str(error)
@@ -120,6 +122,7 @@ def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
         layer_stages=(),
         has_side_file=False,
         problem=problem,
+        warnings=tuple(warnings),
         **_totals([(info.dtype, info.num_elements) for info in infos]),
     )
 

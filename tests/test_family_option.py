@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast import families
+from nanotron_fast.errors import NanotronFastError, UnsupportedModelError
 from nanotron_fast.families import family_named, family_names
 from nanotron_fast.families.foreign import _keys_read
 from nanotron_fast.families.model_types import LIKE_LLAMA, NEUTRAL, REFUSED
@@ -141,6 +143,15 @@ def test_a_type_that_nobody_knows_passes_with_a_warning(tmp_path: Path) -> None:
     found = nf.verify(source, tmp_path / "there", family="llama")
     assert found.equal
     assert "'unheard_of'" in found.warnings[0]
+
+
+@pytest.mark.parametrize("value", [10**400, float("nan"), "1", [1], {}, -(2**70)])
+@pytest.mark.parametrize("key", sorted(NEUTRAL))
+def test_senseless_values_of_keys_that_are_looked_at(key: str, value: Any) -> None:
+    model = make("llama", num_hidden_layers=1)
+    config = {**model.config, "model_type": "unheard_of", key: value}
+    with suppress(NanotronFastError):
+        families.family_of_config(config, "llama")
 
 
 def test_refused_types_say_why_in_a_line(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
-from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.reporting import report_lines
 from tests.modelzoo import make, read_tensors
 
@@ -69,6 +69,23 @@ def test_unknown_fields_go_along(tmp_path: Path) -> None:
     for name in ("back", "last"):
         kept = json.loads((tmp_path / name / "config.json").read_text())["nanotron_model_config"]
         assert kept == {**EXTRA, "moe_config": EXTRA_MOE}
+
+
+def test_kept_fields_decide_nothing_that_main_knows(tmp_path: Path) -> None:
+    model = make("qwen2", num_hidden_layers=2)
+    kept = {"is_llama_config": True, "head_dim": 32, "rope_theta": 1.0, "of_a_branch": 1}
+    model.config["nanotron_model_config"] = kept
+    report = nf.convert(model.save(tmp_path / "hf"), tmp_path / "there")
+    config = json.loads((tmp_path / "there" / "model_config.json").read_text())
+    assert config["of_a_branch"] == 1
+    assert config["rope_theta"] == 1e6
+    assert not {"is_llama_config", "head_dim"} & set(config)
+    assert "of_a_branch of the branch" in report.plan.warnings[0]
+    nf.convert(tmp_path / "there", tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == model.tensors
+    model.config["nanotron_model_config"] = []
+    with pytest.raises(ConfigError, match=r"nanotron_model_config is \[\], and should be"):
+        nf.plan(model.save(tmp_path / "hf"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

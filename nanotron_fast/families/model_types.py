@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from nanotron_fast.families.fields import is_number
 from nanotron_fast.spec import ModelSpec
 
 _NEIGHBOURS = "its rotary embedding turns neighbours in a head, where Nanotron's tables turn halves"
@@ -139,7 +140,10 @@ _Rule = Callable[[object, ModelSpec], bool]
 
 
 def _is_softmax_scale(value: object, spec: ModelSpec) -> bool:
-    return isinstance(value, (int, float)) and abs(value * spec.head_dim**0.5 - 1) < 1e-6
+    # A number, and one that a double can hold: JSON has larger ones.
+    if not isinstance(value, (int, float)) or not is_number(value):
+        return False
+    return abs(float(value) * spec.head_dim**0.5 - 1) < 1e-6
 
 
 def _one_of(*values: object) -> _Rule:

@@ -72,15 +72,18 @@ def with_unknown_fields(
     moe = kept.get(_MOE) if isinstance(kept, Mapping) else None
     if not isinstance(kept, Mapping) or not isinstance(moe, (Mapping, type(None))):
         raise ConfigError(f"config.json: {UNKNOWN_FIELDS} is {kept!r}, and should be an object")
-    # What this version knows is in the fields that it reads.
-    result = {**{key: kept[key] for key in kept if key != _MOE}, **model_config}
-    if moe and isinstance(result.get(_MOE), dict):
-        result[_MOE] = {**moe, **result[_MOE]}
-    names = [key for key in result if key not in model_config]
-    names += [f"{_MOE}.{key}" for key in moe or () if isinstance(result.get(_MOE), dict)]
+    # What some class of main's has is decided by the model, not by what lies beside it.
+    known = {*EXTENSION_FIELDS, *(name for fields in FIELDS.values() for name in fields)}
+    added = {key: kept[key] for key in kept if key not in known}
+    result = {**model_config, **added}
+    names = list(added)
+    if moe and model_config.get(_MOE):
+        inner = {key: moe[key] for key in moe if key not in MOE_FIELDS}
+        result[_MOE] = {**model_config[_MOE], **inner}
+        names += [f"{_MOE}.{key}" for key in inner]
     if not names:
         return model_config, []
-    return {**model_config, **result}, [
+    return result, [
         f"model_config.json has {', '.join(names)} of the branch that the model came from; "
         "Nanotron's main has no such fields, and config.yaml leaves them out"
     ]
