@@ -19,7 +19,7 @@ _ROPE_THETA_1_2 = 10000.0
 def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelError:
     """The error for a model type without a table."""
     reason = REFUSED.get(str(model_type))
-    if reason is None and model_type in LIKE_LLAMA:
+    if reason is None and str(model_type) in LIKE_LLAMA:
         reason = "it computes as a llama where its keys are neutral; --family llama, mistral or "
         reason += "qwen2 converts it where they are"
     why = f": {reason}" if reason else ""
