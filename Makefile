@@ -15,7 +15,7 @@ help: ## list the targets
 venv: $(READY) ## make .venv with everything for development (PYTHON=python3.12 picks another)
 
 # Built without isolation, so that `make build` finds the same headers and reuses the objects.
-$(READY): pyproject.toml setup.py constraints.txt
+$(READY): pyproject.toml setup.py setup_cuda.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -qq -c constraints.txt setuptools pybind11 ninja
 	$(BIN)/pip install -qq -c constraints.txt --no-build-isolation -e '.[test,dev]'

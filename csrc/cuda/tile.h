@@ -216,15 +216,14 @@ struct Pack {
   }
 };
 
-// Rows that are contiguous on both sides and cast.
+// Rows that are contiguous on both sides, aligned for kCastVector elements, and cast.
 template <typename Op>
 struct CastRows {
   static NANOTRON_FAST_DEVICE void run(const TileItem& item, const Tile& tile, uint32_t thread,
-                                       std::byte* shared) {
+                                       std::byte*) {
     using Source = typename Op::Source;
     using Destination = typename Op::Destination;
     constexpr uint32_t kVector = kCastVector;
-    if (item.width != kCastVector) return Elements<Op>::run(item, tile, thread, shared);
     const uint32_t per_row = tile.columns / kVector, total = per_row * tile.rows;
     NANOTRON_FAST_UNROLL("unroll 1")
     for (uint32_t at = thread; at < total; at += kThreads) {

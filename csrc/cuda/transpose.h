@@ -124,7 +124,8 @@ NANOTRON_FAST_DEVICE void begin_tile(const TileItem& item, const Tile& tile, uin
     case TileKind::kCopy:
       return copy_rows_by_width(item, tile, thread);
     case TileKind::kCast:
-      return cast_with<CastRows>(item, tile, thread, shared);
+      if (item.width == kCastVector) return cast_with<CastRows>(item, tile, thread, shared);
+      [[fallthrough]];  // narrower ones are no faster than elements, and need no code of their own
     case TileKind::kStrided:
       return work_with<Elements>(item, tile, thread, shared);
     case TileKind::kTranspose:

@@ -278,7 +278,7 @@ def test_imports_nothing_of_the_converter() -> None:
 
 def test_extension_is_imported_without_a_driver() -> None:
     _cuda = pytest.importorskip("nanotron_fast._cuda", reason="built without CUDA")
-    assert set(_cuda.ARCHITECTURES) <= {80, 90, 100}
+    assert list(_cuda.ARCHITECTURES) == sorted(set(_cuda.ARCHITECTURES))
     if not torch.cuda.is_available():
         assert _cuda.problem_of(0)
         with pytest.raises(RuntimeError, match="cudaSetDevice: "):
