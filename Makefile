@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format bench test-nanotron test-gpu build-here bench-gpu report demo sanitize run-native clean
+.PHONY: help venv build test lint format bench test-nanotron test-versions test-gpu build-here bench-gpu report demo sanitize run-native clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -52,6 +52,9 @@ test-nanotron: build ## install the released Nanotron beside us, without flash-a
 	$(NANOTRON_VENV)/bin/python -m pip install -qq --no-deps --ignore-installed -r tests/nanotron/requirements.txt
 	$(NANOTRON_VENV)/bin/python -m pytest tests/nanotron
 
+test-versions: build ## a few tests with other versions of triton, transformers, numpy and typer
+	$(BIN)/python -m tests.versions
+
 # On a machine with a GPU, with the torch that is there: nothing is installed.
 test-gpu: build-here ## build what can be built, then test kernels and parallel on the GPU, the packer under compute-sanitizer
 	$(PYTHON) -m pytest tests/kernels tests/parallel --gpu
@@ -83,7 +86,7 @@ sanitize: ## native tests under ASan, UBSan and TSan (a C++ compiler is enough)
 	@$(MAKE) --no-print-directory -j$(JOBS) run-native SANITIZER=thread
 
 clean: ## remove everything that was built, .venv too
-	rm -rf $(VENV) $(NANOTRON_VENV) build dist *.egg-info nanotron_fast/*.so .*_cache
+	rm -rf $(VENV) $(NANOTRON_VENV) .venv-versions build dist *.egg-info nanotron_fast/*.so .*_cache
 
 # Everything below serves `sanitize`.
 CPP := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')

@@ -1,0 +1,150 @@
+"""Runs a few tests with other versions of what we depend on than the tests are pinned to.
+
+    python -m tests.versions [name ...]
+
+Each line of TABLE gets an environment of its own, laid over the one that runs this: what it does
+not install itself, torch above all, comes from there. Prints a table, and exits with 1 where a line
+fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import site
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".venv-versions"
+
+ONE_CASE_EACH = ("tests/versions/one_case_each.py", "-q", "-p", "no:cacheprovider")
+# The operations' main tests, interpreted; then every kernel compiled.
+KERNELS = (
+    (
+        *ONE_CASE_EACH,
+        "tests/kernels",
+        "-k",
+        "matches_reference or test_accumulate or clip_is_that_of_torch or adamw_is_that_of_torch "
+        "or transposed_matrices or casts_of_every_pattern or test_forward_and_backward "
+        "or agree_with_the_reference",
+    ),
+    ("-m", "tests.versions.compile_one_each"),
+)
+CONVERTER = (
+    *ONE_CASE_EACH,
+    "tests/test_roundtrip.py",
+    "tests/test_golden.py",
+    "tests/test_casts.py",
+    "tests/test_loading.py",
+)
+TRANSFORMERS = (
+    (
+        *ONE_CASE_EACH,
+        "tests/test_roundtrip.py",
+        "tests/test_golden.py",
+        "tests/test_transformers.py",
+        "tests/patch/test_transformers_models.py",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """An environment: what pip installs into it, and what its interpreter then runs."""
+
+    name: str
+    packages: tuple[str, ...]
+    runs: tuple[tuple[str, ...], ...]
+    needs_below: tuple[int, int] | None = None  # Python: later ones have no wheel of it
+
+    @property
+    def folder(self) -> Path:
+        return FOLDER / self.name.replace(" ", "-")
+
+
+TABLE = (
+    # Its interpreter makes numbers of arrays of one element, which numpy refuses from 2.4 on.
+    Line("triton 3.6", ("triton==3.6.0", "numpy==2.2.6"), KERNELS),
+    Line("triton 3.7", ("triton==3.7.1",), KERNELS),
+    Line("triton 3.8", ("triton==3.8.0",), KERNELS),
+    Line("triton 3.9", ("triton==3.9.0",), KERNELS),
+    Line(
+        "transformers 4.57",
+        (
+            "transformers==4.57.3",
+            "huggingface_hub==0.36.2",
+            "tokenizers==0.22.2",
+            *("requests", "urllib3", "certifi", "charset-normalizer", "idna"),
+        ),
+        TRANSFORMERS,
+    ),
+    Line("transformers newest", ("transformers",), TRANSFORMERS),
+    Line("numpy 1.26", ("numpy==1.26.4",), (CONVERTER,), needs_below=(3, 13)),
+    Line("numpy newest", ("numpy",), (CONVERTER,)),
+    Line("typer 0.16", ("typer==0.16.0",), ((*ONE_CASE_EACH, "tests/test_cli.py"),)),
+    Line("typer newest", ("typer<0.29",), ((*ONE_CASE_EACH, "tests/test_cli.py"),)),
+)
+
+
+def make(line: Line) -> Path:
+    """Gives the interpreter of a line's environment, with its packages installed."""
+    python = line.folder / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", line.folder], check=True)
+    own = next(line.folder.glob("lib/python3*/site-packages"))
+    # Behind the environment's own packages, which come first in what modules are looked for in.
+    shared = "; ".join(f"site.addsitedir({folder!r})" for folder in site.getsitepackages())
+    (own / "development.pth").write_text(f"import site; {shared}\n")
+    # --no-deps: the rest is there, and what must differ too is named.
+    options = ["-qq", "--no-deps", "--ignore-installed", "--upgrade"]
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
+    subprocess.run([*pip, *line.packages], check=True)
+    return python
+
+
+def passes(line: Line) -> bool:
+    """Sets a line's environment up and runs its tests, all of them whatever fails."""
+    try:
+        python = make(line)
+    except subprocess.CalledProcessError as error:
+        print(f"{line.name}: {error}", file=sys.stderr)
+        return False
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    codes = [
+        subprocess.run([python, *run], cwd=ROOT, env=environment).returncode for run in line.runs
+    ]
+    return not any(codes)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="name", help="lines of the table; default: all")
+    names = parser.parse_args().names
+    unknown = set(names) - {line.name for line in TABLE}
+    if unknown:
+        parser.error(f"no such lines: {', '.join(sorted(unknown))}")
+    rows = []
+    for line in TABLE:
+        if names and line.name not in names:
+            continue
+        if line.needs_below is not None and sys.version_info >= line.needs_below:
+            rows.append((line, "skipped: no wheel for this Python", 0.0))
+            continue
+        print(f"== {line.name}", flush=True)
+        start = time.monotonic()
+        verdict = "ok" if passes(line) else "FAILED"
+        rows.append((line, verdict, time.monotonic() - start))
+    print()
+    for line, verdict, seconds in rows:
+        print(f"{line.name:<20} {' '.join(line.packages[:3]):<70} {seconds:5.0f} s  {verdict}")
+    failures = sum(verdict == "FAILED" for _, verdict, _ in rows)
+    print(f"{len(rows)} sets of versions, {failures} failures")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
