@@ -99,8 +99,9 @@ def make(line: Line) -> Path:
     # Behind the environment's own packages, which come first in what modules are looked for in.
     shared = "; ".join(f"site.addsitedir({folder!r})" for folder in site.getsitepackages())
     (own / "development.pth").write_text(f"import site; {shared}\n")
-    # --no-deps: the rest is there, and what must differ too is named.
-    options = ["-qq", "--no-deps", "--ignore-installed", "--upgrade"]
+    # --no-deps: the rest is there, and what must differ too is named. --no-compile: a few modules
+    # of thousands are imported.
+    options = ["-qq", "--no-deps", "--no-compile", "--ignore-installed", "--upgrade"]
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
     subprocess.run([*pip, *line.packages], check=True)
     return python
