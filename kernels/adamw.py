@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import operator
+from nanotron_fast.kernels.backend import on_grid, operator
 from nanotron_fast.kernels.multi_tensor import (
     TRITON_DTYPES,
     addresses_of,
@@ -198,7 +198,7 @@ def _adamw_step(
 ) -> None:
     """`copies` is empty where there are none; `steps` has one tensor for all or one for each."""
     corrections = torch.empty(len(steps), 2, dtype=torch.float32, device=params[0].device)
-    _count_steps_kernel[(triton.cdiv(len(steps), _STEPS_BLOCK),)](
+    on_grid(_count_steps_kernel, (triton.cdiv(len(steps), _STEPS_BLOCK),))(
         addresses_of(steps),
         found_inf,
         corrections,
@@ -212,7 +212,7 @@ def _adamw_step(
     lists = (params, grads, exp_avgs, exp_avg_sqs, *((copies,) if copies else ()))
     for group in groups_of(lists, _BLOCK):
         dtypes = [TRITON_DTYPES[dtype] for dtype in group.dtypes]
-        _adamw_kernel[(group.num_chunks,)](
+        on_grid(_adamw_kernel, (group.num_chunks,))(
             *group.tables,
             corrections,
             lr_tensor,

@@ -21,7 +21,7 @@ from nanotron_fast.kernels.attention_configs import INTERPRETED
 from nanotron_fast.kernels.attention_dkv import dkv_kernel
 from nanotron_fast.kernels.attention_dq import dq_kernel
 from nanotron_fast.kernels.attention_forward import forward_kernel
-from nanotron_fast.kernels.backend import is_interpreting, operator
+from nanotron_fast.kernels.backend import is_interpreting, on_grid, operator
 
 MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
@@ -124,11 +124,11 @@ def _launch(
         "VARLEN": cu_seqlens is not None,
     }
     if is_interpreting():  # nothing to tune, and no clock to tune by
-        kernel.fn[grid](*arguments, **constants, **INTERPRETED.all_kwargs())
+        on_grid(kernel.fn, grid)(*arguments, **constants, **INTERPRETED.all_kwargs())
     else:
         if constants["CAN_TMA"]:
             triton.set_allocator(_scratch)
-        kernel[grid](*arguments, **constants)
+        on_grid(kernel, grid)(*arguments, **constants)
 
 
 @operator("nanotron_fast::attention_forward")

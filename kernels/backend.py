@@ -80,6 +80,15 @@ def num_multiprocessors(device: torch.device) -> int:
     return 2
 
 
+def on_grid(kernel: Any, grid: Any) -> Callable[..., Any]:
+    """`kernel[grid]`, with a product and the sum after it rounded once, whatever Triton's default.
+
+    Every launch goes through here: versions of Triton differ in that default, and with it in the
+    bits of a result and in the registers of a kernel.
+    """
+    return functools.partial(kernel[grid], enable_fp_fusion=True)
+
+
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
     for argument in arguments:
         if isinstance(argument, torch.Tensor):

@@ -138,16 +138,17 @@ def gradient_kernel(
     maximum = tl.load(maximum_and_sum_ptr + row)
     total = tl.load(maximum_and_sum_ptr + num_rows + row)
     dloss = tl.load(dloss_ptr + row)
-    is_read = mask
+    end = num_cols
     if HAS_IGNORE:
-        is_read = mask & (target != ignore_index)
+        # Of an ignored row nothing is read: it may hold what is not finite.
+        end = tl.where(target == ignore_index, 0, num_cols)
         dloss = tl.where(target == ignore_index, 0.0, dloss)
     scale = dloss / total
     if HAS_Z:
         log_z = tl.log(total) + maximum if ADD_MAXIMUM else tl.log(total)
         scale *= 1.0 + 2.0 * z_loss * log_z
     logits = tl.load(
-        logits_ptr + row * logits_row_stride + cols, mask=is_read, other=float("-inf")
+        logits_ptr + row * logits_row_stride + cols, mask=cols < end, other=float("-inf")
     ).to(tl.float32)
     gradient = tl.exp(logits - maximum) * scale
     gradient = tl.where(cols == target - first_col, gradient - dloss, gradient)

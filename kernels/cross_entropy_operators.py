@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import operator, uses_triton
+from nanotron_fast.kernels.backend import on_grid, operator, uses_triton
 from nanotron_fast.kernels.cross_entropy_kernels import (
     combine_kernel,
     gradient_kernel,
@@ -115,7 +115,7 @@ def statistics(logits: Tensor, target: Tensor, first_col: int, ignore_index: int
     vector = 16 // logits.element_size()
     num_warps = 8 if num_cols > 2048 else 4
     if num_rows:
-        statistics_kernel[(num_rows,)](
+        on_grid(statistics_kernel, (num_rows,))(
             logits,
             target,
             result,
@@ -154,7 +154,7 @@ def combine(
     z = torch.empty_like(loss if z_loss > 0 else loss[:0])
     maximum_and_sum = of_all.new_empty(2, num_rows)
     if num_rows:
-        combine_kernel[(triton.cdiv(num_rows, 128),)](
+        on_grid(combine_kernel, (triton.cdiv(num_rows, 128),))(
             of_all,
             target,
             loss,
@@ -209,7 +209,7 @@ def _write_gradient(
     block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
     num_blocks = triton.cdiv(num_cols, block)
     if num_rows:
-        gradient_kernel[(num_rows * num_blocks,)](
+        on_grid(gradient_kernel, (num_rows * num_blocks,))(
             logits,
             target,
             maximum_and_sum,

@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import operator, uses_triton
+from nanotron_fast.kernels.backend import on_grid, operator, uses_triton
 from nanotron_fast.kernels.collectives import (
     Group,
     Ranks,
@@ -79,7 +79,7 @@ def gather(ids: Tensor, weight: Tensor, first_row: int, vocab: int) -> Tensor:
         cols = min(triton.next_power_of_2(num_cols), 4096)
         tokens = max(4096 // cols, 1)
         num_col_blocks = triton.cdiv(num_cols, cols)
-        gather_kernel[(triton.cdiv(num_tokens, tokens) * num_col_blocks,)](
+        on_grid(gather_kernel, (triton.cdiv(num_tokens, tokens) * num_col_blocks,))(
             ids,
             weight,
             out,
@@ -121,11 +121,13 @@ def sum_by_id(
     num_col_blocks = triton.cdiv(num_cols, cols)
     sizes = (num_tokens, num_cols, num_rows, num_col_blocks)
     blocks = {"PIECE": _PIECE, "COLS": cols, "num_warps": 4}
-    sum_kernel[(num_tokens * num_col_blocks,)](
+    on_grid(sum_kernel, (num_tokens * num_col_blocks,))(
         rows, order, dy, dweight, partial, *sizes, TOKENS=8, **blocks
     )
     if num_pieces > 1:
-        join_kernel[(num_pieces * num_col_blocks,)](rows, partial, dweight, *sizes, **blocks)
+        on_grid(join_kernel, (num_pieces * num_col_blocks,))(
+            rows, partial, dweight, *sizes, **blocks
+        )
     return dweight
 
 

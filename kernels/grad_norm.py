@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import operator
+from nanotron_fast.kernels.backend import on_grid, operator
 from nanotron_fast.kernels.collectives import Group, all_gather, all_reduce, resolve
 from nanotron_fast.kernels.multi_tensor import (
     TRITON_DTYPES,
@@ -158,7 +158,7 @@ def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
     norm = {1.0: "1", 2.0: "2", math.inf: "inf"}.get(norm_type, "p")
     for group in groups_of((grads,), _LONG_CHUNK):
         partials = torch.empty(group.num_chunks, dtype=torch.float32, device=sums.device)
-        _power_sums_kernel[(group.num_chunks,)](
+        on_grid(_power_sums_kernel, (group.num_chunks,))(
             *group.tables,
             partials,
             norm_type,
@@ -169,7 +169,7 @@ def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-        _reduce_kernel[(group.num_tensors,)](
+        on_grid(_reduce_kernel, (group.num_tensors,))(
             partials,
             group.extents,
             sums,
@@ -190,7 +190,7 @@ def _(grads, norm_type):
 @operator("nanotron_fast::clip_grads_", mutates_args=("grads",))
 def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
     for group in groups_of((grads,), _LONG_CHUNK):
-        _clip_kernel[(group.num_chunks,)](
+        on_grid(_clip_kernel, (group.num_chunks,))(
             *group.tables,
             total_norm,
             max_norm,

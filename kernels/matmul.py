@@ -22,7 +22,7 @@ import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nanotron_fast.kernels.backend import operator, uses_triton
+from nanotron_fast.kernels.backend import on_grid, operator, uses_triton
 from nanotron_fast.kernels.matmul_choice import Candidates, choose, tokens_bucket
 from nanotron_fast.kernels.matmul_kernels import GROUP, MAX_BLOCK_K, glu_kernel, rope_kernel
 from nanotron_fast.kernels.rope import check_arguments, rope_qkv_, rope_qkv_reference
@@ -83,7 +83,7 @@ def _matmul_glu(
     h = x.new_empty(num_rows, num_cols)
     gate_up = x.new_empty((num_rows, 2 * num_cols) if save_gate_up else (0,))
     if h.numel():
-        glu_kernel[_grid(num_rows, num_cols)](
+        on_grid(glu_kernel, _grid(num_rows, num_cols))(
             x,
             gate_up_weight,
             h,
@@ -125,7 +125,7 @@ def _matmul_rope(
     (num_rows, hidden), num_cols = x.shape, qkv_weight.shape[0]
     qkv = x.new_empty(num_rows, num_cols)
     if qkv.numel():
-        rope_kernel[_grid(num_rows, num_cols // 2)](
+        on_grid(rope_kernel, _grid(num_rows, num_cols // 2))(
             x,
             qkv_weight,
             bias,

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanotron_fast.kernels.adamw import adamw_step_
-from nanotron_fast.kernels.backend import operator
+from nanotron_fast.kernels.backend import on_grid, operator
 from nanotron_fast.kernels.grad_norm import (
     clip_grad_norm_,
     clip_grads_with_norm_,
@@ -78,7 +78,7 @@ def _accumulate_kernel(
 @operator("nanotron_fast::accumulate_", mutates_args=("mains",))
 def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
     for group in groups_of((mains, grads), _BLOCK):
-        _accumulate_kernel[(group.num_chunks,)](
+        on_grid(_accumulate_kernel, (group.num_chunks,))(
             *group.tables,
             scale,
             GRAD=TRITON_DTYPES[group.dtypes[1]],

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.backend import on_grid
+
 # Columns of an item as int64, and behind them as int32.
 NUM_COLUMNS = 16
 _BLOCK = 1024
@@ -254,7 +256,7 @@ def _pack_kernel(
 
 def launch(items: Tensor, num_tiles: int) -> None:
     """Carries out every tile of items (num_items, NUM_COLUMNS) int64, on the items' device."""
-    _pack_kernel[(num_tiles,)](
+    on_grid(_pack_kernel, (num_tiles,))(
         items,
         items.view(torch.int32),
         items.shape[0],

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import num_multiprocessors, operator, uses_triton
+from nanotron_fast.kernels.backend import num_multiprocessors, on_grid, operator, uses_triton
 from nanotron_fast.kernels.rows import as_rows
 
 # A row lies in one block: past this, registers spill and the reference is used.
@@ -160,7 +160,7 @@ def _forward(
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     rows, cols, num_warps = _block(hidden)
     if num_rows:
-        _forward_kernel[(triton.cdiv(num_rows, rows),)](
+        on_grid(_forward_kernel, (triton.cdiv(num_rows, rows),))(
             x,
             residual,
             weight,
@@ -204,7 +204,7 @@ def _backward(
     num_programs = min(triton.cdiv(num_rows, rows), 2 * num_multiprocessors(h.device))
     partial_dw = torch.empty(num_programs, hidden, dtype=torch.float32, device=h.device)
     if num_programs:
-        _backward_kernel[(num_programs,)](
+        on_grid(_backward_kernel, (num_programs,))(
             dy,
             dh_out,
             h,

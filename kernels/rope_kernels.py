@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.backend import on_grid
+
 # Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.
 _BLOCK_ELEMENTS = 4096
 
@@ -171,7 +173,7 @@ def launch(
     head_cols = triton.next_power_of_2(head_dim)
     q_heads, kv_heads = (min(8, triton.next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
     tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
-    _rope_kernel[(triton.cdiv(num_tokens, tokens),)](
+    on_grid(_rope_kernel, (triton.cdiv(num_tokens, tokens),))(
         *sources,
         *destinations,
         cos,

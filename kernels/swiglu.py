@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import operator, uses_triton
+from nanotron_fast.kernels.backend import on_grid, operator, uses_triton
 from nanotron_fast.kernels.rows import as_rows
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -169,7 +169,7 @@ def _forward(gate_up: Tensor, activation: str) -> Tensor:
     h = gate_up.new_empty(num_rows, inter)
     if h.numel():
         grid, block = _launch_shape(num_rows, inter)
-        _forward_kernel[grid](
+        on_grid(_forward_kernel, grid)(
             gate_up, h, gate_up.stride(0), num_rows, inter, ACTIVATION=activation, **block
         )
     return h
@@ -190,7 +190,7 @@ def _backward(
     h = gate_up.new_empty((num_rows, inter) if with_output else (0,))
     if dy.numel():
         grid, block = _launch_shape(num_rows, inter)
-        _backward_kernel[grid](
+        on_grid(_backward_kernel, grid)(
             dy,
             gate_up,
             d_gate_up,

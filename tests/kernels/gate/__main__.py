@@ -43,7 +43,7 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
         "rows of 16384 alone: two to four registers of 64, once a row",
     ),
 }
-_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+_OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
     torch.bfloat16: "*bf16",
