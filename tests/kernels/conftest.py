@@ -7,10 +7,21 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from tests.kernels.poisoning import poison_allocations
+
 
 @pytest.fixture(autouse=True)
-def poison() -> Iterator[None]:
-    """Memory that nobody has written holds NaN, so that what a kernel leaves out shows."""
+def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Memory that nobody has written holds NaN, so that what a kernel leaves out shows.
+
+    On a CPU torch does it, where deterministic algorithms are on. On a GPU those would rule out
+    the very kernels that attention prefers, cuDNN's and FlashAttention 3: there what allocates for
+    us is replaced.
+    """
+    if torch.cuda.is_available():
+        poison_allocations(monkeypatch)
+        yield
+        return
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)

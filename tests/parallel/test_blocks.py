@@ -13,6 +13,7 @@ from nanotron_fast.kernels.rope import rope_tables
 from nanotron_fast.parallel import tensor_parallel_attention, tensor_parallel_mlp
 from tests.parallel.ranks import run_ranks
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOKENS, HIDDEN, INTER = 24, 32, 48
 HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 16}
 ROWS = (4 + 2 * 2) * 16
@@ -33,13 +34,13 @@ def test_ranks_agree_with_the_whole(size: int) -> None:
 def mlp_tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(0)
     shapes = ((TOKENS, HIDDEN), (2 * INTER, HIDDEN), (HIDDEN, INTER))
-    return [(torch.randn(shape) * 0.3).to(dtype).requires_grad_() for shape in shapes]
+    return [(torch.randn(shape) * 0.3).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
 def attention_tensors(dtype: torch.dtype) -> list[torch.Tensor]:
     torch.manual_seed(0)
     shapes = ((TOKENS, HIDDEN), (ROWS, HIDDEN), (HIDDEN, 64))
-    return [(torch.randn(shape) * 0.3).to(dtype).requires_grad_() for shape in shapes]
+    return [(torch.randn(shape) * 0.3).to(DEVICE, dtype).requires_grad_() for shape in shapes]
 
 
 def saved_bytes(function) -> int:
@@ -94,8 +95,8 @@ def test_what_the_mlp_saves(path, recompute) -> None:
 def test_attention(path, monkeypatch, fused, recompute, interleaved, documents) -> None:
     monkeypatch.setenv("NANOTRON_FAST_FUSED_MATMUL", fused)
     x, weight, o_weight = attention_tensors(torch.float32)
-    cos, sin = rope_tables(16, TOKENS)
-    cu_seqlens = torch.tensor(documents, dtype=torch.int32) if documents else None
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
+    cu_seqlens = torch.tensor(documents, dtype=torch.int32, device=DEVICE) if documents else None
     options = {**HEADS, "cu_seqlens": cu_seqlens, "interleaved": interleaved}
     y = tensor_parallel_attention(x, weight, o_weight, cos, sin, **options, recompute=recompute)
     dy = torch.randn_like(y)
@@ -137,7 +138,7 @@ def test_what_attention_saves(path, recompute) -> None:
     x, weight, o_weight = attention_tensors(torch.float16)
     hidden = x.detach().requires_grad_()
     weight, o_weight = torch.nn.Parameter(weight), torch.nn.Parameter(o_weight)
-    cos, sin = rope_tables(16, TOKENS)
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
     bound = TOKENS * (HIDDEN * 2 + 64 * 2 + 4 * 4) + (0 if recompute else TOKENS * ROWS * 2)
     tables = (cos.numel() + sin.numel()) * 4
     assert (
@@ -155,7 +156,7 @@ def test_blocks_compile_without_a_graph_break(path) -> None:
     compiled = torch.compile(tensor_parallel_mlp, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x, gate_up, down), tensor_parallel_mlp(x, gate_up, down))
     x, weight, o_weight = attention_tensors(torch.float32)
-    args = (x, weight, o_weight, *rope_tables(16, TOKENS))
+    args = (x, weight, o_weight, *rope_tables(16, TOKENS, device=DEVICE))
     compiled = torch.compile(tensor_parallel_attention, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         compiled(*args, **HEADS), tensor_parallel_attention(*args, **HEADS), rtol=1e-4, atol=1e-5
@@ -167,7 +168,7 @@ def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"gate_up_weight \(48, 32\), down_weight \(32, 48\)"):
         tensor_parallel_mlp(x, gate_up[:INTER], down)
     x, weight, o_weight = attention_tensors(torch.float32)
-    tables = rope_tables(16, TOKENS)
+    tables = rope_tables(16, TOKENS, device=DEVICE)
     with pytest.raises(ValueError, match=r"the weights should be \(128, hidden\) and"):
         tensor_parallel_attention(x, weight[:64], o_weight, *tables, **HEADS)
     with pytest.raises(ValueError, match="batch 5 for 24 tokens"):
