@@ -13,7 +13,8 @@ others: four of fp32 and of bf16 beside it, so that a warp's accesses lie side b
 Tables are kept, keyed by addresses, sizes and dtypes, so that a step on the tensors of the last one
 looks up a dictionary and copies nothing to the device. A table holds no tensor alive; an address
 that is used again for a tensor of the same size and dtype means the same. Tables belong to the
-stream that filled them. Under CUDA graphs, run once before the capture.
+stream that filled them. A capture of a CUDA graph takes those that were filled last, and fills
+none: its replays would copy from memory long since reused. Run once on the same tensors before it.
 """
 
 from __future__ import annotations
@@ -59,7 +60,20 @@ class Group:
         return self.chunk_tensors, self.extents, self.addresses, self.num_tensors
 
 
+# The stream on which each device was last asked for tables outside a capture.
+_last_streams: dict[torch.device, int] = {}
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and _is_capturing():
+        raise RuntimeError(
+            "a CUDA graph captures an operation on lists of tensors that it did not run on before: "
+            "run it once on the same tensors, then capture it"
+        )
     # Pinned, so that the host need not wait for the kernels in flight.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -128,7 +142,15 @@ def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) ->
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    """The stream whose tables to take."""
+    if device.type != "cuda":
+        return 0
+    current = int(torch.cuda.current_stream(device).cuda_stream)
+    # torch waits for the device before it captures: what the warm-up filled is there.
+    if _is_capturing():
+        return _last_streams.get(device, current)
+    _last_streams[device] = current
+    return current
 
 
 def groups_of(lists: Sequence[Sequence[Tensor]], chunk: int) -> tuple[Group, ...]:
