@@ -240,10 +240,10 @@ class _RmsNorm(torch.autograd.Function):
         ctx.save_for_backward(x if residual is None else h, weight, rstd)
         ctx.zero_centered = zero_centered
         ctx.set_materialize_grads(False)
-        return (y, None) if residual is None else (y, h)
+        return y if residual is None else (y, h)
 
     @staticmethod
-    def backward(ctx, dy, dh_out):
+    def backward(ctx, dy, dh_out=None):
         h, weight, rstd = ctx.saved_tensors
         if dy is None:
             return dh_out, dh_out, None, None, None
@@ -285,5 +285,8 @@ def rms_norm(
     if not uses_triton(x) or x.shape[-1] > _MAX_HIDDEN or x.dtype == torch.float64:
         return rms_norm_reference(x, weight, eps, residual, zero_centered)
     rows = None if residual is None else as_rows(residual)
-    y, h = _RmsNorm.apply(as_rows(x), rows, weight.contiguous(), eps, zero_centered)
-    return y.view(x.shape) if residual is None else (y.view(x.shape), h.view(x.shape))
+    out = _RmsNorm.apply(as_rows(x), rows, weight.contiguous(), eps, zero_centered)
+    if residual is None:
+        return out.view(x.shape)
+    y, h = out
+    return y.view(x.shape), h.view(x.shape)

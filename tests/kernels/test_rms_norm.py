@@ -133,6 +133,18 @@ def test_compiles_without_a_graph_break(path, device) -> None:
         torch.testing.assert_close(a, b)
 
 
+def test_compiles_without_a_residual(path, device) -> None:
+    x = torch.randn(5, 12, device=device, requires_grad=True)
+    weight = torch.randn(12, device=device, requires_grad=True)
+    compiled = torch.compile(rms_norm, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (compiled, rms_norm):
+        y = function(x, weight)
+        results.append((y, *torch.autograd.grad(y.square().sum(), (x, weight))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_what_does_not_fit_is_named(device) -> None:
     x = torch.randn(3, 8, device=device)
     with pytest.raises(ValueError, match=r"weight \(9,\) for x \(3, 8\)"):
