@@ -95,11 +95,12 @@ def kernel_section(name: str, document: dict[str, Any]) -> Section:
     rows = []
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in document["rows"]:
-        key = (row["op"], row["shape"])
-        if "wrong_by" in row:
-            rows.append((*key, "", row["variant"], "wrong, not timed", "", "", ""))
-        elif "absent" in row:
-            rows.append((*key, "", row["variant"], row["absent"], "", "", ""))
+        key = (row["operation"], row["shape"])
+        if row["ok"] is False:
+            reason = row["error"].strip().splitlines()[-1]
+            rows.append((*key, "", row["variant"], f"not timed: {reason}", "", "", ""))
+        elif row["ok"] is None:
+            rows.append((*key, "", row["variant"], row["note"], "", "", ""))
         else:
             groups.setdefault((*key, row["phase"]), []).append(row)
             rate = row.get("gb_per_s")

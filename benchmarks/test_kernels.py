@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import kernel_cases
+from benchmarks.gpu.cases.case import Setting
+from benchmarks.gpu.cases.registry import all_cases
 from nanotron_fast.kernels.pack import pack_qkv, shard
 
 PAIRS = [
-    pytest.param(case, name, id=f"{case.op}-{name}")
-    for case in kernel_cases.cpu_cases()
+    pytest.param(case, name, id=f"{case.operation} {case.shape}-{name}")
+    for case in all_cases(Setting.on_cpu())
     for name in case.variants
-    if name not in ("torch.compile", "ours, Triton")
+    if name != "torch.compile" and name not in case.unlike
 ]
 
 
@@ -26,11 +27,14 @@ def test_forward_and_backward(benchmark, case, name) -> None:
         tensors = case.tensors()
         outputs = function(*tensors)
         outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
-        return [*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), tensors)]
+        ways = [out for out in outputs if out.requires_grad]
+        leaves = [t for t in tensors if t.requires_grad]
+        gradients = torch.autograd.grad(sum(o.sum() for o in ways), leaves) if ways else ()
+        return [*outputs, *gradients]
 
     for ours, expected in zip(step(case.variants[name]), step(reference), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
-    benchmark.group = case.op
+    benchmark.group = f"{case.operation} {case.shape}"
     benchmark(step, case.variants[name])
 
 

@@ -1,0 +1,1 @@
+"""The operations at production shapes, each beside its reference: a builder for each operation."""

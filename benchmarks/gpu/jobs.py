@@ -1,0 +1,183 @@
+"""What a run consists of, in order: names and limits alone, so that listing it imports nothing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+# Operation -> the module of benchmarks.gpu.checks that has it, and its variants. The first of them
+# is what graph capture and torch.compile are tried on too.
+CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "rms_norm": (
+        "norms",
+        ("4096", "4096 residual", "8192", "8192 residual", "16384", "16384 residual"),
+    ),
+    "glu": ("norms", ("silu", "gelu", "gelu_tanh")),
+    "rope_qkv": ("rotary", ("halves", "interleaved", "partial, positions", "in place")),
+    "rope_apart": ("rotary", ("keys and values", "keys, interleaved", "partial, positions")),
+    "attention": (
+        "attention",
+        tuple(
+            f"{backend} {case}"
+            for backend in (
+                *("triton", "auto", "sdpa_cudnn", "sdpa_flash"),
+                *("sdpa_varlen", "flash_attn_3", "flash_attn_2"),
+            )
+            for case in ("dense", "documents", "window", "gqa")
+        ),
+    ),
+    "cross_entropy": ("losses", ("plain", "z-loss, ignore_index", "correct z-loss")),
+    "linear_cross_entropy": ("losses", ("mean", "z-loss, ignore_index", "none")),
+    "embedding": ("losses", ("plain", "padding_idx")),
+    "adamw": ("optimizer", ("masters and copies", "low-precision state")),
+    "accumulate": ("optimizer", ("bf16", "mixed")),
+    "clip": ("optimizer", ("clips", "within its bound", "infinity")),
+    "pack": ("packing", ("triton qkv", "triton transpose", "cuda qkv", "cuda transpose")),
+    "column_linear": ("blocks", ("plain", "main_grad, bias", "a group of one")),
+    "row_linear": ("blocks", ("plain", "main_grad, bias", "a group of one")),
+    "mlp_block": ("blocks", ("fused", "unfused", "main_grad", "a group of one")),
+    "attention_block": ("blocks", ("fused", "unfused", "main_grad", "documents", "a group of one")),
+}
+OPERATIONS = tuple(CHECKS)
+MODELS = ("1.1B", "3B")
+
+CHECK_SECONDS = 20.0
+# Inductor's first code in a process alone can take as long as a whole check.
+COMPILE_SECONDS = 40.0
+PRECOMPILE_SECONDS = 60.0
+RATIO_SECONDS = 45.0
+STEP_SECONDS = 75.0
+BUILD_SECONDS = 500.0
+TEST_SECONDS = 30.0
+# What launches kernels that have many configurations: dealt out to so many processes.
+_SHARDS = {
+    "triton dense": 4,
+    "triton documents": 4,
+    "triton window": 4,
+    "triton gqa": 4,
+    "fused": 4,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A process of its own: a function of benchmarks.gpu, or a command."""
+
+    kind: str
+    operation: str
+    variant: str = ""
+    target: str = ""
+    command: tuple[str, ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
+    limit: float = CHECK_SECONDS
+    # The operation of a job that must have ended before.
+    after: str = ""
+    # Its end is a fact of its own, a row; otherwise it speaks for itself, unless it fails.
+    says_when_done: bool = False
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.kind, self.operation, self.variant)))
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Jobs of which so many run at a time; none starts past this share of the budget."""
+
+    name: str
+    jobs: tuple[Job, ...]
+    workers: int
+    until: float = 1.0
+
+
+def _later(jobs: Iterable[tuple[int, Job]]) -> Iterator[Job]:
+    """The first of each operation before the second of any."""
+    return (job for _, job in sorted(jobs, key=lambda placed: placed[0]))
+
+
+def correctness(dry: bool) -> Iterator[Job]:
+    plain, extra = [], []
+    for operation, (module, variants) in CHECKS.items():
+        after = "native build" if module == "packing" else ""
+        target = f"checks.{module}:check"
+        for place, variant in enumerate(variants):
+            is_library = operation == "attention" and not variant.startswith("triton")
+            if dry and (is_library or variant.startswith("cuda")):
+                continue
+            needs = "native build with CUDA" if variant.startswith("cuda") else after
+            plain.append((place, Job("check", operation, variant, target, after=needs)))
+        for place, (way, limit) in enumerate((("captured", 20.0), ("compiled", COMPILE_SECONDS))):
+            if not (dry and way == "captured"):
+                how = Job("check", operation, way, target, limit=limit, after=after)
+                extra.append((place, how))
+    yield from _later(plain)
+    yield from _later(extra)
+
+
+def precompilation() -> Iterator[Job]:
+    """Every kernel once: those of a library, and those that another variant has, are left out."""
+    for operation, (module, variants) in CHECKS.items():
+        for variant in variants:
+            is_block = module == "blocks" and variant != "fused"
+            is_library = operation == "attention" and not variant.startswith("triton")
+            if is_block or is_library or variant.startswith("cuda"):
+                continue
+            shards = _SHARDS.get(variant, 1)
+            for shard in range(shards):
+                share = f"{shard}/{shards}"
+                yield Job(
+                    "machine",
+                    operation,
+                    variant if shards == 1 else f"{variant} {share}",
+                    f"checks.{module}:precompile",
+                    environment=(("NANOTRON_FAST_SHARD", share),),
+                    limit=PRECOMPILE_SECONDS,
+                )
+
+
+def native_builds(dry: bool) -> Iterator[Job]:
+    command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+    common = {"kind": "machine", "command": command, "limit": BUILD_SECONDS, "says_when_done": True}
+    # First without CUDA, which takes minutes: what checks a table of moves is in the other part.
+    without = (("NANOTRON_FAST_CUDA", "0"),)
+    yield Job(operation="native build", environment=without, **common)
+    if not dry:
+        yield Job(operation="native build with CUDA", after="native build", **common)
+
+
+def suite(dry: bool, workers: int) -> Job:
+    paths: tuple[str, ...] = ("tests/kernels", "tests/parallel")
+    if dry:
+        paths = ("tests/kernels/test_swiglu.py", "-k", "bfloat16 and silu")
+    parallel = ("-n", str(workers)) if workers > 1 and find_spec("xdist") else ()
+    options = ("-q", "-p", "benchmarks.gpu.pytest_rows", "-p", "no:cacheprovider")
+    command = (sys.executable, "-m", "pytest", *options, *parallel, *paths)
+    return Job("test", "pytest", command=command, limit=1e6)
+
+
+def phases(dry: bool, cpus: int) -> list[Phase]:
+    """All of it, the most valuable facts first."""
+    several = min(2, cpus) if dry else 4
+    machine = [Job("machine", "versions", target="machine:versions")]
+    machine += [Job("machine", "ceilings", target="machine:ceilings", limit=60.0)]
+    compiling = () if dry else tuple(precompilation())
+    ratios = [
+        Job("ratio", operation, target="ratios:run", limit=RATIO_SECONDS)
+        for operation in OPERATIONS
+    ]
+    steps = [
+        Job("step", model, side, target="step:run", limit=STEP_SECONDS)
+        for model in MODELS
+        for side in ("ours", "torch")
+    ]
+    one = several if dry else 1  # side by side they would share the GPU, and time each other
+    return [
+        Phase("machine", tuple(machine), 1),
+        Phase("precompile", compiling, min(12, cpus), 0.25),
+        Phase("check", tuple(correctness(dry)), several, 0.5),
+        Phase("ratio", tuple(ratios), one, 0.7),
+        Phase("step", tuple(steps), one, 0.85),
+        Phase("test", (suite(dry, 1 if dry else min(8, cpus)),), 1),
+    ]

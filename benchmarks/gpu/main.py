@@ -1,0 +1,136 @@
+"""The command line of `make gpu` and `make gpu-again`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+from pathlib import Path
+
+from benchmarks.gpu import jobs
+from benchmarks.gpu.jobs import Job, Phase
+from benchmarks.gpu.rows import Row, RowFile, failures, read_rows
+from benchmarks.gpu.runner import Runner, guarded, why_no_build
+
+ROOT = Path(__file__).resolve().parents[2]
+# Caches, logs and profiles; never below the output, which should stay small.
+BUILD = ROOT / "build" / "gpu"
+LAST = BUILD / "last.jsonl"
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="run_gpu.py", description=__doc__)
+    default = Path(os.environ.get("OUT") or BUILD / "out")
+    parser.add_argument("--out", type=Path, default=default, help="where gpu.jsonl goes ($OUT)")
+    parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, kernels interpreted")
+    parser.add_argument("--budget", type=float, default=580.0, help="seconds for all of it")
+    parser.add_argument("--limit", type=float, help="seconds for a job, where it has more")
+    parser.add_argument("--only", default="", help="operations, between commas")
+    parser.add_argument("--phases", default="", help="of machine, precompile, check, ...")
+    parser.add_argument("--again", action="store_true", help="what failed the last time")
+    parser.add_argument("--last", type=Path, help="the rows of the last time, for --again")
+    parser.add_argument("--profile", default="", help="operations whose kernels ncu looks at")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--target", nargs=3, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def selected(phases: list[Phase], only: list[str], names: list[str]) -> list[Phase]:
+    """The phases of these names, with the jobs of these operations. Raises SystemExit."""
+    for kind, given, known in (
+        ("--only", only, jobs.OPERATIONS),
+        ("--phases", names, tuple(phase.name for phase in phases)),
+    ):
+        unknown = [word for word in given if word not in known]
+        if unknown:
+            raise SystemExit(f"run_gpu.py: {kind} {unknown[0]}: choose of {', '.join(known)}")
+    chosen = []
+    for phase in phases:
+        if names and phase.name not in names:
+            continue
+        kept = phase.jobs
+        if only:
+            kept = tuple(j for j in kept if phase.name == "machine" or j.operation in only)
+        chosen.append(Phase(phase.name, kept, phase.workers, phase.until))
+    return chosen
+
+
+def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
+    """Of each phase what failed the last time; failed tests by their names, and the ceilings."""
+    failed = failures(last)
+    names = {row.get("job") for row in failed}
+    tests = tuple(
+        row["variant"] for row in failed if row["kind"] == "test" and "::" in row["variant"]
+    )
+    chosen = []
+    for phase in phases:
+        kept = tuple(job for job in phase.jobs if phase.name == "machine" or job.name in names)
+        if phase.name == "test" and tests:
+            (whole,) = phase.jobs
+            command = (*(word for word in whole.command if not word.startswith("tests/")), *tests)
+            kept = (Job("test", whole.operation, command=command, limit=whole.limit),)
+        chosen.append(Phase(phase.name, kept, phase.workers, phase.until))
+    return chosen
+
+
+def main() -> int:
+    options = _options()
+    if options.serve:
+        from benchmarks.gpu.server import serve
+
+        serve()
+        return 0
+    if options.target:
+        from benchmarks.gpu.profile import run_alone
+
+        run_alone(*options.target, dry=options.dry)
+        return 0
+    if not (options.dry or list(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi")):
+        raise SystemExit("run_gpu.py: no NVIDIA GPU here; --dry runs all of it on the CPU")
+    phases = jobs.phases(options.dry, os.cpu_count() or 1)
+    name = "gpu.jsonl"
+    if options.again or options.profile:
+        name = "gpu-again.jsonl"
+        last = options.last or next(
+            (path for path in (options.out / "gpu.jsonl", LAST) if path.exists()), LAST
+        )
+        if not last.exists() and options.again:
+            raise SystemExit(f"run_gpu.py: no rows of a last run in {last}: `make gpu` comes first")
+        phases = again(phases, read_rows(last)) if options.again else phases[:1]
+    phases = selected(phases, _words(options.only), _words(options.phases))
+    if options.profile:
+        phases.append(Phase("profile", profiles(_words(options.profile)), 1))
+    copies = (LAST,) if name == "gpu.jsonl" else ()
+    rows = RowFile(options.out / name, *copies)
+    runner = Runner(
+        rows,
+        BUILD / "scratch",
+        BUILD / "cache",
+        dry=options.dry,
+        budget=options.budget,
+        limit=options.limit,
+    )
+    if options.dry:
+        note = "a dry run has no graph capture, no CUDA build and no libraries for GPUs"
+        rows.append({"kind": "machine", "operation": "dry run", "ok": None, "note": note})
+    wants_build = any(job.after for phase in phases for job in phase.jobs)
+    lacking = why_no_build() if wants_build else ""
+    if lacking:
+        rows.append({"kind": "machine", "operation": "native build", "ok": None, "note": lacking})
+    build = wants_build and not lacking
+    guarded(runner, lambda: runner.run(phases, jobs.native_builds(options.dry) if build else ()))
+    return 1 if failures(rows.rows) else 0
+
+
+def profiles(operations: list[str]) -> tuple[Job, ...]:
+    """One for each operation; raises SystemExit for one that is not there."""
+    unknown = [name for name in operations if name not in jobs.OPERATIONS]
+    if unknown:
+        raise SystemExit(f"run_gpu.py: --profile {unknown[0]}: choose of {jobs.OPERATIONS}")
+    return tuple(
+        Job("machine", name, "ncu", target="profile:run", limit=120.0) for name in operations
+    )

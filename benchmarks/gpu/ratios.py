@@ -1,0 +1,143 @@
+"""Times the variants of a case, each held to the reference first: what is wrong gets no time."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases.case import Case, Setting
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.harness import as_list, error_of, random_gradients, with_gradients
+from benchmarks.gpu.launches import counted
+from benchmarks.gpu.rows import Row, emit
+from benchmarks.gpu.timing import Times, Work, measure, num_sets
+
+Function = Callable[..., Any]
+
+
+def _disagreement(case: Case, name: str, expected: Sequence[Tensor]) -> float:
+    """The largest relative error of outputs and gradients, in norm."""
+    torch.manual_seed(0)
+    results = with_gradients(case.variants[name], case.tensors())
+    if len(results) != len(expected):
+        return float("inf")
+    pairs = zip(results, expected, strict=True)
+    return max(error_of(mine.float(), reference.float()) for mine, reference in pairs)
+
+
+def _expected(case: Case) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [
+        t.detach().clone()
+        for t in with_gradients(next(iter(case.variants.values())), case.tensors())
+    ]
+
+
+def _phases(case: Case, function: Function, context: Context) -> Iterator[tuple[str, Times]]:
+    """forward and backward, or both as one, each with its times."""
+    tensors = case.tensors()
+    sets = [tensors, *(case.tensors() for _ in range(num_sets(tensors, context) - 1))]
+    places = [place for place, t in enumerate(tensors) if t.requires_grad]
+    del tensors
+
+    def gradient(outputs: Sequence[Tensor], inputs: Sequence[Tensor], grads: list[Tensor]) -> Any:
+        leaves = [inputs[place] for place in places]
+        return torch.autograd.grad(outputs, leaves, grads, retain_graph=True, allow_unused=True)
+
+    def both(inputs: Sequence[Tensor], grads: list[Tensor]) -> Any:
+        return with_gradients(function, inputs, grads)
+
+    def gradients() -> list[Tensor]:
+        return random_gradients([t for t in as_list(function(*sets[0])) if t.requires_grad])
+
+    def forwards() -> list[Work]:
+        return [partial(function, *inputs) for inputs in sets]
+
+    def backwards() -> list[Work]:
+        grads = gradients()
+        outputs = [as_list(function(*inputs)) for inputs in sets]
+        return [partial(gradient, outs, s, grads) for outs, s in zip(outputs, sets, strict=True)]
+
+    if not places:
+        yield "forward", measure(forwards, context)
+    elif case.is_joint:
+        yield (
+            "forward + backward",
+            measure(
+                lambda: [partial(both, s, grads) for grads in [gradients()] for s in sets], context
+            ),
+        )
+    else:
+        yield "forward", measure(forwards, context)
+        yield "backward", measure(backwards, context)
+
+
+def _floors(case: Case) -> dict[str, tuple[str, int]]:
+    """Phase -> the unit of its rate, and how many bytes or FLOPs it takes at least."""
+    if case.bytes_forward is not None:
+        unit, forward, backward = "gb_per_s", case.bytes_forward, case.bytes_backward
+    else:
+        unit, forward, backward = "tflop_per_s", case.flops_forward or 0, case.flops_backward
+    return {
+        "forward": (unit, forward),
+        "backward": (unit, backward or 0),
+        "forward + backward": (unit, forward + (backward or 0)),
+    }
+
+
+def _rate(times: Times, unit: str, floor: int, context: Context) -> Row:
+    per_second = floor / (times.p50_ms * 1e-3)
+    rate = per_second / (1e9 if unit == "gb_per_s" else 1e12)
+    row: Row = {unit: round(rate, 6 if context.dry else 1)}
+    ceiling = context.ceilings.get(
+        "copy_gb_per_s" if unit == "gb_per_s" else "matmul_tflop_per_s", 0.0
+    )
+    if ceiling:
+        row["fraction_of_ceiling"] = round(rate / ceiling, 4)
+    return row
+
+
+def rows_of(case: Case, context: Context) -> Iterator[Row]:
+    """A row for each variant and phase, or one that says why it has none."""
+    about: Row = {"kind": "ratio", "operation": case.operation, "shape": case.shape}
+    expected = _expected(case)
+    floors, reference = _floors(case), {}
+    for name, function in case.variants.items():
+        row = about | {"variant": name}
+        try:
+            with counted() as kernels:
+                error = 0.0 if name in case.unlike else _disagreement(case, name, expected)
+            row["path"] = "triton" if kernels else "torch"
+            if not error <= case.tolerance:
+                wrong = f"off by {error:.3g} of the norm, allowed {case.tolerance:.3g}: not timed"
+                yield row | {"ok": False, "error": wrong}
+                continue
+            for phase, times in _phases(case, function, context):
+                first = reference.setdefault(phase, times.p50_ms)
+                yield row | {
+                    "ok": True,
+                    "phase": phase,
+                    **times.row(),
+                    **_rate(times, *floors[phase], context),
+                    "times_as_fast": round(first / times.p50_ms, 3),
+                }
+        except Exception:  # one variant, a peer's perhaps; the others are still worth their time
+            yield row | {"ok": False, "error": traceback.format_exc(limit=-3)[-1500:]}
+        if not context.dry:
+            torch.cuda.empty_cache()
+    for name, reason in case.absent.items():
+        yield about | {"variant": name, "ok": None, "note": reason}
+
+
+def run(operation: str, variant: str, context: Context) -> None:
+    """Emits the rows of an operation."""
+    from benchmarks.gpu.cases.registry import CASES
+
+    for case in CASES[operation](Setting.of(context)):
+        for row in rows_of(case, context):
+            emit(row)

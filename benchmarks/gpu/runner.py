@@ -1,0 +1,207 @@
+"""Runs the phases within a budget, and writes every row as it comes in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.context import Context
+from benchmarks.gpu.jobs import Job, Phase
+from benchmarks.gpu.pool import Pool, Running
+from benchmarks.gpu.rows import Row, RowFile
+from benchmarks.gpu.table import table
+
+# Kept for what must be killed and said at the end.
+_LAST_SECONDS = 5.0
+
+
+class CutOff(Exception):
+    """A signal asked the run to end."""
+
+
+def environment(cache: Path, dry: bool) -> dict[str, str]:
+    """What every process of a run has in common."""
+    common = {
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        # What one process timed, the others need not time again.
+        "TRITON_CACHE_AUTOTUNING": "1",
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        # So that asking for a GPU does not initialise CUDA in the process that forks.
+        "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        "PYTHONUNBUFFERED": "1",
+        "NANOTRON_FAST_BACKEND": "",
+    }
+    if dry:
+        common |= {
+            "TRITON_INTERPRET": "1",
+            "NANOTRON_FAST_BACKEND": "triton",
+            "CUDA_VISIBLE_DEVICES": "",
+            "OMP_NUM_THREADS": "1",
+        }
+    return common
+
+
+def why_no_build() -> str:
+    """What a native build lacks here; empty where it lacks nothing."""
+    missing = [name for name in ("pybind11", "ninja", "setuptools") if find_spec(name) is None]
+    if not any(map(shutil.which, ("c++", "g++", "clang++", os.environ.get("CXX") or "c++"))):
+        missing.append("a C++ compiler")
+    return f"there is no {', no '.join(missing)}" if missing else ""
+
+
+class Runner:
+    """One run. Rows go to `out`; processes and their logs live in `scratch`."""
+
+    def __init__(
+        self,
+        rows: RowFile,
+        scratch: Path,
+        cache: Path,
+        *,
+        dry: bool,
+        budget: float,
+        limit: float | None = None,
+    ) -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        self.rows, self.dry, self.budget = rows, dry, budget
+        self.limit = float("inf") if limit is None else limit
+        self.started = time.monotonic()
+        self.ceilings: dict[str, float] = {}
+        self.left_out: list[str] = []
+        self._counts: dict[int, int] = {}
+        self._waits: set[str] = set()
+        self.pool = Pool(scratch, environment(cache, dry))
+
+    @property
+    def elapsed(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def left(self) -> float:
+        return self.budget - _LAST_SECONDS - self.elapsed
+
+    def add(self, row: Row) -> None:
+        if row["operation"] == "ceilings" and row.get("ok"):
+            self.ceilings = {name: row[name] for name in ("copy_gb_per_s", "matmul_tflop_per_s")}
+        self.rows.append(row)
+
+    def _start(self, job: Job) -> None:
+        context = asdict(Context(dry=self.dry, ceilings=self.ceilings))
+        self.pool.start(job, min(job.limit, self.limit, self.left), context)
+
+    def _collect(self, seconds: float) -> list[Running]:
+        """Writes what came in, and gives the jobs that ended."""
+        ended = []
+        for running, rows in self.pool.poll(seconds):
+            for row in rows:
+                self.add(row | {"job": running.job.name})
+            self._counts[id(running)] = self._counts.get(id(running), 0) + len(rows)
+            if running.code is not None:
+                self._finish(running, self._counts.pop(id(running)))
+                ended.append(running)
+        return ended
+
+    def _finish(self, running: Running, num_rows: int) -> None:
+        job = running.job
+        self._waits.discard(job.operation)
+        is_failed = running.code != 0
+        # pytest says by its code that a test failed, and that is in the test's row.
+        if job.kind == "test" and running.code == 1 and num_rows:
+            is_failed = False
+        is_silent = num_rows == 0 and job.target and not job.target.endswith(":precompile")
+        if not (is_failed or is_silent or job.says_when_done):
+            return
+        row: Row = {"kind": job.kind, "operation": job.operation, "variant": job.variant}
+        if job.target.endswith(":precompile"):
+            row |= {"operation": "precompile", "variant": f"{job.operation} {job.variant}"}
+        is_ok = not (is_failed or is_silent)
+        row |= {"ok": is_ok, "seconds": running.seconds, "job": job.name}
+        if not row["ok"]:
+            row["error"] = running.error or "it ended well, and said nothing"
+        self.add(row)
+
+    def run(self, phases: Iterable[Phase], background: Iterable[Job] = ()) -> None:
+        """All phases in turn; `background` runs beside them, each once what it is after ended."""
+        waiting = list(background)
+        self._waits |= {job.operation for job in waiting}
+        for phase in phases:
+            self._run_phase(phase, waiting)
+
+    def _start_ready(self, jobs: list[Job], slots: int) -> None:
+        for job in [job for job in jobs if job.after not in self._waits][: max(slots, 0)]:
+            jobs.remove(job)
+            self._start(job)
+
+    def _run_phase(self, phase: Phase, background: list[Job]) -> None:
+        begun, pending = self.elapsed, list(phase.jobs)
+        names = {job.name for job in pending}
+        while True:
+            if self.elapsed > phase.until * self.budget or self.left < 1:
+                self.left_out += [job.name for job in pending]
+                pending = []
+            running = [run for run in self.pool.running.values() if run.job.name in names]
+            if not pending and not running:
+                break
+            self._start_ready(background, len(background))
+            self._start_ready(pending, phase.workers - len(running))
+            self._collect(0.05)
+        if phase.jobs:
+            self.add(
+                {
+                    "kind": "machine",
+                    "operation": "phase",
+                    "variant": phase.name,
+                    "ok": True,
+                    "jobs": len(phase.jobs),
+                    "seconds": round(self.elapsed - begun, 2),
+                    "at_seconds": round(self.elapsed, 2),
+                }
+            )
+
+    def close(self, why: str = "") -> None:
+        """Ends what still runs, and says what was not done."""
+        cut_off = list(self.pool.running.values())
+        self.pool.stop()
+        for running in cut_off:
+            for row in running.rows():
+                self.add(row | {"job": running.job.name})
+            self.left_out.append(running.job.name)
+        if why:
+            self.add({"kind": "machine", "operation": "cut off", "ok": None, "note": why})
+        if self.left_out:
+            note = f"{len(self.left_out)} jobs for want of time: {'; '.join(self.left_out)}"
+            self.add({"kind": "machine", "operation": "left out", "ok": None, "note": note})
+        print(table(self.rows.rows), flush=True)
+
+
+def guarded(runner: Runner, work: Callable[[], Any]) -> None:
+    """Runs it, and closes the runner also where a signal or an error ends it."""
+
+    def cut_off(number: int, _: Any) -> None:
+        raise CutOff(f"{signal.Signals(number).name} after {runner.elapsed:.0f} s")
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, cut_off)
+    why = ""
+    try:
+        work()
+    except CutOff as error:
+        why = str(error)
+    except Exception as error:
+        why = f"the runner itself failed: {error!r}"
+        raise
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
+        runner.close(why)
+        sys.stdout.flush()

@@ -1,0 +1,73 @@
+"""The table that ends a run, made from its rows."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from benchmarks.gpu.rows import Row
+
+_MARKS = {True: "ok", False: "FAILED", None: "left out"}
+_HIDDEN = (
+    "kind",
+    "operation",
+    "variant",
+    "ok",
+    "error",
+    "note",
+    "path",
+    "seconds",
+    "kernels",
+    "job",
+)
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _figures(row: Row) -> str:
+    simple = (int, float, str)
+    named = [
+        f"{key} {_figure(value)}"
+        for key, value in row.items()
+        if key not in _HIDDEN and isinstance(value, simple)
+    ]
+    for name, took, calls in row.get("top_kernels", [])[:4]:
+        named.append(f"{name[:24]} {took:.3g} ms / {calls}")
+    end = row.get("error", "").strip().splitlines()
+    if row["ok"] is False:
+        return f"{end[0]}: {end[-1]}" if len(end) > 1 else "".join(end)
+    return ", ".join(named + ([row["note"]] if "note" in row else []))
+
+
+def _line(row: Row) -> str:
+    name = " ".join(filter(None, (row["operation"], row.get("variant", ""))))
+    where = row.get("path", "")
+    return f"  {_MARKS[row['ok']]:8} {name:44} {where:10} {_figures(row)}"[:180]
+
+
+def table(rows: Iterable[Row]) -> str:
+    """Machine, ratios and steps in full, checks and tests by operation, and every failure."""
+    by_kind: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_kind[row["kind"]].append(row)
+    lines = []
+    for kind in ("machine", "ratio", "step"):
+        if by_kind[kind]:
+            lines += [kind, *map(_line, by_kind[kind])]
+    for kind in ("check", "test"):
+        counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+        for row in by_kind[kind]:
+            counts[row["operation"]][{True: 0, False: 1, None: 2}[row["ok"]]] += 1
+        if counts:
+            lines.append(f"{kind:52} ok failed left out")
+        for operation, (passed, failed, left_out) in counts.items():
+            lines.append(f"  {operation:48} {passed:4} {failed:6} {left_out:8}")
+    failed = [row for kind in ("check", "test") for row in by_kind[kind] if row["ok"] is False]
+    if failed:
+        lines += ["failed", *map(_line, failed)]
+    everything = [row for rows_of_kind in by_kind.values() for row in rows_of_kind]
+    total = sum(row["ok"] is False for row in everything)
+    lines.append(f"{len(everything)} rows, {total} failed")
+    return "\n".join(lines)

@@ -1,0 +1,121 @@
+"""Times kernels, not Python: a captured graph is replayed, and its replays are timed on the device.
+
+Where a capture is impossible the profiler's sum of kernel times stands in. The calls of a sample
+rotate over several sets of inputs, so that what one reads was not left in the cache by the last.
+On a CPU, where this only shows that it runs, the clock on the wall is read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.context import Context
+
+# More than the caches of today's GPUs hold, twice over.
+ROTATED_BYTES = 256 << 20
+MAX_SETS = 8
+_SAMPLES = 30
+_SAMPLE_SECONDS = 0.4
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Times:
+    """Milliseconds of one call."""
+
+    p20_ms: float
+    p50_ms: float
+    p80_ms: float
+    method: str
+
+    def row(self) -> dict[str, Any]:
+        times = {name: round(getattr(self, name), 6) for name in ("p20_ms", "p50_ms", "p80_ms")}
+        return times | {"method": self.method}
+
+
+def quantiles(samples: Sequence[float], method: str) -> Times:
+    ordered = sorted(samples)
+    at = [ordered[min(len(ordered) - 1, int(p * len(ordered)))] for p in (0.2, 0.5, 0.8)]
+    return Times(*at, method)
+
+
+def num_sets(tensors: Sequence[Tensor], context: Context) -> int:
+    """How many sets of such inputs it takes to pass the cache."""
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors) or 1
+    return 2 if context.dry else max(1, min(MAX_SETS, -(-ROTATED_BYTES // num_bytes)))
+
+
+def _replayed(work: Sequence[Work], stream: torch.cuda.Stream) -> list[float]:
+    """Milliseconds of a call in each of many replays. Raises what a capture raises."""
+    with torch.cuda.stream(stream):
+        for call in (*work, work[0]):
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        kept = [call() for call in work]
+    samples: list[float] = []
+    begun = time.monotonic()
+    while len(samples) < _SAMPLES + 3:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        samples.append(start.elapsed_time(end) / len(work))
+        if len(samples) > 8 and time.monotonic() - begun > _SAMPLE_SECONDS:
+            break
+    del kept
+    graph.reset()
+    return samples[3:]
+
+
+def _profiled(work: Sequence[Work]) -> list[float]:
+    """Milliseconds that kernels of a call took, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    samples = []
+    for call in work:
+        call()
+    for call in (*work, *work, *work):
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as seen:
+            call()
+            torch.cuda.synchronize()
+        samples.append(sum(e.self_device_time_total for e in seen.key_averages()) / 1e3)
+    return samples
+
+
+def _on_the_wall(work: Sequence[Work]) -> list[float]:
+    samples = []
+    for call in (*work, work[0]):
+        begun = time.perf_counter()
+        call()
+        samples.append((time.perf_counter() - begun) * 1e3)
+    return samples
+
+
+def measure(make: Callable[[], Sequence[Work]], context: Context) -> Times:
+    """Times of one call; `make` gives the same call on several sets of inputs.
+
+    It is called where the calls will run: a backward follows the stream of its forward.
+    """
+    if context.dry:
+        return quantiles(_on_the_wall(make()), "wall")
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work = make()
+    try:
+        return quantiles(_replayed(work, stream), "graph")
+    except Exception as error:  # libraries fail in many ways to be captured
+        torch.cuda.synchronize()
+        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+        return quantiles(_profiled(work), f"profiler ({reason})")
