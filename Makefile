@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format bench test-nanotron test-versions test-gpu build-here bench-gpu report demo sanitize run-native clean
+.PHONY: help venv build test lint format bench test-nanotron test-versions test-gpu build-here bench-gpu gpu gpu-again report demo sanitize run-native clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -58,8 +58,10 @@ test-versions: build ## a few tests with other versions of triton, transformers,
 # On a machine with a GPU, with the torch that is there: nothing is installed.
 test-gpu: build-here ## build what can be built, then test kernels and parallel on the GPU, the packer under compute-sanitizer
 	$(PYTHON) -m pytest tests/kernels tests/parallel --gpu
-	$(if $(SANITIZER_GPU),$(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -m pytest -q \
-	  tests/kernels/test_pack.py --gpu -m gpu,@echo "compute-sanitizer is not here: skipped" >&2)
+	@if test -z '$(SANITIZER_GPU)'; then echo "compute-sanitizer is not here: skipped" >&2; \
+	elif ! $(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; \
+	  then echo "compute-sanitizer refuses this device, or there is none: skipped" >&2; \
+	else $(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -m pytest -q tests/kernels/test_pack.py --gpu -m gpu; fi
 
 # The kernels need no native code, but for the packer.
 build-here:
@@ -67,12 +69,22 @@ build-here:
 	  then $(PYTHON) setup.py --quiet build_ext --inplace; \
 	  else echo "no native build: it needs pybind11, ninja, setuptools and a C++ compiler" >&2; fi
 
-bench-gpu: ## build, then time the kernels beside torch and the peers that are installed, and Nanotron's step
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) benchmarks/bench_kernels.py --save benchmarks/results/kernels.json
+bench-gpu: build-here ## time the kernels beside torch and the peers that are installed, and Nanotron's step
+	$(PYTHON) benchmarks/bench_kernels.py $(if $(ONLY),--only $(ONLY)) \
+	  $(if $(DRY),--dry,--save benchmarks/results/kernels.json)
 	@if $(PYTHON) -c 'import nanotron' 2>/dev/null; \
 	  then $(PYTHON) benchmarks/bench_step.py --save; \
 	  else echo "nanotron is not here: its training step is not timed" >&2; fi
+
+# One command for a GPU's first minutes. OUT=dir is where gpu.jsonl goes, DRY=1 runs all of it on the
+# CPU, BUDGET is in seconds, ONLY names operations, PROFILE those whose kernels ncu looks at.
+RUN_GPU = $(PYTHON) benchmarks/run_gpu.py $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry) \
+  $(if $(BUDGET),--budget $(BUDGET)) $(if $(ONLY),--only $(ONLY))
+gpu: ## everything worth knowing of a GPU in 580 seconds, most valuable first (DRY=1: on the CPU)
+	$(RUN_GPU)
+
+gpu-again: ## what failed in the last `make gpu`, and ncu over PROFILE=rms_norm,glu
+	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE))
 
 report: $(READY) ## turn benchmarks/results into tables and plots in docs/results
 	$(BIN)/pip install -qq -c constraints.txt -e '.[bench]' --no-build-isolation
