@@ -59,8 +59,9 @@ class Verification:
             "tensors_compared": self.tensors_compared,
             "differing": [{"name": item.name, "reason": item.reason} for item in self.differing],
             "casts": list(self.casts),
-            "warnings": list(self.warnings),
         }
+        if self.warnings:
+            document["warnings"] = list(self.warnings)
         if self.logits is not None:
             document["logits"] = {
                 "equal": self.logits.equal,

@@ -123,7 +123,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "qwen3": ("llama", {"model_type": "qwen3"}, r"'qwen3' is not supported.*qk-norm"),
     "mixtral": ("llama", {"model_type": "mixtral"}, "'mixtral' is not supported.*renormalises"),
-    "gpt2": ("llama", {"model_type": "gpt2"}, "'gpt2' is not supported. Supported: llama, mis"),
+    "gpt2": (
+        "llama",
+        {"model_type": "gpt2"},
+        "'gpt2' is not supported: its positions are learned.* Supported: llama, mis",
+    ),
     "quantised": (
         "llama",
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},

@@ -30,10 +30,12 @@ _MOE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 def unknown_fields(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """Those of a model_config.json; of its moe_config, under that name. UnsupportedModelError."""
-    known = {*FIELDS[class_of(config)], *EXTENSION_FIELDS}
+    known = {*FIELDS[class_of(config)], *EXTENSION_FIELDS, _MOE}
     unknown = {key: value for key, value in config.items() if key not in known}
     moe = config.get(_MOE)
-    inner = {key: value for key, value in moe.items() if key not in MOE_FIELDS} if moe else {}
+    inner: dict[str, Any] = {}
+    if isinstance(moe, Mapping):
+        inner = {key: value for key, value in moe.items() if key not in MOE_FIELDS}
     for key, value in unknown.items():
         if key in NEUTRAL and not NEUTRAL[key](value, spec):
             raise _refused(key, value)
