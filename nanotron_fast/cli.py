@@ -1,11 +1,10 @@
 """The command `nanotron-fast`.
 
-Exit codes: 0 done; 1 verification found a difference; 2 bad input or usage.
+What starts and ends it, exit codes included, is in `entry.py`.
 """
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -14,11 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from nanotron_fast import interruption
+from nanotron_fast.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.version import __version__
-
-EXIT_DIFFERENT = 1
-EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="nanotron-fast",
@@ -169,10 +166,11 @@ def convert(
                 )
         finally:
             processes.close()
-        if json and processes.rank == 0:
-            _print_json(report.to_json(num_workers))
-        elif not is_silent:
-            _print(reporting.report_lines(report))
+        with interruption.telling(lambda: f"{report.destination} is whole"):
+            if json and processes.rank == 0:
+                _print_json(report.to_json(num_workers))
+            elif not is_silent:
+                _print(reporting.report_lines(report))
 
 
 @app.command()
@@ -281,6 +279,7 @@ def run(
     """
     from nanotron_fast.errors import NanotronFastError
 
+    interruption.restore()
     try:
         from nanotron_fast.patch import launcher
         from nanotron_fast.patch.registry import requested_ops
@@ -296,6 +295,10 @@ def run(
     except NanotronFastError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
+    except Exception:
+        # The script's own: it ends as `python script` does.
+        sys.excepthook(*sys.exc_info())
+        raise typer.Exit(1) from None
 
 
 @contextmanager
@@ -304,15 +307,10 @@ def _errors(*, is_silent: bool) -> Iterator[None]:
     if is_silent:
         # Before the Hub's library is imported: it draws bars of its own on stderr.
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    from nanotron_fast.errors import Cancelled, NanotronFastError
+    from nanotron_fast.errors import NanotronFastError
 
     try:
         yield
-    except (KeyboardInterrupt, Cancelled):
-        typer.echo("interrupted", err=True)
-        raise typer.Exit(EXIT_INTERRUPTED) from None
-    except BrokenPipeError:
-        raise
     except (NanotronFastError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
@@ -336,8 +334,4 @@ def _print_json(document: dict[str, Any]) -> None:
 
 def main() -> None:
     """Runs the command."""
-    # Paths are bytes, and may not be text in the terminal's encoding.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    app(prog_name="nanotron-fast")
+    run_command(lambda: app(prog_name="nanotron-fast"))

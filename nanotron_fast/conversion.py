@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast import engine
-from nanotron_fast.destination import Destination, write_file
+from nanotron_fast.destination import Destination
 from nanotron_fast.dtypes import parse_cast
 from nanotron_fast.engine import ProgressCallback
 from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.interruption import Interrupted
 from nanotron_fast.layouts.hf import HfCheckpoint, parse_shard_size
 from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.plain_file import check_plain
 from nanotron_fast.planning.options import DIRECTIONS, Options
 from nanotron_fast.planning.plan import Plan, peak_resident_bytes
 from nanotron_fast.processes import Processes
+from nanotron_fast.small_files import copy_file, write_file
 from nanotron_fast.source import read, resolve, resolve_tokenizer
 from nanotron_fast.topology import Topology
+
+# Room for each of the small files whose contents are not made yet.
+_DOCUMENT_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +122,8 @@ def plan(
         if not files:
             raise CheckpointError(f"{tokenizer}: there is no tokenizer in it")
         ready = replace(ready, copies={path.name: path for path in files})
+    for path in ready.copies.values():
+        check_plain(path)
     return ready
 
 
@@ -175,13 +182,16 @@ def convert(
     try:
         with processes.step():
             ready = plan(src, dst, topology=topology, **choices)
-            destination = Destination(Path(dst), source=ready.source, overwrite=overwrite)
-            destination.check_space(ready.bytes_written)
+            destination = Destination(
+                Path(dst), source=ready.source, overwrite=overwrite, inputs=_inputs(ready)
+            )
+            names = _names(ready)
             if processes.rank == 0:
+                destination.check(names)
                 _check_equal(ready, workers)
                 if on_plan is not None:
                     on_plan(ready)
-                destination.open()
+                destination.open(_sizes(ready), names)
         with processes.step():
             engine_started = time.perf_counter()
             is_first = processes.rank == 0
@@ -198,18 +208,55 @@ def convert(
             engine_seconds = time.perf_counter() - engine_started
         with processes.step():
             if processes.rank == 0:
-                destination.commit(fsync=fsync)
-    except BaseException:
+                destination.commit(fsync=fsync, names=names)
+        return Report(
+            ready,
+            destination.path,
+            time.perf_counter() - started,
+            engine_seconds,
+            peak_resident_bytes(),
+        )
+    except BaseException as error:
         if destination is not None:
             destination.abort()
+            if isinstance(error, Interrupted):
+                is_first = processes.rank == 0
+                error.remains = (
+                    destination.remains() if is_first else f"process {processes.rank} has ended"
+                )
         raise
-    return Report(
-        ready,
-        destination.path,
-        time.perf_counter() - started,
-        engine_seconds,
-        peak_resident_bytes(),
-    )
+
+
+def _names(ready: Plan) -> frozenset[str]:
+    """What will lie in the destination itself."""
+    outputs = (output.path.partition("/")[0] for output in ready.transfer.outputs)
+    return frozenset((*outputs, *ready.documents, *ready.copies))
+
+
+def _sizes(ready: Plan) -> Iterator[int]:
+    """Bytes of every file and folder that will be written; a folder takes a block."""
+    folders = {os.path.dirname(output.path) for output in ready.transfer.outputs}
+    parents = {folder[:at] for folder in folders for at in _slashes(folder)}
+    yield from (1 for _ in folders | parents)
+    yield from (output.size_bytes for output in ready.transfer.outputs)
+    yield from (_DOCUMENT_BYTES for _ in ready.documents)
+    yield from (path.stat().st_size for path in ready.copies.values())
+
+
+def _slashes(path: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(path) if letter == "/")
+
+
+def _inputs(ready: Plan) -> set[Path]:
+    """The folders outside the source that files are read from: behind links, a tokenizer's."""
+    within = os.path.join(ready.source, "")
+    found: set[str] = set()
+    for path in map(os.fspath, (*ready.transfer.sources, *ready.copies.values())):
+        if os.path.islink(path):
+            found.add(os.path.dirname(os.path.realpath(path)))
+        elif not path.startswith(within):
+            found.add(os.path.dirname(path))
+    return set(map(Path, found))
 
 
 def _check_equal(ready: Plan, workers: int) -> None:
@@ -229,10 +276,4 @@ def _write_documents(ready: Plan, root: Path, fsync: bool) -> None:
     for name, contents in ready.documents.items():
         write_file(root / name, contents(), fsync=fsync)
     for name, path in ready.copies.items():
-        shutil.copyfile(path, root / name)
-        if fsync:
-            descriptor = os.open(root / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+        copy_file(path, root / name, fsync=fsync)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast import _C
+from nanotron_fast.interruption import ending
 from nanotron_fast.planning.moves import Move, MovePlan, table_of
 
 # Called now and then from the calling thread with the bytes done so far.
@@ -121,8 +122,9 @@ def _run(
             if on_progress is not None:
                 on_progress(progress.bytes_done)
     except BaseException:
-        progress.cancel()
-        finished.wait()
+        with ending():
+            progress.cancel()
+            finished.wait()
         raise
     if errors:
         raise errors[0]

@@ -19,6 +19,7 @@ from typing import Any
 
 from nanotron_fast.dtypes import SAFETENSORS_BITS, Dtype
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.plain_file import open_plain
 
 _MAX_HEADER_BYTES = 100_000_000
 # Tensors start on a page: writes that begin inside one make the page cache work twice on it.
@@ -52,7 +53,7 @@ class Header:
 
 def read_header(path: Path) -> Header:
     """Reads and checks the header of a file, and nothing else. Raises CheckpointError, OSError."""
-    with open(path, "rb", buffering=0) as file:
+    with open_plain(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         if len(prefix) < 8:

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, NanotronFastError
+from nanotron_fast.interruption import Interrupted
+
+_POLL_SECONDS = 0.1
+# How long a process that is interrupted waits for the others to hear of it.
+_FAREWELL_SECONDS = 3.0
 
 
 class PeerFailed(NanotronFastError):
@@ -40,8 +46,9 @@ class TorchProcesses(Processes):
 
         self._dist: Any = dist
         self._is_ours = not dist.is_initialized()
+        self._is_abandoned = False
         if self._is_ours:
-            dist.init_process_group("gloo")
+            _call_patiently(lambda: dist.init_process_group("gloo"))
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
@@ -53,10 +60,18 @@ class TorchProcesses(Processes):
         except BaseException as error:
             failure = error
         messages: list[str | None] = [None] * self.world_size
+        is_interrupted = isinstance(failure, Interrupted | KeyboardInterrupt)
         try:
-            self._dist.all_gather_object(messages, _reason(failure))
+            _call_patiently(
+                lambda: self._dist.all_gather_object(messages, _reason(failure)),
+                _FAREWELL_SECONDS if is_interrupted else None,
+            )
         except RuntimeError as error:  # a process that is gone says nothing
             raise (failure or PeerFailed(f"another process is gone: {error}")) from None
+        except BaseException as error:
+            # The others have not come; a connection in use cannot be closed in order.
+            self._is_abandoned = True
+            raise (failure or error) from None
         if failure is not None:
             raise failure
         for rank, message in enumerate(messages):
@@ -64,8 +79,35 @@ class TorchProcesses(Processes):
                 raise PeerFailed(f"process {rank} failed: {message}")
 
     def close(self) -> None:
-        if self._is_ours:
+        if self._is_ours and not self._is_abandoned:
             self._dist.destroy_process_group()
+
+
+def _call_patiently(call: Callable[[], object], limit_seconds: float | None = None) -> None:
+    """Calls what waits for other processes, and answers signals while it waits.
+
+    It waits outside Python, where no handler runs: so it does on a thread of its own, which is left
+    behind when a signal comes. Raises TimeoutError after the limit.
+    """
+    errors: list[BaseException] = []
+    finished = threading.Event()
+
+    def guarded() -> None:
+        try:
+            call()
+        except BaseException as error:  # handed to the caller below
+            errors.append(error)
+        finally:
+            finished.set()
+
+    threading.Thread(target=guarded, name="nanotron_fast-processes", daemon=True).start()
+    waited = 0.0
+    while not finished.wait(_POLL_SECONDS):
+        waited += _POLL_SECONDS
+        if limit_seconds is not None and waited >= limit_seconds:
+            raise TimeoutError(f"the other processes have not come in {limit_seconds:g} s")
+    if errors:
+        raise errors[0]
 
 
 def _reason(failure: BaseException | None) -> str | None:

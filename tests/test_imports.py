@@ -16,16 +16,17 @@ HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface
 
 # Modules from the bottom up; each may import from its own line and from those above it.
 LAYERS = (
-    {"version", "errors", "kernels"},
-    {"dtypes", "topology"},
+    {"version", "errors", "kernels", "interruption", "streams"},
+    {"dtypes", "topology", "entry", "plain_file"},
     {"header", "spec"},
     {"layouts", "families"},
     {"planning", "source"},
-    {"engine", "reference", "destination", "processes", "_C"},
+    {"engine", "reference", "destination", "processes", "small_files", "_C"},
     {"conversion", "verification", "inspection", "logits", "loading"},
     {"reporting", "scripts", "parallel", "patch"},
     {"environment"},
-    {"cli", "__main__", "auto", ""},
+    {"cli", "auto", ""},
+    {"__main__"},
 )
 
 

@@ -128,7 +128,7 @@ def test_wheel_works_away_from_the_repository(wheel: Path, tmp_path: Path) -> No
     for name in ("_C", "nanotron_fast", "nanotron_fast.kernels"):
         assert Path(found[name]).is_relative_to(site), name
     assert found["metadata"] == found["__version__"] == nanotron_fast.__version__
-    assert found["commands"]["nanotron-fast"] == "nanotron_fast.cli:main"
+    assert found["commands"]["nanotron-fast"] == "nanotron_fast.__main__:main"
     assert str(site) not in (found["kernels"] or "")
 
 

@@ -14,6 +14,7 @@ from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.header import TensorInfo, build_header, read_header
 from nanotron_fast.layouts.json_file import read_json_object
+from nanotron_fast.plain_file import read_small
 
 MODEL_CONFIG = "model_config.json"
 METADATA = "checkpoint_metadata.json"
@@ -63,9 +64,12 @@ def resolve_latest(root: Path) -> Path:
     latest = root / LATEST
     if is_nanotron_checkpoint(root) or not latest.is_file():
         return root
-    step = latest.read_text(encoding="utf-8", errors="replace").strip()
-    if not step.isdigit() or not (root / step).is_dir():
-        raise CheckpointError(f"{latest}: it points to {step!r}, which is not a step beside it")
+    step = read_small(latest).decode("utf-8", errors="replace").strip()
+    # No name is longer; a longer one would make this message as long as the file.
+    if not step.isdecimal() or len(step) > 255 or not (root / step).is_dir():
+        raise CheckpointError(
+            f"{latest}: it points to {step[:80]!r}, which is not a step beside it"
+        )
     return root / step
 
 

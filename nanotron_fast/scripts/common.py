@@ -5,10 +5,17 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from nanotron_fast.entry import EXIT_BAD_INPUT, run_command
 from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.interruption import telling
 
 
-def run(
+def run(source: str, destination: str, **choices: Any) -> None:
+    """Converts and says so, and ends the process; `choices` are those of `_convert`."""
+    run_command(lambda: _convert(source, destination, **choices))
+
+
+def _convert(
     source: str,
     destination: str,
     *,
@@ -39,12 +46,13 @@ def run(
         )
     except (NanotronFastError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(EXIT_BAD_INPUT)
     finally:
         processes.close()
     if processes.rank == 0:
-        for warning in report.plan.warnings:
-            print(f"warning: {warning}", file=sys.stderr)
-        for line in report_lines(report):
-            print(line)
-        print(f"Model saved to {destination}")
+        with telling(lambda: f"{report.destination} is whole"):
+            for warning in report.plan.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            for line in report_lines(report):
+                print(line)
+            print(f"Model saved to {destination}")

@@ -2,13 +2,12 @@
 
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +19,6 @@ from nanotron_fast.errors import CheckpointError, DestinationError, NanotronFast
 from tests.modelzoo import make, read_tensors
 
 MODEL = make("llama", num_hidden_layers=1)
-Usage = namedtuple("Usage", "total used free")
 # A conversion that tells when the engine is about to start, and then waits to be killed.
 STUCK = """
 import sys, time
@@ -69,6 +67,13 @@ def refused(source: Path, out: Path, message: str, **options: Any) -> None:
     assert sorted(source.parent.rglob("*")) == before
 
 
+def old_checkpoint(folder: Path) -> None:
+    """Something that `overwrite` may replace."""
+    folder.mkdir()
+    (folder / "config.json").write_text("old")
+    (folder / "model.safetensors").write_text("old")
+
+
 def test_parents_are_made(source: Path, tmp_path: Path) -> None:
     nanotron_fast.convert(source, tmp_path / "a" / "b" / "out")
     assert names(tmp_path / "a" / "b") == ["out"]
@@ -90,9 +95,9 @@ def test_not_empty(source: Path, tmp_path: Path) -> None:
 
 def test_overwrite_replaces_everything(source: Path, tmp_path: Path) -> None:
     nanotron_fast.convert(source, tmp_path / "out", topology=Topology(tp=4))
-    (tmp_path / "out" / "old").write_text("old")
+    (tmp_path / "out" / "README.md").write_text("old")
     nanotron_fast.convert(source, tmp_path / "out", topology=Topology(tp=2), overwrite=True)
-    assert not (tmp_path / "out" / "old").exists()
+    assert not (tmp_path / "out" / "README.md").exists()
     assert not list((tmp_path / "out").rglob("*of-4*"))
     assert names(tmp_path) == ["out", "source"]
 
@@ -100,8 +105,7 @@ def test_overwrite_replaces_everything(source: Path, tmp_path: Path) -> None:
 def test_overwrite_leaves_the_old_one_where_the_new_one_fails(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("yes")
+    old_checkpoint(tmp_path / "out")
 
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", "somewhere")
@@ -110,7 +114,8 @@ def test_overwrite_leaves_the_old_one_where_the_new_one_fails(
     with pytest.raises(OSError, match="No space left"):
         nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
     assert names(tmp_path) == ["out", "source"]
-    assert (tmp_path / "out" / "precious").read_text() == "yes"
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
 
 
 def test_overwrite_with_a_bad_source(source: Path, tmp_path: Path) -> None:
@@ -146,10 +151,10 @@ def test_source_and_destination_within_each_other(
 
 
 def test_source_by_a_link_that_lies_in_the_destination(source: Path, tmp_path: Path) -> None:
-    """Overwriting the destination would take a link away, not the source."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "link").symlink_to(source)
-    nanotron_fast.convert(tmp_path / "out" / "link", tmp_path / "out", overwrite=True)
+    """Overwriting the destination takes a link away, not the source."""
+    old_checkpoint(tmp_path / "out")
+    (tmp_path / "out" / "tokenizer").symlink_to(source)
+    nanotron_fast.convert(tmp_path / "out" / "tokenizer", tmp_path / "out", overwrite=True)
     assert read_tensors(source) == MODEL.tensors
 
 
@@ -250,31 +255,43 @@ def test_exception_at_the_last_step(
     assert names(tmp_path) == ["source"]
 
 
-def test_exception_between_the_two_renames(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "part", ["config.json", "model.safetensors", "model", "nanotron_fast.json", "model_config.json"]
+)
+def test_exception_while_the_parts_move(
+    part: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What should have been replaced is put back."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "precious").write_text("yes")
-    rename = Path.rename
+    """What should have been replaced is put back, whichever part it fails at."""
+    old_checkpoint(tmp_path / "out")
+    rename, failed = Path.rename, []
 
     def fail(self: Path, target: Path) -> Path:
-        if self.name == "out.partial":
+        if self.name == part and not failed:
+            failed.append(part)
             raise PermissionError(13, "Permission denied", str(target))
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
     with pytest.raises(PermissionError):
         nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
+    assert failed
     assert names(tmp_path) == ["out", "source"]
-    assert names(tmp_path / "out") == ["precious"]
+    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
 
 
 def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(2000, 1000, 1000))
-    message = "the conversion writes [0-9,]+ bytes, and 1,000 are free"
+    """Whole blocks count: 20 files of a byte and more take 20 of them."""
+    fields = dict.fromkeys(("f_bsize", "f_frsize"), 1 << 20) | {"f_bavail": 10, "f_files": 0}
+    monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**fields))
+    message = "writes [0-9,]+ bytes in blocks of 1,048,576, and 10,485,760 are free"
     refused(source, tmp_path / "out", message)
     refused(source, tmp_path / "not" / "there" / "out", message)
+    fields["f_bavail"] = 1000
+    fields |= {"f_files": 100, "f_favail": 10}
+    refused(source, tmp_path / "out", "writes [0-9]+ files, and the file system has room for 10")
+    fields["f_files"] = 0
+    nanotron_fast.convert(source, tmp_path / "out")
 
 
 def test_disk_that_fills_up(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +357,7 @@ def test_read_only_parent(source: Path, tmp_path: Path) -> None:
     if os.geteuid() == 0:
         pytest.skip("root may write anywhere")
     (tmp_path / "locked").mkdir(mode=0o555)
-    with pytest.raises(PermissionError):
+    with pytest.raises(DestinationError, match="locked/out"):
         nanotron_fast.convert(source, tmp_path / "locked" / "out")
 
 
@@ -354,22 +371,3 @@ def test_plans_write_nothing(source: Path, tmp_path: Path) -> None:
 def test_the_root_of_the_file_system(source: Path) -> None:
     with pytest.raises(DestinationError, match="root of the file system"):
         nanotron_fast.convert(source, "/", overwrite=True)
-
-
-def test_overwrite_puts_the_old_one_back_where_the_lock_is_gone(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "precious").write_text("x")
-    check = Destination.check
-
-    def check_and_lose_the_lock(self: Destination) -> None:
-        check(self)
-        (self.partial / ".nanotron_fast.lock").unlink(missing_ok=True)
-
-    monkeypatch.setattr(Destination, "check", check_and_lose_the_lock)
-    with pytest.raises(FileNotFoundError):
-        nanotron_fast.convert(source, out, overwrite=True)
-    assert [path.name for path in out.iterdir()] == ["precious"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted({source.name, "out"})

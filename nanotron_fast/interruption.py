@@ -1,0 +1,110 @@
+"""Signals that ask a command to stop: SIGINT, SIGTERM and SIGHUP.
+
+The first statement of the command installs the handlers, so nothing heavy is imported here. Whoever
+has something to clean up does so within `ending()`, and says in `remains` what is left.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(BaseException):
+    """A signal asked the command to stop. No `except Exception` may keep it from doing so."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"interrupted by {signal.Signals(number).name}")
+        self.number = number
+        # What is left of the work, in words; None where nothing was begun.
+        self.remains: str | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell says it: 130, 143 or 129."""
+        return 128 + self.number
+
+
+class _State:
+    """What the handler must know. Signals are the process's, and so is this."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.pending: int | None = None
+        self.previous: dict[int, Any] = {}
+
+
+_state = _State()
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    if _state.depth:
+        _state.pending = number
+    else:
+        raise Interrupted(number)
+
+
+def install() -> None:
+    """Lets the signals raise Interrupted; one that is ignored (nohup) stays so."""
+    for number in _SIGNALS:
+        before = signal.getsignal(number)
+        if before is not signal.SIG_IGN and before is not _handle:
+            _state.previous[number] = before
+            signal.signal(number, _handle)
+
+
+def restore() -> None:
+    """Gives the signals back to whoever had them: a script that is run has its own ways."""
+    for number, handler in _state.previous.items():
+        signal.signal(number, handler)
+    _state.previous.clear()
+
+
+def ignore() -> None:
+    """From here on the work is done, and its exit code stands."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _deferred() -> Iterator[None]:
+    _state.depth += 1
+    try:
+        yield
+    finally:
+        _state.depth -= 1
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """A part that a signal must not cut in two: it raises Interrupted at the end."""
+    with _deferred():
+        yield
+    number, _state.pending = _state.pending, None
+    if number is not None:
+        _handle(number, None)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """Cleaning up for an error or a signal: another signal changes nothing."""
+    with _deferred():
+        yield
+    if not _state.depth:
+        _state.pending = None
+
+
+@contextmanager
+def telling(remains: Callable[[], str]) -> Iterator[None]:
+    """Says what is left of the work, where a signal ends this part."""
+    try:
+        yield
+    except Interrupted as interruption:
+        if interruption.remains is None:
+            interruption.remains = remains()
+        raise

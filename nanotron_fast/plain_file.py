@@ -1,0 +1,75 @@
+"""Reading small files that others wrote, where a name may stand for anything.
+
+A pipe would be waited for without end, a device read without end; a file of the kernel's (/proc,
+/sys) says that it is empty and is not. All are refused, and nothing is read past what a file says
+that it holds.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO
+
+from nanotron_fast.errors import CheckpointError
+
+# The index of the largest model there is takes some megabytes.
+MAX_SMALL_BYTES = 256 << 20
+_KERNEL_FOLDERS = ("/proc", "/sys", "/dev")
+_KINDS = {
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a directory",
+}
+
+
+def open_plain(path: Path) -> BinaryIO:
+    """Opens a file for reading, unbuffered, without waiting. Raises CheckpointError, OSError."""
+    # Asked first: to open some devices is to do something.
+    _check_kind(path, os.stat(path).st_mode)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        _check_kind(path, os.fstat(descriptor).st_mode)
+        return open(descriptor, "rb", buffering=0)
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _check_kind(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = _KINDS.get(stat.S_IFMT(mode), "something else")
+        raise CheckpointError(f"{path}: it is {kind}, not a plain file")
+
+
+def check_plain(path: Path) -> None:
+    """Raises CheckpointError where a path is not that of a plain file, on a disk; OSError."""
+    _check_kind(path, os.stat(path).st_mode)
+    real = os.path.realpath(path)
+    if any(real.startswith(f"{folder}/") for folder in _KERNEL_FOLDERS) and not (
+        real.startswith("/dev/shm/")
+    ):
+        raise CheckpointError(f"{path}: it is {real}, which the kernel makes up, not a plain file")
+
+
+def read_small(path: Path) -> bytes:
+    """The whole of a file of some megabytes at most. Raises CheckpointError, OSError."""
+    check_plain(path)
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_SMALL_BYTES:
+            raise CheckpointError(
+                f"{path}: {size:,} bytes are over the limit of {MAX_SMALL_BYTES:,} for such a file"
+            )
+        blocks = []
+        left = size
+        while left > 0:
+            block = file.read(left)
+            if not block:
+                break
+            blocks.append(block)
+            left -= len(block)
+        return b"".join(blocks)

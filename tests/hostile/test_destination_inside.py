@@ -1,0 +1,303 @@
+"""Destinations that are there already, are mounted, or must not lose what lies in them."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import nanotron_fast
+from nanotron_fast import conversion
+from nanotron_fast.destination import Destination
+from nanotron_fast.errors import DestinationError
+from tests.modelzoo import make, read_tensors
+
+MODEL = make("llama", num_hidden_layers=1)
+# In a mount namespace of its own: a volume, one that is bound, one under a parent that is locked.
+MOUNTED = """
+import os, subprocess, sys
+from pathlib import Path
+import nanotron_fast as nf
+source, root = map(Path, sys.argv[1:])
+
+def mount(*words):
+    subprocess.run(["mount", *map(str, words)], check=True)
+
+def convert(name, **options):
+    before = sorted(os.listdir(root))
+    try:
+        nf.convert(source, root / name, **options)
+    except Exception as error:
+        print(type(error).__name__, error)
+    assert sorted(os.listdir(root)) == before, os.listdir(root)
+
+for name in ("volume", "bound", "data", "locked", "locked/out", "small"):
+    (root / name).mkdir()
+mount("-t", "tmpfs", "none", root / "volume")
+convert("volume")
+assert nf.verify(source, root / "volume").equal
+convert("volume", overwrite=True, topology=nf.Topology(tp=2))
+assert nf.verify(source, root / "volume").equal
+assert nf.inspect(root / "volume").topology.tp == 2
+assert not [name for name in os.listdir(root / "volume") if name.startswith(".")]
+
+mount("--bind", root / "data", root / "bound")
+convert("bound")
+assert nf.verify(source, root / "data").equal
+
+# The same inode by two names: the source would be overwritten.
+mount("--bind", source, root / "data")
+convert("data", overwrite=True)
+convert("data/inside")
+mount("--bind", root / "locked", root / "locked")
+mount("-t", "tmpfs", "none", root / "locked/out")
+mount("-o", "remount,ro,bind", root / "locked")
+convert("locked/out")
+assert nf.verify(source, root / "locked/out").equal
+convert("locked/new")
+
+# Room for the bytes, and not for the blocks.
+mount("-t", "tmpfs", "-o", "size=200k", "none", root / "small")
+convert("small")
+assert os.listdir(root / "small") == []
+mount("-t", "tmpfs", "-o", "nr_inodes=20", "none", root / "small")
+convert("small")
+"""
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return MODEL.save(tmp_path / "source")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+def refused(source: Path, out: Path, message: str, **options: Any) -> None:
+    before = sorted(source.parent.rglob("*"))
+    with pytest.raises(DestinationError, match=message):
+        nanotron_fast.convert(source, out, **options)
+    assert sorted(source.parent.rglob("*")) == before
+
+
+def test_mounted_destinations(source: Path, tmp_path: Path) -> None:
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount")
+    root = tmp_path / "root"
+    root.mkdir()
+    result = subprocess.run(
+        ["unshare", "-m", sys.executable, "-c", MOUNTED, str(source), str(root)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+    )
+    assert result.returncode == 0, result.stderr
+    same, inside, locked, full, files = result.stdout.splitlines()
+    assert "the destination is the source" in same
+    assert "the destination lies inside the source" in inside
+    assert f"it cannot be written: Read-only file system: '{root}/locked/new'" in locked
+    assert "bytes in blocks of 4,096, and 204,800 are free" in full
+    assert "files, and the file system has room for" in files
+
+
+def test_a_prepared_directory_keeps_mode_and_group(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if os.geteuid() == 0:
+        os.chown(out, -1, 12345)
+    out.chmod(0o2775)
+    before = out.stat()
+    for overwrite in (False, True):
+        nanotron_fast.convert(source, out, overwrite=overwrite)
+        after = out.stat()
+        assert (after.st_ino, after.st_mode, after.st_gid) == (
+            before.st_ino,
+            before.st_mode,
+            before.st_gid,
+        )
+        for path in out.rglob("*"):
+            assert path.stat().st_gid == before.st_gid
+            assert not path.is_dir() or path.stat().st_mode & stat.S_ISGID
+
+
+def test_a_source_that_is_named_like_a_partial(source: Path, tmp_path: Path) -> None:
+    """With a lock in it, it would pass for what a killed run has left."""
+    partial = source.rename(tmp_path / "out.partial")
+    (partial / ".nanotron_fast.lock").write_text("")
+    for place in (partial, partial / "."):
+        with pytest.raises(DestinationError, match="give that another name"):
+            nanotron_fast.convert(place, tmp_path / "out")
+    assert read_tensors(partial) == MODEL.tensors
+    (tmp_path / "out").mkdir()
+    nanotron_fast.convert(partial, tmp_path / "out")
+    assert names(tmp_path) == ["out", "out.partial"]
+
+
+@pytest.mark.parametrize("is_linked", [False, True])
+def test_a_source_within_a_partial(is_linked: bool, source: Path, tmp_path: Path) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".nanotron_fast.lock").write_text("")
+    source = source.rename(partial / "source")
+    place = source
+    if is_linked:
+        place = tmp_path / "link"
+        place.symlink_to(source)
+    with pytest.raises(DestinationError, match="give that another name"):
+        nanotron_fast.convert(place, tmp_path / "out")
+    assert read_tensors(source) == MODEL.tensors
+
+
+def test_weights_behind_links_into_the_destination(source: Path, tmp_path: Path) -> None:
+    """As a snapshot of the Hub's cache: its files are links to where they really lie."""
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    (source / "model.safetensors").rename(blobs / "model.safetensors")
+    (source / "model.safetensors").symlink_to(blobs / "model.safetensors")
+    refused(source, blobs, "blobs, which is read, lies inside the destination", overwrite=True)
+
+
+def test_a_tokenizer_within_the_destination(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / "tokenizer.json").write_text("{}")
+    message = "out, which is read, lies inside the destination"
+    refused(source, out, message, overwrite=True, tokenizer=out)
+
+
+@pytest.mark.parametrize(
+    ("contents", "shown"),
+    [
+        (["thesis.tex", "photo.jpg"], "photo.jpg, thesis.tex;"),
+        (["config.json", "thesis.tex"], "more in it: thesis.tex;"),
+        (["tokenizer.json"], "tokenizer.json;"),
+        (["config.json", ".git/HEAD"], "more in it: .git;"),
+        (["config.json", "model/train.py"], "more in it: model;"),
+        (["model_config.json", "model/model/w.safetensors", "10/config.json"], "in it: 10;"),
+        ([f"config.json{number}" for number in range(7)], "config.json4 and 2 more;"),
+    ],
+    ids=str,
+)
+def test_overwrite_refuses_what_is_no_checkpoint(
+    contents: list[str], shown: str, source: Path, tmp_path: Path
+) -> None:
+    for name in contents:
+        path = tmp_path / "out" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("precious")
+    refused(source, tmp_path / "out", shown, overwrite=True)
+
+
+def test_overwrite_replaces_what_trainers_write(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in (
+        *("model_config.json", "config.yaml", "checkpoint_metadata.json", "random/rank_0.pt"),
+        *("model/model/old.safetensors", "optimizer/optimizer_config.json", "lr_scheduler/a.pt"),
+        *("pytorch_model-00001-of-00002.bin", "trainer_state.json", "README.md", "LICENSE.txt"),
+        *("modeling_own.py", ".cache/huggingface/x.lock", "tokenizer.model.v3", ".gitattributes"),
+    ):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("old")
+    nanotron_fast.convert(source, out, overwrite=True)
+    assert not any(path.is_file() and path.read_bytes() == b"old" for path in out.rglob("*"))
+    nanotron_fast.convert(out, tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == MODEL.tensors
+
+
+def killed(source: Path, out: Path, num_moved: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Leaves what a run leaves that is killed with so many parts in their place."""
+    rename, moved = Path.rename, []
+
+    class Killed(BaseException):
+        pass
+
+    def stop(self: Path, target: Path) -> Path:
+        if len(moved) == num_moved:
+            raise Killed
+        moved.append(self.name)
+        return rename(self, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stop)
+        patched.setattr(Destination, "abort", Destination._release)
+        # Nothing is moved back, either.
+        patched.setattr("nanotron_fast.destination.reversed", lambda done: [], raising=False)
+        with pytest.raises(Killed):
+            nanotron_fast.convert(source, out)
+    return moved
+
+
+@pytest.mark.parametrize("num_moved", [0, 2, 4])
+def test_a_run_that_was_killed_while_its_parts_moved(
+    num_moved: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    moved = killed(source, out, num_moved, monkeypatch)
+    assert names(out) == sorted([".nanotron_fast.partial", *moved])
+    # The marks of a whole checkpoint come last: checkpoint_metadata.json would be the next.
+    assert moved == ["config.yaml", "model", "nanotron_fast.json", "model_config.json"][:num_moved]
+    (out / "mine").write_text("precious")
+    refused(source, out, "it is not empty")
+    (out / "mine").unlink()
+    nanotron_fast.convert(source, out)
+    assert not [name for name in names(out) if name.startswith(".")]
+    assert nanotron_fast.verify(source, out).equal
+
+
+def test_a_run_that_was_killed_with_all_parts_in_place(source: Path, tmp_path: Path) -> None:
+    """The result is whole then: it is not taken for what is left of a run."""
+    out = tmp_path / "out"
+    out.mkdir()
+    nanotron_fast.convert(source, out)
+    (out / ".nanotron_fast.partial").mkdir()
+    lock = out / ".nanotron_fast.partial" / ".nanotron_fast.lock"
+    lock.write_text(json.dumps([name for name in names(out) if not name.startswith(".")]))
+    refused(source, out, "it is not empty")
+    nanotron_fast.convert(source, out, overwrite=True)
+    assert not [name for name in names(out) if name.startswith(".")]
+
+
+def test_an_empty_partial_is_taken_over(source: Path, tmp_path: Path) -> None:
+    """A run may be killed before it has made its lock."""
+    (tmp_path / "out.partial").mkdir()
+    nanotron_fast.convert(source, tmp_path / "out")
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_parents_that_were_made_go_with_the_rest(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device", "somewhere")
+
+    monkeypatch.setattr(conversion, "_write_documents", fail)
+    with pytest.raises(OSError, match="No space left"):
+        nanotron_fast.convert(source, tmp_path / "a" / "b" / "out")
+    assert names(tmp_path) == ["source"]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "tokenizer.json"])
+def test_a_full_disk_names_the_small_file(
+    name: str, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (source / "tokenizer.json").write_text("{}")
+
+    def full(file: Any, data: bytes) -> None:
+        if file.name.endswith(name):
+            raise OSError(28, "No space left on device")
+        file.write(data)
+
+    monkeypatch.setattr("nanotron_fast.small_files._write", full)
+    with pytest.raises(OSError, match=f"No space left on device: '.*/{name}'"):
+        nanotron_fast.convert(source, tmp_path / "out")
+    assert names(tmp_path) == ["source"]
