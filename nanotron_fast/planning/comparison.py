@@ -13,6 +13,7 @@ from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
+from nanotron_fast.planning.bounds import check_counts
 from nanotron_fast.planning.moves import FILL, NamedMove, plan_moves, plan_padding
 from nanotron_fast.planning.options import Options
 from nanotron_fast.planning.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
@@ -82,6 +83,7 @@ class _Model:
             found = warnings_about(self.family, checkpoint.config)
             self.warnings = [f"{label}: {warning}" for warning in found]
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)
+            check_counts(self.spec, checkpoint)
             self.padded_vocab_size = self.spec.vocab_size
             self.side = HfSource(checkpoint)
         else:

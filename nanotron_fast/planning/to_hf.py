@@ -36,6 +36,7 @@ from nanotron_fast.layouts import hf, side_file
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
 from nanotron_fast.layouts.side_file import SideFile, read_side_file
 from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.planning.bounds import check_counts
 from nanotron_fast.planning.from_shapes import has_param, head_dim_of, moe_sizes_of
 from nanotron_fast.planning.moves import MovePlan, plan_moves
 from nanotron_fast.planning.options import DEFAULT_SHARD_BYTES, Options
@@ -78,6 +79,7 @@ class NanotronModel:
                 has_qkv_bias=has_param(source, "attn.qkv_proj.bias"),
                 has_output_bias=has_output_bias,
             )
+        check_counts(stored, source)
         self.unknown_fields = unknown_fields(config, stored)
         self.warnings += unknown_fields_warnings(self.unknown_fields)
         self.padded_vocab_size = stored.vocab_size

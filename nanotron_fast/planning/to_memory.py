@@ -19,6 +19,7 @@ from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Box, Param, Part
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint
+from nanotron_fast.planning.bounds import check_counts
 from nanotron_fast.planning.moves import MovePlan, OutputFile, Piece, plan_moves
 from nanotron_fast.planning.options import Options
 from nanotron_fast.planning.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
@@ -99,6 +100,7 @@ class _Source:
             self.family = family_of_config(checkpoint.config, options.family)
             self.warnings += warnings_about(self.family, checkpoint.config)
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)
+            check_counts(self.spec, checkpoint)
             self.model_class = choose_class(self.family, self.spec, options.model_class)
             version = options.checkpoint_version or "1.5"
             is_old = version == "1.2" and self.model_class == "LlamaConfig"

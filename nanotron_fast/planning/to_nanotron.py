@@ -25,6 +25,7 @@ from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.layouts.side_file import SideFile
 from nanotron_fast.layouts.tokenizer import tokenizer_files
 from nanotron_fast.layouts.training_config import training_config
+from nanotron_fast.planning.bounds import check_counts
 from nanotron_fast.planning.moves import MovePlan, NamedMove, plan_moves
 from nanotron_fast.planning.options import Options
 from nanotron_fast.planning.plan import Plan
@@ -47,6 +48,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     check_config(source.config)
     family = family_of_config(source.config, options.family)
     spec = read_config(family, source.config)
+    check_counts(spec, source)
     model_class = choose_class(family, spec, options.model_class)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved

@@ -239,3 +239,46 @@ def test_files_that_are_no_json_object(name: str, contents: bytes, message: str)
         path.unlink()
         if original is not None:
             path.write_bytes(original)
+
+
+@pytest.mark.parametrize("name", ["generation_config", "dtypes"])
+def test_a_side_file_without_what_may_be_left_out(name: str) -> None:
+    path = zoo("llama") / "nanotron" / "nanotron_fast.json"
+    document = json.loads(path.read_text())
+    del document[name]
+    with changed(path, document):
+        if name == "generation_config":
+            assert "generation_config.json" not in nanotron_fast.plan(path.parent, "out").documents
+        else:
+            with pytest.raises(CheckpointError, match="dtypes is None; delete the file"):
+                nanotron_fast.plan(path.parent, "out")
+
+
+@pytest.mark.parametrize("is_nanotron", [False, True])
+@pytest.mark.parametrize(
+    ("num_layers", "num_experts", "message"),
+    [
+        (1, 10_000, "calls for 10,000 experts in 1 layers, and the files hold tensors of"),
+        (10_000, 10_000, "calls for 10,000 layers, and the files hold .* tensors"),
+        (10_000, None, "calls for 10,000 layers, and the files hold .* tensors"),
+    ],
+)
+def test_sizes_that_the_headers_do_not_bear_out(
+    num_layers: int, num_experts: int | None, message: str, is_nanotron: bool
+) -> None:
+    """Refused before anything is made for each of them, which would take minutes and gigabytes."""
+    root = zoo("qwen2_moe")
+    path = root / ("nanotron/model_config.json" if is_nanotron else "hf/config.json")
+    other = root / ("hf" if is_nanotron else "nanotron")
+    config = json.loads(path.read_text()) | {"num_hidden_layers": num_layers}
+    if num_experts is not None and is_nanotron:
+        config["moe_config"]["num_experts"] = num_experts
+    elif num_experts is not None:
+        config["num_experts"] = num_experts
+    with changed(path, config):
+        with pytest.raises(CheckpointError, match=message):
+            nanotron_fast.plan(path.parent, root / "out")
+        with pytest.raises(CheckpointError, match=message):
+            nanotron_fast.verify(other, path.parent)
+        with pytest.raises(CheckpointError, match=message):
+            nanotron_fast.load_into({}, path.parent, topology=nanotron_fast.Topology(), rank=0)
