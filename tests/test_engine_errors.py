@@ -260,3 +260,28 @@ def test_an_error_in_the_callback_stops_the_workers(endless):
         endless(on_progress=fail)
     assert calls == sorted(calls)
     assert calls[-1] > 0
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_files_are_not_synced_once_cancelled(fsync: bool, tmp_path: Path) -> None:
+    """A file without tensors: there is no block before which the engine would have looked."""
+    progress = _C.Progress()
+    progress.cancel()
+    path = tmp_path / "out"
+
+    def execute() -> None:
+        _C.execute(
+            [],
+            [(bytes(path), b"header", 6)],
+            table_of(()),
+            workers=1,
+            fsync=fsync,
+            progress=progress,
+        )
+
+    if fsync:
+        with pytest.raises(Cancelled):
+            execute()
+    else:
+        execute()
+    assert path.read_bytes() == b"header"

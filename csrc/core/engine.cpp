@@ -22,6 +22,9 @@ namespace {
 // memory or, in a virtual machine, get it back from the host.
 constexpr int64_t kWriteBytes = int64_t{128} << 10;
 
+// What a device should take in well under a second.
+constexpr int64_t kSyncBytes = int64_t{64} << 20;
+
 // What happens to a block once it is built: (job, first row, number of rows, the built bytes).
 using Sink = std::function<void(const Job&, int64_t, int64_t, const std::byte*)>;
 
@@ -97,11 +100,21 @@ class Outputs {
     if (state.blocks_left.fetch_sub(1) == 1) finish(i);
   }
 
-  void sync_all(int num_workers) {
+  // In pieces, so that a run can be cancelled while a slow device takes a large file.
+  void sync_all(int num_workers, const Progress& progress) {
     std::atomic<size_t> next{0};
     run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
+      const auto check = [&] {
+        if (progress.is_cancelled) throw Cancelled();
+      };
       for (size_t i; !should_stop && (i = next.fetch_add(1)) < files_.size();) {
-        File::open_for_reading(files_[i].path).sync();
+        const File file = File::open_for_reading(files_[i].path);
+        for (int64_t offset = 0; offset < files_[i].size_bytes; offset += kSyncBytes) {
+          check();
+          file.write_back(offset, kSyncBytes);
+        }
+        check();
+        file.sync();
       }
     });
   }
@@ -220,7 +233,7 @@ void execute(const std::vector<std::string>& sources, const std::vector<OutputFi
       }
     };
   });
-  if (options.sync) files.sync_all(options.num_workers);
+  if (options.sync) files.sync_all(options.num_workers, progress);
 }
 
 std::vector<Difference> compare(const std::vector<std::string>& sources,

@@ -83,6 +83,20 @@ void File::start_writeback() const noexcept {
 #endif
 }
 
+void File::write_back(int64_t offset_bytes, int64_t num_bytes) const {
+#ifdef __linux__
+  constexpr unsigned kAll =
+      SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
+  if (::sync_file_range(descriptor_, offset_bytes, num_bytes, kAll) == 0) return;
+  // An error of the device is told once: sync() would not see it again. Where the call is not known
+  // there is nothing to tell.
+  if (errno != ENOSYS && errno != EINVAL && errno != ESPIPE) throw IoError(errno, path_);
+#else
+  (void)offset_bytes;
+  (void)num_bytes;
+#endif
+}
+
 void File::sync() const {
   if (::fsync(descriptor_) != 0) throw IoError(errno, path_);
 }

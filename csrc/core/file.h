@@ -29,6 +29,8 @@ class File {
 
   // Asks the kernel to start writing dirty pages out, and does not wait.
   void start_writeback() const noexcept;
+  // Returns once these bytes have been written out, as far as the system can say so.
+  void write_back(int64_t offset_bytes, int64_t num_bytes) const;
   // Returns once data and metadata are on the device.
   void sync() const;
   // Closes and reports what close() reports (some file systems tell of a full disk only here).
