@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -55,7 +56,7 @@ def adamw_step_reference_(
     found_inf: Tensor | None = None,
     maximize: bool = False,
 ) -> None:
-    """The same in plain torch, at least in fp32; what CPU tensors take.
+    """The same in plain torch, at least in fp32.
 
     A parameter at a time: what it needs beside its arguments is a few times the largest parameter.
     """
@@ -82,6 +83,72 @@ def adamw_step_reference_(
             outputs.append((copies[place], p))
         for output, value in outputs:
             output.copy_(value if is_applied is None else torch.where(is_applied, value, output))
+
+
+def _adamw_step_cpu(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    copies: list[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    betas: tuple[float, float],
+    **options: Any,
+) -> None:
+    """The same by torch's fused step, in one call for all that it takes as they are.
+
+    It wants one dtype for a parameter and all that belongs to it, and leaves gradients divided by
+    grad_scale: others pass through tensors of their own, a parameter at a time.
+    """
+    options |= {"beta1": betas[0], "beta2": betas[1], "amsgrad": False}
+    is_applied = None
+    if found_inf is not None:
+        is_applied = found_inf.reshape(()) == 0
+        options["found_inf"] = (~is_applied).float()  # it looks for 1 alone
+    for step in steps:
+        step.add_(1 if is_applied is None else is_applied)
+    steps = steps if len(steps) > 1 else steps * len(params)
+    as_they_are: list[tuple[Tensor, ...]] = []
+    for place, row in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        *tensors, step = row
+        wide = torch.promote_types(row[0].dtype, torch.float32)
+        # A copy of another dtype is of the parameter before that is rounded.
+        same = [*tensors, *copies[place : place + 1]] if row[0].dtype != wide else tensors
+        is_one = len({tensor.dtype for tensor in same}) == 1
+        if is_one and grad_scale is None:
+            as_they_are.append(row)
+            continue
+        param, grad, *states = (tensor.to(wide) for tensor in tensors)
+        if grad_scale is not None:
+            grad = grad / grad_scale.reshape(())
+        _fused(([param], [grad], *([state] for state in states), [step]), options)
+        results = [(row[0], param), *zip(row[2:4], states, strict=True)]
+        results += [(copy, param) for copy in copies[place : place + 1]]
+        for tensor, result in results:
+            if tensor is not result:
+                tensor.copy_(_where(is_applied, result, tensor))
+    if as_they_are:
+        _fused(tuple(map(list, zip(*as_they_are, strict=True))), options)
+    written = {id(row[0]) for row in as_they_are}
+    for copy, param in zip(copies, params if copies else (), strict=True):
+        if id(param) in written:
+            copy.copy_(_where(is_applied, param, copy))
+
+
+def _where(is_applied: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if is_applied is None else torch.where(is_applied, new, old)
+
+
+def _fused(lists: tuple[list[Tensor], ...], options: dict[str, Any]) -> None:
+    *tensors, steps = lists
+    torch._fused_adamw_(*tensors, [], steps, **options)
+    # It does not tell autograd, which may have saved them.
+    params, _, *states = tensors
+    changed = (tensor for each in (params, *states) for tensor in each)
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
 
 
 @triton.jit(do_not_specialize=["num_steps"])
@@ -321,7 +388,10 @@ def adamw_step_(
     lr_tensor = _scalar("lr", lr, device) if isinstance(lr, Tensor) else None
     tensors = [tensor for tensors in lists.values() for tensor in tensors]
     if takes_reference(tensors):
-        adamw_step_reference_(
+        # torch.compile cannot take the fused step apart, and fuses the other by itself.
+        is_fused = device.type == "cpu" and not torch.compiler.is_compiling()
+        in_torch = _adamw_step_cpu if is_fused else adamw_step_reference_
+        in_torch(
             params,
             grads,
             exp_avgs,

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels import attention_library, attention_triton
+from nanotron_fast.kernels import attention_cpu, attention_library, attention_triton
 from nanotron_fast.kernels.attention_choice import (
     EQUAL,
     FEWER_QUERIES,
@@ -197,6 +197,11 @@ def _name(
     return "torch" if is_empty else name
 
 
+def _without_softcap(options: dict[str, Any]) -> list[Any]:
+    """For an implementation that is not chosen where there is one."""
+    return [value for name, value in options.items() if name != "softcap"]
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -240,6 +245,8 @@ def attention(
     name = _name(q, k, options, is_training, False, backend)
     if name == "torch":
         return attention_reference(q, k, v, **options)
+    if name == "sdpa_cpu":
+        return attention_cpu.attend(q, k, v, *_without_softcap(options))
     if name == "triton":
         return attention_triton.attend(q, k, v, *options.values())
     return attention_library.attend(name, q, k, v, max_seqlen=max_seqlen, **options)
@@ -271,6 +278,8 @@ def attention_forward(
     with torch.no_grad():
         if name == "torch":
             return attention_forward_reference(q, k, v, **options)
+        if name == "sdpa_cpu":
+            return attention_cpu.forward(q, k, v, *_without_softcap(options))
         if name == "triton":
             return attention_triton.forward(q, k, v, *options.values())
         return attention_library.forward(name, q, k, v, max_seqlen=max_seqlen, **options)
@@ -312,6 +321,8 @@ def attention_backward(
     with torch.no_grad():
         if name == "torch":
             return attention_backward_reference(*tensors, **options)
+        if name == "sdpa_cpu":
+            return attention_cpu.backward(*tensors, *_without_softcap(options))
         if name == "triton":
             return attention_triton.backward(*tensors, *options.values())
         return attention_library.backward(name, *tensors, max_seqlen=max_seqlen, **options)

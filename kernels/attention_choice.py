@@ -8,6 +8,7 @@
 | sdpa_flash | the same on the flash kernels that torch brings |
 | sdpa_varlen | torch.nn.attention.varlen, those kernels with documents and windows |
 | triton | our kernels: every option, fp32 too |
+| sdpa_cpu | torch's flash kernels for the CPU: every option but a softcap, every dtype |
 | torch | the reference: every option on every device, all scores in memory |
 """
 
@@ -183,8 +184,11 @@ def choose_backend(request: Request, missing: Callable[[str], str]) -> tuple[str
         if why_not:
             return "torch", f"NANOTRON_FAST_BACKEND=triton, but it {why_not}"
         return "triton", "NANOTRON_FAST_BACKEND=triton"
+    if backend == "auto" and request.device_type == "cpu" and not request.has_softcap:
+        return "sdpa_cpu", "tensors on cpu"
     if backend == "auto" and request.device_type != "cuda":
-        return "torch", f"tensors on {request.device_type}"
+        what = "with a softcap, which torch's kernels have not, " if request.has_softcap else ""
+        return "torch", f"{what}tensors on {request.device_type}"
     if backend == "auto":
         measured = MEASURED.get(request.architecture // 10)
         names = measured or PREFERENCE

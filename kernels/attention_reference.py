@@ -1,4 +1,4 @@
-"""Attention in plain torch: what the kernels are held to, and what tensors off the GPU take.
+"""Attention in plain torch: what the kernels are held to, and what a softcap off the GPU takes.
 
     s = scale * q k^T          s = softcap * tanh(s / softcap) where a softcap is given
     lse = log(sum over visible keys of e^s)      out = e^(s - lse) v
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 
-def _visible(
+def visible_keys(
     seq_q: int,
     seq_k: int,
     causal: bool,
@@ -48,7 +48,7 @@ def _scores(
     """s (batch, K, group, seq_q, seq_k), what is visible of it, and tanh(s / softcap)."""
     scores = torch.einsum("bqhgd,bkhd->bhgqk", q, k) * scale
     capped = None if softcap is None else torch.tanh(scores / softcap)
-    visible = _visible(q.shape[1], k.shape[1], causal, cu_seqlens, window, q.device)
+    visible = visible_keys(q.shape[1], k.shape[1], causal, cu_seqlens, window, q.device)
     return scores if capped is None else softcap * capped, visible, capped
 
 

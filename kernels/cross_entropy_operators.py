@@ -95,13 +95,17 @@ def _gradient_torch(
     if z_loss > 0:
         log_z = total.log() + maximum if add_maximum else total.log()
         scale = scale * (1 + 2 * z_loss * log_z)
-    values = logits.to(maximum.dtype, copy=True).sub_(maximum.unsqueeze(-1)).exp_()
+    # Where the dtypes allow it, in the result itself: no copy, and none back.
+    is_wide = gradient.dtype == maximum.dtype
+    out = gradient if is_wide else torch.empty_like(logits, dtype=maximum.dtype)
+    values = torch.sub(logits, maximum.unsqueeze(-1), out=out).exp_()
     values.mul_(scale.unsqueeze(-1))
     col, here = _where_local(target, logits.shape[-1], first_col)
     values.scatter_add_(-1, col.unsqueeze(-1), torch.where(here, -dloss, 0.0).unsqueeze(-1))
     if ignore_index is not None:
         values.masked_fill_((target == ignore_index).unsqueeze(-1), 0.0)
-    gradient.copy_(values)
+    if not is_wide:
+        gradient.copy_(values)
 
 
 @operator("nanotron_fast::cross_entropy_statistics")

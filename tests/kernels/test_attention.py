@@ -112,6 +112,32 @@ def test_matches_reference(path, device, name) -> None:
     check(run(attention, tensors, options), tensors, options)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_cpu_tensors_take_torchs_kernels(monkeypatch, name) -> None:
+    """Forward, backward and the two apart, with every option that they have."""
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
+    tensors, options = make(name, torch.device("cpu"))
+    if "softcap" not in options:
+        for reference in ("attention_reference", "attention_forward_reference"):
+            monkeypatch.setattr(f"nanotron_fast.kernels.attention.{reference}", None)
+    check(run(attention, tensors, options), tensors, options)
+    q, k, v, dout = tensors
+    out, lse = attention_forward(q, k, v, **options)
+    check([out, *attention_backward(dout, q, k, v, out, lse, **options)], tensors, options)
+    expected = attention_forward_reference(*(wide(t) for t in (q, k, v)), **options)[1]
+    torch.testing.assert_close(lse.double(), expected, rtol=2e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["causal", "fewer queries, window", "documents"])
+def test_cpu_attention_compiles_without_a_break(monkeypatch, name) -> None:
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
+    tensors, options = make(name, torch.device("cpu"))
+    compiled = torch.compile(
+        lambda *qkv: attention(*qkv, **options), fullgraph=True, backend="aot_eager"
+    )
+    check(run(lambda *qkv, **_: compiled(*qkv), tensors, {}), tensors, options)
+
+
 @pytest.mark.parametrize("name", ["window", "more queries", "documents"])
 def test_forward_and_backward_apart(path, device, name) -> None:
     tensors, options = make(name, device)

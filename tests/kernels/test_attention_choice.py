@@ -59,7 +59,10 @@ TORCH = ("sdpa_cudnn", "sdpa_flash", "sdpa_varlen", "triton", "torch")
         ("sdpa_varlen", TORCH, {"lengths": FEWER_QUERIES}),
         ("sdpa_cudnn", TORCH, {"lengths": FEWER_QUERIES, "causal": False}),
         ("triton", PREFERENCE, {"lengths": MORE_QUERIES}),
-        ("torch", PREFERENCE, {"device_type": "cpu"}),
+        ("sdpa_cpu", PREFERENCE, {"device_type": "cpu", "dtype": torch.float64}),
+        ("torch", PREFERENCE, {"device_type": "cpu", "has_softcap": True}),
+        ("torch", PREFERENCE, {"device_type": "mps"}),
+        ("torch", PREFERENCE, {"environment": "torch", "device_type": "cpu"}),
         ("torch", PREFERENCE, {"environment": "torch"}),
         ("triton", PREFERENCE, {"environment": "triton"}),
         ("triton", PREFERENCE, {"environment": "triton", "device_type": "cpu"}),
@@ -117,7 +120,7 @@ def test_a_measured_order_goes_first(monkeypatch) -> None:
 
 def test_explain_follows_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
-    assert explain("cpu") == ("torch", "tensors on cpu")
+    assert explain("cpu") == ("sdpa_cpu", "tensors on cpu")
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
     assert explain("cpu") == ("triton", "NANOTRON_FAST_BACKEND=triton")
     name, reason = explain("cpu", dtype=torch.float64)

@@ -284,6 +284,34 @@ def test_bias_corrections_are_exact_from_the_first_step_on(path, device, betas) 
     assert [step.item() for step in ours.steps] == [3.0, 3.0, 10.0]
 
 
+def test_cpu_tensors_take_torchs_fused_step(monkeypatch) -> None:
+    """All that it serves in one call; a mixture of dtypes, or a grad_scale, a call each."""
+    calls = []
+    fused = torch._fused_adamw_
+
+    def counted(params, *args, **kwargs) -> None:
+        calls.append([param.dtype for param in params])
+        fused(params, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", counted)
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
+    cpu = torch.device("cpu")
+    for dtypes, options, expected in (
+        ((FP32, FP32, FP32, BF16), {}, [[FP32] * 3]),
+        ((BF16, BF16, BF16, BF16), {}, [[BF16] * 3]),
+        ((FP32, BF16, FP32, BF16), {}, [[FP32]] * 3),
+        ((FP16, FP16, FP16, FP32), {}, [[FP32]] * 3),
+        ((FP32, FP32, FP32, None), {"grad_scale": torch.tensor(2.0)}, [[FP32]] * 3),
+    ):
+        ours = AdamW(cpu, *dtypes, shapes=[(3, 40), (2049,), (7,)])
+        grads = ours.gradients(0)
+        kept = [grad.clone() for grad in grads]
+        ours.step(grads, **OPTIONS, **options)
+        assert calls == expected
+        assert all(torch.equal(*pair) for pair in zip(grads, kept, strict=True))
+        calls.clear()
+
+
 def test_an_overflow_changes_nothing(path, device) -> None:
     ours = AdamW(device, grad=BF16, copy=BF16, shapes=[(3, 40), (2049,)])
     tensors = ours.params + ours.exp_avgs + ours.exp_avg_sqs + ours.copies + ours.steps
