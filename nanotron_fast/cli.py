@@ -178,7 +178,7 @@ def verify(
     a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
     b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
     logits: Annotated[
-        bool, typer.Option("--logits", help="Also run both in transformers and compare logits.")
+        bool, typer.Option("--logits", help="Also run both and compare logits.")
     ] = False,
     family: FamilyName = None,
     rope_interleaved: RopeInterleaved = None,

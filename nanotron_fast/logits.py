@@ -1,23 +1,48 @@
-"""Running two checkpoints in transformers on the same tokens: what every guide asks for."""
+"""Running two checkpoints on the same tokens: what every guide asks for.
+
+Each side is run by what it is for: a Hugging Face checkpoint by transformers, a Nanotron one by
+Nanotron's own rules (`nanotron_forward`), both in fp32 on the CPU.
+"""
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nanotron_fast import reference
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.layouts import hf
 from nanotron_fast.layouts.hf import HfCheckpoint
 from nanotron_fast.planning.options import Options
-from nanotron_fast.planning.to_hf import plan_to_hf
 from nanotron_fast.source import read
 from nanotron_fast.verification import LogitsReport
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _BATCH, _LENGTH = 2, 32
-# Of the largest logit: rounding in fp32, or of weights that one side has in fewer bits.
-_RELATIVE, _RELATIVE_CAST = 1e-5, 5e-2
+# A window shorter than that is exceeded, so that it shows.
+_MAX_WINDOW = 256
+# Of the largest logit: rounding in fp32 by one program, by two that add in another order, and of
+# weights that one side has in fewer bits.
+_SAME, _RELATIVE, _RELATIVE_CAST = 1e-5, 1e-4, 5e-2
+
+
+class _Side:
+    """One checkpoint, ready to run."""
+
+    def __init__(
+        self,
+        run: Callable[[Tensor], Tensor],
+        name: str,
+        vocab_size: int,
+        max_positions: int,
+        window: int | None,
+    ) -> None:
+        self.run = run
+        self.name = name
+        self.vocab_size = vocab_size
+        self.max_positions = max_positions
+        self.window = window
 
 
 def compare_logits(
@@ -28,64 +53,97 @@ def compare_logits(
     has_casts: bool,
     rope_interleaved: bool | None = None,
 ) -> LogitsReport:
-    """Loads both models, one after the other, and compares their outputs in fp32.
+    """Runs both models on the same random tokens, and compares their outputs.
 
-    Raises ConfigError where torch or transformers is not there.
+    Raises ConfigError where torch or transformers is not there, or transformers cannot run a side;
+    CheckpointError, OSError.
     """
     try:
         import torch
-        from transformers.utils import logging
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ConfigError(f"--logits: it needs torch and transformers: {error}") from None
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-    outputs = []
-    tokens: Any = None
-    for root in (a, b):
-        model = _load(root, Options(family=family, rope_interleaved=rope_interleaved))
-        if tokens is None:
-            generator = torch.Generator().manual_seed(0)
-            length = min(_LENGTH, int(model.config.max_position_embeddings))
-            tokens = torch.randint(
-                int(model.config.vocab_size), (_BATCH, length), generator=generator
-            )
-        with torch.no_grad():
-            outputs.append(model(input_ids=tokens).logits)
-        del model
-    largest = float(outputs[0].abs().max())
+    options = Options(family=family, rope_interleaved=rope_interleaved)
+    sides = [_side(root, options) for root in (a, b)]
+    vocab_size = min(side.vocab_size for side in sides)
+    windows = [side.window for side in sides if side.window and side.window <= _MAX_WINDOW]
+    length = min(
+        max(_LENGTH, *(window + _LENGTH // 2 for window in windows), 0),
+        *(side.max_positions for side in sides),
+    )
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(vocab_size, (_BATCH, length), generator=generator)
+    first, second = (side.run(tokens)[..., :vocab_size] for side in sides)
+    largest = float(first.abs().max())
+    is_same = sides[0].name == sides[1].name
+    relative = _RELATIVE_CAST if has_casts else _SAME if is_same else _RELATIVE
     return LogitsReport(
-        max_difference=float((outputs[0] - outputs[1]).abs().max()),
+        max_difference=float((first - second).abs().max()),
         max_magnitude=largest,
-        tolerance=(_RELATIVE_CAST if has_casts else _RELATIVE) * largest,
-        num_tokens=int(tokens.numel()),
+        tolerance=relative * largest,
+        num_tokens=tokens.numel(),
+        num_same_argmax=int((first.argmax(-1) == second.argmax(-1)).sum()),
+        programs=(sides[0].name, sides[1].name),
     )
 
 
-def _load(root: Path, options: Options) -> Any:
-    """A checkpoint of either format as a transformers model in fp32, in evaluation mode."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-
+def _side(root: Path, options: Options) -> _Side:
+    """Raises CheckpointError, ConfigError, OSError."""
     checkpoint = read(root)
     if isinstance(checkpoint, HfCheckpoint):
-        return AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
-    plan = plan_to_hf(checkpoint, options)
-    document = json.loads(plan.documents[hf.CONFIG]())
-    config = AutoConfig.for_model(document.pop("model_type"), **document)
-    # from_pretrained, and not load_state_dict: it knows how this version keeps experts.
-    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    return kind.from_pretrained(
-        None, config=config, state_dict=_weights(plan.transfer), dtype=torch.float32
-    ).eval()
+        return _hf_side(root)
+    from nanotron_fast.nanotron_forward import NanotronForward
+
+    forward = NanotronForward(checkpoint, options)
+    spec = forward.spec
+    return _Side(
+        forward,
+        forward.name,
+        forward.vocab_size,
+        spec.max_position_embeddings,
+        spec.sliding_window,
+    )
 
 
-def _weights(transfer: Any) -> dict[str, Any]:
-    """Every tensor of a plan for Hugging Face files, made in memory."""
-    from safetensors.torch import load
+def _hf_side(root: Path) -> _Side:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
-    weights: dict[str, Any] = {}
-    for data in reference.execute_in_memory(transfer).values():
-        weights.update(load(data.tobytes()))
-    return weights
+    def run(tokens: Tensor) -> Tensor:
+        # By this side alone, and no longer than it is needed.
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        try:
+            model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
+            with torch.no_grad():
+                logits: Tensor = model(input_ids=tokens).logits
+        except Exception as error:  # of a hundred model classes: their errors have no common base
+            raise _refused(root, error) from error
+        return logits
+
+    config = _hf_config(root)
+    return _Side(
+        run,
+        "transformers",
+        int(config.vocab_size),
+        int(config.max_position_embeddings),
+        getattr(config, "sliding_window", None),
+    )
+
+
+def _hf_config(root: Path) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(root)
+    except Exception as error:  # as above
+        raise _refused(root, error) from error
+
+
+def _refused(root: Path, error: Exception) -> ConfigError:
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return ConfigError(
+        f"--logits: transformers cannot run {root}: {type(error).__name__}: {first_line}"
+    )

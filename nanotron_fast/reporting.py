@@ -87,8 +87,11 @@ def verification_lines(result: Verification) -> Iterator[str]:
         logits = result.logits
         yield (
             f"logits of {logits.num_tokens} tokens: largest difference "
-            f"{logits.max_difference:.3g}, of values up to {logits.max_magnitude:.3g}"
+            f"{logits.max_difference:.3g}, of values up to {logits.max_magnitude:.3g} "
+            f"({logits.tolerance:.3g} is allowed); the largest logit is at the same place for "
+            f"{logits.num_same_argmax} of {logits.num_tokens}"
         )
+        yield f"  A by {logits.programs[0]}, B by {logits.programs[1]}"
     verdict = "equal" if result.equal else f"different in {len(result.differing)}"
     yield f"{verdict}: {_count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
 

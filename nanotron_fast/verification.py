@@ -27,13 +27,16 @@ class Difference:
 class LogitsReport:
     """The outputs of both models on the same token ids, computed in fp32.
 
-    They count as equal when their largest difference is within `tolerance`.
+    They count as equal when their largest difference is within `tolerance`. `num_same_argmax` of
+    the tokens have their largest logit at the same place; `programs` says what ran A and B.
     """
 
     max_difference: float
     max_magnitude: float
     tolerance: float
     num_tokens: int
+    num_same_argmax: int
+    programs: tuple[str, str]
 
     @property
     def equal(self) -> bool:
@@ -69,6 +72,9 @@ class Verification:
                 "max_magnitude": _finite(self.logits.max_magnitude),
                 "tolerance": _finite(self.logits.tolerance),
                 "num_tokens": self.logits.num_tokens,
+                "num_same_argmax": self.logits.num_same_argmax,
+                "argmax_agrees": self.logits.num_same_argmax == self.logits.num_tokens,
+                "programs": list(self.logits.programs),
             }
         return document
 
@@ -96,7 +102,8 @@ def verify(
 
     Args:
         a, b: directories or Hub ids, each in either format.
-        logits: also run both in transformers, and compare what they compute.
+        logits: also run both, a Hugging Face side in transformers and a Nanotron side by Nanotron's
+            own rules in plain torch, and compare what they compute.
         family: overrules what the configurations say.
         rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
             configuration says; of two, in those whose configuration does not say.

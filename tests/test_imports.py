@@ -22,7 +22,7 @@ LAYERS = (
     {"layouts", "families"},
     {"planning", "source"},
     {"engine", "reference", "destination", "processes", "small_files", "_C"},
-    {"conversion", "verification", "inspection", "logits", "loading"},
+    {"conversion", "verification", "inspection", "logits", "nanotron_forward", "loading"},
     {"reporting", "scripts", "parallel", "patch"},
     {"environment"},
     {"cli", "auto", ""},

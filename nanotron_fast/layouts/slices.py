@@ -90,3 +90,29 @@ def check_metadata(path: Path, found: Mapping[str, str], expected: Mapping[str, 
 
 def _numbers(text: str) -> list[str]:
     return re.findall(r"\d+", text)
+
+
+def read_slices(
+    path: Path, metadata: Mapping[str, str]
+) -> tuple[tuple[int, ...], list[tuple[tuple[slice, ...], tuple[slice, ...]]]]:
+    """The whole tensor's shape, and which slices of a file are which of it.
+
+    Raises CheckpointError where the metadata is not what Nanotron writes.
+    """
+    try:
+        text = re.sub(r"np\.int64\((\d+)\)", r"\1", metadata["unsharded_shape"])
+        pairs = [
+            tuple(
+                tuple(
+                    slice(*(None if word == "None" else int(word) for word in dim.split(",")))
+                    for dim in side.split("|")
+                )
+                for side in pair.split("#", 1)
+            )
+            for pair in metadata["local_global_slices_pairs"].split(";")
+        ]
+        return tuple(map(int, _numbers(text))), [(local, whole) for local, whole in pairs]
+    except (KeyError, ValueError, TypeError):
+        raise CheckpointError(
+            f"{path}: its __metadata__ does not say which part of the tensor it holds"
+        ) from None
