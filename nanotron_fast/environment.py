@@ -135,7 +135,13 @@ def _operations(device_type: str) -> Iterator[Operation]:
 def _drop_in() -> list[Operation]:
     """What is replaced in Nanotron, or what would be if this process turned the drop-in on."""
     from nanotron_fast.patch import registry
+    from nanotron_fast.patch.lock import LOCK
 
+    with LOCK:
+        return _statuses(registry)
+
+
+def _statuses(registry: Any) -> list[Operation]:
     was_on = registry.is_enabled()
     try:
         statuses = registry.status() or registry.enable(registry.requested_ops())

@@ -138,7 +138,7 @@ def test_what_transformers_cannot_run_is_one_clear_error(
     nf.convert(hf, out)
     shutil.copytree(hf, tmp_path / "odd")
     edit(tmp_path / "odd" / "config.json", dtype="float7", torch_dtype="float7")
-    with pytest.raises(ConfigError, match="--logits: transformers cannot run .*odd"):
+    with pytest.raises(ConfigError, match=r"--logits: transformers cannot run .*odd"):
         compare_logits(tmp_path / "odd", out, family=None, has_casts=False)
     capsys.readouterr()
 

@@ -37,6 +37,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from torch.overrides import TorchFunctionMode, _get_current_function_mode
 
+from nanotron_fast.patch.lock import one_at_a_time
+
 # Functions of Nanotron that assert that a tensor's device is of type "cuda"; the last one asserts
 # "cpu" first and "cuda" after it has moved the tensors.
 _NEEDS_CUDA_DEVICE = {
@@ -268,6 +270,7 @@ def is_on() -> bool:
     return _state.depth > 0
 
 
+@one_at_a_time
 def enter() -> None:
     """Turns the CPU mode on, for this thread. Within itself it only counts.
 
@@ -290,6 +293,7 @@ def enter() -> None:
     _state.depth += 1
 
 
+@one_at_a_time
 def leave() -> None:
     """Turns it off, once it was called as often as `enter`.
 

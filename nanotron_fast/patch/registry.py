@@ -21,6 +21,7 @@ import torch
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.patch.importing import import_nanotron
+from nanotron_fast.patch.lock import one_at_a_time
 from nanotron_fast.patch.targets import OPS, TARGETS, Options, Target, installed_version
 
 logger = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class _State:
 _state = _State()
 
 
+@one_at_a_time
 def enable(
     ops: Iterable[str] | Literal["all"] = "all",
     model: torch.nn.Module | None = None,
@@ -76,7 +78,8 @@ def enable(
     """Puts our operations in place of Nanotron's, which is imported if it is not yet.
 
     To enable again what is on changes nothing; to enable something else turns off what was on
-    first. What is not replaced is logged as a warning, once, with the reason.
+    first. What is not replaced is logged as a warning, once, with the reason. Threads take turns,
+    in this and in `disable`.
 
     Args:
         ops: names of `patch.targets.OPS`, or "all".
@@ -115,6 +118,7 @@ def enable(
     return _state.status
 
 
+@one_at_a_time
 def disable() -> None:
     """Puts every object back to what it was. What somebody has replaced after us stays theirs."""
     for each in reversed(_state.replaced):
@@ -146,11 +150,13 @@ def requested_ops() -> frozenset[str]:
         raise ConfigError(f"{ENVIRONMENT_VARIABLE}: {error}") from None
 
 
+@one_at_a_time
 def status() -> tuple[Status, ...]:
     """Of every target of the installed Nanotron; nothing while the drop-in is off."""
     return _state.status
 
 
+@one_at_a_time
 def is_enabled() -> bool:
     """Whether anything is replaced."""
     return _state.asked is not None

@@ -18,6 +18,7 @@ from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope_apart import rope_apart
 from nanotron_fast.kernels.swiglu import glu_backward, glu_forward
+from nanotron_fast.patch.hooks import why_not_past
 
 # transformers' activations that are one of ours, by the name of their class.
 _ACTIVATIONS = {
@@ -29,7 +30,6 @@ _ACTIVATIONS = {
     "NewGELUActivation": "gelu_tanh",
 }
 _HOMES_OF_ACTIVATIONS = ("transformers.activations", nn.SiLU.__module__)
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 # --- RMSNorm
@@ -179,10 +179,8 @@ def why_no_gated_products(mlp: Any) -> str:
     if not known:
         return f"its activation is a {type(act).__name__}"
     for name, part in (("gate_proj", gate), ("up_proj", up), ("act_fn", act)):
-        if "forward" in vars(part):
-            return f"the forward of its {name} was replaced by somebody else"
-        if any(vars(part)[hooks] for hooks in _HOOKS):
-            return f"its {name} has hooks, which would not run"
+        if reason := why_not_past(part):
+            return f"its {name}: {reason}"
     return ""
 
 

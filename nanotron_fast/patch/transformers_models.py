@@ -27,6 +27,7 @@ from typing import Any, Literal
 from torch import nn
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.patch.lock import one_at_a_time
 from nanotron_fast.patch.transformers_forwards import (
     causal_lm_loss,
     mlp_forward,
@@ -81,6 +82,7 @@ class _CannotReplace(Exception):
     """The reason, for the report."""
 
 
+@one_at_a_time
 def enable_transformers(
     model: nn.Module, ops: Iterable[str] | Literal["all"] = "all"
 ) -> TransformersReport:
@@ -122,6 +124,7 @@ def enable_transformers(
     return report
 
 
+@one_at_a_time
 def disable_transformers(model: nn.Module) -> None:
     """Puts back what `enable_transformers` replaced in this model; without that, does nothing.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import sys
+import threading
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -251,3 +253,36 @@ def test_every_factory_is_there() -> None:
         home, name = target.factory.split(".")
         module = importlib.import_module(f"nanotron_fast.patch.replacements.{home}")
         assert callable(getattr(module, name))
+
+
+def test_threads_take_turns(nanotron: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that enabled at a time took each other's replacements for originals."""
+    stock = nanotron.functional.sharded_cross_entropy
+    replace_all = registry._replace_all
+
+    def slowly(*asked: Any) -> Iterator[Any]:
+        for found in replace_all(*asked):
+            time.sleep(0.001)
+            yield found
+
+    monkeypatch.setattr(registry, "_replace_all", slowly)
+    start, errors = threading.Barrier(6), []
+
+    def turn(number: int) -> None:
+        start.wait()
+        try:
+            for _ in range(3):
+                enable({"cross_entropy"} if number % 2 else {"cross_entropy", "glu"})
+                disable()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=turn, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    disable()
+    assert errors == []
+    assert nanotron.functional.sharded_cross_entropy is nanotron.llama.loss is stock
+    assert nanotron.llama.GLUActivation.forward(None, None) == "stock"

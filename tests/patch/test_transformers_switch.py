@@ -207,9 +207,9 @@ def lose(model: Any) -> None:
     ("change", "op", "module", "words"),
     [
         (adapt, "glu", "model.layers.1.mlp", "its up_proj is a Adapted"),
-        (hook, "glu", "model.layers.1.mlp", "its gate_proj has hooks"),
+        (hook, "glu", "model.layers.1.mlp", "its gate_proj: it has hooks"),
         (double, "glu", "model.layers.1.mlp", "several dtypes"),
-        (replace, "glu", "model.layers.1.mlp", "forward of its gate_proj was replaced"),
+        (replace, "glu", "model.layers.1.mlp", "its gate_proj: its forward was replaced"),
         (activate, "glu", "model.layers.1.mlp", "activation is a ReLU"),
         (swap_norm, "rms_norm", "model.norm", "is a torch.nn.modules.normalization.RMSNorm"),
         (wrap_norm, "rms_norm", "model.norm", "its forward was replaced"),

@@ -19,6 +19,7 @@ from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.rope import rope_qkv
 from nanotron_fast.kernels.rope_tables import rope_frequencies, rope_tables
 from nanotron_fast.patch.attention_with_lse import attention_with_lse
+from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.registry import ON_DISABLE
 from nanotron_fast.patch.targets import Options
 
@@ -114,6 +115,9 @@ def llama_forward(original: Callable[..., Any], options: Options) -> Callable[..
         if self.get_local_store() is not None:
             _scale_generation(self, scaling, max_positions)
             return original(self, hidden_states, sequence_mask)
+        if not may_go_past(self.flash_rotary_embedding):
+            _refuse_scaling(scaling)
+            return original(self, hidden_states, sequence_mask)
         qkv = self.qkv_proj(hidden_states)
         seq, batch, _ = qkv.shape
         rotary = self.flash_rotary_embedding
@@ -124,7 +128,8 @@ def llama_forward(original: Callable[..., Any], options: Options) -> Callable[..
         position_ids = None if batch == 1 else _positions(seq, batch, 0, qkv.device, False)
         turned = rope_qkv(qkv.flatten(0, 1), cos, sin, *sizes, position_ids, rotary.interleaved)
         q, k, v = (x.unflatten(0, (seq, batch)).transpose(0, 1) for x in turned)
-        if not getattr(type(self.attention).forward, _TAKES_BATCH, False):
+        takes_batch = getattr(type(self.attention).forward, _TAKES_BATCH, False)
+        if not (takes_batch and may_go_past(self.attention)):
             q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         out = self.attention(
             query_states=q,
@@ -137,6 +142,15 @@ def llama_forward(original: Callable[..., Any], options: Options) -> Callable[..
         return {"hidden_states": self.o_proj(out), "sequence_mask": sequence_mask}
 
     return forward
+
+
+def _refuse_scaling(scaling: Mapping[str, Any] | None) -> None:
+    """Where the original has to turn: Nanotron's own embedding knows no scaling."""
+    if scaling:
+        raise NotImplementedError(
+            f"rope_scaling {dict(scaling)}: this attention's rotary embedding has hooks or a "
+            "forward of its own, so Nanotron turns by itself, and has no place for the scaling"
+        )
 
 
 def _scale_generation(
@@ -256,7 +270,10 @@ def qwen2_forward(original: Callable[..., Any], options: Options) -> Callable[..
         self: Any, qkv: Tensor, seq_length: int, position_ids: Tensor, cu_seqlens: Any
     ) -> Tensor:
         config = self.config
-        if not isinstance(cu_seqlens, Tensor):
+        is_watched = not may_go_past(self.rotary_emb)
+        if is_watched and options.rope_scaling:
+            _refuse_scaling(getattr(config, "rope_scaling", None))
+        if is_watched or not isinstance(cu_seqlens, Tensor):
             return original(self, qkv, seq_length, position_ids, cu_seqlens)
         heads, kv_heads, head_dim = self.local_num_heads, self.local_num_kv_heads, self.head_dim
         turns = config.no_rope_layer is None or (self.layer_idx + 1) % config.no_rope_layer

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
+from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.targets import Options
 
 # On a loss that takes logits of any dtype.
@@ -55,7 +56,8 @@ def without_cast(original: Callable[..., Any], options: Options) -> Callable[...
         is_one_stage = getattr(self.cast_to_fp32, "rank", 0) == getattr(self.lm_head, "rank", 1)
         loss = original.__globals__.get("sharded_cross_entropy")
         is_ours = getattr(loss, _TAKES_ANY, False)
-        if not (torch.is_grad_enabled() and is_one_stage and is_ours):
+        may = torch.is_grad_enabled() and may_go_past(self.cast_to_fp32)
+        if not (may and is_one_stage and is_ours):
             return original(self, *args, **kwargs)
         # An attribute of the instance comes before its submodules.
         vars(self)["cast_to_fp32"] = lambda x: {"output": x}

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanotron_fast.kernels.swiglu import glu
+from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.targets import Options
 
 # Nanotron's activations, by the name of their class, that are one of ours.
@@ -19,13 +20,17 @@ _ACTIVATIONS = {
 
 
 def _activation(act: Any) -> str | None:
+    if not may_go_past(act):
+        return None
     if type(act).__name__ == "GELUActivation":
         return "gelu" if act.act is nn.functional.gelu else None
     return _ACTIVATIONS.get(type(act).__name__)
 
 
 def glu_activation(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """`GLUActivation.forward`; other activations than silu and gelu are left to the original."""
+    """`GLUActivation.forward`; other activations than silu and gelu, and those
+    that somebody watches, are left to the original.
+    """
 
     def forward(self: Any, merged_states: Tensor) -> Tensor:
         activation = _activation(self.act)

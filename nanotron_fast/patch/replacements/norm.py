@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm import rms_norm
+from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.targets import Options
 
 # On a replacement of a norm's forward: it takes `residual` and `prenorm`.
@@ -58,9 +59,9 @@ def _norm(self: Any, x: Tensor, residual: Tensor | None, prenorm: bool) -> Any:
 
 
 def _add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x + residual) and the sum."""
+    """norm(x + residual) and the sum. What watches the norm sees that go in, and one tensor out."""
     takes = getattr(type(norm).forward, _TAKES_RESIDUAL, False)
-    if takes and "forward" not in vars(norm) and norm.weight.dtype == x.dtype == residual.dtype:
+    if takes and may_go_past(norm) and norm.weight.dtype == x.dtype == residual.dtype:
         y, h = norm(x, residual=residual, prenorm=True)
         return y, h
     h = x + residual
