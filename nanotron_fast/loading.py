@@ -93,6 +93,7 @@ def load_into(
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `plan`. Whether the copy of a tied
             matrix that some files hold is equal is left to `convert` and `verify`.
+        TypeError: `tensors` or `topology` is something else: the message says what is wanted.
         TopologyError: tensors are missing, unknown, or of another shape; all of them are named.
         ValueError: a tensor has another dtype or device, or is not contiguous.
         OSError: a file cannot be read.
@@ -102,6 +103,7 @@ def load_into(
         raise ConfigError(f"workers {workers}: it should be at least 1")
     if staging_bytes is not None and staging_bytes < 4096:
         raise ConfigError(f"staging_bytes {staging_bytes}: it should be at least 4096")
+    _check_arguments(tensors, topology, rank)
     named = dict(tensors.named_parameters() if isinstance(tensors, torch.nn.Module) else tensors)
     where = check_tensors(named, None if device is None else torch.device(device))
     options = Options(
@@ -130,6 +132,34 @@ def load_into(
     )
     seconds = time.perf_counter() - started
     return LoadReport(bytes_read, seconds, plan.num_tensors, plan.warnings)
+
+
+def _check_arguments(tensors: object, topology: object, rank: object) -> None:
+    """What is easily given by mistake. Raises TypeError, ConfigError."""
+    if not isinstance(topology, Topology):
+        numbers = topology if isinstance(topology, tuple | list) else ()
+        given = [*numbers[:2], "...", "..."]
+        raise TypeError(
+            f"topology is {topology!r}, a {type(topology).__name__}: give "
+            f"nanotron_fast.Topology(tp={given[0]}, pp={given[1]})"
+        )
+    if isinstance(rank, bool) or not isinstance(rank, int):
+        raise TypeError(f"rank is {rank!r}: give a whole number, pp_rank * tp + tp_rank")
+    if any(each.__module__.partition(".")[0] == "transformers" for each in type(tensors).__mro__):
+        raise ConfigError(
+            f"a transformers {type(tensors).__name__} has Hugging Face's parameter names, and its "
+            "own from_pretrained: load_into fills a Nanotron model, or a dict from Nanotron's "
+            "parameter names to this rank's tensors"
+        )
+    if not isinstance(tensors, Mapping | torch.nn.Module):
+        raise TypeError(
+            f"tensors is a {type(tensors).__name__}: give a module with Nanotron's parameter "
+            "names, or a dict from those names to this rank's tensors"
+        )
+    if isinstance(tensors, Mapping):
+        for name, tensor in tensors.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"{name}: a {type(tensor).__name__}, not a tensor")
 
 
 def read_moves(

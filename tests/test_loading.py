@@ -366,3 +366,31 @@ def test_loads_onto_a_gpu(tmp_path, family, staging_bytes) -> None:
     root, ranks = converted(hf, tmp_path, TP2)
     for source in (hf, root):
         check_ranks(ranks, source, TP2, device="cuda", staging_bytes=staging_bytes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"topology": (2, 1)}, TypeError, r"is \(2, 1\), a tuple: give .*Topology\(tp=2, pp=1\)"),
+        ({"topology": 4}, TypeError, r"a int: give nanotron_fast\.Topology\(tp=\.\.\., pp="),
+        ({"rank": "0"}, TypeError, "rank is '0': give a whole number"),
+        ({"tensors": [torch.zeros(1)]}, TypeError, "tensors is a list: give a module with"),
+        ({"tensors": {"x": [1.0]}}, TypeError, "x: a list, not a tensor"),
+    ],
+)
+def test_arguments_of_another_kind(
+    changes: dict, error: type[Exception], message: str, golden_hf: Path
+) -> None:
+    arguments = {"tensors": {}, "topology": Topology(), "rank": 0, **changes}
+    with pytest.raises(error, match=message):
+        load_into(arguments.pop("tensors"), golden_hf, **arguments)
+
+
+def test_a_transformers_model_is_sent_to_its_own_loader(golden_hf: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=8
+    )
+    model = transformers.LlamaForCausalLM(config)
+    with pytest.raises(ConfigError, match="a transformers LlamaForCausalLM has Hugging Face's"):
+        load_into(model, golden_hf, topology=Topology(), rank=0)

@@ -33,13 +33,17 @@ def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any)
         enabling: arguments of `nanotron_fast.enable`.
 
     Raises:
-        ConfigError: there is no such script, or Nanotron cannot be imported.
+        ConfigError: there is no such script, Nanotron cannot be imported, or packages that it needs
+            are missing or of a version that it cannot use: all of them in one message.
         Exception: whatever the script raises.
     """
     if not Path(script).is_file():
         raise ConfigError(f"{script}: there is no such script")
     from nanotron_fast.patch.cpu import cpu_mode
     from nanotron_fast.patch.registry import enable
+    from nanotron_fast.patch.requirements import check_requirements
+
+    check_requirements()
 
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         os.environ.update(_alone())
