@@ -125,7 +125,7 @@ def _mlp(variant: str, context: Context) -> Check:
 
 def _attention(variant: str, context: Context) -> Check:
     os.environ[FUSED_VARIABLE] = "always" if variant == "fused" else "never"
-    tokens, hidden, *heads = (20, 32, 4, 2, 16) if context.dry else (2048, 4096, 32, 8, 128)
+    tokens, hidden, *heads = (12, 32, 2, 1, 16) if context.dry else (2048, 4096, 32, 8, 128)
     q_heads, kv_heads, head_dim = heads
     cos, sin = rope_tables(head_dim, tokens, device=context.device)
     named = {"num_q_heads": q_heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
