@@ -39,6 +39,13 @@ RopeInterleaved = Annotated[
         "for Nanotron, and what to read from it. (default: halves; what its config says)",
     ),
 ]
+IgnoreTensors = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Leave out tensors with such names, as 'v_head.*'. May be given several times.",
+    ),
+]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
 ]
@@ -98,6 +105,19 @@ def convert(
     max_shard_size: Annotated[
         str | None, typer.Option(help="Of a Hugging Face file, decimal. (default: 5GB)")
     ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_ID", help="Take the tokenizer from there."),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_ID",
+            help="The Hugging Face model that SRC was made from: its configuration, vocabulary "
+            "size, generation_config and tokenizer are taken.",
+        ),
+    ] = None,
+    ignore_tensors: IgnoreTensors = None,
     workers: Workers = None,
     fsync: Annotated[
         bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
@@ -132,6 +152,9 @@ def convert(
             "pad_vocab_to_multiple_of": pad_vocab_to_multiple_of,
             "vocab_size": vocab_size,
             "max_shard_size": max_shard_size,
+            "tokenizer": tokenizer,
+            "like": like,
+            "ignore_tensors": ignore_tensors or (),
         }
         num_workers = workers or engine.default_workers()
         if dry_run:
@@ -182,6 +205,7 @@ def verify(
     ] = False,
     family: FamilyName = None,
     rope_interleaved: RopeInterleaved = None,
+    ignore_tensors: IgnoreTensors = None,
     workers: Workers = None,
     json: Json = False,
 ) -> None:
@@ -204,6 +228,7 @@ def verify(
                 logits=logits,
                 family=family,
                 rope_interleaved=rope_interleaved,
+                ignore_tensors=ignore_tensors or (),
                 workers=workers,
                 on_plan=on_plan,
                 on_progress=on_progress,

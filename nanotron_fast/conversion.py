@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,12 @@ from nanotron_fast.engine import ProgressCallback
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.interruption import Interrupted
 from nanotron_fast.layouts.hf import HfCheckpoint, parse_shard_size
-from nanotron_fast.layouts.tokenizer import tokenizer_files
-from nanotron_fast.plain_file import check_plain
 from nanotron_fast.planning.options import DIRECTIONS, Options
 from nanotron_fast.planning.plan import Plan, peak_resident_bytes
+from nanotron_fast.planning.sides import UNTIE
 from nanotron_fast.processes import Processes
 from nanotron_fast.small_files import copy_file, write_file
-from nanotron_fast.source import read, resolve, resolve_tokenizer
+from nanotron_fast.source import read, resolve, resolve_companions
 from nanotron_fast.topology import Topology
 
 # Room for each of the small files whose contents are not made yet.
@@ -52,6 +51,8 @@ class Report:
             "seconds": round(self.seconds, 6),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
+            "ignored_tensors": list(self.plan.ignored),
+            "left_behind": list(self.plan.left_behind),
             "destination": str(self.destination),
         }
 
@@ -72,6 +73,8 @@ def plan(
     vocab_size: int | None = None,
     max_shard_size: str | int | None = None,
     tokenizer: str | Path | None = None,
+    like: str | Path | None = None,
+    ignore_tensors: Sequence[str] = (),
 ) -> Plan:
     """Plans the conversion of `src` to `dst` from headers alone; writes nothing.
 
@@ -94,6 +97,9 @@ def plan(
         vocab_size: rows to keep of a padded vocabulary, for Hugging Face.
         max_shard_size: of a Hugging Face file, such as "5GB" (decimal) or a number of bytes.
         tokenizer: a directory or Hub id whose tokenizer goes beside the model, not the source's.
+        like: for Hugging Face: a directory or Hub id of the model that the checkpoint was made
+            from, whose configuration, vocabulary size and small files are taken where they agree.
+        ignore_tensors: shell patterns of tensors' names that are left out, such as "v_head.*".
 
     Raises:
         CheckpointError, ConfigError, TopologyError, UnsupportedModelError: all ValueError, each
@@ -111,25 +117,18 @@ def plan(
         pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
         vocab_size=vocab_size,
         max_shard_bytes=None if max_shard_size is None else parse_shard_size(max_shard_size),
+        tokenizer=None if tokenizer is None else resolve_companions(tokenizer),
+        like=None if like is None else resolve_companions(like),
+        ignore_tensors=(ignore_tensors,)
+        if isinstance(ignore_tensors, str)
+        else tuple(ignore_tensors),
     )
     if not str(dst):
         raise ConfigError("the destination has no name")
     if to is not None and to not in DIRECTIONS:
         raise ConfigError(f"--to {to}: choose {' or '.join(DIRECTIONS)}")
-    ready = _plan(src, dst, to, options)
-    if tokenizer is not None:
-        files = tokenizer_files(resolve_tokenizer(tokenizer))
-        if not files:
-            raise CheckpointError(f"{tokenizer}: there is no tokenizer in it")
-        ready = replace(ready, copies={path.name: path for path in files})
-    for path in ready.copies.values():
-        check_plain(path)
-    return ready
-
-
-def _plan(src: str | Path, dst: str | Path, to: str | None, options: Options) -> Plan:
     # What a direction does not need is not even imported: it counts in the time to start.
-    checkpoint = read(resolve(src))
+    checkpoint = read(resolve(src)).without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
         if to == "hf":
             raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
@@ -188,6 +187,8 @@ def convert(
             names = _names(ready)
             if processes.rank == 0:
                 destination.check(names)
+                if ready.check_source is not None:
+                    ready.check_source()
                 _check_equal(ready, workers)
                 if on_plan is not None:
                     on_plan(ready)
@@ -230,7 +231,8 @@ def convert(
 def _names(ready: Plan) -> frozenset[str]:
     """What will lie in the destination itself."""
     outputs = (output.path.partition("/")[0] for output in ready.transfer.outputs)
-    return frozenset((*outputs, *ready.documents, *ready.copies))
+    copies = (name.partition("/")[0] for name in ready.copies)
+    return frozenset((*outputs, *ready.documents, *copies))
 
 
 def _sizes(ready: Plan) -> Iterator[int]:
@@ -268,7 +270,8 @@ def _check_equal(ready: Plan, workers: int) -> None:
             _, count, _ = differing[0]
             raise CheckpointError(
                 f"{paths[named.move.destination]}: tie_word_embeddings is true, but {named.param} "
-                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements"
+                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements. "
+                f"{UNTIE}"
             )
 
 
@@ -276,4 +279,5 @@ def _write_documents(ready: Plan, root: Path, fsync: bool) -> None:
     for name, contents in ready.documents.items():
         write_file(root / name, contents(), fsync=fsync)
     for name, path in ready.copies.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
         copy_file(path, root / name, fsync=fsync)

@@ -19,6 +19,7 @@ from typing import Any
 
 from nanotron_fast.dtypes import SAFETENSORS_BITS, Dtype
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.lfs import HINT, is_pointer
 from nanotron_fast.plain_file import open_plain
 
 _MAX_HEADER_BYTES = 100_000_000
@@ -55,7 +56,11 @@ def read_header(path: Path) -> Header:
     """Reads and checks the header of a file, and nothing else. Raises CheckpointError, OSError."""
     with open_plain(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
+        prefix = file.read(64)
+        if is_pointer(prefix):
+            raise CheckpointError(f"{path}: {HINT}")
+        prefix = prefix[:8]
+        file.seek(len(prefix))
         if len(prefix) < 8:
             raise CheckpointError(
                 f"{path}: {file_bytes} bytes are too few for a safetensors header"
@@ -133,8 +138,9 @@ def _is_index(value: object) -> bool:
 def _parse_tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not name.isprintable():
         raise CheckpointError(f"{path}: {name!r} is not a tensor's name")
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{path}: {name}: an entry has exactly dtype, shape and data_offsets")
+    # Further keys are left alone, as by the reference implementation since 0.8.
+    if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
+        raise CheckpointError(f"{path}: {name}: an entry has dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
         raise CheckpointError(f"{path}: {name}: unknown dtype {dtype!r}")

@@ -18,6 +18,7 @@ from nanotron_fast.dtypes import Dtype
 from nanotron_fast.engine import ProgressCallback, default_workers
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.kernels import pack
+from nanotron_fast.layouts.hf import HfCheckpoint, check_rival_bytes
 from nanotron_fast.planning.chunks import chunks_of
 from nanotron_fast.planning.moves import MovePlan, table_of
 from nanotron_fast.planning.options import Options
@@ -60,6 +61,7 @@ def load_into(
     stored_rope_interleaved: bool | None = None,
     checkpoint_version: str | None = None,
     pad_vocab_to_multiple_of: int | None = None,
+    ignore_tensors: Sequence[str] = (),
     workers: int | None = None,
     staging_bytes: int | None = None,
     on_progress: ProgressCallback | None = None,
@@ -82,6 +84,7 @@ def load_into(
         rank: in the tensor- and pipeline-parallel grid, tp fastest: pp_rank * tp + tp_rank.
         device: where the tensors are said to be; by default where they are.
         family, model_class, target, checkpoint_version, pad_vocab_to_multiple_of: as for `plan`.
+        ignore_tensors: shell patterns of names of the checkpoint that are left out.
         rope_interleaved: lay rows of q and k out for interleaved pairs, or for halves; by default
             as a Nanotron checkpoint has them, and in halves from Hugging Face.
         stored_rope_interleaved: how they lie in a Nanotron checkpoint, whatever its configuration
@@ -119,7 +122,10 @@ def load_into(
         name: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype], tensor.data_ptr())
         for name, tensor in named.items()
     }
-    plan = plan_load(read(resolve(path)), specs, rank, options, rope_interleaved=rope_interleaved)
+    checkpoint = read(resolve(path)).without(ignore_tensors)
+    if isinstance(checkpoint, HfCheckpoint):
+        check_rival_bytes(checkpoint)
+    plan = plan_load(checkpoint, specs, rank, options, rope_interleaved=rope_interleaved)
     for warning in plan.warnings:
         warnings.warn(f"{path}: {warning}", stacklevel=2)
     bytes_read = read_moves(

@@ -58,6 +58,7 @@ def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
     )
     yield f"  beside      {', '.join(sorted((*plan.documents, *plan.copies)))}"
     yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {_count(workers, 'worker')}"
+    yield from (f"  {line}" for line in _left_out(plan.ignored, plan.left_behind))
 
 
 def report_lines(report: Report) -> Iterator[str]:
@@ -73,6 +74,20 @@ def report_lines(report: Report) -> Iterator[str]:
         f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s, "
         f"peak memory {size(report.peak_rss_bytes)}"
     )
+    yield from _left_out(plan.ignored, plan.left_behind)
+
+
+def _left_out(ignored: tuple[str, ...], left_behind: tuple[str, ...] = ()) -> Iterator[str]:
+    """What a user may miss: tensors, and files beside the source."""
+    if ignored:
+        yield f"ignored {_count(len(ignored), 'tensor')}: {_some(ignored)}"
+    if left_behind:
+        yield f"left behind: {_some(left_behind)}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return f"{', '.join(names[:_MAX_SHOWN])}{more}"
 
 
 def verification_lines(result: Verification) -> Iterator[str]:
@@ -81,6 +96,7 @@ def verification_lines(result: Verification) -> Iterator[str]:
         yield f"differs: {item.name}: {item.reason}"
     if len(result.differing) > _MAX_SHOWN:
         yield f"... and {len(result.differing) - _MAX_SHOWN} more"
+    yield from _left_out(result.ignored)
     for cast in result.casts:
         yield f"cast before comparing: {cast}"
     if result.logits is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.layouts import tokenizer
-from nanotron_fast.layouts.hf import HfCheckpoint, is_hf_checkpoint, read_hf
+from nanotron_fast.layouts import companions
+from nanotron_fast.layouts.hf import CONFIG, HfCheckpoint, is_hf_checkpoint, read_hf
+from nanotron_fast.layouts.hints import hint
+from nanotron_fast.layouts.json_file import read_json_object
 from nanotron_fast.layouts.nanotron import (
     NanotronCheckpoint,
     is_nanotron_checkpoint,
@@ -16,9 +19,8 @@ from nanotron_fast.layouts.nanotron import (
 )
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-# Weights, configs and tokenizers; not the folders beside them (original/, onnx/).
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-_HUB_IGNORED = ["*/*", "consolidated*"]
+# Weights in the original authors' own layout.
+_CONSOLIDATED = "consolidated*"
 
 
 def resolve(source: str | Path) -> Path:
@@ -34,30 +36,39 @@ def resolve(source: str | Path) -> Path:
     text = str(source)
     if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{source}: no such directory")
-    return _download(text, _HUB_FILES)
+    return _fetch(text, [_CONSOLIDATED])
 
 
-def resolve_tokenizer(source: str | Path) -> Path:
-    """The directory with the tokenizer that a directory or a Hub id names.
+def resolve_companions(source: str | Path) -> Path:
+    """The directory whose tokenizer or configuration is wanted, and no weights.
 
     Raises CheckpointError.
     """
     if Path(source).is_dir():
-        return Path(source)
+        return resolve_latest(Path(source))
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such directory")
-    return _download(str(source), list(tokenizer.NAMES))
+    return _fetch(str(source), ["*.safetensors", "*.index.json"])
 
 
-def _download(hub_id: str, patterns: list[str]) -> Path:
+def _fetch(hub_id: str, ignored: list[str]) -> Path:
+    """A model's files from the Hub, those in folders only where transformers asks for them."""
+    root = _download(hub_id, ignore_patterns=[*companions.IGNORED_ON_HUB, *ignored])
+    wanted = companions.wanted_from_hub(root, _config(root))
+    # Of the same revision, whose name the folder has.
+    return _download(hub_id, allow_patterns=wanted, revision=root.name)
+
+
+def _config(root: Path) -> object:
+    path = root / CONFIG
+    return read_json_object(path) if path.is_file() else None
+
+
+def _download(hub_id: str, **choices: Any) -> Path:
     import huggingface_hub
 
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                hub_id, allow_patterns=patterns, ignore_patterns=_HUB_IGNORED
-            )
-        )
+        return Path(huggingface_hub.snapshot_download(hub_id, **choices))
     except Exception as error:  # the library's errors have no common base, nor do its clients'
         first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
@@ -71,6 +82,9 @@ def read(root: Path) -> HfCheckpoint | NanotronCheckpoint:
         return read_nanotron(root)
     if is_hf_checkpoint(root):
         return read_hf(root)
+    found = hint(root)
+    if found is not None:
+        raise CheckpointError(f"{root}: {found}")
     if (root / "config.yaml").is_file() or (root / "latest.txt").is_file():
         raise CheckpointError(f"{root}: no model_config.json beside Nanotron's other files")
     raise CheckpointError(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast import engine
 from nanotron_fast.engine import ProgressCallback
+from nanotron_fast.layouts.hf import HfCheckpoint, check_rival_bytes
 from nanotron_fast.planning.comparison import ComparisonPlan, plan_comparison
 from nanotron_fast.planning.moves import FILL
 from nanotron_fast.source import read, resolve
@@ -54,6 +55,8 @@ class Verification:
     bytes_compared: int
     logits: LogitsReport | None = None
     warnings: tuple[str, ...] = ()
+    # Tensors that were left out because the user asked for it.
+    ignored: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `verify --json`."""
@@ -65,6 +68,8 @@ class Verification:
         }
         if self.warnings:
             document["warnings"] = list(self.warnings)
+        if self.ignored:
+            document["ignored_tensors"] = list(self.ignored)
         if self.logits is not None:
             document["logits"] = {
                 "equal": self.logits.equal,
@@ -91,6 +96,7 @@ def verify(
     logits: bool = False,
     family: str | None = None,
     rope_interleaved: bool | None = None,
+    ignore_tensors: Sequence[str] = (),
     workers: int | None = None,
     on_plan: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
@@ -107,6 +113,7 @@ def verify(
         family: overrules what the configurations say.
         rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
             configuration says; of two, in those whose configuration does not say.
+        ignore_tensors: shell patterns of tensors' names that are left out, such as "v_head.*".
         workers: threads; by default one for each core, 16 at most.
         on_plan: called with the number of bytes to compare.
         on_progress: called now and then with the bytes compared so far.
@@ -115,9 +122,11 @@ def verify(
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
     """
     roots = resolve(a), resolve(b)
-    plan = plan_comparison(
-        read(roots[0]), read(roots[1]), family=family, rope_interleaved=rope_interleaved
-    )
+    first, second = (read(root).without(ignore_tensors) for root in roots)
+    for side in (first, second):
+        if isinstance(side, HfCheckpoint):
+            check_rival_bytes(side)
+    plan = plan_comparison(first, second, family=family, rope_interleaved=rope_interleaved)
     if on_plan is not None:
         on_plan(plan.num_bytes)
     found = engine.compare(
@@ -146,6 +155,7 @@ def verify(
         bytes_compared=plan.num_bytes,
         logits=report,
         warnings=tuple(plan.warnings),
+        ignored=tuple(dict.fromkeys((*first.ignored, *second.ignored))),
     )
 
 

@@ -17,7 +17,7 @@ HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface
 # Modules from the bottom up; each may import from its own line and from those above it.
 LAYERS = (
     {"version", "errors", "kernels", "interruption", "streams"},
-    {"dtypes", "topology", "entry", "plain_file"},
+    {"dtypes", "topology", "entry", "plain_file", "lfs"},
     {"header", "spec"},
     {"layouts", "families"},
     {"planning", "source"},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_classes import CLASS_BY_OPTION
@@ -14,6 +15,9 @@ from nanotron_fast.spec import NANOTRON_ACTIVATIONS, ModelSpec
 TARGETS = ("nanotron", "nanotron-fast")
 VERSIONS = ("1.5", "1.2")
 _ROPE_THETA_1_2 = 10000.0
+_QUANTIZATION = "quantization_config"
+# Where a multimodal model's config keeps that of its language model.
+_WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
 
 
 def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelError:
@@ -52,15 +56,39 @@ def choose_class(family: Family, spec: ModelSpec, option: str) -> str:
     )
 
 
-def check_config(config: Mapping[str, Any]) -> None:
-    """Refuses what a config says of its tensors. Raises UnsupportedModelError."""
-    quantization = config.get("quantization_config")
+def check_config(
+    config: Mapping[str, Any], dtypes: Collection[str]
+) -> tuple[dict[str, Any], list[str]]:
+    """Refuses what a config says of its tensors; returns it as it is to be read, and warnings.
+
+    `dtypes` are those of the tensors, by their safetensors names. Raises UnsupportedModelError.
+    """
+    for key in _WRAPPED:
+        inner = config.get(key)
+        if isinstance(inner, Mapping):
+            raise UnsupportedModelError(
+                f"config.json: model_type {config.get('model_type')!r} wraps a language model "
+                f"({key}: {inner.get('model_type', 'no model_type')!r}) together with others, as "
+                "multimodal models do. Save the language model alone: load the whole in "
+                "transformers, put model.language_model into the CausalLM class of its kind, and "
+                "convert what save_pretrained writes"
+            )
+    kept, warnings = dict(config), []
+    quantization = config.get(_QUANTIZATION)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise UnsupportedModelError(
-            f"config.json: the weights are quantised ({method or 'quantization_config'}), which "
-            "Nanotron cannot train; start from the unquantised model"
+        method = method or _QUANTIZATION
+        if not all(dtype in Dtype.__members__ for dtype in dtypes):
+            raise UnsupportedModelError(
+                f"config.json: the weights are quantised ({method}), which "
+                "Nanotron cannot train; start from the unquantised model"
+            )
+        warnings.append(
+            f"config.json: {_QUANTIZATION} ({method}) is left out: every tensor is in floating "
+            "point, so nothing is quantised"
         )
+        del kept[_QUANTIZATION]
+    return kept, warnings
 
 
 def check_model(

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.header import TensorInfo, build_header, read_header
+from nanotron_fast.layouts.hf_files import EXPLICIT, INDEX, SINGLE, Files, choose_files
 from nanotron_fast.layouts.json_file import read_json_object
+from nanotron_fast.layouts.patterns import matching
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+__all__ = ["INDEX", "SINGLE"]
+
+_ADAPTER_CONFIG = "adapter_config.json"
+_HEAD = "lm_head.weight"
+_BLOCK_BYTES = 1 << 20
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -38,6 +45,31 @@ class HfCheckpoint:
     config: dict[str, Any]
     generation_config: dict[str, Any] | None
     tensors: dict[str, StoredTensor]
+    # The same tensors in other files of the folder, which must hold the same bytes.
+    rivals: dict[str, StoredTensor] = field(default_factory=dict)
+    # The head, where the index places one that no file holds: a tied model does without.
+    absent: str | None = None
+    warnings: tuple[str, ...] = ()
+    # Tensors that were there, and that `without` took out.
+    ignored: tuple[str, ...] = ()
+
+    @property
+    def dtypes(self) -> set[str]:
+        """Those of the tensors, by their safetensors names."""
+        return {tensor.info.dtype for tensor in self.tensors.values()}
+
+    @property
+    def files(self) -> set[str]:
+        """Names of the files that were read, in their folder."""
+        tensors = (*self.tensors.values(), *self.rivals.values())
+        return {CONFIG, GENERATION_CONFIG, SINGLE, INDEX, *(tensor.path.name for tensor in tensors)}
+
+    def without(self, patterns: Sequence[str]) -> HfCheckpoint:
+        """The checkpoint without the tensors whose names match."""
+        ignored = matching(self.tensors, patterns)
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in ignored}
+        rivals = {name: self.rivals[name] for name in self.rivals if name in kept}
+        return replace(self, tensors=kept, rivals=rivals, ignored=ignored)
 
 
 def is_hf_checkpoint(root: Path) -> bool:
@@ -51,59 +83,96 @@ def read_hf(root: Path) -> HfCheckpoint:
         raise CheckpointError(f"{root}: no {CONFIG}: not a Hugging Face checkpoint")
     config = read_json_object(root / CONFIG)
     generation = root / GENERATION_CONFIG
+    choice = choose_files(root, config)
+    # It names a file of this folder, and would mislead in another.
+    config.pop(EXPLICIT, None)
+    tensors, absent = _read_files(root, choice.files, choice.index)
+    rivals: dict[str, StoredTensor] = {}
+    if choice.rival is not None:
+        rivals, _ = _read_files(root, choice.rival, choice.index)
+        _check_rivals(root, tensors, rivals)
+    warnings = list(choice.warnings)
+    if (root / _ADAPTER_CONFIG).is_file():
+        warnings.append(
+            f"{root / _ADAPTER_CONFIG} lies beside the weights: where peft is installed, "
+            "transformers loads the adapter's base model and not these weights. They are converted "
+            "as they are"
+        )
+    return HfCheckpoint(
+        root,
+        config,
+        read_json_object(generation) if generation.is_file() else None,
+        tensors,
+        rivals,
+        absent,
+        tuple(warnings),
+    )
+
+
+def _read_files(root: Path, files: Files, index: str) -> tuple[dict[str, StoredTensor], str | None]:
+    """The tensors of these files, and the head if it is placed in one that does not hold it."""
     tensors: dict[str, StoredTensor] = {}
-    for name, wanted in _tensor_files(root).items():
+    absent: str | None = None
+    for name, wanted in files.items():
         header = read_header(root / name)
         for tensor, info in header.tensors.items():
             if wanted is not None and tensor not in wanted:
                 raise CheckpointError(
-                    f"{root / name}: it holds {tensor}, which {INDEX} does not place there"
+                    f"{root / name}: it holds {tensor}, which {index} does not place there"
                 )
             tensors[tensor] = StoredTensor(root / name, info)
         for tensor in wanted or ():
-            if tensor not in header.tensors:
-                raise CheckpointError(f"{root / name}: {INDEX} places {tensor} there; it is not")
-    return HfCheckpoint(
-        root, config, read_json_object(generation) if generation.is_file() else None, tensors
+            if tensor in header.tensors:
+                continue
+            if tensor != _HEAD:
+                raise CheckpointError(f"{root / name}: {index} places {tensor} there; it is not")
+            absent = tensor
+    return tensors, absent
+
+
+def _check_rivals(
+    root: Path, tensors: Mapping[str, StoredTensor], rivals: Mapping[str, StoredTensor]
+) -> None:
+    """Refuses two sets of weights whose headers differ already. Raises CheckpointError."""
+    for name in (*tensors, *rivals):
+        first, second = tensors.get(name), rivals.get(name)
+        if first is None or second is None:
+            raise two_sets(root, f"{name} is in {INDEX if first is None else SINGLE} alone")
+        for a, b in ((first.info.dtype, second.info.dtype), (first.info.shape, second.info.shape)):
+            if a != b:
+                raise two_sets(root, f"{name} is {a} in {SINGLE} and {b} in {second.path.name}")
+
+
+def check_rival_bytes(checkpoint: HfCheckpoint) -> None:
+    """Compares what lies in two files of a folder, byte for byte, a block at a time.
+
+    Raises CheckpointError where they differ, OSError.
+    """
+    with ExitStack() as stack:
+        paths = {tensor.path for tensor in (*checkpoint.rivals.values(),)}
+        paths |= {checkpoint.tensors[name].path for name in checkpoint.rivals}
+        files = {path: stack.enter_context(open(path, "rb", buffering=0)) for path in paths}
+        for name, other in checkpoint.rivals.items():
+            tensor = checkpoint.tensors[name]
+            first, second = files[tensor.path].fileno(), files[other.path].fileno()
+            num_bytes = tensor.info.end_bytes - tensor.info.begin_bytes
+            for start in range(0, num_bytes, _BLOCK_BYTES):
+                count = min(_BLOCK_BYTES, num_bytes - start)
+                a = os.pread(first, count, tensor.info.begin_bytes + start)
+                b = os.pread(second, count, other.info.begin_bytes + start)
+                if a != b:
+                    raise two_sets(
+                        checkpoint.root, f"{name} differs between {SINGLE} and {other.path.name}"
+                    )
+
+
+def two_sets(root: Path, difference: str) -> CheckpointError:
+    """The error for a folder with two models in it."""
+    return CheckpointError(
+        f"{root}: the weights are there twice, in {SINGLE} and in the shards of {INDEX}, and are "
+        f"not the same: {difference}. transformers loads {SINGLE}; move away the one that is not "
+        "meant"
     )
-
-
-def _tensor_files(root: Path) -> dict[str, set[str] | None]:
-    """File names, each with the tensors that the index places in it (None without an index)."""
-    if not (root / INDEX).is_file():
-        if (root / SINGLE).is_file():
-            return {SINGLE: None}
-        legacy = sorted(path.name for path in root.glob("pytorch_model*.bin*"))
-        if legacy:
-            raise CheckpointError(
-                f"{root}: the weights are in {legacy[0]}, a pickle that can run code when it is "
-                'read. Save them as safetensors first: python -c "from transformers import '
-                f"AutoModelForCausalLM as M; M.from_pretrained('{root}', torch_dtype='auto')"
-                ".save_pretrained('NEW_DIRECTORY')\""
-            )
-        raise CheckpointError(f"{root}: neither {SINGLE} nor {INDEX} is there")
-    weight_map = read_json_object(root / INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{root / INDEX}: no weight_map that maps tensors to files")
-    files: dict[str, set[str] | None] = {}
-    for tensor, name in weight_map.items():
-        # A path here could lead out of the checkpoint.
-        if (
-            not isinstance(name, str)
-            or Path(name).name != name
-            or name in ("", "..")
-            or "\x00" in name
-        ):
-            raise CheckpointError(
-                f"{root / INDEX}: {tensor} is placed in {name!r}, which is not a file name"
-            )
-        wanted = files.setdefault(name, set())
-        assert wanted is not None
-        wanted.add(tensor)
-    for name in files:
-        if not (root / name).is_file():
-            raise CheckpointError(f"{root}: {name} is missing; {INDEX} places tensors in it")
-    return files
 
 
 def parse_shard_size(text: str | int) -> int:

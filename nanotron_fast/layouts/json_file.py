@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.lfs import HINT, is_pointer
 from nanotron_fast.plain_file import read_small
 
 # Configurations are nested about five deep. Python's own walks end at some hundreds.
@@ -15,8 +16,11 @@ _MAX_DEPTH = 64
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """The object in a file. Raises CheckpointError, which names the file, or OSError."""
+    data = read_small(path)
+    if is_pointer(data):
+        raise CheckpointError(f"{path}: {HINT}")
     try:
-        document = json.loads(read_small(path).decode("utf-8"))
+        document = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}") from None
     except RecursionError:

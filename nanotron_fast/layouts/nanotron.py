@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.header import TensorInfo, build_header, read_header
 from nanotron_fast.layouts.json_file import read_json_object
+from nanotron_fast.layouts.patterns import matching
 from nanotron_fast.plain_file import read_small
 
 MODEL_CONFIG = "model_config.json"
@@ -52,6 +53,14 @@ class NanotronCheckpoint:
     sharded: frozenset[str]
     tp: int
     pp: int
+    # Parameters that were there, and that `without` took out.
+    ignored: tuple[str, ...] = ()
+
+    def without(self, patterns: Sequence[str]) -> NanotronCheckpoint:
+        """The checkpoint without the parameters whose names match."""
+        ignored = matching(self.params, patterns)
+        kept = {name: shards for name, shards in self.params.items() if name not in ignored}
+        return replace(self, params=kept, ignored=ignored)
 
 
 def is_nanotron_checkpoint(root: Path) -> bool:

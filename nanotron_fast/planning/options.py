@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import ConfigError
@@ -10,6 +11,8 @@ from nanotron_fast.topology import Topology
 
 DIRECTIONS = ("nanotron", "hf")
 DEFAULT_SHARD_BYTES = 5 * 10**9
+# Said where there are more tensors than a model has.
+IGNORE_HINT = "--ignore-tensors GLOB leaves out what is not wanted"
 _MAX_ROWS = 2**31
 
 
@@ -28,6 +31,10 @@ class Options:
     pad_vocab_to_multiple_of: int | None = None
     vocab_size: int | None = None
     max_shard_bytes: int | None = None
+    # Folders whose tokenizer, and whose configuration too, take the place of the source's.
+    tokenizer: Path | None = None
+    like: Path | None = None
+    ignore_tensors: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -52,6 +59,7 @@ class Options:
             given = {
                 "--vocab-size": self.vocab_size is not None,
                 "--max-shard-size": self.max_shard_bytes is not None,
+                "--like": self.like is not None,
             }
             what = "writing a Nanotron checkpoint"
         for name, is_given in given.items():

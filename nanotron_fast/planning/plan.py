@@ -33,6 +33,11 @@ class Plan:
     # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
     must_be_equal: tuple[NamedMove, ...] = ()
     warnings: tuple[str, ...] = field(default=())
+    # Tensors that the user asked to leave out, and what lies beside the source and is not copied.
+    ignored: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    # Compares what the source holds twice, and raises CheckpointError where it differs.
+    check_source: Callable[[], None] | None = None
 
     @property
     def bytes_read(self) -> int:

@@ -14,10 +14,16 @@ from nanotron_fast.layouts.hf import HfCheckpoint, NewFile, StoredTensor
 from nanotron_fast.layouts.nanotron import NanotronCheckpoint, Shard
 from nanotron_fast.layouts.slices import check_metadata, shard_metadata
 from nanotron_fast.planning.moves import Move, NamedMove, OutputFile, Piece
+from nanotron_fast.planning.names import explain
 
 # A tied model's file may hold its matrix under this name as well, or under this name alone.
 TIED_HEAD = "lm_head.weight"
 _EMBEDDING = "model.embed_tokens.weight"
+# What to do where the two are not equal.
+UNTIE = (
+    "If the head was trained apart, set tie_word_embeddings to false in config.json; if not, leave "
+    f"it out with --ignore-tensors {TIED_HEAD}"
+)
 
 # Buffers that old files kept among the weights.
 _IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
@@ -116,9 +122,11 @@ class HfSource:
                     f"config.json calls for {list(address.shape)}"
                 )
             return address, tensor
-        names = " or ".join(address.name for address in part.hf)
+        wanted = [address.name for address in part.hf]
+        why = explain(self.checkpoint.tensors, wanted, self.checkpoint.ignored)
         raise CheckpointError(
-            f"{self.checkpoint.root}: {names} is missing, and config.json calls for it"
+            f"{self.checkpoint.root}: {' or '.join(wanted)} is missing, and config.json calls for "
+            f"it{why}"
         )
 
     def dtype(self, part: Part) -> Dtype:
@@ -152,7 +160,7 @@ class HfSource:
         if (a.info.shape, a.info.dtype) != (b.info.shape, b.info.dtype):
             raise CheckpointError(
                 f"{b.path}: tie_word_embeddings is true, but {second} is {b.info.dtype} "
-                f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}"
+                f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}. {UNTIE}"
             )
         dtype = float_dtype(first, a.info.dtype, a.path)
         move = Move(
@@ -191,9 +199,10 @@ class NanotronSource:
     def _shards(self, param: Param) -> tuple[Shard, ...]:
         shards = self.checkpoint.params.get(param.name)
         if shards is None:
+            why = explain((), [param.name], self.checkpoint.ignored)
             raise CheckpointError(
                 f"{self.checkpoint.root}: {param.name} is missing, and "
-                f"{nanotron.MODEL_CONFIG} calls for it"
+                f"{nanotron.MODEL_CONFIG} calls for it{why}"
             )
         if param.name not in self.used:
             self._check(param, shards)

@@ -33,13 +33,14 @@ from nanotron_fast.families.unknown_fields import (
     unknown_fields_warnings,
 )
 from nanotron_fast.layouts import hf, side_file
-from nanotron_fast.layouts.nanotron import NanotronCheckpoint
+from nanotron_fast.layouts.nanotron import MODEL_CONFIG, NanotronCheckpoint
 from nanotron_fast.layouts.side_file import SideFile, read_side_file
-from nanotron_fast.layouts.tokenizer import tokenizer_files
+from nanotron_fast.planning.beside import beside_hf, original_of_training
 from nanotron_fast.planning.bounds import check_counts
 from nanotron_fast.planning.from_shapes import has_param, head_dim_of, moe_sizes_of
+from nanotron_fast.planning.like import TOKEN_KEYS, check_shapes, read_like
 from nanotron_fast.planning.moves import MovePlan, plan_moves
-from nanotron_fast.planning.options import DEFAULT_SHARD_BYTES, Options
+from nanotron_fast.planning.options import DEFAULT_SHARD_BYTES, IGNORE_HINT, Options
 from nanotron_fast.planning.plan import Plan
 from nanotron_fast.planning.sides import HfTarget, NanotronSource
 from nanotron_fast.planning.stages import Stages
@@ -58,6 +59,10 @@ class NanotronModel:
         self.model_class = class_of(config)
         self.side = read_side_file(source.root)
         self.target = options.target or (self.side.target if self.side else "nanotron")
+        self.like = options.like
+        if self.like is not None:
+            dtypes = self.side.dtypes if self.side else {}
+            self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
         self.family = self._choose_family(config, options.family)
         self.warnings: list[str] = []
         self.is_interleaved = self._is_interleaved(config, options)
@@ -84,10 +89,20 @@ class NanotronModel:
         self.warnings += unknown_fields_warnings(self.unknown_fields)
         self.padded_vocab_size = stored.vocab_size
         self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
+        if self.like is not None and self.side is not None:
+            check_shapes(self.like, read_config(self.family, self.side.config), self.spec)
 
     def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
         name = override or (self.side.family if self.side else None)
-        return family_of_model_config(config, name)
+        try:
+            return family_of_model_config(config, name)
+        except UnsupportedModelError:
+            if override is not None or self.like is None:
+                raise
+            raise CheckpointError(
+                f"--like {self.like}: it is a {name}, and {self.source.root} is a "
+                f"{self.model_class}, which does not hold one"
+            ) from None
 
     def _is_interleaved(self, config: Mapping[str, Any], options: Options) -> bool:
         """How the rows of q and k lie: as the caller says, or as the configuration does."""
@@ -110,9 +125,10 @@ class NanotronModel:
     def _vocab_size(self, override: int | None) -> int:
         size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
         if size > self.padded_vocab_size:
+            of_like = f"--like {self.like}: " if override is None and self.like else ""
             raise ConfigError(
-                f"a vocabulary of {size} is larger than the {self.padded_vocab_size} rows that the "
-                "checkpoint holds"
+                f"{of_like}a vocabulary of {size} is larger than the {self.padded_vocab_size} rows "
+                "that the checkpoint holds"
             )
         return size
 
@@ -137,7 +153,7 @@ class NanotronModel:
             more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
             raise CheckpointError(
                 f"{self.source.root}: {len(unused)} parameters have no place in Hugging Face's "
-                f"{self.family.name}: {', '.join(unused[:5])}{more}"
+                f"{self.family.name}: {', '.join(unused[:5])}{more}. {IGNORE_HINT}"
             )
 
 
@@ -175,6 +191,8 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
 
     config, warnings = hf_config(model, main_dtype)
     warnings = [*model.warnings, *warnings]
+    beside = beside_hf(source, config, options)
+    warnings += [*beside.warnings, *_unknown(model, options)]
     documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(_json, config)}
     generation_config = _generation_config(model.side, spec)
     if generation_config is not None:
@@ -194,8 +212,10 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         layer_stages=Stages(model.padded_spec, model.model_class, topology).layers,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
-        copies={path.name: path for path in tokenizer_files(source.root)},
+        copies=beside.copies,
         warnings=tuple(warnings),
+        ignored=source.ignored,
+        left_behind=beside.left_behind,
     )
     plan.check()
     return plan
@@ -263,13 +283,33 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     config["rope_scaling"] = None if original.rope_scaling is None else dict(original.rope_scaling)
     was = write_config(model.family, _as_nanotron_keeps(original, model), dtype)
     for key, value in written.items():
-        if was.get(key) != value:
+        if was.get(key) != value and model.like is not None and key in TOKEN_KEYS:
+            warnings.append(
+                f"config.json: {key} is {config.get(key)!r} as in --like {model.like}; "
+                f"model_config.json has {value!r}"
+            )
+        elif was.get(key) != value:
             warnings.append(
                 f"config.json: {key} is {value!r} as in model_config.json; it was "
                 f"{was.get(key)!r} in the model that this one was made from"
             )
             config[key] = value
     return config, warnings
+
+
+def _unknown(model: NanotronModel, options: Options) -> list[str]:
+    """What cannot be known of a checkpoint that Nanotron saved, and how to give it."""
+    if model.side is not None:
+        return []
+    rows = ""
+    if options.vocab_size is None:
+        rows = f"; all {model.padded_vocab_size} rows of the vocabulary are written, padding too"
+    original = original_of_training(model.source.root) or "DIR_OR_ID"
+    return [
+        f"{model.source.root} has no {side_file.NAME}: config.json and generation_config.json are "
+        f"made from {MODEL_CONFIG} alone, which has one eos_token_id where the original may have "
+        f"had several{rows}. --like {original} takes them from the original"
+    ]
 
 
 def _as_nanotron_keeps(spec: ModelSpec, model: NanotronModel) -> ModelSpec:

@@ -96,7 +96,8 @@ class _Source:
                     f"stored_rope_interleaved: {checkpoint.root} is a Hugging Face checkpoint, "
                     "where q and k always lie in halves"
                 )
-            check_config(checkpoint.config)
+            config, _ = check_config(checkpoint.config, checkpoint.dtypes)
+            self.checkpoint = checkpoint = replace(checkpoint, config=config)
             self.family = family_of_config(checkpoint.config, options.family)
             self.warnings += warnings_about(self.family, checkpoint.config)
             self.spec: ModelSpec = read_config(self.family, checkpoint.config)

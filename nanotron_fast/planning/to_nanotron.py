@@ -21,13 +21,13 @@ from nanotron_fast.families.model_fields import EXTENSION_FIELDS
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.layouts import nanotron, side_file
-from nanotron_fast.layouts.hf import HfCheckpoint
+from nanotron_fast.layouts.hf import HfCheckpoint, check_rival_bytes
 from nanotron_fast.layouts.side_file import SideFile
-from nanotron_fast.layouts.tokenizer import tokenizer_files
 from nanotron_fast.layouts.training_config import training_config
+from nanotron_fast.planning.beside import beside_nanotron
 from nanotron_fast.planning.bounds import check_counts
 from nanotron_fast.planning.moves import MovePlan, NamedMove, plan_moves
-from nanotron_fast.planning.options import Options
+from nanotron_fast.planning.options import IGNORE_HINT, Options
 from nanotron_fast.planning.plan import Plan
 from nanotron_fast.planning.sides import TIED_HEAD, HfSource, NanotronTarget, is_ignored
 from nanotron_fast.planning.stages import Stages
@@ -45,7 +45,8 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     target = options.target or "nanotron"
     version = options.checkpoint_version or "1.5"
     topology = options.topology
-    check_config(source.config)
+    config, warnings = check_config(source.config, source.dtypes)
+    source = replace(source, config=config)
     family = family_of_config(source.config, options.family)
     spec = read_config(family, source.config)
     check_counts(spec, source)
@@ -70,7 +71,8 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     reader = HfSource(source)
     stored_dtype = _stored_dtype(source, params, reader, options.cast)
     main_dtype = options.cast or stored_dtype
-    warnings = warnings_about(family, source.config)
+    warnings += warnings_about(family, source.config)
+    warnings += source.warnings
     dtypes = {
         param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
         for param in params
@@ -89,8 +91,13 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         padded_spec, model_class, version=version, rope_interleaved=interleaved
     )
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
-    tokenizer = tokenizer_files(source.root)
     warnings += kept_warnings
+    beside = beside_nanotron(source, options)
+    if source.absent is not None:
+        warnings.append(
+            f"{source.root}: the index places {source.absent} in a file that does not hold it; the "
+            "model is tied, and needs none"
+        )
     warnings += _warnings(model_class, topology, version)
     warnings += _extension_warnings(spec, model_config)
     side = SideFile(
@@ -118,7 +125,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
             tp=topology.tp,
             pp=topology.pp,
             version=version,
-            tokenizer=str(destination) if tokenizer else None,
+            tokenizer=str(destination) if beside.has_tokenizer else None,
         )
     plan = Plan(
         direction="nanotron",
@@ -132,9 +139,12 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         layer_stages=stages.layers,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
-        copies={path.name: path for path in tokenizer},
+        copies=beside.copies,
         must_be_equal=duplicates,
         warnings=tuple(warnings),
+        ignored=source.ignored,
+        left_behind=beside.left_behind,
+        check_source=partial(check_rival_bytes, source) if source.rivals else None,
     )
     plan.check()
     return plan
@@ -217,7 +227,7 @@ def _check_leftovers(
         more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
         raise CheckpointError(
             f"{source.root}: {len(unused)} tensors have no place in Nanotron's {family.name}: "
-            f"{shown}{more}"
+            f"{shown}{more}. {IGNORE_HINT}"
         )
     return tuple(duplicates)
 

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from typing import Any
 
 from nanotron_fast.entry import EXIT_BAD_INPUT, run_command
 from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.interruption import telling
+
+
+def add_ignore_tensors(parser: ArgumentParser) -> None:
+    """Adds the flag that leaves tensors out."""
+    parser.add_argument(
+        "--ignore_tensors",
+        action="append",
+        default=[],
+        metavar="GLOB",
+        help="Leave out tensors with such names; may be given several times",
+    )
 
 
 def run(source: str, destination: str, **choices: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from nanotron_fast.scripts.common import run
+from nanotron_fast.scripts.common import add_ignore_tensors, run
 
 
 def main() -> None:
@@ -20,6 +20,10 @@ def main() -> None:
     parser.add_argument("--save_path", default="llama-7b-hf", help="The directory to write")
     parser.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks to write for")
     parser.add_argument("--pp", type=int, default=1, help="Pipeline stages to write for")
+    parser.add_argument(
+        "--tokenizer_name", help="A directory or Hub id with a tokenizer to put beside the model"
+    )
+    add_ignore_tensors(parser)
     parser.add_argument("--overwrite", action="store_true", help="Replace a non-empty save_path")
     args = parser.parse_args()
     run(
@@ -29,6 +33,8 @@ def main() -> None:
         overwrite=args.overwrite,
         tp=args.tp,
         pp=args.pp,
+        tokenizer=args.tokenizer_name,
+        ignore_tensors=args.ignore_tensors,
     )
 
 

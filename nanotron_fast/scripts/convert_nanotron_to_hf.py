@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, BooleanOptionalAction
 
-from nanotron_fast.scripts.common import run
+from nanotron_fast.scripts.common import add_ignore_tensors, run
 
 
 def main() -> None:
@@ -21,6 +21,10 @@ def main() -> None:
     parser.add_argument(
         "--tokenizer_name", help="A directory or Hub id with a tokenizer to put beside the model"
     )
+    parser.add_argument(
+        "--like", help="A directory or Hub id of the model that the checkpoint was made from"
+    )
+    add_ignore_tensors(parser)
     parser.add_argument(
         "--config_cls",
         choices=("LlamaConfig", "Qwen2Config"),
@@ -40,6 +44,8 @@ def main() -> None:
         overwrite=args.overwrite,
         tokenizer=args.tokenizer_name,
         rope_interleaved=args.rope_interleaved,
+        like=args.like,
+        ignore_tensors=args.ignore_tensors,
     )
 
 

@@ -1,0 +1,14 @@
+"""Names picked by shell patterns, such as `v_head.*`."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Sequence
+
+
+def matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
+    """The names that match one of the shell patterns; one pattern may be given by itself."""
+    patterns = (patterns,) if isinstance(patterns, str) else patterns
+    return tuple(
+        name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+    )
