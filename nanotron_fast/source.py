@@ -32,7 +32,10 @@ def resolve(source: str | Path) -> Path:
     if path.is_dir():
         return resolve_latest(path)
     if path.exists():
-        raise CheckpointError(f"{source}: not a directory; name the one that holds the checkpoint")
+        raise CheckpointError(
+            f"{source}: not a directory; name the one that holds the checkpoint, such as "
+            f"{path.parent}"
+        )
     text = str(source)
     if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{source}: no such directory")

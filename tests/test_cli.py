@@ -46,8 +46,8 @@ def test_help_names_every_option() -> None:
     ).stdout
     options = (
         "to tp pp dtype model-class family target rope-interleaved checkpoint-version "
-        "pad-vocab-to-multiple-of vocab-size max-shard-size workers fsync overwrite dry-run json "
-        "quiet"
+        "pad-vocab-to-multiple-of vocab-size max-shard-size tokenizer like ignore-tensors "
+        "workers fsync overwrite dry-run json quiet"
     )
     for option in options.split():
         assert f"--{option}" in text

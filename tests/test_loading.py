@@ -179,6 +179,21 @@ class Block(torch.nn.Module):
                 self.add_module(name, Block(inner))
 
 
+def test_tensors_left_out_and_weights_that_are_there_twice(tmp_path) -> None:
+    hf = make("llama", num_hidden_layers=1).save(tmp_path / "hf")
+    _, (wanted,) = converted(hf, tmp_path, Topology())
+    head = {"v_head.weight": Tensor("BF16", (2,), bytes(4))}
+    make("llama", num_hidden_layers=1).save(hf, extra=head)
+    found = poisoned(wanted)
+    with pytest.raises(CheckpointError, match=r"v_head\.weight"):
+        load_into(found, hf, topology=Topology(), rank=0)
+    load_into(found, hf, topology=Topology(), rank=0, ignore_tensors=["v_head.*"])
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    make("llama", num_hidden_layers=1, seed=1).save(hf, shards=2, extra=head)
+    with pytest.raises(CheckpointError, match="the weights are there twice"):
+        load_into(found, hf, topology=Topology(), rank=0, ignore_tensors=["v_head.*"])
+
+
 def test_modules_are_filled_in_place(tmp_path) -> None:
     hf = save(tmp_path, "qwen2_moe")
     _, ranks = converted(hf, tmp_path, TP2)

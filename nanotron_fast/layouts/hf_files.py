@@ -132,6 +132,12 @@ def _no_weights(root: Path) -> str:
             f"AutoModelForCausalLM as M; M.from_pretrained('{root}', torch_dtype='auto')"
             ".save_pretrained('NEW_DIRECTORY')\""
         )
+    shards = sorted(path.name for path in root.glob("model-*-of-*.safetensors"))
+    if shards:
+        return (
+            f"{shards[0]} is there, and {INDEX}, which says what each shard holds, is missing. "
+            "Fetch it too"
+        )
     variants = sorted(path.name for path in root.glob("model.*.safetensors*"))
     if variants:
         return (

@@ -149,6 +149,12 @@ def test_a_variant_alone_is_named(tmp_path: Path) -> None:
     refused(source, tmp_path, CheckpointError, "only model.fp16.safetensors.*variant 'fp16'")
 
 
+def test_shards_without_their_index(tmp_path: Path) -> None:
+    source = model().save(tmp_path / "source", shards=2)
+    (source / INDEX).unlink()
+    refused(source, tmp_path, CheckpointError, f"{SHARD} is there, and {INDEX}.* is missing")
+
+
 def test_all_missing_shards_are_counted(tmp_path: Path) -> None:
     source = model().save(tmp_path / "source", shards=3)
     for number in (1, 2):
