@@ -146,6 +146,4 @@ def _others(root: Path) -> str | None:
             return f"the weights are in {path.name}, a {what}"
     if (root / "model_index.json").is_file():
         return "a pipeline of diffusers', not a language model"
-    if not any(root.iterdir()):
-        return "the folder is empty"
     return None

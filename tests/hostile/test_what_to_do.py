@@ -101,11 +101,6 @@ def diffusers(tmp_path: Path) -> Path:
     return touch(tmp_path / "diffusers", "model_index.json")
 
 
-def empty(tmp_path: Path) -> Path:
-    (tmp_path / "empty").mkdir()
-    return tmp_path / "empty"
-
-
 FOLDERS: dict[Callable[[Path], Path], str] = {
     cache_folder: r"Hub's cache: name .*/snapshots/aaa, or the model's id org/name",
     adapter: r"an adapter \(LoRA\) of org/base.*merge_and_unload",
@@ -123,7 +118,6 @@ FOLDERS: dict[Callable[[Path], Path], str] = {
     gguf: r"the weights are in model-q4.gguf, a GGUF file",
     flax: r"flax_model.msgpack, a file of Flax's",
     diffusers: r"a pipeline of diffusers'",
-    empty: r"the folder is empty",
 }
 
 
