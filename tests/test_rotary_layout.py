@@ -34,25 +34,29 @@ def saved_in_2024(
     return model, tmp_path / "there"
 
 
+def rotary(report: nf.Report) -> list[str]:
+    """The warnings that are of rotary pairs: others say what else Nanotron did not keep."""
+    return [text for text in report.plan.warnings if "no rope_interleaved" in text]
+
+
 @pytest.mark.parametrize("drop", [LATER, ("rope_interleaved",)])
 def test_a_llama_without_the_key_rotates_neighbours(drop: tuple[str, ...], tmp_path: Path) -> None:
     model, there = saved_in_2024(tmp_path, drop, rope_interleaved=True)
     report = nf.convert(there, tmp_path / "back")
     assert read_tensors(tmp_path / "back") == model.tensors
-    (warning,) = report.plan.warnings
-    assert "no rope_interleaved" in warning
+    (warning,) = rotary(report)
     assert "--no-rope-interleaved" in warning
     # Saying so makes it sure.
     report = nf.convert(there, tmp_path / "sure", rope_interleaved=True)
     assert read_tensors(tmp_path / "sure") == model.tensors
-    assert report.plan.warnings == ()
+    assert rotary(report) == []
 
 
 def test_the_override_reads_halves(tmp_path: Path) -> None:
     model, there = saved_in_2024(tmp_path)
     report = nf.convert(there, tmp_path / "back", rope_interleaved=False)
     assert read_tensors(tmp_path / "back") == model.tensors
-    assert report.plan.warnings == ()
+    assert rotary(report) == []
     nf.convert(there, tmp_path / "wrong")
     assert read_tensors(tmp_path / "wrong") != model.tensors
 
@@ -135,7 +139,7 @@ def test_a_qwen2_without_the_key_rotates_halves(tmp_path: Path) -> None:
         path.write_text(json.dumps(config))
         report = nf.convert(root / "there", root / "back")
         assert read_tensors(root / "back") == model.tensors
-        assert report.plan.warnings == ()
+        assert rotary(report) == []
     with pytest.raises(UnsupportedModelError, match="--rope-interleaved: Starcoder2"):
         nf.convert(root / "there", root / "pairs", rope_interleaved=True)
 
@@ -148,4 +152,4 @@ def test_the_script_that_nanotrons_users_know(
     monkeypatch.setattr("sys.argv", [*words, "--no-rope-interleaved"])
     to_hf_script()
     assert read_tensors(tmp_path / "back") == model.tensors
-    assert "warning" not in capsys.readouterr().err
+    assert "no rope_interleaved" not in capsys.readouterr().err

@@ -65,7 +65,7 @@ def check_config(
     """
     for key in _WRAPPED:
         inner = config.get(key)
-        if isinstance(inner, Mapping):
+        if isinstance(inner, Mapping) and "hidden_size" not in config:
             raise UnsupportedModelError(
                 f"config.json: model_type {config.get('model_type')!r} wraps a language model "
                 f"({key}: {inner.get('model_type', 'no model_type')!r}) together with others, as "

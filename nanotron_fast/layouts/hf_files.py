@@ -66,22 +66,17 @@ def _explicit(root: Path, name: object) -> Choice:
 
 
 def _single_beside_index(root: Path) -> Choice:
-    try:
-        files = indexed_files(root, INDEX)
-    except CheckpointError as error:
-        reason = f"cannot be read ({error})"
-    else:
-        if set(files) == {SINGLE}:
-            return Choice(files)
-        gone = [name for name in files if not (root / name).is_file()]
-        if not gone:
-            return Choice({SINGLE: None}, rival=files)
-        reason = f"places tensors in {gone[0]}, which is not there"
+    files = indexed_files(root, INDEX)
+    if set(files) == {SINGLE}:
+        return Choice(files)
+    gone = [name for name in files if not (root / name).is_file()]
+    if not gone:
+        return Choice({SINGLE: None}, rival=files)
     return Choice(
         {SINGLE: None},
         warnings=(
-            f"{root / INDEX} {reason}: it is left alone, and {SINGLE} beside it is read, which is "
-            "what transformers loads",
+            f"{root / INDEX} places tensors in {gone[0]}, which is not there: it is left alone, "
+            f"and {SINGLE} beside it is read, which is what transformers loads",
         ),
     )
 

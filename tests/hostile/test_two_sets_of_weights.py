@@ -100,13 +100,6 @@ def test_a_stale_index_is_left_alone(tmp_path: Path) -> None:
     assert read_tensors(tmp_path / "back") == model(1).tensors
 
 
-def test_an_index_that_cannot_be_read_is_left_alone(tmp_path: Path) -> None:
-    source = model().save(tmp_path / "source")
-    (source / INDEX).write_text("{")
-    (warning,) = nanotron_fast.convert(source, tmp_path / "there").plan.warnings
-    assert f"{INDEX} cannot be read" in warning
-
-
 def test_an_index_of_the_single_file_is_no_second_set(tmp_path: Path) -> None:
     source = model().save(tmp_path / "source")
     write_json(source / INDEX, {"weight_map": dict.fromkeys(model().tensors, SINGLE)})
