@@ -125,15 +125,22 @@ def test_a_configuration_cannot_name_weights_or_our_own_files(source: Path) -> N
     assert set(found.left) == set(names)
 
 
-def test_special_files_and_links_to_nothing_are_left(source: Path) -> None:
-    os.mkfifo(source / "vocab.txt")
-    (source / "merges.txt").symlink_to("/proc/self/status")
-    (source / "vocab.json").symlink_to("/dev/zero")
+def test_links_to_nothing_are_left(source: Path) -> None:
     (source / "tokenizer.model").symlink_to("gone")
     (source / "added_tokens.json").symlink_to("added_tokens.json")
     found = companions(source, used={"config.json", "model.safetensors"})
     assert (found.tokenizer, found.others) == ({}, {})
-    assert len(found.left) == 5
+    assert found.left == ("added_tokens.json", "tokenizer.model")
+
+
+@pytest.mark.parametrize("target", ["/proc/self/status", "/dev/zero", None])
+def test_special_files_are_refused(target: str | None, source: Path) -> None:
+    if target is None:
+        os.mkfifo(source / "vocab.txt")
+    else:
+        (source / "vocab.txt").symlink_to(target)
+    with pytest.raises(CheckpointError, match=r"vocab.txt: it is .* not a plain file"):
+        companions(source)
 
 
 def test_a_file_too_large_is_left(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

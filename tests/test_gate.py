@@ -128,12 +128,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"model_type": "gpt2"},
         "'gpt2' is not supported: its positions are learned.* Supported: llama, mis",
     ),
-    "quantised": (
-        "llama",
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        "the weights are quantised .gptq.",
-    ),
-    "quantised-unknown": ("llama", {"quantization_config": {"bits": 4}}, "are quantised"),
 }
 
 
