@@ -191,11 +191,13 @@ def test_the_scripts_take_them_too(
 ) -> None:
     words = [f"--checkpoint_path={step}", f"--save_path={tmp_path / 'back'}", f"--like={hf}"]
     monkeypatch.setattr("sys.argv", ["convert", *words, f"--tokenizer_name={hf}"])
-    convert_nanotron_to_hf.main()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        convert_nanotron_to_hf.main()
     assert read_json(tmp_path / "back" / "config.json")["eos_token_id"] == [5, 6]
     words = [f"--checkpoint_path={hf}", f"--save_path={tmp_path / 'there'}", "--ignore_tensors=x*"]
     monkeypatch.setattr("sys.argv", ["convert", *words, f"--tokenizer_name={hf}"])
-    convert_hf_to_nanotron.main()
+    with pytest.raises(SystemExit, match=r"^0$"):
+        convert_hf_to_nanotron.main()
     assert (tmp_path / "there" / "tokenizer.json").is_file()
 
 
