@@ -9,7 +9,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import source as sources
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.errors import CheckpointError, DestinationError
 from nanotron_fast.layouts import companions as layout
 from nanotron_fast.layouts.companions import companions
 from nanotron_fast.reporting import report_lines
@@ -106,6 +106,18 @@ def test_what_auto_map_of_the_config_names(source: Path, tmp_path: Path) -> None
     nanotron_fast.convert(tmp_path / "there", tmp_path / "back")
     assert (tmp_path / "back" / "code" / "own.py").read_bytes() == b"# own"
     assert (tmp_path / "back" / "modeling_far.py").is_file()
+
+
+def test_what_was_carried_may_be_replaced(source: Path, tmp_path: Path) -> None:
+    config = json.loads((source / "config.json").read_text())
+    write_json(source / "config.json", {**config, "auto_map": {"AutoModel": "code.own.Model"}})
+    files = {name: data for name, data in CARRIED.items() if not name.startswith("extra/")}
+    put(source, {**files, "code/own.py": b"# own"})
+    nanotron_fast.convert(source, tmp_path / "there")
+    nanotron_fast.convert(source, tmp_path / "there", overwrite=True)
+    put(tmp_path / "there", {"code/notes.txt": b"mine"})
+    with pytest.raises(DestinationError, match="there is more in it: code"):
+        nanotron_fast.convert(source, tmp_path / "there", overwrite=True)
 
 
 def test_no_name_leads_out_of_the_folder(source: Path, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ _FOLDERS = {
     "lr_scheduler": ("*.pt",),
     "random": ("*.pt",),
     "additional_chat_templates": ("*.jinja",),
+    "custom_generate": ("*.py", "*.txt"),
     ".cache": ("*",),
 }
 
@@ -56,12 +57,11 @@ def _is_known(root: Path, name: str, own: Collection[str]) -> bool:
     path = root / name
     if not path.is_dir() or path.is_symlink():
         return name in own or _matches(name, _PATTERNS)
-    if name not in _FOLDERS:
+    # A folder that is written again may hold code, which a configuration's auto_map names.
+    patterns = _FOLDERS.get(name, ("*.py",) if name in own else ())
+    if not patterns:
         return False
-    for _, _, files in os.walk(path):
-        if not all(_matches(file, _FOLDERS[name]) for file in files):
-            return False
-    return True
+    return all(all(_matches(file, patterns) for file in files) for _, _, files in os.walk(path))
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:
