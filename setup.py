@@ -148,8 +148,9 @@ setup(
     # nanotron_fast/kernels is a link, so that the tree works where it is not installed: left out
     # here, or its files would be packaged under both of their paths.
     packages=[
-        *find_packages(include=["nanotron_fast*"], exclude=["nanotron_fast.kernels"]),
+        *find_packages(include=["nanotron_fast*"], exclude=["nanotron_fast.kernels*"]),
         "nanotron_fast.kernels",
+        *(f"nanotron_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"nanotron_fast.kernels": "kernels"},
     package_data={"nanotron_fast": ["py.typed", "*.pyi"]},

@@ -25,7 +25,7 @@ from pathlib import Path
 import models
 
 import nanotron_fast as nf
-from nanotron_fast.dtypes import Dtype
+from nanotron_fast.moves.dtypes import Dtype
 
 RESULTS = Path(__file__).parent / "results"
 BASELINE = Path(__file__).parent / "torch_baseline.py"

@@ -25,9 +25,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import nanotron_fast as nf
-from nanotron_fast.dtypes import Dtype
 from nanotron_fast.families import family_of_config
 from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.moves.dtypes import Dtype
 
 Tensors = dict[str, torch.Tensor]
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"

@@ -27,8 +27,8 @@ from bench_convert import RESULTS, environment
 import nanotron_fast as nf
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
+from nanotron_fast.patch.nanotron.targets import OPS, installed_version
 from nanotron_fast.patch.stand_ins import is_stand_in
-from nanotron_fast.patch.targets import OPS, installed_version
 
 SHAPE = {
     "hidden_size": 4096,

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from nanotron_fast.dtypes import Dtype
 from nanotron_fast.families import family_of_config
 from nanotron_fast.families.hf_config import read_config
-from nanotron_fast.layouts.hf import CONFIG, INDEX, NewFile, layout_shards
+from nanotron_fast.formats.huggingface.checkpoint import CONFIG, INDEX, NewFile, layout_shards
+from nanotron_fast.moves.dtypes import Dtype
 
 # Architectures by name; what is not here has transformers' defaults.
 SHAPES: dict[str, dict[str, object]] = {

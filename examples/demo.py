@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from nanotron_fast.reporting import size
+from nanotron_fast.cli.reporting import size
 
 TEXT = (
     "A checkpoint is what is left of a training run when the machines have gone home.",

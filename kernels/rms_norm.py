@@ -21,8 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.backend import num_multiprocessors, on_grid, operator, uses_triton
-from nanotron_fast.kernels.rows import as_rows
+from nanotron_fast.kernels.runtime.backend import (
+    num_multiprocessors,
+    on_grid,
+    operator,
+    uses_triton,
+)
+from nanotron_fast.kernels.runtime.rows import as_rows
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384

@@ -1,4 +1,4 @@
-"""The native engine. nanotron_fast/engine.py is the way to call it."""
+"""The native engine. nanotron_fast/moves/engine.py is the way to call it."""
 
 from array import array
 from collections.abc import Sequence

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Any
 from nanotron_fast.version import __version__
 
 if TYPE_CHECKING:
-    from nanotron_fast.conversion import Report, convert, plan
+    from nanotron_fast.checkpoints.convert import Report, convert, plan
+    from nanotron_fast.checkpoints.inspect import inspect
+    from nanotron_fast.checkpoints.load import load_into
+    from nanotron_fast.checkpoints.plan.plan import Plan
+    from nanotron_fast.checkpoints.verify import verify
     from nanotron_fast.errors import NanotronFastError
-    from nanotron_fast.inspection import inspect
-    from nanotron_fast.loading import load_into
-    from nanotron_fast.patch.registry import disable, enable, status
-    from nanotron_fast.patch.transformers_models import disable_transformers, enable_transformers
-    from nanotron_fast.planning.plan import Plan
-    from nanotron_fast.topology import Topology
-    from nanotron_fast.verification import verify
+    from nanotron_fast.model.topology import Topology
+    from nanotron_fast.patch.nanotron.registry import disable, enable, status
+    from nanotron_fast.patch.transformers.models import disable_transformers, enable_transformers
 
 __all__ = [
     "NanotronFastError",
@@ -43,19 +43,19 @@ __all__ = [
 
 _HOMES = {
     "NanotronFastError": "errors",
-    "Plan": "planning.plan",
-    "Report": "conversion",
-    "Topology": "topology",
-    "convert": "conversion",
-    "disable": "patch.registry",
-    "disable_transformers": "patch.transformers_models",
-    "enable": "patch.registry",
-    "enable_transformers": "patch.transformers_models",
-    "inspect": "inspection",
-    "load_into": "loading",
-    "plan": "conversion",
-    "status": "patch.registry",
-    "verify": "verification",
+    "Plan": "checkpoints.plan.plan",
+    "Report": "checkpoints.convert",
+    "Topology": "model.topology",
+    "convert": "checkpoints.convert",
+    "disable": "patch.nanotron.registry",
+    "disable_transformers": "patch.transformers.models",
+    "enable": "patch.nanotron.registry",
+    "enable_transformers": "patch.transformers.models",
+    "inspect": "checkpoints.inspect",
+    "load_into": "checkpoints.load",
+    "plan": "checkpoints.convert",
+    "status": "patch.nanotron.registry",
+    "verify": "checkpoints.verify",
 }
 
 

@@ -6,11 +6,11 @@ package; 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP.
 
 from __future__ import annotations
 
-from nanotron_fast.entry import run_command
+from nanotron_fast.cli.entry import run_command
 
 
 def _command() -> None:
-    from nanotron_fast.cli import app
+    from nanotron_fast.cli.commands import app
 
     app(prog_name="nanotron-fast")
 

@@ -6,6 +6,6 @@ them; without it they are all on. `nanotron_fast.disable()` takes everything out
 
 from __future__ import annotations
 
-from nanotron_fast.patch.registry import enable, requested_ops
+from nanotron_fast.patch.nanotron.registry import enable, requested_ops
 
 enable(requested_ops())

@@ -11,8 +11,10 @@ from pathlib import Path
 import numpy as np
 from hypothesis import strategies as st
 
-from nanotron_fast.dtypes import Dtype
-from nanotron_fast.planning.moves import FILL, Move, MovePlan, OutputFile
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import Move
+from nanotron_fast.moves.plan import MovePlan, OutputFile
+from nanotron_fast.moves.row import FILL
 from tests.strides import packed, permuted
 
 NUM_SOURCES = 3

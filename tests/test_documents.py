@@ -12,7 +12,7 @@ import yaml
 
 import nanotron_fast as nf
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families.model_fields import FIELDS, FIELDS_1_2
+from nanotron_fast.formats.nanotron.class_fields import FIELDS, FIELDS_1_2
 
 
 def check_types(config: dict[str, Any], model_class: str) -> None:

@@ -1,67 +1,131 @@
-"""What is imported when, and in which direction."""
+"""What is imported when, and in which direction.
+
+The rooms and their arrows are drawn in docs/architecture.md. The law covers every file of the
+package and of kernels/, and what is imported inside functions too.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 import nanotron_fast
 
-PACKAGE = Path(nanotron_fast.__file__).parent
+ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface_hub")
 
-# Modules from the bottom up; each may import from its own line and from those above it.
-LAYERS = (
-    {"version", "errors", "kernels", "interruption", "streams"},
-    {"dtypes", "topology", "entry", "plain_file", "lfs"},
-    {"header", "spec"},
-    {"layouts", "families"},
-    {"planning", "source"},
-    {"engine", "reference", "destination", "processes", "small_files", "_C"},
-    {"conversion", "verification", "inspection", "logits", "nanotron_forward", "loading"},
-    {"reporting", "scripts", "parallel", "patch"},
-    {"environment"},
-    {"cli", "auto", ""},
-    {"__main__"},
+# A room, and what its files may import beside each other. "_C" and "_cuda" are the native parts.
+BASE = ("errors", "version", "interruption")
+CONVERTER = (*BASE, "_C", "moves", "model", "formats", "families")
+ALLOWED: Mapping[str, tuple[str, ...]] = {
+    "errors": (),
+    "version": (),
+    "interruption": (),
+    "moves": (*BASE, "_C"),
+    "model": ("errors",),
+    "formats": ("errors", "moves", "model"),
+    "families": ("errors", "moves", "model", "formats"),
+    "checkpoints": (*CONVERTER, "kernels.pack", "kernels.rope.tables"),
+    "kernels": ("errors", "moves.row", "_C", "_cuda"),
+    "parallel": ("errors", "kernels"),
+    "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
+    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch"),
+    "auto": ("patch",),
+    "__main__": ("interruption", "cli"),
+    # The face: what it exports, imported when it is asked for.
+    "": ("version",),
+}
+# Folders of a room that stand beside each other: none imports another.
+APART = (
+    ("formats.huggingface", "formats.nanotron"),
+    ("patch.nanotron", "patch.transformers"),
 )
 
 
-def layer_of(module: str) -> int:
-    name = module.removeprefix("nanotron_fast").lstrip(".").partition(".")[0]
-    return next(index for index, names in enumerate(LAYERS) if name in names)
+def modules() -> Iterator[tuple[str, Path]]:
+    """Every module's name below nanotron_fast, and its file."""
+    package = ROOT / "nanotron_fast"
+    for base, prefix in ((package, ()), (ROOT / "kernels", ("kernels",))):
+        for path in sorted(base.rglob("*.py")):
+            parts = (*prefix, *path.relative_to(base).with_suffix("").parts)
+            if prefix or parts[0] != "kernels":
+                yield ".".join(part for part in parts if part != "__init__"), path
 
 
-def imports_of(path: Path) -> set[str]:
-    """What a module imports when it is imported: not inside functions or TYPE_CHECKING."""
+FILES = dict(modules())
+NATIVE = {"_C", "_cuda"}
+
+
+@cache
+def imports_of(name: str) -> frozenset[str]:
+    """The modules of this package that a module imports, inside functions too."""
     found: set[str] = set()
-    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    pending: list[ast.AST] = [ast.parse(FILES[name].read_text())]
     while pending:
         node = pending.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.level:
+            # Stand-ins take another package's name, and import within it.
+            assert is_within(name, "patch.stand_ins"), f"{name}: a relative import"
+            continue
         if isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            if node.module == "nanotron_fast":
-                found |= {f"nanotron_fast.{alias.name}" for alias in node.names}
-                found.discard("nanotron_fast")
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                below = full.removeprefix("nanotron_fast").lstrip(".")
+                is_module = below in FILES or below in NATIVE
+                found.add(full if is_module else node.module)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
-            continue
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            pending.extend(ast.iter_child_nodes(node))
-    return found
+        pending.extend(ast.iter_child_nodes(node))
+    ours = {each for each in found if each.partition(".")[0] == "nanotron_fast"}
+    return frozenset(each.removeprefix("nanotron_fast").lstrip(".") for each in ours) - {name}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
-def test_imports_run_one_way(path: Path) -> None:
-    module = ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
-    mine = layer_of(module.removesuffix(".__init__"))
-    for name in imports_of(path):
-        if name.startswith("nanotron_fast"):
-            assert layer_of(name) <= mine, f"{module} imports {name}"
+def is_within(module: str, room: str) -> bool:
+    return module == room or module.startswith(f"{room}.")
+
+
+@pytest.mark.parametrize("name", FILES, ids=lambda name: name or "nanotron_fast")
+def test_imports_run_one_way(name: str) -> None:
+    room = name.partition(".")[0]
+    allowed = ALLOWED[room]
+    for imported in imports_of(name):
+        assert (is_within(imported, room) and room) or any(
+            is_within(imported, each) for each in allowed
+        ), f"{name or 'nanotron_fast'} imports {imported}; {room} may import {', '.join(allowed)}"
+
+
+@pytest.mark.parametrize("apart", APART, ids=" and ".join)
+def test_wings_do_not_lean_on_each_other(apart: tuple[str, ...]) -> None:
+    for wing in apart:
+        others = [each for each in apart if each != wing]
+        for name in FILES:
+            if is_within(name, wing):
+                leaning = [m for m in imports_of(name) if any(is_within(m, o) for o in others)]
+                assert not leaning, f"{name} imports {', '.join(leaning)}"
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    done: set[str] = set()
+
+    def walk(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, f"a circle: {' -> '.join((*path[path.index(name) :], name))}"
+        if name in done:
+            return
+        for imported in sorted(imports_of(name)):
+            if imported in FILES and imported:
+                walk(imported, (*path, name))
+        done.add(name)
+
+    for name in FILES:
+        walk(name, ())
 
 
 def run(code: str, *blocked: str) -> None:
@@ -99,7 +163,7 @@ def test_commands_run_where_the_training_packages_are_not_installed(
     }[command]
     run(
         f"sys.argv = ['nanotron-fast', {command!r}, *{words!r}]\n"
-        "from nanotron_fast.cli import main\n"
+        "from nanotron_fast.cli.commands import main\n"
         "main()",
         "torch",
         "transformers",
@@ -111,18 +175,19 @@ def test_commands_run_where_the_training_packages_are_not_installed(
 
 def test_kernels_run_from_the_tree_with_torch_triton_and_numpy_alone() -> None:
     """What a machine with a GPU has before anything is installed on it."""
-    root = PACKAGE.parent
+    link = ROOT / "nanotron_fast" / "kernels"
     code = (
         "import importlib, pkgutil\n"
+        "prefix = 'nanotron_fast.kernels.'\n"
         "names = {finder: getattr(finder, '__name__', '') for finder in sys.meta_path}\n"
         "sys.meta_path = [finder for finder in names if 'Editable' not in names[finder]]\n"
-        f"sys.path.insert(0, {str(root)!r})\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
         "import nanotron_fast.kernels, nanotron_fast.parallel\n"
-        f"assert nanotron_fast.kernels.__file__ == {str(PACKAGE / 'kernels/__init__.py')!r}\n"
-        "for module in pkgutil.iter_modules(nanotron_fast.kernels.__path__):\n"
-        "    importlib.import_module(f'nanotron_fast.kernels.{module.name}')\n"
+        f"assert nanotron_fast.kernels.__file__ == {str(link / '__init__.py')!r}\n"
+        "for module in pkgutil.walk_packages(nanotron_fast.kernels.__path__, prefix):\n"
+        "    importlib.import_module(module.name)\n"
     )
-    assert (PACKAGE / "kernels").readlink() == Path("../kernels")
+    assert link.readlink() == Path("../kernels")
     others = ("typer", "rich", "yaml", "safetensors", "transformers", "huggingface_hub", "pybind11")
     run(code, "nanotron_fast._C", "hypothesis", *others)
 

@@ -7,7 +7,7 @@
 
 namespace nanotron_fast {
 
-// The codes of nanotron_fast/dtypes.py.
+// The codes of nanotron_fast/moves/dtypes.py.
 enum class Dtype : int64_t { kBFloat16 = 0, kFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
 constexpr int64_t kNumDtypes = 4;
 

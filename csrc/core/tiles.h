@@ -17,7 +17,7 @@ enum class TileKind : int32_t {
 };
 
 // One move as a device takes it: addresses, a box (outer, middle, inner), and its tiles, which are
-// numbered through all items with inner tiles first. csrc/cuda and kernels/pack_kernel.py read it.
+// numbered through all items with inner tiles first. csrc/cuda and kernels/pack/kernels.py read it.
 struct alignas(16) TileItem {
   int64_t source;  // an address; 0 for a fill
   int64_t destination;
@@ -37,7 +37,7 @@ struct alignas(16) TileItem {
   int32_t tiles_middle;
   int32_t tiles_inner;
 };
-static_assert(sizeof(TileItem) == 128, "kernels/pack_kernel.py reads 16 columns of int64");
+static_assert(sizeof(TileItem) == 128, "kernels/pack/kernels.py reads 16 columns of int64");
 
 struct TileTable {
   std::vector<TileItem> items;

@@ -9,8 +9,8 @@ from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families import foreign
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.gate import unknown_family
-from nanotron_fast.families.model_classes import class_of
 from nanotron_fast.families.tables import BUILT_IN
+from nanotron_fast.formats.nanotron.classes import class_of
 
 __all__ = [
     "Family",

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.rules import Context, Rule
-from nanotron_fast.spec import ModelSpec
+from nanotron_fast.model.spec import ModelSpec
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.
 COMMON_KEYS: Mapping[str, str] = {

@@ -14,7 +14,7 @@ from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.model_types import LIKE_LLAMA, NEUTRAL, REFUSED
-from nanotron_fast.spec import ModelSpec
+from nanotron_fast.model.spec import ModelSpec
 
 _STARCODER2 = "starcoder2"
 # What two families may read out of one config.json differently, and the key that says it.

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.model_classes import CLASS_BY_OPTION
 from nanotron_fast.families.model_types import LIKE_LLAMA, REFUSED
-from nanotron_fast.spec import NANOTRON_ACTIVATIONS, ModelSpec
+from nanotron_fast.formats.nanotron.classes import CLASS_BY_OPTION
+from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
+from nanotron_fast.moves.dtypes import Dtype
 
 TARGETS = ("nanotron", "nanotron-fast")
 VERSIONS = ("1.5", "1.2")

@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.fields import MAX_COUNT, MAX_SIZE, Fields
 from nanotron_fast.families.layer_kinds import read_no_rope_interval, read_window
-from nanotron_fast.families.rope import must_agree, read_rope
-from nanotron_fast.spec import ModelSpec, MoeSpec
+from nanotron_fast.formats.fields import MAX_COUNT, MAX_SIZE, Fields
+from nanotron_fast.formats.rope import must_agree, read_rope
+from nanotron_fast.model.spec import ModelSpec, MoeSpec
+from nanotron_fast.moves.dtypes import Dtype
 
 _REQUIRED = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
 _POSITIVE = (*_REQUIRED, "num_kv_heads", "max_position_embeddings")

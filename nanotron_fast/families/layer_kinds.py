@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.fields import Fields
+from nanotron_fast.formats.fields import Fields
 
 _KINDS = ("full_attention", "sliding_attention")
 

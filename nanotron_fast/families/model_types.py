@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from nanotron_fast.families.fields import is_number
-from nanotron_fast.spec import ModelSpec
+from nanotron_fast.formats.fields import is_number
+from nanotron_fast.model.spec import ModelSpec
 
 _NEIGHBOURS = "its rotary embedding turns neighbours in a head, where Nanotron's tables turn halves"
 _QK_NORM = "its queries and keys are normalised (qk-norm), which Nanotron does not do"

@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from nanotron_fast.errors import TopologyError
-
-Box = tuple[int, int, int]
+from nanotron_fast.moves.boxes import Box, row_major
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +93,3 @@ class Param:
         offset = sum(index * stride for index, stride in zip(start, strides, strict=True))
         a, b, c = (step * strides[axis] for step, axis in zip(part.steps, part.axes, strict=True))
         return low, high, offset, (a, b, c)
-
-
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides in elements of a C-contiguous tensor."""
-    strides = [1] * len(shape)
-    for dim in range(len(shape) - 2, -1, -1):
-        strides[dim] = strides[dim + 1] * shape[dim + 1]
-    return tuple(strides)

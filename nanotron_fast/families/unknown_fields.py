@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
-from nanotron_fast.families.model_classes import MOE_FIELDS, class_of
-from nanotron_fast.families.model_fields import EXTENSION_FIELDS, FIELDS
 from nanotron_fast.families.model_types import NEUTRAL
-from nanotron_fast.spec import ModelSpec
+from nanotron_fast.formats.nanotron.class_fields import EXTENSION_FIELDS, FIELDS
+from nanotron_fast.formats.nanotron.classes import MOE_FIELDS, class_of
+from nanotron_fast.model.spec import ModelSpec
 
 # The key of config.json that holds them.
 UNKNOWN_FIELDS = "nanotron_model_config"

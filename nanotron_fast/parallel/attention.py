@@ -17,9 +17,9 @@ from torch import Tensor
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
-from nanotron_fast.kernels.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.matmul import matmul_rope, prefers_fused
 from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward_
+from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.parallel.communication import (
     check_mode,
     start_all_gather,

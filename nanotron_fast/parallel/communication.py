@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanotron_fast.errors import TopologyError
-from nanotron_fast.kernels import collectives
-from nanotron_fast.kernels.collectives import Ranks
+from nanotron_fast.kernels.runtime import collectives
+from nanotron_fast.kernels.runtime.collectives import Ranks
 
 MODES = ("all_reduce", "reduce_scatter")
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.errors import TopologyError
-from nanotron_fast.kernels.collectives import Group, Ranks, resolve
+from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.parallel.communication import (
     check_mode,
     start_all_gather,

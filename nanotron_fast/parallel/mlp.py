@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.collectives import Group, Ranks, resolve
+from nanotron_fast.kernels.glu import glu_backward, glu_forward
 from nanotron_fast.kernels.matmul import matmul_glu, prefers_fused
-from nanotron_fast.kernels.swiglu import glu_backward, glu_forward
+from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.parallel.communication import (
     check_mode,
     start_all_gather,

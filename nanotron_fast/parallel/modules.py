@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nanotron_fast.errors import TopologyError
-from nanotron_fast.kernels.collectives import Group, resolve
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
+from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from nanotron_fast.parallel.communication import check_mode
 from nanotron_fast.parallel.linear import column_linear, row_linear
 

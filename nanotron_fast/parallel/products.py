@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanotron_fast.kernels.collectives import Ranks
+from nanotron_fast.kernels.runtime.collectives import Ranks
 from nanotron_fast.parallel.communication import (
     Pending,
     start_all_gather,

@@ -39,11 +39,11 @@ def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any)
     """
     if not Path(script).is_file():
         raise ConfigError(f"{script}: there is no such script")
-    from nanotron_fast.patch.requirements import check_requirements
+    from nanotron_fast.patch.nanotron.requirements import check_requirements
 
     check_requirements()
     from nanotron_fast.patch.cpu import cpu_mode
-    from nanotron_fast.patch.registry import enable
+    from nanotron_fast.patch.nanotron.registry import enable
 
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         os.environ.update(_alone())

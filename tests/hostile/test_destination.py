@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 
 import nanotron_fast
-from nanotron_fast import Topology, conversion, engine
-from nanotron_fast.destination import Destination
+from nanotron_fast import Topology
+from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import CheckpointError, DestinationError, NanotronFastError
+from nanotron_fast.moves import engine
 from tests.modelzoo import make, read_tensors
 
 MODEL = make("llama", num_hidden_layers=1)
@@ -23,7 +25,7 @@ MODEL = make("llama", num_hidden_layers=1)
 STUCK = """
 import sys, time
 import nanotron_fast
-from nanotron_fast import engine
+from nanotron_fast.moves import engine
 execute = engine.execute
 def stuck(*args, **kwargs):
     execute(*args, **kwargs)

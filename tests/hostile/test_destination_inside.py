@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 import nanotron_fast
-from nanotron_fast import conversion
-from nanotron_fast.destination import Destination
+from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import DestinationError
 from tests.modelzoo import make, read_tensors
 
@@ -230,7 +230,9 @@ def killed(source: Path, out: Path, num_moved: int, monkeypatch: pytest.MonkeyPa
         patched.setattr(Path, "rename", stop)
         patched.setattr(Destination, "abort", Destination._release)
         # Nothing is moved back, either.
-        patched.setattr("nanotron_fast.destination.reversed", lambda done: [], raising=False)
+        patched.setattr(
+            "nanotron_fast.checkpoints.destination.reversed", lambda done: [], raising=False
+        )
         with pytest.raises(Killed):
             nanotron_fast.convert(source, out)
     return moved
@@ -297,7 +299,7 @@ def test_a_full_disk_names_the_small_file(
             raise OSError(28, "No space left on device")
         file.write(data)
 
-    monkeypatch.setattr("nanotron_fast.small_files._write", full)
+    monkeypatch.setattr("nanotron_fast.checkpoints.small_files._write", full)
     with pytest.raises(OSError, match=f"No space left on device: '.*/{name}'"):
         nanotron_fast.convert(source, tmp_path / "out")
     assert names(tmp_path) == ["source"]

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 import nanotron_fast
+from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.plan.compare import plan_comparison
+from nanotron_fast.checkpoints.plan.load import plan_load
+from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.errors import NanotronFastError
-from nanotron_fast.planning.comparison import plan_comparison
-from nanotron_fast.planning.options import Options
-from nanotron_fast.planning.to_memory import plan_load
-from nanotron_fast.source import read, resolve
 from tests.modelzoo import make
 
 NUM_TRIES = 60

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.header import Header, read_header
+from nanotron_fast.formats.safetensors import Header, read_header
 from tests.modelzoo import Tensor, safetensors_bytes
 
 GOOD = safetensors_bytes(

@@ -10,10 +10,10 @@ from typing import BinaryIO
 import pytest
 
 import nanotron_fast
-from nanotron_fast import small_files
+from nanotron_fast.checkpoints import small_files
+from nanotron_fast.checkpoints.small_files import copy_file
 from nanotron_fast.errors import CheckpointError, NanotronFastError
-from nanotron_fast.plain_file import open_plain, read_small
-from nanotron_fast.small_files import copy_file
+from nanotron_fast.formats.plain_file import open_plain, read_small
 from tests.modelzoo import make
 
 MODEL = make("llama", num_hidden_layers=1)
@@ -97,8 +97,8 @@ def test_a_file_that_is_cut_while_it_is_copied(
         os.truncate(path, 1)
         write(file, data[:1])
 
-    monkeypatch.setattr("nanotron_fast.small_files._BLOCK_BYTES", 1)
-    monkeypatch.setattr("nanotron_fast.small_files._write", cut)
+    monkeypatch.setattr("nanotron_fast.checkpoints.small_files._BLOCK_BYTES", 1)
+    monkeypatch.setattr("nanotron_fast.checkpoints.small_files._write", cut)
     with pytest.raises(CheckpointError, match="it ends 1 bytes before its size"):
         copy_file(path, tmp_path / "copy", fsync=True)
 

@@ -9,7 +9,7 @@ import pytest
 import nanotron_fast
 from nanotron_fast import layouts
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.layouts.hf import read_hf
+from nanotron_fast.formats.huggingface.checkpoint import read_hf
 from tests.modelzoo import Model, make, random_tensor, read_file, read_tensors, write_json
 from tests.refusals import refused
 

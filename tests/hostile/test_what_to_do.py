@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import nanotron_fast
+from nanotron_fast.cli.reporting import report_lines, verification_lines
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.reporting import report_lines, verification_lines
 from tests.modelzoo import Model, Tensor, make, random_tensor, read_tensors, write_json
 from tests.refusals import refused
 

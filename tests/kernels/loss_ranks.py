@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanotron_fast.kernels.backend import is_interpreting
-from nanotron_fast.kernels.collectives import Group, group_rank, group_size, resolve
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from nanotron_fast.kernels.runtime.backend import is_interpreting
+from nanotron_fast.kernels.runtime.collectives import Group, group_rank, group_size, resolve
 from tests.kernels.checks import assert_close
 
 NUM_RANKS = 4

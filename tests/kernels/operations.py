@@ -15,13 +15,13 @@ from torch import Tensor
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
+from nanotron_fast.kernels.glu import glu
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_, clip_grad_norm_
 from nanotron_fast.kernels.pack import pack_qkv
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope import rope_qkv, rope_tables
-from nanotron_fast.kernels.rope_apart import rope_apart
-from nanotron_fast.kernels.swiglu import glu
+from nanotron_fast.kernels.rope.apart import rope_apart
 from nanotron_fast.parallel import (
     column_linear,
     row_linear,

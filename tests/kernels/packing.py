@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from nanotron_fast import reference
 from nanotron_fast.kernels import pack
-from nanotron_fast.planning.moves import FILL
+from nanotron_fast.moves import numpy_engine as reference
+from nanotron_fast.moves.row import FILL
 
 gpu = pytest.mark.gpu
 no_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from triton import Config
 
-from nanotron_fast.kernels import attention_triton
 from nanotron_fast.kernels.attention import (
     attention,
     attention_backward,
     attention_forward,
     attention_reference,
 )
-from nanotron_fast.kernels.attention_reference import attention_forward_reference
+from nanotron_fast.kernels.attention import operators as attention_triton
+from nanotron_fast.kernels.attention.reference import attention_forward_reference
 from tests.kernels.checks import assert_close, wide
 
 # Weights are rounded to the dtype before they meet v, and scores' gradients before q and k.

@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels import attention_choice, attention_library
 from nanotron_fast.kernels.attention import attention, explain
-from nanotron_fast.kernels.attention_choice import (
+from nanotron_fast.kernels.attention import choice as attention_choice
+from nanotron_fast.kernels.attention import library as attention_library
+from nanotron_fast.kernels.attention.choice import (
     FEWER_QUERIES,
     MORE_QUERIES,
     PREFERENCE,
     Request,
     choose_backend,
 )
-from nanotron_fast.kernels.attention_reference import attention_reference
+from nanotron_fast.kernels.attention.reference import attention_reference
 
 
 def choose(present=PREFERENCE, **request) -> str:

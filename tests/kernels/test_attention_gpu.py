@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanotron_fast.kernels import attention_configs, attention_library
 from nanotron_fast.kernels.attention import (
     attention,
     attention_backward,
@@ -13,10 +12,12 @@ from nanotron_fast.kernels.attention import (
     attention_reference,
     explain,
 )
-from nanotron_fast.kernels.attention_choice import PREFERENCE
-from nanotron_fast.kernels.attention_dkv import dkv_kernel
-from nanotron_fast.kernels.attention_dq import dq_kernel
-from nanotron_fast.kernels.attention_forward import forward_kernel
+from nanotron_fast.kernels.attention import configs as attention_configs
+from nanotron_fast.kernels.attention import library as attention_library
+from nanotron_fast.kernels.attention.choice import PREFERENCE
+from nanotron_fast.kernels.attention.kernels.dkv import dkv_kernel
+from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
+from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
 from tests.kernels.checks import assert_close, wide
 
 pytestmark = [

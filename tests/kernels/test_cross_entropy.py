@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanotron_fast.kernels import cross_entropy_operators as operators
+from nanotron_fast.kernels.cross_entropy import operators as operators
 from nanotron_fast.kernels.cross_entropy import (
     vocab_parallel_cross_entropy,
     vocab_parallel_cross_entropy_reference,

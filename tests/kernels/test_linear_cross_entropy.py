@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nanotron_fast.kernels import linear_cross_entropy_operators as operators
 from nanotron_fast.kernels.linear_cross_entropy import (
     REDUCTIONS,
     linear_cross_entropy,
     linear_cross_entropy_reference,
 )
+from nanotron_fast.kernels.linear_cross_entropy import operators as operators
 from tests.kernels.checks import assert_close, wide
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]

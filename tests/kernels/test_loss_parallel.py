@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nanotron_fast.kernels.backend import is_interpreting
+from nanotron_fast.kernels.runtime.backend import is_interpreting
 from tests.kernels.loss_ranks import NUM_RANKS, RUNS
 
 ROOT = Path(__file__).parents[2]

@@ -7,7 +7,8 @@ import torch
 from torch.nn.functional import linear
 
 from nanotron_fast.kernels import matmul as module
-from nanotron_fast.kernels import matmul_choice
+from nanotron_fast.kernels.glu import ACTIVATIONS, glu_forward
+from nanotron_fast.kernels.matmul import choice as matmul_choice
 from nanotron_fast.kernels.matmul import (
     matmul_glu,
     matmul_glu_reference,
@@ -16,7 +17,6 @@ from nanotron_fast.kernels.matmul import (
     prefers_fused,
 )
 from nanotron_fast.kernels.rope import rope_qkv_, rope_tables
-from nanotron_fast.kernels.swiglu import ACTIVATIONS, glu_forward
 from tests.kernels.checks import assert_close, wide
 
 # The interpreter's product of bf16 is not one.

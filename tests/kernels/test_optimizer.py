@@ -11,15 +11,18 @@ from functools import partial
 import pytest
 import torch
 
-from nanotron_fast.kernels import adamw, grad_norm, multi_tensor, optimizer
-from nanotron_fast.kernels.adamw import adamw_step_reference_
+from nanotron_fast.kernels import optimizer
 from nanotron_fast.kernels.optimizer import (
     accumulate_,
+    adamw,
     adamw_step_,
     clip_grad_norm_,
     clip_grads_with_norm_,
     get_total_norm,
+    grad_norm,
+    multi_tensor,
 )
+from nanotron_fast.kernels.optimizer.adamw import adamw_step_reference_
 from tests.kernels.checks import assert_close, wide
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from nanotron_fast.dtypes import Dtype
 from nanotron_fast.errors import PlanError
 from nanotron_fast.kernels import pack
-from nanotron_fast.planning.moves import FILL, Move, table_of
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import Move, table_of
+from nanotron_fast.moves.row import FILL
 from tests.kernels.packing import PATHS, check, choose_path, gpu, no_gpu, random_bytes, run_bytes
 from tests.strides import permuted
 

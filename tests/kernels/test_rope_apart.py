@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rope import rope_tables
-from nanotron_fast.kernels.rope_apart import rope_apart, rope_apart_reference
+from nanotron_fast.kernels.rope.apart import rope_apart, rope_apart_reference
 from tests.kernels.checks import assert_close, wide
 
 POSITIONS = 24

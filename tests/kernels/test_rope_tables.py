@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanotron_fast.kernels.rope_tables import rope_frequencies, rope_tables
+from nanotron_fast.kernels.rope.tables import rope_frequencies, rope_tables
 
 _transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 _utils = pytest.importorskip("transformers.modeling_rope_utils")

@@ -26,8 +26,8 @@ from torch import Tensor
 import nanotron_fast as nf
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
-from nanotron_fast.patch.replacements import checkpoints
-from nanotron_fast.patch.targets import Options
+from nanotron_fast.patch.nanotron.replacements import checkpoints
+from nanotron_fast.patch.nanotron.targets import Options
 from tests.nanotron.installed import has_qwen2
 from tests.nanotron.training import SIZES, fill, join_environment
 from tests.parallel.ranks import run_cases

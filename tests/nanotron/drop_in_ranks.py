@@ -18,8 +18,8 @@ from torch import Tensor
 
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
-from nanotron_fast.patch.registry import disable, enable, is_enabled, status
-from nanotron_fast.patch.targets import MAIN, OPS, TARGETS, installed_version
+from nanotron_fast.patch.nanotron.registry import disable, enable, is_enabled, status
+from nanotron_fast.patch.nanotron.targets import MAIN, OPS, TARGETS, installed_version
 from tests.nanotron.training import SIZES, Case, batch, build, free_port, start
 from tests.parallel.ranks import run_cases
 
@@ -243,7 +243,7 @@ def scaled_tables(right: Tensor, plain: Tensor) -> None:
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    from nanotron_fast.kernels.rope_tables import rope_tables
+    from nanotron_fast.kernels.rope.tables import rope_tables
 
     head_dim = SIZES["hidden_size"] // SIZES["num_attention_heads"]
     config = LlamaConfig(**SIZES, rope_scaling=SCALING, rope_theta=10000.0)

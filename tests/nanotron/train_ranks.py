@@ -16,7 +16,7 @@ import torch
 
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
-from nanotron_fast.patch.registry import disable, enable
+from nanotron_fast.patch.nanotron.registry import disable, enable
 from tests.nanotron.training import KERNELS, Case, path_of, start, train
 from tests.parallel.ranks import run_cases
 
@@ -34,7 +34,7 @@ def train_and_save(case: Case, context: Any, folder: Path) -> None:
 
 
 def _spy(home: str, kernel: str) -> Any:
-    module = importlib.import_module(f"nanotron_fast.patch.replacements.{home}")
+    module = importlib.import_module(f"nanotron_fast.patch.nanotron.replacements.{home}")
     return mock.patch.object(module, kernel, wraps=getattr(module, kernel))
 
 

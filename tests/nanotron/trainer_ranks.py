@@ -19,7 +19,7 @@ import yaml
 
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
-from nanotron_fast.patch.registry import disable, enable
+from nanotron_fast.patch.nanotron.registry import disable, enable
 from tests.nanotron.training import BATCH, SEQUENCE, SIZES, join_environment
 from tests.parallel.ranks import run_cases
 

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanotron_fast.checkpoints.load import read_moves
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.header import read_header
-from nanotron_fast.loading import read_moves
-from nanotron_fast.patch.replacements import checkpoints
-from nanotron_fast.patch.replacements.checkpoint_files import Unserved
-from nanotron_fast.patch.replacements.checkpoint_moves import shard_moves, whole_move
-from nanotron_fast.patch.replacements.checkpoints import File, write_files
-from nanotron_fast.planning.moves import MovePlan, OutputFile
+from nanotron_fast.formats.safetensors import read_header
+from nanotron_fast.moves.plan import MovePlan, OutputFile
+from nanotron_fast.patch.nanotron.replacements import checkpoints
+from nanotron_fast.patch.nanotron.replacements.checkpoint_files import Unserved
+from nanotron_fast.patch.nanotron.replacements.checkpoint_moves import shard_moves, whole_move
+from nanotron_fast.patch.nanotron.replacements.checkpoints import File, write_files
 
 DEVICES = [
     "cpu",

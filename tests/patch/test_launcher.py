@@ -22,7 +22,7 @@ import pytest
 def test_bad_usage_is_exit_code_2(tmp_path: Path, words: list[str], message: str) -> None:
     (tmp_path / "script.py").write_text("raise AssertionError('it ran')")
     blocked = "import sys; sys.modules['nanotron'] = None; sys.argv[0] = 'nanotron-fast'\n"
-    program = "from nanotron_fast.cli import main; main()"
+    program = "from nanotron_fast.cli.commands import main; main()"
     result = subprocess.run(
         [sys.executable, "-c", blocked + program, "run", *words],
         capture_output=True,

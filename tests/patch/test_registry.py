@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.patch import registry, stand_ins
-from nanotron_fast.patch.registry import disable, enable, is_enabled, status
-from nanotron_fast.patch.targets import OPS, RELEASED, TARGETS
+from nanotron_fast.patch import stand_ins
+from nanotron_fast.patch.nanotron import registry
+from nanotron_fast.patch.nanotron.registry import disable, enable, is_enabled, status
+from nanotron_fast.patch.nanotron.targets import OPS, RELEASED, TARGETS
 
 FILES = {
     "__init__.py": "",
@@ -251,7 +252,7 @@ def test_the_environment_chooses(nanotron: Any, monkeypatch: pytest.MonkeyPatch)
 def test_every_factory_is_there() -> None:
     for target in TARGETS:
         home, name = target.factory.split(".")
-        module = importlib.import_module(f"nanotron_fast.patch.replacements.{home}")
+        module = importlib.import_module(f"nanotron_fast.patch.nanotron.replacements.{home}")
         assert callable(getattr(module, name))
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.patch import launcher, requirements
-from nanotron_fast.patch.requirements import check_requirements
+from nanotron_fast.patch import launcher
+from nanotron_fast.patch.nanotron import requirements
+from nanotron_fast.patch.nanotron.requirements import check_requirements
 
 FITTING = {"datasets": "4.8.5", "transformers": "4.57.3", "numpy": "1.26.4", "pyarrow": "21.0.0"}
 

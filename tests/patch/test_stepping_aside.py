@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from nanotron_fast.patch.hooks import may_go_past
-from nanotron_fast.patch.replacements import attention, loss, mlp, norm
-from nanotron_fast.patch.targets import Options
+from nanotron_fast.patch.nanotron.replacements import attention, loss, mlp, norm
+from nanotron_fast.patch.nanotron.targets import Options
 
 
 class SiLUActivation(nn.Module):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanotron_fast.patch import transformers_forwards as forwards
-from nanotron_fast.patch.transformers_models import (
+from nanotron_fast.patch.transformers import forwards as forwards
+from nanotron_fast.patch.transformers.models import (
     TRANSFORMERS_OPS,
     disable_transformers,
     enable_transformers,

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import nanotron_fast
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
-from nanotron_fast.patch import transformers_forwards as forwards
-from nanotron_fast.patch.transformers_models import disable_transformers, enable_transformers
+from nanotron_fast.patch.transformers import forwards as forwards
+from nanotron_fast.patch.transformers.models import disable_transformers, enable_transformers
 from tests.patch.test_transformers_models import ALL_TAKEN, DEVICE, assert_same, make, step, tokens
 
 transformers = pytest.importorskip("transformers")

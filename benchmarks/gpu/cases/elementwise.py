@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Setting
+from nanotron_fast.kernels.glu import glu, glu_reference
 from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
 from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_reference, rope_tables
-from nanotron_fast.kernels.rope_apart import rope_apart, rope_apart_reference
-from nanotron_fast.kernels.swiglu import glu, glu_reference
+from nanotron_fast.kernels.rope.apart import rope_apart, rope_apart_reference
 
 _LIGER = "liger_kernel.transformers.functional"
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Setting
-from nanotron_fast.kernels.grad_norm import clip_grad_norm_
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_
+from nanotron_fast.kernels.optimizer.grad_norm import clip_grad_norm_
 from nanotron_fast.kernels.pack import pack_qkv, shard
 
 _OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8}

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Setting
 from nanotron_fast.kernels.attention import attention
+from nanotron_fast.kernels.glu import glu_forward, glu_reference
 from nanotron_fast.kernels.matmul import matmul_glu, matmul_rope
 from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_reference, rope_tables
-from nanotron_fast.kernels.swiglu import glu_forward, glu_reference
 from nanotron_fast.parallel import (
     column_linear,
     row_linear,

@@ -13,9 +13,9 @@ from torch import Tensor
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.harness import Builder, Check, check, precompile
 from nanotron_fast.kernels.attention import attention_reference
-from nanotron_fast.kernels.matmul_choice import ENVIRONMENT_VARIABLE as FUSED_VARIABLE
+from nanotron_fast.kernels.glu import glu_reference
+from nanotron_fast.kernels.matmul.choice import ENVIRONMENT_VARIABLE as FUSED_VARIABLE
 from nanotron_fast.kernels.rope import rope_qkv_reference, rope_tables
-from nanotron_fast.kernels.swiglu import glu_reference
 from nanotron_fast.parallel import (
     column_linear,
     row_linear,

@@ -6,8 +6,8 @@ import torch
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.harness import Builder, Check, check, precompile
+from nanotron_fast.kernels.glu import glu, glu_reference
 from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
-from nanotron_fast.kernels.swiglu import glu, glu_reference
 
 __all__ = ["BUILDERS", "check", "precompile"]
 

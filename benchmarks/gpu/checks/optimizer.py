@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.harness import Builder, Check, check, precompile
-from nanotron_fast.kernels.adamw import adamw_step_reference_
-from nanotron_fast.kernels.grad_norm import clip_grad_norm_
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_
+from nanotron_fast.kernels.optimizer.adamw import adamw_step_reference_
+from nanotron_fast.kernels.optimizer.grad_norm import clip_grad_norm_
 
 __all__ = ["BUILDERS", "check", "precompile"]
 

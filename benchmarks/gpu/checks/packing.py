@@ -13,9 +13,10 @@ from torch import Tensor
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.harness import Builder, Check, LeftOut, check, precompile
-from nanotron_fast.kernels import pack, pack_kernel
-from nanotron_fast.kernels.backend import ENVIRONMENT_VARIABLE
-from nanotron_fast.kernels.pack_backends import DTYPES
+from nanotron_fast.kernels import pack
+from nanotron_fast.kernels.pack import kernels as pack_kernel
+from nanotron_fast.kernels.pack.choice import DTYPES
+from nanotron_fast.kernels.runtime.backend import ENVIRONMENT_VARIABLE
 
 __all__ = ["BUILDERS", "check", "precompile"]
 

@@ -14,7 +14,7 @@ from nanotron_fast.kernels.rope import (
     rope_qkv_reference,
     rope_tables,
 )
-from nanotron_fast.kernels.rope_apart import rope_apart, rope_apart_reference
+from nanotron_fast.kernels.rope.apart import rope_apart, rope_apart_reference
 
 __all__ = ["BUILDERS", "check", "precompile"]
 

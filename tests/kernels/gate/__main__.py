@@ -109,7 +109,7 @@ def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
         multiple = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
         if multiple or isinstance(value, torch.Tensor):
             divisible.append(index)
-    module = function.fn.__module__.rpartition(".")[2]
+    module = function.fn.__module__.removeprefix("nanotron_fast.kernels.")
     return Launch(
         module,
         function.fn.__name__,

@@ -12,7 +12,7 @@ import torch
 
 from nanotron_fast.kernels.attention import attention
 
-FILES = ("attention_forward", "attention_dkv", "attention_dq")
+FILES = ("attention.kernels.forward", "attention.kernels.dkv", "attention.kernels.dq")
 
 
 def _step(

@@ -7,9 +7,9 @@ from functools import partial
 import torch
 
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
-from nanotron_fast.kernels.cross_entropy_operators import combine
+from nanotron_fast.kernels.cross_entropy.operators import combine
 
-FILES = ("cross_entropy_kernels",)
+FILES = ("cross_entropy.kernels",)
 
 
 def _step(dtype: torch.dtype, vocab: int, **options) -> None:

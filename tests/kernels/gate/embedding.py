@@ -8,7 +8,7 @@ import torch
 
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 
-FILES = ("embedding_kernels",)
+FILES = ("embedding.kernels",)
 
 
 def _step(dtype: torch.dtype, hidden: int, ids: torch.dtype = torch.int64) -> None:

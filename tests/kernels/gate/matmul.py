@@ -9,7 +9,7 @@ import torch
 from nanotron_fast.kernels.matmul import matmul_glu, matmul_rope
 from nanotron_fast.kernels.rope import rope_tables
 
-FILES = ("matmul_kernels",)
+FILES = ("matmul.kernels",)
 
 
 def _glu(

@@ -6,7 +6,7 @@ import torch
 
 from nanotron_fast.kernels import pack
 
-FILES = ("pack_kernel",)
+FILES = ("pack.kernels",)
 
 
 def _qkv(tp: int) -> None:

@@ -8,9 +8,9 @@ from itertools import product
 import torch
 
 from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_backward_, rope_tables
-from nanotron_fast.kernels.rope_apart import rope_apart
+from nanotron_fast.kernels.rope.apart import rope_apart
 
-FILES = ("rope_kernels",)
+FILES = ("rope.kernels",)
 
 # (query heads, key heads, head_dim, share that turns): Llama-3-8B, SmolLM, Phi-2, Gemma, odd ones.
 SHAPES = [

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.attention import attention
-from nanotron_fast.patch.attention_with_lse import attention_with_lse
+from nanotron_fast.patch.nanotron.attention_with_lse import attention_with_lse
 from nanotron_fast.patch.stand_ins.arguments import refuse
 
 Window = tuple[int, int]

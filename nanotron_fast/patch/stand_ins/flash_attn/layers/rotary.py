@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from nanotron_fast.kernels.rope_apart import rope_apart
+from nanotron_fast.kernels.rope.apart import rope_apart
 from nanotron_fast.patch.stand_ins.arguments import refuse
 
 

@@ -1,0 +1,330 @@
+"""Attention: softmax(scale * q k^T) v over the keys that each query sees.
+
+    s = scale * q k^T          s = softcap * tanh(s / softcap) where a softcap is given
+    lse = log(sum over visible keys of e^s)      out = e^(s - lse) v
+
+Causal: the last query stands at the last key, and sees those before. A window of W: a query sees
+its last W keys, itself included. Documents (cu_seqlens) do not see each other. A row that sees no
+key has out = 0 and lse = -inf.
+
+FLOPs for each visible pair of a query and a key of a head: 4 * d forward, 10 * d backward (ours 14:
+scores and dout v^T a second time, in place of atomics, and so the sums are always the same).
+Bytes: q, k, v and out once, were the cache endless: far below what the FLOPs take from some
+hundreds of rows on. Saved for backward: q, k, v, out, and lse (4 bytes for each row of a head).
+
+Which implementation runs, a library's or ours, is attention_choice.py's table to say.
+Shapes: q, out (batch, seq_q, H, d); k, v (batch, seq_k, K, d), K a divisor of H; lse
+(batch, H, seq_q) fp32. With cu_seqlens (documents + 1,) int32: q, k, v, out (tokens, heads, d); lse
+(H, tokens).
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.kernels.attention import cpu as attention_cpu
+from nanotron_fast.kernels.attention import library as attention_library
+from nanotron_fast.kernels.attention import operators as attention_triton
+from nanotron_fast.kernels.attention.choice import (
+    EQUAL,
+    FEWER_QUERIES,
+    MORE_QUERIES,
+    Request,
+    choose_backend,
+)
+from nanotron_fast.kernels.attention.reference import (
+    attention_backward_reference,
+    attention_forward_reference,
+    attention_reference,
+)
+from nanotron_fast.kernels.runtime.backend import is_interpreting, requested_backend
+
+__all__ = [
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_reference",
+    "explain",
+]
+
+
+# torch.compile keeps what it reads while it traces: the choice is made once per compiled graph.
+@torch.compiler.assume_constant_result
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    causal: bool,
+    has_documents: bool,
+    has_window: bool,
+    has_softcap: bool,
+    lengths: str,
+    is_training: bool,
+    wants_lse: bool,
+    backend: str,
+) -> tuple[str, str]:
+    architecture = 0
+    if device.type == "cuda" and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        architecture = 10 * major + minor
+    request = Request(
+        device_type=device.type,
+        architecture=architecture,
+        dtype=dtype,
+        head_dim=head_dim,
+        causal=causal,
+        has_documents=has_documents,
+        has_window=has_window,
+        has_softcap=has_softcap,
+        lengths=lengths,
+        is_training=is_training,
+        is_deterministic=torch.are_deterministic_algorithms_enabled(),
+        wants_lse=wants_lse,
+        backend=backend,
+        environment=requested_backend(),
+        is_interpreting=is_interpreting(),
+    )
+    return choose_backend(request, attention_library.missing)
+
+
+def explain(
+    device: torch.device | str = "cuda",
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 128,
+    causal: bool = True,
+    has_documents: bool = False,
+    has_window: bool = False,
+    has_softcap: bool = False,
+    wants_lse: bool = False,
+    backend: str = "auto",
+) -> tuple[str, str]:
+    """What attention() runs for such tensors in training, a name of the table, and why.
+
+    wants_lse: for attention_forward() and attention_backward() in its place.
+    """
+    return _choose(
+        torch.device(device),
+        dtype,
+        head_dim,
+        causal,
+        has_documents,
+        has_window,
+        has_softcap,
+        EQUAL,
+        True,
+        wants_lse,
+        backend,
+    )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    cu_seqlens: Tensor | None,
+    window: int | None,
+    scale: float | None,
+    softcap: float | None,
+) -> dict[str, Any]:
+    """The options, in the order of attention_triton.forward(), defaults filled in.
+
+    A window that hides nothing is None. Raises ValueError.
+    """
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    rank = 4 if cu_seqlens is None else 3
+    if not q.dim() == k.dim() == v.dim() == rank:
+        raise ValueError(f"attention: {shapes}: each has {rank} dimensions")
+    if k.shape != v.shape or q.shape[-1] != k.shape[-1] or q.shape[:-3] != k.shape[:-3]:
+        raise ValueError(f"attention: {shapes} do not fit each other")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"attention: {q.shape[-2]} query heads over {k.shape[-2]} key heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}: one dtype")
+    if cu_seqlens is not None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(f"attention: {shapes}: documents have as many queries as keys")
+        if cu_seqlens.dim() != 1 or len(cu_seqlens) == 0 or cu_seqlens.dtype != torch.int32:
+            shape = tuple(cu_seqlens.shape)
+            raise ValueError(
+                f"attention: cu_seqlens {shape} {cu_seqlens.dtype}: (documents + 1,) int32"
+            )
+    if window is not None and (window < 1 or not causal):
+        raise ValueError(f"attention: window={window}, causal={causal}: 1 or more, causal alone")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"attention: scale={scale}: it must be above 0")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"attention: softcap={softcap}: it must be above 0")
+    is_whole = window is not None and window >= k.shape[-3]
+    # A graph with symbolic sizes holds for one head_dim: index() says so.
+    head_dim = operator.index(q.shape[-1])
+    return {
+        "cu_seqlens": cu_seqlens,
+        "causal": causal,
+        "window": None if is_whole else window,
+        "scale": head_dim**-0.5 if scale is None else scale,
+        "softcap": softcap,
+    }
+
+
+def _lengths(q: Tensor, k: Tensor) -> str:
+    if q.shape[-3] == k.shape[-3]:
+        return EQUAL
+    return FEWER_QUERIES if q.shape[-3] < k.shape[-3] else MORE_QUERIES
+
+
+def _name(
+    q: Tensor, k: Tensor, options: dict[str, Any], is_training: bool, wants_lse: bool, backend: str
+) -> str:
+    name, _ = _choose(
+        q.device,
+        q.dtype,
+        operator.index(q.shape[-1]),
+        options["causal"],
+        options["cu_seqlens"] is not None,
+        options["window"] is not None,
+        options["softcap"] is not None,
+        _lengths(q, k),
+        is_training,
+        wants_lse,
+        backend,
+    )
+    # The libraries differ in what they make of no rows at all.
+    is_empty = q.numel() == 0 or k.numel() == 0
+    return "torch" if is_empty else name
+
+
+def _without_softcap(options: dict[str, Any]) -> list[Any]:
+    """For an implementation that is not chosen where there is one."""
+    return [value for name, value in options.items() if name != "softcap"]
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attention by the fastest correct implementation that is there.
+
+    Args:
+        q: (batch, seq_q, H, d), or (tokens, H, d) with cu_seqlens; bf16, fp16 or fp32. Any strides:
+            views into one packed tensor are not copied.
+        k, v: (batch, seq_k, K, d) or (tokens, K, d) in q's dtype; H is a multiple of K.
+        causal: the last query stands at the last key, and sees those before it.
+        cu_seqlens: (documents + 1,) int32, where each document starts, from 0, and the number of
+            tokens; documents may be empty. It stays on the device and is not checked.
+        max_seqlen: tokens of the longest document, for libraries that want it; the number of
+            tokens, which costs them time, where it is not given. Ours needs none.
+        window: how many keys a query sees, itself included; as sliding_window of transformers.
+        scale: of the scores; d ** -0.5 by default.
+        softcap: softcap * tanh(s / softcap) in place of the scores s, as Gemma 2 has it.
+        backend: "auto"; "sdpa" or "flash_attn" (the libraries); "triton" (ours); "torch" (the
+            reference); or a name of attention_choice's table. NANOTRON_FAST_BACKEND=triton|torch
+            overrules "auto".
+
+    Returns:
+        q's shape and dtype. A query that sees no key, and a token after the last document, has 0
+        from "triton" and "torch".
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit, or `backend` cannot serve them.
+    """
+    options = _check(q, k, v, causal, cu_seqlens, window, scale, softcap)
+    is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
+    name = _name(q, k, options, is_training, False, backend)
+    if name == "torch":
+        return attention_reference(q, k, v, **options)
+    if name == "sdpa_cpu":
+        return attention_cpu.attend(q, k, v, *_without_softcap(options))
+    if name == "triton":
+        return attention_triton.attend(q, k, v, *options.values())
+    return attention_library.attend(name, q, k, v, max_seqlen=max_seqlen, **options)
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """out and lse, for blocks that write their own backward; no autograd.
+
+    Arguments and errors as of attention(); flash_attn's packages do not serve here.
+
+    Returns:
+        out in q's shape and dtype; lse, natural logarithms in fp32, (batch, H, seq_q), or
+        (H, tokens) with cu_seqlens.
+    """
+    options = _check(q, k, v, causal, cu_seqlens, window, scale, softcap)
+    name = _name(q, k, options, True, True, backend)
+    with torch.no_grad():
+        if name == "torch":
+            return attention_forward_reference(q, k, v, **options)
+        if name == "sdpa_cpu":
+            return attention_cpu.forward(q, k, v, *_without_softcap(options))
+        if name == "triton":
+            return attention_triton.forward(q, k, v, *options.values())
+        return attention_library.forward(name, q, k, v, max_seqlen=max_seqlen, **options)
+
+
+def attention_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    causal: bool = True,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    window: int | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv in the shapes and dtypes of q, k, v, from what attention_forward() gave.
+
+    Args:
+        dout: out's shape and dtype.
+        out, lse: of attention_forward() with the same options; by which backend does not matter.
+
+    Raises:
+        ValueError: as attention(), and where dout, out or lse do not fit q.
+    """
+    options = _check(q, k, v, causal, cu_seqlens, window, scale, softcap)
+    if not dout.shape == out.shape == q.shape or lse.shape != attention_triton.lse_shape(q):
+        raise ValueError(
+            f"attention_backward: dout {tuple(dout.shape)}, out {tuple(out.shape)} and "
+            f"lse {tuple(lse.shape)} for q {tuple(q.shape)}"
+        )
+    name = _name(q, k, options, True, True, backend)
+    tensors = (dout, q, k, v, out, lse)
+    with torch.no_grad():
+        if name == "torch":
+            return attention_backward_reference(*tensors, **options)
+        if name == "sdpa_cpu":
+            return attention_cpu.backward(*tensors, *_without_softcap(options))
+        if name == "triton":
+            return attention_triton.backward(*tensors, *options.values())
+        return attention_library.backward(name, *tensors, max_seqlen=max_seqlen, **options)

@@ -1,0 +1,179 @@
+"""Cross entropy over logits whose vocabulary is split between the ranks of a group.
+
+With M the largest logit of a row, s = sum exp(l - M), both over all ranks, and t the target's:
+
+    loss = log s - (t - M)          z = z_loss * (log s)^2       "nanotron": M is left out
+    returned: loss + z, z           z = z_loss * (M + log s)^2   "correct": log-sum-exp itself
+    dl = dloss * (exp(l - M) / s * (1 + 2 * z_loss * log s) - [l is the target's])
+
+with M + log s for log s in the last line too where "correct". All of it is fp32. z carries no
+gradient: it is in the loss already, and returned to be looked at. So it is in Nanotron, which
+drops what flows into the returned z, and whose gradient of z takes M for a constant though its z
+depends on it.
+
+A target outside the vocabulary, -100 say, has t = M as in Nanotron: its loss is log s. With
+`ignore_index` the loss and the gradient of such a token are 0 and its logits are not read.
+
+Bytes for two-byte logits: forward 2 a logit; backward 4, and no more memory, for the gradient is
+written over the logits. Saved: the logits, the targets, M and s (8 bytes a row). Communicated: one
+all-gather of three numbers a row: each rank's largest logit, its sum, the target's logit.
+Shapes: logits (rows, vocab/ranks); target, loss, z (rows,).
+
+CPU tensors take the same three steps in plain torch; the reference below is for tests alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.kernels.cross_entropy.operators import combine, gradient, gradient_, statistics
+from nanotron_fast.kernels.runtime.collectives import Group, Ranks, all_gather, resolve
+from nanotron_fast.kernels.runtime.rows import as_rows
+
+Z_LOSS_MODES = ("nanotron", "correct")
+
+
+def vocab_parallel_cross_entropy_reference(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    ignore_index: int | None = None,
+    z_loss: float = 0.0,
+    z_loss_mode: str = "nanotron",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same for a whole vocabulary on one rank: plain torch, and torch's own gradient."""
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    maximum = values.detach().amax(-1, keepdim=True)
+    shifted = values - maximum
+    log_sum = shifted.exp().sum(-1).log()
+    inside = (target >= 0) & (target < logits.shape[-1])
+    index = torch.where(inside, target, 0).long().unsqueeze(-1)
+    loss = log_sum - torch.where(inside, shifted.gather(-1, index).squeeze(-1), 0.0)
+    log_z = log_sum + maximum.squeeze(-1) if z_loss_mode == "correct" else log_sum
+    z = z_loss * log_z.square()
+    loss = loss + z
+    if ignore_index is not None:
+        loss, z = (torch.where(target == ignore_index, 0.0, t) for t in (loss, z))
+    return (loss, z.detach()) if z_loss > 0 else loss
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, logits, target, group_name, rank, size, ignore_index, z_loss, add_maximum, inplace
+    ):
+        num_cols = logits.shape[1]
+        first_col = rank * num_cols
+        ours = statistics(logits, target, first_col, ignore_index)
+        of_all = all_gather(ours, Ranks(group_name, rank, size))
+        loss, z, maximum_and_sum = combine(
+            of_all, target, num_cols, ignore_index, z_loss, add_maximum
+        )
+        ctx.save_for_backward(logits, target, maximum_and_sum)
+        ctx.options = (first_col, ignore_index, z_loss, add_maximum)
+        ctx.inplace = inplace
+        ctx.is_spent = False
+        ctx.mark_non_differentiable(z)
+        return loss, z
+
+    @staticmethod
+    def backward(ctx, dloss, _):
+        if ctx.is_spent:
+            raise RuntimeError(
+                "vocab_parallel_cross_entropy: the first backward wrote the gradient over the "
+                "logits; call it with inplace=False to run backward twice"
+            )
+        logits, target, maximum_and_sum = ctx.saved_tensors
+        dloss = dloss.to(maximum_and_sum.dtype).contiguous()
+        nothing = (None,) * 8
+        # Under create_graph the logits may be needed once more.
+        if not ctx.inplace or torch.is_grad_enabled():
+            return gradient(logits, target, maximum_and_sum, dloss, *ctx.options), *nothing
+        ctx.is_spent = True
+        logits = logits.detach()
+        gradient_(logits, target, maximum_and_sum, dloss, *ctx.options)
+        return logits, *nothing
+
+
+def _as_rows(logits: Tensor) -> Tensor:
+    """(..., vocab/ranks) -> (rows, vocab/ranks): elements side by side, no two rows the same."""
+    rows = as_rows(logits)
+    is_apart = rows.stride(0) >= rows.shape[1] or rows.shape[0] <= 1
+    return rows if is_apart else rows.contiguous()
+
+
+def _is_leaf(tensor: Tensor) -> bool:
+    """Whether its memory is that of a leaf, which the user holds: a parameter, or a view of one."""
+    base = tensor._base
+    return tensor.is_leaf if base is None else base.is_leaf
+
+
+def check_options(name: str, z_loss: float, z_loss_mode: str) -> None:
+    """Raises ValueError for a z-loss that is none."""
+    if z_loss_mode not in Z_LOSS_MODES:
+        raise ValueError(f"{name}: z_loss_mode={z_loss_mode!r}: choose {', '.join(Z_LOSS_MODES)}")
+    if not z_loss >= 0:
+        raise ValueError(f"{name}: z_loss={z_loss} is below 0")
+
+
+def check_target(name: str, target: Tensor, shape: torch.Size) -> None:
+    """Raises ValueError unless there is one whole number a token."""
+    if target.shape != shape:
+        raise ValueError(f"{name}: target {tuple(target.shape)} for tokens {tuple(shape)}")
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(f"{name}: target is {target.dtype}, not whole numbers")
+
+
+def vocab_parallel_cross_entropy(
+    logits: Tensor,
+    target: Tensor,
+    group: Group = None,
+    *,
+    ignore_index: int | None = None,
+    z_loss: float = 0.0,
+    z_loss_mode: str = "nanotron",
+    inplace: bool = True,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The loss of every token, where rank r of the group holds logits r * vocab/ranks and on.
+
+    In eager mode backward writes the gradient over the logits: the logits are gone then, a second
+    backward raises RuntimeError, and so does torch where another operation saved them for its own
+    backward. Logits that are a leaf, or a view of one, are left as they are; so is everything under
+    torch.compile.
+
+    Args:
+        logits: (..., vocab/ranks), bf16, fp16 or fp32.
+        target: (...) of any integer dtype: ids in the whole vocabulary, the same on every rank.
+        group: a process group, a DeviceMesh of one dimension, or None for a rank alone.
+        ignore_index: tokens with this target have neither loss nor gradient. None: no token is left
+            out, and a target outside the vocabulary counts as Nanotron counts it.
+        z_loss: weight of the z-loss (PaLM, section 5).
+        z_loss_mode: "nanotron", which leaves the largest logit out of the log-sum-exp, or
+            "correct".
+        inplace: False leaves the logits as they are.
+
+    Returns:
+        The loss (...) in fp32, or, where z_loss > 0, (loss + z, z). z carries no gradient.
+
+    Raises:
+        ValueError: shapes, dtypes or options do not fit.
+    """
+    name = "vocab_parallel_cross_entropy"
+    check_options(name, z_loss, z_loss_mode)
+    if logits.dim() == 0 or logits.shape[-1] == 0 or not logits.is_floating_point():
+        raise ValueError(f"{name}: logits {tuple(logits.shape)} {logits.dtype}")
+    check_target(name, target, logits.shape[:-1])
+    rows = _as_rows(logits)
+    inplace = inplace and not torch.compiler.is_compiling() and not _is_leaf(rows)
+    loss, z = _CrossEntropy.apply(
+        rows,
+        target.reshape(-1).contiguous(),
+        *resolve(group),
+        ignore_index,
+        float(z_loss),
+        z_loss_mode == "correct",
+        inplace,
+    )
+    loss = loss.view(target.shape)
+    return (loss, z.view(target.shape)) if z_loss > 0 else loss

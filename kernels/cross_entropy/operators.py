@@ -1,0 +1,297 @@
+"""The three steps of the vocabulary-parallel cross entropy as operators: a kernel each, and a twin.
+
+    statistics   logits of a rank -> largest logit, sum of exp(l - largest), the target's logit
+    combine      those of all ranks -> loss, z, and M and s of the whole row
+    gradient     logits, M, s and the gradient of the loss -> the gradient, or over the logits
+
+The formulas stand in `cross_entropy`, the shapes in `cross_entropy_kernels`. The twins, for CPU
+tensors and fp64, work through a temporary copy of the logits in fp32 (or fp64).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from nanotron_fast.kernels.cross_entropy.kernels import (
+    combine_kernel,
+    gradient_kernel,
+    statistics_kernel,
+)
+from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _launches(logits: Tensor) -> bool:
+    return uses_triton(logits) and logits.dtype != torch.float64
+
+
+def _where_local(target: Tensor, num_cols: int, first_col: int) -> tuple[Tensor, Tensor]:
+    """Columns of the targets in this shard, 0 for others, and whether they are there."""
+    col = target.long() - first_col
+    here = (col >= 0) & (col < num_cols)
+    return torch.where(here, col, 0), here
+
+
+def _statistics_torch(
+    logits: Tensor, target: Tensor, first_col: int, ignore_index: int | None
+) -> Tensor:
+    values = logits.to(_wide_dtype(logits.dtype))
+    maximum = values.amax(-1)
+    shift = torch.where(maximum == float("-inf"), 0.0, maximum)
+    total = (values - shift.unsqueeze(-1)).exp_().sum(-1)
+    col, here = _where_local(target, logits.shape[-1], first_col)
+    picked = torch.where(here, values.gather(-1, col.unsqueeze(-1)).squeeze(-1), 0.0)
+    if ignore_index is not None:
+        is_ignored = target == ignore_index
+        maximum, picked = (torch.where(is_ignored, 0.0, t) for t in (maximum, picked))
+        total = torch.where(is_ignored, 1.0, total)
+    return torch.stack((maximum, total, picked))
+
+
+def _combine_torch(
+    statistics: Tensor,
+    target: Tensor,
+    shard_cols: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    maxima, sums, picked = statistics.unbind(1)
+    maximum = maxima.amax(0)
+    total = (sums * (maxima - maximum).exp()).sum(0)
+    owner, inside = _where_local(target.div(shard_cols, rounding_mode="floor"), len(maxima), 0)
+    if ignore_index is not None:
+        is_ignored = target == ignore_index
+        inside = inside & ~is_ignored
+        total = torch.where(is_ignored, 1.0, total)
+    picked = picked.gather(0, owner.unsqueeze(0)).squeeze(0)
+    log_sum = total.log()
+    loss = log_sum - torch.where(inside, picked - maximum, 0.0)
+    z = torch.empty_like(loss[:0])
+    if z_loss > 0:
+        z = z_loss * (log_sum + maximum if add_maximum else log_sum).square()
+        loss = loss + z
+    return loss, z, torch.stack((maximum, total))
+
+
+def _gradient_torch(
+    logits: Tensor,
+    target: Tensor,
+    maximum_and_sum: Tensor,
+    dloss: Tensor,
+    first_col: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+    gradient: Tensor,
+) -> None:
+    maximum, total = maximum_and_sum
+    scale = dloss / total
+    if z_loss > 0:
+        log_z = total.log() + maximum if add_maximum else total.log()
+        scale = scale * (1 + 2 * z_loss * log_z)
+    # Where the dtypes allow it, in the result itself: no copy, and none back.
+    is_wide = gradient.dtype == maximum.dtype
+    out = gradient if is_wide else torch.empty_like(logits, dtype=maximum.dtype)
+    values = torch.sub(logits, maximum.unsqueeze(-1), out=out).exp_()
+    values.mul_(scale.unsqueeze(-1))
+    col, here = _where_local(target, logits.shape[-1], first_col)
+    values.scatter_add_(-1, col.unsqueeze(-1), torch.where(here, -dloss, 0.0).unsqueeze(-1))
+    if ignore_index is not None:
+        values.masked_fill_((target == ignore_index).unsqueeze(-1), 0.0)
+    if not is_wide:
+        gradient.copy_(values)
+
+
+@operator("nanotron_fast::cross_entropy_statistics")
+def statistics(logits: Tensor, target: Tensor, first_col: int, ignore_index: int | None) -> Tensor:
+    """(3, rows), fp32: largest logit of this shard, sum over it, the target's logit or 0."""
+    if not _launches(logits):
+        return _statistics_torch(logits, target, first_col, ignore_index)
+    num_rows, num_cols = logits.shape
+    result = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device)
+    # 16 elements a thread: two loads of 16 bytes on their way at once.
+    vector = 16 // logits.element_size()
+    num_warps = 8 if num_cols > 2048 else 4
+    if num_rows:
+        on_grid(statistics_kernel, (num_rows,))(
+            logits,
+            target,
+            result,
+            logits.stride(0),
+            num_rows,
+            num_cols,
+            first_col,
+            ignore_index or 0,
+            HAS_IGNORE=ignore_index is not None,
+            LANES=num_warps * 32 * 16 // vector,
+            VECTOR=vector,
+            num_warps=num_warps,
+        )
+    return result
+
+
+@statistics.register_fake
+def _(logits, target, first_col, ignore_index):
+    return logits.new_empty(3, logits.shape[0], dtype=_wide_dtype(logits.dtype))
+
+
+@operator("nanotron_fast::cross_entropy_combine")
+def combine(
+    of_all: Tensor,
+    target: Tensor,
+    shard_cols: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss + z (rows,), z (rows,) or empty where there is no z-loss, M and s (2, rows)."""
+    if not _launches(of_all):
+        return _combine_torch(of_all, target, shard_cols, ignore_index, z_loss, add_maximum)
+    num_ranks, _, num_rows = of_all.shape
+    loss = of_all.new_empty(num_rows)
+    z = torch.empty_like(loss if z_loss > 0 else loss[:0])
+    maximum_and_sum = of_all.new_empty(2, num_rows)
+    if num_rows:
+        on_grid(combine_kernel, (triton.cdiv(num_rows, 128),))(
+            of_all,
+            target,
+            loss,
+            z,
+            maximum_and_sum,
+            num_rows,
+            num_ranks,
+            shard_cols,
+            ignore_index or 0,
+            z_loss,
+            HAS_IGNORE=ignore_index is not None,
+            HAS_Z=z_loss > 0,
+            ADD_MAXIMUM=add_maximum,
+            BLOCK=128,
+            num_warps=4,
+        )
+    return loss, z, maximum_and_sum
+
+
+@combine.register_fake
+def _(of_all, target, shard_cols, ignore_index, z_loss, add_maximum):
+    loss = of_all.new_empty(of_all.shape[2])
+    z = torch.empty_like(loss) if z_loss > 0 else of_all.new_empty(0)
+    return loss, z, of_all.new_empty(2, of_all.shape[2])
+
+
+def _write_gradient(
+    logits: Tensor,
+    target: Tensor,
+    maximum_and_sum: Tensor,
+    dloss: Tensor,
+    first_col: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+    gradient: Tensor,
+) -> None:
+    if not _launches(logits):
+        _gradient_torch(
+            logits,
+            target,
+            maximum_and_sum,
+            dloss,
+            first_col,
+            ignore_index,
+            z_loss,
+            add_maximum,
+            gradient,
+        )
+        return
+    num_rows, num_cols = logits.shape
+    block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
+    num_blocks = triton.cdiv(num_cols, block)
+    if num_rows:
+        on_grid(gradient_kernel, (num_rows * num_blocks,))(
+            logits,
+            target,
+            maximum_and_sum,
+            dloss,
+            gradient,
+            logits.stride(0),
+            gradient.stride(0),
+            num_rows,
+            num_cols,
+            num_blocks,
+            first_col,
+            ignore_index or 0,
+            z_loss,
+            HAS_IGNORE=ignore_index is not None,
+            HAS_Z=z_loss > 0,
+            ADD_MAXIMUM=add_maximum,
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+
+
+@operator("nanotron_fast::cross_entropy_gradient")
+def gradient(
+    logits: Tensor,
+    target: Tensor,
+    maximum_and_sum: Tensor,
+    dloss: Tensor,
+    first_col: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+) -> Tensor:
+    """The gradient of the logits, in their dtype. dloss is (rows,), fp32."""
+    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    _write_gradient(
+        logits,
+        target,
+        maximum_and_sum,
+        dloss,
+        first_col,
+        ignore_index,
+        z_loss,
+        add_maximum,
+        result,
+    )
+    return result
+
+
+@gradient.register_fake
+def _(logits, target, maximum_and_sum, dloss, first_col, ignore_index, z_loss, add_maximum):
+    return logits.new_empty(logits.shape)
+
+
+@operator("nanotron_fast::cross_entropy_gradient_", mutates_args=("logits",))
+def gradient_(
+    logits: Tensor,
+    target: Tensor,
+    maximum_and_sum: Tensor,
+    dloss: Tensor,
+    first_col: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+) -> None:
+    """The same, written over the logits."""
+    _write_gradient(
+        logits,
+        target,
+        maximum_and_sum,
+        dloss,
+        first_col,
+        ignore_index,
+        z_loss,
+        add_maximum,
+        logits,
+    )
+
+
+@gradient_.register_fake
+def _(logits, target, maximum_and_sum, dloss, first_col, ignore_index, z_loss, add_maximum):
+    return None

@@ -1,0 +1,293 @@
+"""Gated linear units on the packed product of an MLP's first layer: SwiGLU and GeGLU.
+
+    h = act(gate) * up                                   with [gate | up] = gate_up
+
+    silu         act(x) = x * sigmoid(x)
+    gelu         act(x) = x * (1 + erf(x / sqrt(2))) / 2
+    gelu_tanh    act(x) = x * (1 + tanh(u)) / 2, u = sqrt(2 / pi) (x + 0.044715 x^3)
+
+All of it in fp32 and rounded once. Backward computes act again from the input:
+
+    d_gate = dy * up * act'(gate)        d_up = dy * act(gate)
+
+Bytes for (rows, inter) of two-byte elements: forward 6 a pair of gate and up, backward 10, and 12
+where backward gives h again for the weight gradient of the product that follows. Saved for
+backward: the input and nothing else.
+Shapes: gate_up, d_gate_up (..., 2 * inter) as [gate | up]; h, dy (..., inter).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+from nanotron_fast.kernels.runtime.rows import as_rows
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+
+# Columns of a block at most: eight elements a thread, so one 16-byte access of each operand.
+_MAX_COLS = 1024
+_NUM_WARPS = 4
+
+_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+
+
+def _activate_reference(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate="none" if activation == "gelu" else "tanh")
+
+
+def _slope_reference(gate: Tensor, activation: str) -> Tensor:
+    """act'(gate)."""
+    if activation == "gelu":
+        density = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
+        return 0.5 * (1 + torch.erf(gate * math.sqrt(0.5))) + gate * density
+    if activation == "silu":
+        sigmoid, inner_slope = torch.sigmoid(gate), 1.0
+    else:
+        # Past 30 the sigmoid is 0 or 1 to the last bit, and the square could still overflow.
+        square = gate.clamp(-30, 30).square()
+        sigmoid = torch.sigmoid(2 * _SQRT_2_OVER_PI * (gate + 0.044715 * square * gate))
+        inner_slope = 2 * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * square)
+    return sigmoid + gate * sigmoid * (1 - sigmoid) * inner_slope
+
+
+def glu_reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """The same in plain torch, at least in fp32; what CPU tensors take."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, -1)
+    return (_activate_reference(gate, activation) * up).to(gate_up.dtype)
+
+
+def glu_backward_reference(
+    dy: Tensor, gate_up: Tensor, activation: str = "silu", with_output: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """d_gate_up, or (d_gate_up, h), in plain torch."""
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.to(wide).chunk(2, -1)
+    activated, dh = _activate_reference(gate, activation), dy.to(wide)
+    d_gate = dh * up * _slope_reference(gate, activation)
+    d_gate_up = torch.cat((d_gate, dh * activated), -1).to(gate_up.dtype)
+    return (d_gate_up, (activated * up).to(gate_up.dtype)) if with_output else d_gate_up
+
+
+@triton.jit
+def activate(gate, ACTIVATION: tl.constexpr):
+    """act(gate) and act'(gate), both fp32. What the caller does not use is not computed."""
+    if ACTIVATION == "gelu":
+        cdf = 0.5 + 0.5 * tl.erf(gate * 0.7071067811865476)
+        density = 0.3989422804014327 * tl.exp(-0.5 * gate * gate)
+        return gate * cdf, cdf + gate * density
+    if ACTIVATION == "silu":
+        inner, inner_slope = gate, 1.0
+    else:
+        # Past 30 the sigmoid is 0 or 1 to the last bit, and the square could still overflow.
+        near = tl.minimum(tl.maximum(gate, -30.0), 30.0)
+        inner = 1.5957691216057308 * near * (1.0 + 0.044715 * near * near)
+        inner_slope = 1.5957691216057308 * (1.0 + 0.134145 * near * near)
+    sigmoid = 1.0 / (1.0 + tl.exp(-inner))
+    return gate * sigmoid, sigmoid + gate * sigmoid * (1.0 - sigmoid) * inner_slope
+
+
+@triton.jit
+def _offsets(num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Rows, columns and mask of this program's block; neighbours lie side by side in a row."""
+    num_col_blocks = tl.cdiv(num_cols, COLS)
+    row_block = (tl.program_id(0) // num_col_blocks).to(tl.int64)
+    col_block = tl.program_id(0) % num_col_blocks
+    rows = row_block * ROWS + tl.arange(0, ROWS)[:, None]
+    cols = col_block * COLS + tl.arange(0, COLS)[None, :]
+    return rows, cols, (rows < num_rows) & (cols < num_cols)
+
+
+@triton.jit
+def _forward_kernel(
+    gate_up_ptr,
+    h_ptr,
+    gate_up_row_stride,
+    num_rows,
+    num_cols,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    rows, cols, mask = _offsets(num_rows, num_cols, ROWS, COLS)
+    gate_ptrs = gate_up_ptr + rows * gate_up_row_stride + cols
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + num_cols, mask=mask, other=0.0).to(tl.float32)
+    h = activate(gate, ACTIVATION)[0] * up
+    tl.store(h_ptr + rows * num_cols + cols, h.to(h_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,
+    gate_up_ptr,
+    d_gate_up_ptr,
+    h_ptr,
+    dy_row_stride,
+    gate_up_row_stride,
+    num_rows,
+    num_cols,
+    HAS_H: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    rows, cols, mask = _offsets(num_rows, num_cols, ROWS, COLS)
+    gate_ptrs = gate_up_ptr + rows * gate_up_row_stride + cols
+    gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_ptrs + num_cols, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * dy_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    activated, slope = activate(gate, ACTIVATION)
+    dtype: tl.constexpr = d_gate_up_ptr.dtype.element_ty
+    d_gate_ptrs = d_gate_up_ptr + rows * (2 * num_cols) + cols
+    tl.store(d_gate_ptrs, (dy * up * slope).to(dtype), mask=mask)
+    tl.store(d_gate_ptrs + num_cols, (dy * activated).to(dtype), mask=mask)
+    if HAS_H:
+        tl.store(h_ptr + rows * num_cols + cols, (activated * up).to(dtype), mask=mask)
+
+
+def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the block's constants. Short rows share a block."""
+    cols = min(triton.next_power_of_2(num_cols), _MAX_COLS)
+    rows = max(1, min(16, _MAX_COLS // cols))
+    grid = (triton.cdiv(num_rows, rows) * triton.cdiv(num_cols, cols),)
+    return grid, {"ROWS": rows, "COLS": cols, "num_warps": _NUM_WARPS}
+
+
+@operator("nanotron_fast::glu_forward")
+def _forward(gate_up: Tensor, activation: str) -> Tensor:
+    """h (rows, inter) from gate_up (rows, 2 * inter)."""
+    num_rows, inter = gate_up.shape[0], gate_up.shape[1] // 2
+    h = gate_up.new_empty(num_rows, inter)
+    if h.numel():
+        grid, block = _launch_shape(num_rows, inter)
+        on_grid(_forward_kernel, grid)(
+            gate_up, h, gate_up.stride(0), num_rows, inter, ACTIVATION=activation, **block
+        )
+    return h
+
+
+@_forward.register_fake
+def _(gate_up, activation):
+    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+
+
+@operator("nanotron_fast::glu_backward")
+def _backward(
+    dy: Tensor, gate_up: Tensor, activation: str, with_output: bool
+) -> tuple[Tensor, Tensor]:
+    """d_gate_up (rows, 2 * inter) and h (rows, inter), which is empty where it is not asked for."""
+    num_rows, inter = dy.shape
+    d_gate_up = gate_up.new_empty(gate_up.shape)
+    h = gate_up.new_empty((num_rows, inter) if with_output else (0,))
+    if dy.numel():
+        grid, block = _launch_shape(num_rows, inter)
+        on_grid(_backward_kernel, grid)(
+            dy,
+            gate_up,
+            d_gate_up,
+            h if with_output else None,
+            dy.stride(0),
+            gate_up.stride(0),
+            num_rows,
+            inter,
+            HAS_H=with_output,
+            ACTIVATION=activation,
+            **block,
+        )
+    return d_gate_up, h
+
+
+@_backward.register_fake
+def _(dy, gate_up, activation, with_output):
+    return gate_up.new_empty(gate_up.shape), gate_up.new_empty(dy.shape if with_output else (0,))
+
+
+class _Glu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_up, activation):
+        ctx.save_for_backward(gate_up)
+        ctx.activation = activation
+        return _forward(gate_up, activation)
+
+    @staticmethod
+    def backward(ctx, dy):
+        (gate_up,) = ctx.saved_tensors
+        return _backward(as_rows(dy), gate_up, ctx.activation, False)[0], None
+
+
+def _check(name: str, gate_up: Tensor, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}: activation {activation!r}: choose {', '.join(ACTIVATIONS)}")
+    if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
+        raise ValueError(f"{name}: gate_up {tuple(gate_up.shape)} has no two equal halves")
+    if not gate_up.is_floating_point():
+        raise ValueError(f"{name}: gate_up is {gate_up.dtype}")
+
+
+def _takes_reference(gate_up: Tensor) -> bool:
+    return not uses_triton(gate_up) or gate_up.dtype == torch.float64 or gate_up.numel() == 0
+
+
+def glu_forward(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """h (..., inter) without autograd, for a block that has its own backward; see `glu`."""
+    _check("glu_forward", gate_up, activation)
+    if _takes_reference(gate_up):
+        return glu_reference(gate_up, activation)
+    h = _forward(as_rows(gate_up), activation)
+    return h.view(*gate_up.shape[:-1], h.shape[-1])
+
+
+def glu_backward(
+    dy: Tensor, gate_up: Tensor, activation: str = "silu", *, with_output: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The backward of `glu` by itself, for a block that has its own backward.
+
+    Args:
+        dy: (..., inter), the gradient of h.
+        gate_up: (..., 2 * inter), what forward was given.
+        activation: as there.
+        with_output: give h too, in the same pass over memory.
+
+    Returns:
+        d_gate_up (..., 2 * inter) in gate_up's dtype, or (d_gate_up, h).
+
+    Raises:
+        ValueError: shapes do not fit, or the activation is unknown.
+    """
+    _check("glu_backward", gate_up, activation)
+    if dy.shape != (*gate_up.shape[:-1], gate_up.shape[-1] // 2):
+        raise ValueError(f"glu_backward: dy {tuple(dy.shape)} for gate_up {tuple(gate_up.shape)}")
+    if _takes_reference(gate_up):
+        return glu_backward_reference(dy, gate_up, activation, with_output)
+    d_gate_up, h = _backward(as_rows(dy), as_rows(gate_up), activation, with_output)
+    d_gate_up = d_gate_up.view(gate_up.shape)
+    return (d_gate_up, h.view(dy.shape)) if with_output else d_gate_up
+
+
+def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
+    """act(gate) * up (Shazeer, 2020) on packed halves.
+
+    Args:
+        gate_up: (..., 2 * inter) as [gate | up], bf16, fp16 or fp32.
+        activation: "silu", "gelu" (with erf) or "gelu_tanh".
+
+    Returns:
+        (..., inter) in gate_up's dtype.
+
+    Raises:
+        ValueError: the last dimension is odd, or the activation is unknown.
+    """
+    _check("glu", gate_up, activation)
+    if _takes_reference(gate_up):
+        return glu_reference(gate_up, activation)
+    h = _Glu.apply(as_rows(gate_up), activation)
+    return h.view(*gate_up.shape[:-1], h.shape[-1])

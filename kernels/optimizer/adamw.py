@@ -1,0 +1,425 @@
+"""AdamW on lists of tensors, with the low-precision copy of the parameters in the same pass.
+
+    t += 1
+    p -= lr * weight_decay * p
+    m += (1 - beta1) (g - m)              v = beta2 v + (1 - beta2) g^2
+    p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+    copy = p
+
+All of it in fp32 and rounded once into each result; 1 - beta^t in fp64, once a step counter. What
+torch.optim.AdamW(fused=True) computes (Loshchilov and Hutter, 2019).
+Bytes an element, with masters and state in fp32 and bf16 gradients (fp32 ones): 12 + 2 (4) read,
+12 written, and 2 for the copy: 28 (30). A small launch counts the steps, then follows one for each
+combination of dtypes; nothing waits for the device. The tables of a launch: see `multi_tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.optimizer.multi_tensor import (
+    TRITON_DTYPES,
+    addresses_of,
+    check_lists,
+    groups_of,
+    locate,
+    pointer,
+    takes_reference,
+)
+from nanotron_fast.kernels.runtime.backend import on_grid, operator
+
+_BLOCK = 1024
+_NUM_WARPS = 4
+_STEPS_BLOCK = 256
+
+
+def adamw_step_reference_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    copies: Sequence[Tensor] = (),
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    maximize: bool = False,
+) -> None:
+    """The same in plain torch, at least in fp32.
+
+    A parameter at a time: what it needs beside its arguments is a few times the largest parameter.
+    """
+    beta1, beta2 = betas
+    is_applied = None if found_inf is None else found_inf.reshape(()) == 0
+    for step in steps:
+        step.add_(1 if is_applied is None else is_applied)
+    for place, (param, grad, exp_avg, exp_avg_sq) in enumerate(
+        zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+    ):
+        step = steps[place if len(steps) > 1 else 0].reshape(()).double()
+        wide = torch.promote_types(param.dtype, torch.float32)
+        g = -grad.to(wide) if maximize else grad.to(wide)
+        if grad_scale is not None:
+            g = g / grad_scale.reshape(())
+        p = param.to(wide)
+        p = p - lr * weight_decay * p
+        m = exp_avg.to(wide).lerp(g, 1 - beta1)
+        v = exp_avg_sq.to(wide) * beta2 + (1 - beta2) * g.square()
+        denominator = v.sqrt() / (1 - beta2**step).sqrt() + eps
+        p = p - lr / (1 - beta1**step) * (m / denominator)
+        outputs = [(param, p), (exp_avg, m), (exp_avg_sq, v)]
+        if copies:
+            outputs.append((copies[place], p))
+        for output, value in outputs:
+            output.copy_(value if is_applied is None else torch.where(is_applied, value, output))
+
+
+def _adamw_step_cpu(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    *,
+    copies: list[Tensor],
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    betas: tuple[float, float],
+    **options: Any,
+) -> None:
+    """The same by torch's fused step, in one call for all that it takes as they are.
+
+    It wants one dtype for a parameter and all that belongs to it, and leaves gradients divided by
+    grad_scale: others pass through tensors of their own, a parameter at a time.
+    """
+    options |= {"beta1": betas[0], "beta2": betas[1], "amsgrad": False}
+    is_applied = None
+    if found_inf is not None:
+        is_applied = found_inf.reshape(()) == 0
+        options["found_inf"] = (~is_applied).float()  # it looks for 1 alone
+    for step in steps:
+        step.add_(1 if is_applied is None else is_applied)
+    steps = steps if len(steps) > 1 else steps * len(params)
+    as_they_are: list[tuple[Tensor, ...]] = []
+    for place, row in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
+        *tensors, step = row
+        wide = torch.promote_types(row[0].dtype, torch.float32)
+        # A copy of another dtype is of the parameter before that is rounded.
+        same = [*tensors, *copies[place : place + 1]] if row[0].dtype != wide else tensors
+        is_one = len({tensor.dtype for tensor in same}) == 1
+        if is_one and grad_scale is None:
+            as_they_are.append(row)
+            continue
+        param, grad, *states = (tensor.to(wide) for tensor in tensors)
+        if grad_scale is not None:
+            grad = grad / grad_scale.reshape(())
+        _fused(([param], [grad], *([state] for state in states), [step]), options)
+        results = [(row[0], param), *zip(row[2:4], states, strict=True)]
+        results += [(copy, param) for copy in copies[place : place + 1]]
+        for tensor, result in results:
+            if tensor is not result:
+                tensor.copy_(_where(is_applied, result, tensor))
+    if as_they_are:
+        _fused(tuple(map(list, zip(*as_they_are, strict=True))), options)
+    written = {id(row[0]) for row in as_they_are}
+    for copy, param in zip(copies, params if copies else (), strict=True):
+        if id(param) in written:
+            copy.copy_(_where(is_applied, param, copy))
+
+
+def _where(is_applied: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
+    return new if is_applied is None else torch.where(is_applied, new, old)
+
+
+def _fused(lists: tuple[list[Tensor], ...], options: dict[str, Any]) -> None:
+    *tensors, steps = lists
+    torch._fused_adamw_(*tensors, [], steps, **options)
+    # It does not tell autograd, which may have saved them.
+    params, _, *states = tensors
+    changed = (tensor for each in (params, *states) for tensor in each)
+    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
+
+
+@triton.jit(do_not_specialize=["num_steps"])
+def _count_steps_kernel(
+    step_addresses_ptr,
+    found_inf_ptr,
+    corrections_ptr,
+    num_steps,
+    log2_beta1,
+    log2_beta2,
+    HAS_FOUND_INF: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = places < num_steps
+    addresses = tl.load(step_addresses_ptr + places, mask=mask, other=0)
+    step_ptrs = addresses.to(tl.pointer_type(tl.float32))
+    steps = tl.load(step_ptrs, mask=mask, other=0.0) + 1.0
+    if HAS_FOUND_INF:
+        steps -= tl.where(tl.load(found_inf_ptr) == 0.0, 0.0, 1.0)
+    tl.store(step_ptrs, steps, mask=mask)
+    # In fp32 little would be left of 1 - 0.999^t in the first steps. The logarithm may be fp32: its
+    # relative error is that of the difference.
+    steps = steps.to(tl.float64)
+    correction1 = (1.0 / (1.0 - tl.exp2(steps * log2_beta1))).to(tl.float32)
+    correction2 = (1.0 / tl.sqrt(1.0 - tl.exp2(steps * log2_beta2))).to(tl.float32)
+    tl.store(corrections_ptr + 2 * places, correction1, mask=mask)
+    tl.store(corrections_ptr + 2 * places + 1, correction2, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def _adamw_kernel(
+    chunk_tensors_ptr,
+    extents_ptr,
+    addresses_ptr,
+    num_tensors,
+    corrections_ptr,
+    lr_ptr,
+    grad_scale_ptr,
+    found_inf_ptr,
+    lr,
+    one_minus_beta1,
+    beta2,
+    one_minus_beta2,
+    eps,
+    weight_decay,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    COPY: tl.constexpr,
+    HAS_ONE_STEP: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    if found_inf_ptr is not None:  # noqa: SIM102 (`and` would load where there is nothing)
+        if tl.load(found_inf_ptr) != 0.0:
+            return
+    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR)
+    param_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, PARAM, VECTOR)
+    grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 1, GRAD, VECTOR)
+    exp_avg_ptr = pointer(addresses_ptr, num_tensors, tensor, 2, EXP_AVG, VECTOR)
+    exp_avg_sq_ptr = pointer(addresses_ptr, num_tensors, tensor, 3, EXP_AVG_SQ, VECTOR)
+    offsets = start + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    g = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    p = tl.load(param_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    m = tl.load(exp_avg_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    v = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+    place = 0 if HAS_ONE_STEP else tl.load(extents_ptr + 2 * num_tensors + tensor)
+    correction1 = tl.load(corrections_ptr + 2 * place)
+    correction2 = tl.load(corrections_ptr + 2 * place + 1)
+    if lr_ptr is not None:
+        lr = tl.load(lr_ptr)
+    if grad_scale_ptr is not None:
+        g *= 1.0 / tl.load(grad_scale_ptr)
+    if MAXIMIZE:
+        g = -g
+    p -= (lr * weight_decay) * p
+    m += one_minus_beta1 * (g - m)
+    v = beta2 * v + one_minus_beta2 * (g * g)
+    p -= (lr * correction1) * (m / (tl.sqrt(v) * correction2 + eps))
+
+    tl.store(param_ptr + offsets, p.to(PARAM), mask=mask)
+    tl.store(exp_avg_ptr + offsets, m.to(EXP_AVG), mask=mask)
+    tl.store(exp_avg_sq_ptr + offsets, v.to(EXP_AVG_SQ), mask=mask)
+    if COPY is not None:
+        copy_ptr = pointer(addresses_ptr, num_tensors, tensor, 4, COPY, VECTOR)
+        tl.store(copy_ptr + offsets, p.to(COPY), mask=mask)
+
+
+@operator(
+    "nanotron_fast::adamw_step_",
+    mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "copies"),
+)
+def _adamw_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor],
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    """`copies` is empty where there are none; `steps` has one tensor for all or one for each."""
+    corrections = torch.empty(len(steps), 2, dtype=torch.float32, device=params[0].device)
+    on_grid(_count_steps_kernel, (triton.cdiv(len(steps), _STEPS_BLOCK),))(
+        addresses_of(steps),
+        found_inf,
+        corrections,
+        len(steps),
+        math.log2(beta1) if beta1 else -math.inf,
+        math.log2(beta2) if beta2 else -math.inf,
+        HAS_FOUND_INF=found_inf is not None,
+        BLOCK=_STEPS_BLOCK,
+        num_warps=_NUM_WARPS,
+    )
+    lists = (params, grads, exp_avgs, exp_avg_sqs, *((copies,) if copies else ()))
+    for group in groups_of(lists, _BLOCK):
+        dtypes = [TRITON_DTYPES[dtype] for dtype in group.dtypes]
+        on_grid(_adamw_kernel, (group.num_chunks,))(
+            *group.tables,
+            corrections,
+            lr_tensor,
+            grad_scale,
+            found_inf,
+            lr,
+            1 - beta1,
+            beta2,
+            1 - beta2,
+            eps,
+            weight_decay,
+            PARAM=dtypes[0],
+            GRAD=dtypes[1],
+            EXP_AVG=dtypes[2],
+            EXP_AVG_SQ=dtypes[3],
+            COPY=dtypes[4] if copies else None,
+            HAS_ONE_STEP=len(steps) == 1,
+            MAXIMIZE=maximize,
+            VECTOR=group.vector,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+
+
+def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | None:
+    """A number on the device, in fp32."""
+    if value is None:
+        return None
+    if value.numel() != 1:
+        raise ValueError(f"adamw_step_: {name} {tuple(value.shape)} is not one number")
+    return value.to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def _check_state(
+    params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor]
+) -> None:
+    if len(steps) not in (1, len(params)):
+        raise ValueError(f"adamw_step_: {len(steps)} steps for {len(params)} params")
+    for place, step in enumerate(steps):
+        if step.dtype != torch.float32 or step.numel() != 1 or step.device != params[0].device:
+            raise ValueError(
+                f"adamw_step_: steps[{place}] {tuple(step.shape)} {step.dtype} on {step.device}: "
+                f"one fp32 number on {params[0].device} is needed"
+            )
+    for label, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        for place, (state, param) in enumerate(zip(states, params, strict=True)):
+            if state.dtype not in (torch.float32, param.dtype):
+                raise ValueError(
+                    f"adamw_step_: {label}[{place}] is {state.dtype} "
+                    f"where params[{place}] is {param.dtype}"
+                )
+
+
+@torch.no_grad()
+def adamw_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Tensor | Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 1e-2,
+    copies: Sequence[Tensor] | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    maximize: bool = False,
+) -> None:
+    """One step of AdamW, in place: torch.optim.AdamW(fused=True) on lists.
+
+    All tensors are contiguous and on one device; lists are as long as `params`, and their tensors
+    have its shapes. Dtypes are bf16, fp16 or fp32 in any mixture.
+
+    Args:
+        params: fp32 masters, or low-precision parameters themselves.
+        grads: only read: unlike torch, gradients are not left divided by grad_scale.
+        exp_avgs, exp_avg_sqs: fp32, or the parameter's dtype.
+        steps: fp32, one number each: a tensor for each parameter, none of them twice, or one for
+            all. Counted up before the step; zero before the first.
+        lr: a tensor is read on the device.
+        betas, eps, weight_decay: as torch has them.
+        copies: receive the new parameters, cast; the bf16 weights that the model computes with.
+        grad_scale: gradients are divided by it. To clip without a pass of its own, give
+            ((norm + 1e-6) / max_norm).clamp(min=1).
+        found_inf: where it is not zero, nothing changes, the steps included.
+        maximize: step along the gradient.
+
+    Raises:
+        ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
+    """
+    params, grads, copies = list(params), list(grads), list(copies or ())
+    exp_avgs, exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
+    steps = [steps] if isinstance(steps, Tensor) else list(steps)
+    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    if copies:
+        lists["copies"] = copies
+    check_lists("adamw_step_", "params", **lists)
+    if not params:
+        return
+    _check_state(params, exp_avgs, exp_avg_sqs, steps)
+    device = params[0].device
+    grad_scale = _scalar("grad_scale", grad_scale, device)
+    found_inf = _scalar("found_inf", found_inf, device)
+    lr_tensor = _scalar("lr", lr, device) if isinstance(lr, Tensor) else None
+    tensors = [tensor for tensors in lists.values() for tensor in tensors]
+    if takes_reference(tensors):
+        # torch.compile cannot take the fused step apart, and fuses the other by itself.
+        is_fused = device.type == "cpu" and not torch.compiler.is_compiling()
+        in_torch = _adamw_step_cpu if is_fused else adamw_step_reference_
+        in_torch(
+            params,
+            grads,
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            lr=lr if lr_tensor is None else lr_tensor.reshape(()),
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            copies=copies,
+            grad_scale=grad_scale,
+            found_inf=found_inf,
+            maximize=maximize,
+        )
+        return
+    _adamw_step(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        steps,
+        copies,
+        lr_tensor,
+        grad_scale,
+        found_inf,
+        0.0 if lr_tensor is not None else float(lr),
+        *betas,
+        eps,
+        weight_decay,
+        maximize,
+    )

@@ -1,0 +1,298 @@
+"""The total norm of lists of gradients, and clipping to it.
+
+    get_total_norm            norm = (sum |g|^p)^(1/p) over all elements, max |g| for p = inf
+    clip_grads_with_norm_     g *= min(max_norm / (norm + 1e-6), 1)
+
+All of it in fp32 and rounded once. Sums are taken in a fixed order, a chunk at a time and then a
+tensor at a time, so a norm is the same in every run. Bytes an element, with bf16 (fp32) gradients:
+the norm 2 (4) read; clipping 2 (4) read and as many written, and nothing where the norm is within
+its bound. Nothing waits for the device. The tables of a launch: see `multi_tensor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.optimizer.multi_tensor import (
+    TRITON_DTYPES,
+    check_lists,
+    groups_of,
+    locate,
+    pointer,
+    takes_reference,
+)
+from nanotron_fast.kernels.runtime.backend import on_grid, operator
+from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
+
+_BLOCK = 2048
+_NUM_WARPS = 4
+# A program of the norm leaves one number; one that need not clip ends at once. So: few of them.
+_LONG_CHUNK = 8 * _BLOCK
+_PARTIALS_BLOCK = 1024
+
+
+def power_sums_reference(grads: Sequence[Tensor], norm_type: float) -> Tensor:
+    """(tensors,) sums of |g|^p, or max |g| for p = inf, in plain torch, at least in fp32."""
+    wide = reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
+    sums = torch.zeros(len(grads), dtype=wide, device=grads[0].device)
+    places = [place for place, grad in enumerate(grads) if grad.numel()]
+    if places:
+        norms = torch._foreach_norm([grads[place] for place in places], norm_type, dtype=wide)
+        sums[places] = torch.stack(norms)
+    return sums if math.isinf(norm_type) else sums.pow(norm_type)
+
+
+def clip_reference_(grads: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    """The same in plain torch; what CPU tensors take."""
+    coefficient = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+    for grad in grads:
+        # Not mul_: it would round the coefficient to the gradient's dtype on a GPU.
+        wide = torch.promote_types(grad.dtype, torch.float32)
+        grad.copy_(grad.to(wide) * coefficient)
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def _power_sums_kernel(
+    chunk_tensors_ptr,
+    extents_ptr,
+    addresses_ptr,
+    num_tensors,
+    partials_ptr,
+    norm_type,
+    NORM: tl.constexpr,
+    GRAD: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, CHUNK, VECTOR)
+    grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, GRAD, VECTOR)
+    # Magnitudes are compared as integers, which order like them, with NaN above infinity.
+    total = tl.zeros((BLOCK,), dtype=tl.int32 if NORM == "inf" else tl.float32)
+    for block_start in tl.range(0, CHUNK, BLOCK):
+        offsets = start + block_start + tl.arange(0, BLOCK)
+        grad = tl.load(grad_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
+        if NORM == "inf":
+            total = tl.maximum(total, tl.abs(grad).to(tl.int32, bitcast=True))
+        elif NORM == "1":
+            total += tl.abs(grad)
+        elif NORM == "2":
+            total += grad * grad
+        else:
+            total += tl.exp2(norm_type * tl.log2(tl.abs(grad)))
+    if NORM == "inf":
+        partial = tl.max(total, axis=0).to(tl.float32, bitcast=True)
+    else:
+        partial = tl.sum(total, axis=0)
+    tl.store(partials_ptr + tl.program_id(0), partial)
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def _reduce_kernel(
+    partials_ptr,
+    extents_ptr,
+    sums_ptr,
+    num_tensors,
+    NORM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor = tl.program_id(0)
+    num_chunks = tl.cdiv(tl.load(extents_ptr + tensor), CHUNK)
+    first_chunk = tl.load(extents_ptr + num_tensors + tensor)
+    place = tl.load(extents_ptr + 2 * num_tensors + tensor)
+    total = tl.zeros((BLOCK,), dtype=tl.int32 if NORM == "inf" else tl.float32)
+    for block_start in tl.range(0, num_chunks, BLOCK):
+        offsets = block_start + tl.arange(0, BLOCK)
+        partial = tl.load(
+            partials_ptr + first_chunk + offsets, mask=offsets < num_chunks, other=0.0
+        )
+        if NORM == "inf":
+            total = tl.maximum(total, partial.to(tl.int32, bitcast=True))
+        else:
+            total += partial
+    if NORM == "inf":
+        result = tl.max(total, axis=0).to(tl.float32, bitcast=True)
+    else:
+        result = tl.sum(total, axis=0)
+    tl.store(sums_ptr + place, result)
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def _clip_kernel(
+    chunk_tensors_ptr,
+    extents_ptr,
+    addresses_ptr,
+    num_tensors,
+    total_norm_ptr,
+    max_norm,
+    GRAD: tl.constexpr,
+    VECTOR: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    coefficient = max_norm / (tl.load(total_norm_ptr) + 1e-6)
+    # NaN is not above one: it goes into the gradients, as torch has it.
+    if coefficient >= 1.0:
+        return
+    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, CHUNK, VECTOR)
+    grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, GRAD, VECTOR)
+    for block_start in tl.range(0, CHUNK, BLOCK):
+        offsets = start + block_start + tl.arange(0, BLOCK)
+        mask = offsets < numel
+        grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(grad_ptr + offsets, (grad * coefficient).to(GRAD), mask=mask)
+
+
+@operator("nanotron_fast::grad_power_sums")
+def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
+    """(tensors,) fp32 sums of |g|^p, or max |g| for p = inf; 0 for an empty tensor."""
+    sums = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
+    norm = {1.0: "1", 2.0: "2", math.inf: "inf"}.get(norm_type, "p")
+    for group in groups_of((grads,), _LONG_CHUNK):
+        partials = torch.empty(group.num_chunks, dtype=torch.float32, device=sums.device)
+        on_grid(_power_sums_kernel, (group.num_chunks,))(
+            *group.tables,
+            partials,
+            norm_type,
+            NORM=norm,
+            GRAD=TRITON_DTYPES[group.dtypes[0]],
+            VECTOR=group.vector,
+            CHUNK=_LONG_CHUNK,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+        on_grid(_reduce_kernel, (group.num_tensors,))(
+            partials,
+            group.extents,
+            sums,
+            group.num_tensors,
+            NORM=norm,
+            CHUNK=_LONG_CHUNK,
+            BLOCK=_PARTIALS_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+    return sums
+
+
+@_power_sums.register_fake
+def _(grads, norm_type):
+    return grads[0].new_empty(len(grads), dtype=torch.float32)
+
+
+@operator("nanotron_fast::clip_grads_", mutates_args=("grads",))
+def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    for group in groups_of((grads,), _LONG_CHUNK):
+        on_grid(_clip_kernel, (group.num_chunks,))(
+            *group.tables,
+            total_norm,
+            max_norm,
+            GRAD=TRITON_DTYPES[group.dtypes[0]],
+            VECTOR=group.vector,
+            CHUNK=_LONG_CHUNK,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+
+
+@torch.no_grad()
+def get_total_norm(
+    grads: Sequence[Tensor],
+    norm_type: float = 2.0,
+    group: Group = None,
+    *,
+    error_if_nonfinite: bool = False,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The norm of all gradients as one vector, over all ranks of a group.
+
+    Args:
+        grads: contiguous, bf16, fp16 or fp32 in any mixture. A parameter that several ranks of
+            the group hold (tied, or replicated over tensor parallelism) belongs in the list of
+            one of them alone.
+        norm_type: p > 0, or inf.
+        group: the ranks that share the parameters; every one of them must call. One collective.
+        error_if_nonfinite: raise RuntimeError for a norm that is not finite. Waits for the device.
+        device: of the result where the list is empty; the current GPU by default, if there is one.
+
+    Returns:
+        0-d, fp32, on the device of the gradients.
+
+    Raises:
+        ValueError: no such norm, or a tensor that is not contiguous; named by its place.
+    """
+    grads, norm_type = list(grads), float(norm_type)
+    if not norm_type > 0:
+        raise ValueError(f"get_total_norm: norm_type {norm_type}: choose p > 0, or inf")
+    check_lists("get_total_norm", "grads", grads=grads)
+    if not grads:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        sums = torch.zeros(1, dtype=torch.float32, device=default if device is None else device)
+    elif takes_reference(grads):
+        sums = power_sums_reference(grads, norm_type).float()
+    else:
+        sums = _power_sums(grads, norm_type)
+    is_max, ranks = math.isinf(norm_type), resolve(group)
+    # One number from each rank: gathering them is no dearer than a reduction by max.
+    local = sums.amax(0, keepdim=True) if is_max else sums.sum(0, keepdim=True)
+    total = all_gather(local, ranks).amax() if is_max else all_reduce(local, ranks).reshape(())
+    if not is_max and norm_type != 1.0:
+        total = total.sqrt() if norm_type == 2.0 else total.pow(1.0 / norm_type)
+    if error_if_nonfinite and not torch.isfinite(total):
+        raise RuntimeError(
+            f"the total norm of order {norm_type} of the gradients is {total.item()}: "
+            "they cannot be clipped"
+        )
+    return total
+
+
+@torch.no_grad()
+def clip_grads_with_norm_(grads: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> None:
+    """Multiplies gradients by min(max_norm / (total_norm + 1e-6), 1) on the device.
+
+    Nothing is written where that is 1. Where it is NaN, gradients become NaN, as with torch.
+
+    Args:
+        grads: contiguous, bf16, fp16 or fp32 in any mixture, written in place.
+        max_norm: the bound.
+        total_norm: 0-d, fp32, on their device, from `get_total_norm`.
+
+    Raises:
+        ValueError: a tensor is not contiguous; named by its place.
+    """
+    grads = list(grads)
+    check_lists("clip_grads_with_norm_", "grads", grads=grads)
+    if not grads:
+        return
+    if takes_reference(grads):
+        clip_reference_(grads, max_norm, total_norm)
+    else:
+        _clip(grads, float(max_norm), total_norm.to(grads[0].device, torch.float32))
+
+
+def clip_grad_norm_(
+    grads: Sequence[Tensor],
+    max_norm: float,
+    norm_type: float = 2.0,
+    group: Group = None,
+    error_if_nonfinite: bool = False,
+    *,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Clips gradients to a total norm, as torch.nn.utils.clip_grad_norm_ does, and gives the norm.
+
+    The norm is taken in fp32 whatever the gradients' dtype, over all ranks of `group`: see
+    `get_total_norm` for the arguments and errors, `clip_grads_with_norm_` for what is written.
+    """
+    total_norm = get_total_norm(
+        grads, norm_type, group, error_if_nonfinite=error_if_nonfinite, device=device
+    )
+    clip_grads_with_norm_(grads, max_norm, total_norm)
+    return total_norm

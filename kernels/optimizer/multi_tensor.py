@@ -1,0 +1,237 @@
+"""Tables on the device that let one launch work on lists of tensors.
+
+Lists of equal length (parameters, gradients, ...) are read side by side: row i of each belongs to
+tensor i. A tensor is cut into chunks; a program handles one chunk of one tensor, in all lists:
+
+    chunk_tensors (chunks,) int32        which tensor a chunk belongs to
+    extents (3, tensors) int64           elements; first chunk; place in the caller's lists
+    addresses (lists, tensors) int64     where each tensor starts
+
+One launch takes one combination of dtypes, and either only tensors that allow wide accesses or
+only others: a `Group`. Wide is 16 bytes of the widest dtype, and the same number of elements of the
+others: four of fp32 and of bf16 beside it, so that a warp's accesses lie side by side in each list.
+Tables are kept, keyed by addresses, sizes and dtypes, so that a step on the tensors of the last one
+looks up a dictionary and copies nothing to the device. A table holds no tensor alive; an address
+that is used again for a tensor of the same size and dtype means the same. Tables belong to the
+stream that filled them. A capture of a CUDA graph takes those that were filled last, and fills
+none: its replays would copy from memory long since reused. Run once on the same tensors before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.runtime.backend import is_interpreting, uses_triton
+
+# Sets of lists that are remembered: a training step uses three or four.
+_NUM_REMEMBERED = 64
+_ACCESS_BYTES = 16
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """What one launch works on."""
+
+    dtypes: tuple[torch.dtype, ...]
+    # Elements of an access: every address and size in the group is a multiple of it.
+    vector: int
+    num_tensors: int
+    num_chunks: int
+    chunk_tensors: Tensor
+    extents: Tensor
+    addresses: Tensor
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The first arguments of a kernel, for `locate` and `pointer`."""
+        return self.chunk_tensors, self.extents, self.addresses, self.num_tensors
+
+
+# The stream on which each device was last asked for tables outside a capture.
+_last_streams: dict[torch.device, int] = {}
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_current_stream_capturing()
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cuda" and _is_capturing():
+        raise RuntimeError(
+            "a CUDA graph captures an operation on lists of tensors that it did not run on before: "
+            "run it once on the same tensors, then capture it"
+        )
+    # Pinned, so that the host need not wait for the kernels in flight.
+    return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
+
+
+@lru_cache(maxsize=_NUM_REMEMBERED)
+def _layout(
+    numels: tuple[int, ...], places: tuple[int, ...], chunk: int, device: torch.device, stream: int
+) -> tuple[Tensor, Tensor]:
+    """chunk_tensors and extents: gradients that move to new addresses keep theirs."""
+    sizes = torch.tensor(numels, dtype=torch.int64)
+    counts = (sizes + (chunk - 1)) // chunk
+    extents = torch.stack((sizes, counts.cumsum(0) - counts, torch.tensor(places)))
+    chunk_tensors = torch.arange(len(numels), dtype=torch.int32).repeat_interleave(counts)
+    return _to_device(chunk_tensors, device), _to_device(extents, device)
+
+
+def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> int:
+    """Elements of the widest access that these tensors allow."""
+    vector = _ACCESS_BYTES // max(dtype.itemsize for dtype in dtypes)
+    fits = all(
+        start % (vector * dtype.itemsize) == 0 for start, dtype in zip(starts, dtypes, strict=True)
+    )
+    return vector if fits and numel % vector == 0 else 1
+
+
+@lru_cache(maxsize=_NUM_REMEMBERED)
+def _groups(
+    addresses: tuple[tuple[int, ...], ...],
+    dtypes: tuple[tuple[torch.dtype, ...], ...],
+    numels: tuple[int, ...],
+    chunk: int,
+    device: torch.device,
+    stream: int,
+) -> tuple[Group, ...]:
+    if is_interpreting() and device.type != "cpu":
+        raise RuntimeError(f"Triton's interpreter cannot follow addresses on {device}")
+    members: dict[tuple[tuple[torch.dtype, ...], int], list[int]] = {}
+    for place, numel in enumerate(numels):
+        if numel:
+            combination = tuple(column[place] for column in dtypes)
+            starts = [column[place] for column in addresses]
+            vector = _vector(combination, starts, numel)
+            members.setdefault((combination, vector), []).append(place)
+    groups = []
+    for (combination, vector), places in members.items():
+        sizes = tuple(numels[place] for place in places)
+        chunk_tensors, extents = _layout(sizes, tuple(places), chunk, device, stream)
+        table = torch.tensor([[column[place] for place in places] for column in addresses])
+        groups.append(
+            Group(
+                dtypes=combination,
+                vector=vector,
+                num_tensors=len(places),
+                num_chunks=chunk_tensors.numel(),
+                chunk_tensors=chunk_tensors,
+                extents=extents,
+                addresses=_to_device(table, device),
+            )
+        )
+    return tuple(groups)
+
+
+@lru_cache(maxsize=_NUM_REMEMBERED)
+def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _to_device(torch.tensor(addresses, dtype=torch.int64), device)
+
+
+def _stream(device: torch.device) -> int:
+    """The stream whose tables to take."""
+    if device.type != "cuda":
+        return 0
+    current = int(torch.cuda.current_stream(device).cuda_stream)
+    # torch waits for the device before it captures: what the warm-up filled is there.
+    if _is_capturing():
+        return _last_streams.get(device, current)
+    _last_streams[device] = current
+    return current
+
+
+def groups_of(lists: Sequence[Sequence[Tensor]], chunk: int) -> tuple[Group, ...]:
+    """The launches that cover all elements of these lists, `chunk` elements a program.
+
+    All tensors are contiguous, on one device, and of equal size along the lists.
+    """
+    first = lists[0]
+    if not first:
+        return ()
+    return _groups(
+        tuple(tuple([tensor.data_ptr() for tensor in tensors]) for tensors in lists),
+        tuple(tuple([tensor.dtype for tensor in tensors]) for tensors in lists),
+        tuple([tensor.numel() for tensor in first]),
+        chunk,
+        first[0].device,
+        _stream(first[0].device),
+    )
+
+
+def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
+    """(tensors,) int64 on the device of the first."""
+    device = tensors[0].device
+    return _addresses(tuple([tensor.data_ptr() for tensor in tensors]), device, _stream(device))
+
+
+def takes_reference(tensors: Sequence[Tensor]) -> bool:
+    """Whether an operation on these tensors runs in plain torch."""
+    return not uses_triton(tensors[0]) or any(t.dtype not in TRITON_DTYPES for t in tensors)
+
+
+def check_lists(name: str, first: str, **lists: Sequence[Tensor]) -> None:
+    """Holds lists to what a launch needs: equal shapes along the lists, contiguous, one device.
+
+    Raises ValueError that names the operation, the list, the place in it and what was found.
+    """
+    leaders = lists[first]
+    for label, tensors in lists.items():
+        if len(tensors) != len(leaders):
+            raise ValueError(f"{name}: {len(tensors)} {label} for {len(leaders)} {first}")
+        for place, (tensor, leader) in enumerate(zip(tensors, leaders, strict=True)):
+            if tensor.shape != leader.shape:
+                raise ValueError(
+                    f"{name}: {label}[{place}] {tuple(tensor.shape)} "
+                    f"for {first}[{place}] {tuple(leader.shape)}"
+                )
+            if not tensor.is_contiguous():
+                raise ValueError(
+                    f"{name}: {label}[{place}] {tuple(tensor.shape)} has strides "
+                    f"{tensor.stride()}: tensors must be contiguous"
+                )
+            if tensor.device != leaders[0].device:
+                raise ValueError(
+                    f"{name}: {label}[{place}] on {tensor.device}, "
+                    f"{first}[0] on {leaders[0].device}"
+                )
+            if not tensor.is_floating_point():
+                raise ValueError(f"{name}: {label}[{place}] is {tensor.dtype}")
+
+
+@triton.jit
+def locate(chunk_tensors_ptr, extents_ptr, num_tensors, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
+    """This program's tensor, the first element of its chunk and the tensor's elements."""
+    chunk = tl.program_id(0)
+    tensor = tl.load(chunk_tensors_ptr + chunk)
+    numel = tl.load(extents_ptr + tensor)
+    first_chunk = tl.load(extents_ptr + num_tensors + tensor)
+    return tensor, (chunk - first_chunk) * CHUNK, tl.multiple_of(numel, VECTOR)
+
+
+@triton.jit
+def pointer(
+    addresses_ptr,
+    num_tensors,
+    tensor,
+    LIST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    VECTOR: tl.constexpr,
+):
+    """Where a tensor of one of the lists starts."""
+    address = tl.load(addresses_ptr + LIST * num_tensors + tensor)
+    # The hint must stand on the pointer: the cast forgets one on the integer.
+    start_ptr = address.to(tl.pointer_type(DTYPE))
+    return tl.multiple_of(start_ptr, VECTOR * (DTYPE.primitive_bitwidth // 8))

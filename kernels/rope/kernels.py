@@ -1,0 +1,199 @@
+"""The kernel under `rope`: turns and moves q, k and v, packed or apart, forward or backward.
+
+A program takes a few tokens. It loads their cosines and sines once and walks over the heads of q,
+then of k, then of v. Blocks are (tokens, heads, columns): with halves two blocks, one for each
+member of the pairs; interleaved one block, split in registers. Sources and destinations
+have strides of their own, so that one kernel splits, packs and works in place.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.runtime.backend import on_grid
+
+# Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.
+_BLOCK_ELEMENTS = 4096
+
+
+@triton.jit
+def _move_heads(
+    src_ptr,
+    dst_ptr,
+    src_token_stride,
+    src_head_stride,
+    dst_token_stride,
+    num_heads,
+    tokens,
+    num_tokens,
+    cos,
+    sin,
+    TURNS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_COLS: tl.constexpr,
+    HALF_COLS: tl.constexpr,
+):
+    """Takes all heads of q, k or v from src to dst; zeros where there is no src."""
+    dtype = dst_ptr.dtype.element_ty
+    cols = tl.arange(0, HEAD_COLS)[None, None, :]
+    for first in range(0, num_heads, HEADS):
+        heads = first + tl.arange(0, HEADS)[None, :, None]
+        mask = (tokens < num_tokens) & (heads < num_heads)
+        dst = dst_ptr + tokens * (dst_token_stride * STRIDE_UNIT) + heads * HEAD_DIM
+        if src_ptr is None:
+            zeros = tl.zeros((TOKENS, HEADS, HEAD_COLS), dtype)
+            tl.store(dst + cols, zeros, mask=mask & (cols < HEAD_DIM))
+        else:
+            src = src_ptr + tokens * (src_token_stride * STRIDE_UNIT)
+            src += heads.to(tl.int64) * (src_head_stride * STRIDE_UNIT)
+            # In place, this program alone touches these heads, and reads a pair before it writes.
+            if TURNS and INTERLEAVED:
+                pair_cols = tl.arange(0, 2 * HALF_COLS)[None, None, :]
+                inside = mask & (pair_cols < 2 * HALF)
+                pairs = tl.load(src + pair_cols, mask=inside, other=0.0).to(tl.float32)
+                a, b = tl.split(tl.reshape(pairs, (TOKENS, HEADS, HALF_COLS, 2)))
+                turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+                turned = tl.reshape(turned, (TOKENS, HEADS, 2 * HALF_COLS))
+                tl.store(dst + pair_cols, turned.to(dtype), mask=inside)
+            elif TURNS:
+                half_cols = tl.arange(0, HALF_COLS)[None, None, :]
+                inside = mask & (half_cols < HALF)
+                a = tl.load(src + half_cols, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(src + HALF + half_cols, mask=inside, other=0.0).to(tl.float32)
+                tl.store(dst + half_cols, (a * cos - b * sin).to(dtype), mask=inside)
+                tl.store(dst + HALF + half_cols, (b * cos + a * sin).to(dtype), mask=inside)
+            if not IN_PLACE and (not TURNS or 2 * HALF < HEAD_DIM):
+                inside = mask & (cols < HEAD_DIM)
+                if TURNS:
+                    inside = inside & (cols >= 2 * HALF)
+                tl.store(dst + cols, tl.load(src + cols, mask=inside, other=0.0), mask=inside)
+
+
+@triton.jit
+def _rope_kernel(
+    q_src_ptr,
+    k_src_ptr,
+    v_src_ptr,
+    q_dst_ptr,
+    k_dst_ptr,
+    v_dst_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ids_ptr,
+    q_src_token_stride,
+    k_src_token_stride,
+    v_src_token_stride,
+    q_src_head_stride,
+    k_src_head_stride,
+    v_src_head_stride,
+    q_dst_token_stride,
+    kv_dst_token_stride,
+    num_tokens,
+    num_positions,
+    num_q_heads,
+    num_kv_heads,
+    INVERSE: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    TOKENS: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HEAD_COLS: tl.constexpr,
+    HALF_COLS: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    positions = tokens
+    if position_ids_ptr is not None:
+        positions = tl.load(position_ids_ptr + tokens, mask=tokens < num_tokens, other=0)
+        positions = positions.to(tl.int64)
+    half_cols = tl.arange(0, HALF_COLS)[None, None, :]
+    # A position outside the tables makes NaN, not a read outside them.
+    mask = (positions >= 0) & (positions < num_positions) & (half_cols < HALF)
+    cos = tl.load(cos_ptr + positions * HALF + half_cols, mask=mask, other=float("nan"))
+    sin = tl.load(sin_ptr + positions * HALF + half_cols, mask=mask, other=float("nan"))
+    if INVERSE:
+        sin = -sin
+    # fmt: off
+    _move_heads(
+        q_src_ptr, q_dst_ptr, q_src_token_stride, q_src_head_stride, q_dst_token_stride,
+        num_q_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
+        HEAD_DIM, HALF, TOKENS, Q_HEADS, HEAD_COLS, HALF_COLS,
+    )
+    _move_heads(
+        k_src_ptr, k_dst_ptr, k_src_token_stride, k_src_head_stride, kv_dst_token_stride,
+        num_kv_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
+        HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS, HALF_COLS,
+    )
+    if not IN_PLACE and v_dst_ptr is not None:
+        _move_heads(
+            v_src_ptr, v_dst_ptr, v_src_token_stride, v_src_head_stride, kv_dst_token_stride,
+            num_kv_heads, tokens, num_tokens, cos, sin, False, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
+            HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS, HALF_COLS,
+        )
+    # fmt: on
+
+
+def launch(
+    sources: list[Tensor | None],
+    destinations: list[Tensor | None],
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    *,
+    inverse: bool,
+    interleaved: bool,
+    in_place: bool = False,
+) -> None:
+    """Takes q, k and v from sources to destinations, all (tokens, heads, head_dim).
+
+    Sources: any strides but the last, 1; None stands for zeros. Destinations: views of one packed
+    tensor, or contiguous; None for v leaves v out. In place they are the sources, and v and what
+    does not turn are left alone. cos, sin and position_ids are contiguous.
+    """
+    num_tokens, num_q_heads, head_dim = destinations[0].shape
+    num_kv_heads, half = destinations[1].shape[1], cos.shape[1]
+    if num_tokens == 0:
+        return
+    strides = [0 if src is None else src.stride(dim) for dim in (0, 1) for src in sources]
+    strides += [dst.stride(0) for dst in destinations[:2]]
+    # Strides go to the kernel in units of 8 elements where they are such: Triton itself sees no
+    # smaller factor than 16, and without one it would read element by element.
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    head_cols = triton.next_power_of_2(head_dim)
+    q_heads, kv_heads = (min(8, triton.next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
+    tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
+    on_grid(_rope_kernel, (triton.cdiv(num_tokens, tokens),))(
+        *sources,
+        *destinations,
+        cos,
+        sin,
+        position_ids,
+        *(stride // unit for stride in strides),
+        num_tokens,
+        cos.shape[0],
+        num_q_heads,
+        num_kv_heads,
+        INVERSE=inverse,
+        INTERLEAVED=interleaved,
+        IN_PLACE=in_place,
+        STRIDE_UNIT=unit,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        TOKENS=tokens,
+        Q_HEADS=q_heads,
+        KV_HEADS=kv_heads,
+        HEAD_COLS=head_cols,
+        HALF_COLS=triton.next_power_of_2(half),
+        num_warps=4,
+    )

@@ -1,0 +1,1 @@
+"""Checkpoints as models: planned, converted, compared, inspected and loaded."""

@@ -1,0 +1,44 @@
+"""How large a model the files can hold: asked before anything is made for each layer and expert."""
+
+from __future__ import annotations
+
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.huggingface import checkpoint as hf
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.nanotron import checkpoint as nanotron
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.safetensors import TensorInfo
+from nanotron_fast.model.spec import ModelSpec
+
+
+def check_counts(spec: ModelSpec, checkpoint: HfCheckpoint | NanotronCheckpoint) -> None:
+    """Refuses a configuration with more layers or experts than the headers have tensors for.
+
+    Which tensors they are is found later; a configuration alone could ask for any number of them.
+    Raises CheckpointError.
+    """
+    if isinstance(checkpoint, HfCheckpoint):
+        name, infos = hf.CONFIG, [stored.info for stored in checkpoint.tensors.values()]
+    else:
+        name = nanotron.MODEL_CONFIG
+        infos = [shards[0].info for shards in checkpoint.params.values()]
+    if spec.num_layers > len(infos):
+        raise CheckpointError(
+            f"{checkpoint.root}: {name} calls for {spec.num_layers:,} layers, and the files hold "
+            f"{len(infos):,} tensors"
+        )
+    if spec.moe is None:
+        return
+    num_experts = spec.moe.num_experts * len(spec.moe.layers)
+    room = sum(map(_most_experts, infos))
+    if num_experts > room:
+        raise CheckpointError(
+            f"{checkpoint.root}: {name} calls for {spec.moe.num_experts:,} experts in "
+            f"{len(spec.moe.layers):,} layers, and the files hold tensors of {room:,} at most"
+        )
+
+
+def _most_experts(info: TensorInfo) -> int:
+    """One, or, of a stack that is not empty, all that are stacked in it."""
+    is_stack = len(info.shape) == 3 and info.num_elements > 0
+    return info.shape[0] if is_stack else 1

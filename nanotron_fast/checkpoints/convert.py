@@ -1,0 +1,283 @@
+"""Converting a checkpoint from one format to the other."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.destination import Destination
+from nanotron_fast.checkpoints.options import DIRECTIONS, Options
+from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
+from nanotron_fast.checkpoints.plan.sides import UNTIE
+from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.small_files import copy_file, write_file
+from nanotron_fast.checkpoints.source import read, resolve, resolve_companions
+from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, parse_shard_size
+from nanotron_fast.interruption import Interrupted
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves import engine
+from nanotron_fast.moves.dtypes import parse_cast
+from nanotron_fast.moves.engine import ProgressCallback
+
+# Room for each of the small files whose contents are not made yet.
+_DOCUMENT_BYTES = 64 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a conversion did. `engine_seconds` leaves out planning and the small files."""
+
+    plan: Plan
+    destination: Path
+    seconds: float
+    engine_seconds: float
+    peak_rss_bytes: int
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Decimal gigabytes of tensor files written, over the whole time."""
+        return self.plan.bytes_written / 1e9 / self.seconds if self.seconds else 0.0
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        """The contract of `convert --json`."""
+        return {
+            **self.plan.to_json(workers),
+            "seconds": round(self.seconds, 6),
+            "gigabytes_per_second": round(self.gigabytes_per_second, 3),
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "ignored_tensors": list(self.plan.ignored),
+            "left_behind": list(self.plan.left_behind),
+            "destination": str(self.destination),
+        }
+
+
+def plan(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    to: str | None = None,
+    topology: Topology | None = None,
+    dtype: str = "keep",
+    model_class: str = "auto",
+    family: str | None = None,
+    target: str | None = None,
+    rope_interleaved: bool | None = None,
+    checkpoint_version: str | None = None,
+    pad_vocab_to_multiple_of: int | None = None,
+    vocab_size: int | None = None,
+    max_shard_size: str | int | None = None,
+    tokenizer: str | Path | None = None,
+    like: str | Path | None = None,
+    ignore_tensors: Sequence[str] = (),
+) -> Plan:
+    """Plans the conversion of `src` to `dst` from headers alone; writes nothing.
+
+    Args:
+        src: a directory, or the id of a model on the Hugging Face Hub.
+        dst: the directory that `convert` would write.
+        to: "nanotron" or "hf"; by default the format that `src` is not in.
+        topology: sizes of the tensor- and pipeline-parallel groups, for Nanotron.
+        dtype: "keep", "bf16", "fp16" or "fp32". A router stays fp32 in Nanotron.
+        model_class: "auto", "llama", "qwen2" or "starcoder2": Nanotron's configuration class.
+        family: overrules the family that the configuration speaks of.
+        target: "nanotron" refuses what stock Nanotron would compute wrongly; "nanotron-fast"
+            admits rope_scaling, which the drop-in honours, and a llama's own head_dim and biases,
+            which can be converted and loaded; nothing trains those yet.
+        rope_interleaved: to Nanotron, lay the rows of q and k out for interleaved rotary pairs
+            (by default for halves); to Hugging Face, how they lie in the checkpoint (by default
+            as its configuration says).
+        checkpoint_version: "1.5" (Nanotron main) or "1.2" (PyPI's 0.4).
+        pad_vocab_to_multiple_of: adds zero rows to the embedding and the head.
+        vocab_size: rows to keep of a padded vocabulary, for Hugging Face.
+        max_shard_size: of a Hugging Face file, such as "5GB" (decimal) or a number of bytes.
+        tokenizer: a directory or Hub id whose tokenizer goes beside the model, not the source's.
+        like: for Hugging Face: a directory or Hub id of the model that the checkpoint was made
+            from, whose configuration, vocabulary size and small files are taken where they agree.
+        ignore_tensors: shell patterns of tensors' names that are left out, such as "v_head.*".
+
+    Raises:
+        CheckpointError, ConfigError, TopologyError, UnsupportedModelError: all ValueError, each
+            naming the file, tensor or option and the numbers.
+        OSError: a file cannot be read.
+    """
+    options = Options(
+        topology=topology or Topology(),
+        cast=parse_cast(dtype),
+        model_class=model_class,
+        family=family,
+        target=target,
+        rope_interleaved=rope_interleaved,
+        checkpoint_version=checkpoint_version,
+        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
+        vocab_size=vocab_size,
+        max_shard_bytes=None if max_shard_size is None else parse_shard_size(max_shard_size),
+        tokenizer=None if tokenizer is None else resolve_companions(tokenizer),
+        like=None if like is None else resolve_companions(like),
+        ignore_tensors=(ignore_tensors,)
+        if isinstance(ignore_tensors, str)
+        else tuple(ignore_tensors),
+    )
+    if not str(dst):
+        raise ConfigError("the destination has no name")
+    if to is not None and to not in DIRECTIONS:
+        raise ConfigError(f"--to {to}: choose {' or '.join(DIRECTIONS)}")
+    # What a direction does not need is not even imported: it counts in the time to start.
+    checkpoint = read(resolve(src)).without(options.ignore_tensors)
+    if isinstance(checkpoint, HfCheckpoint):
+        if to == "hf":
+            raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
+        from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
+
+        return plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
+    if to == "nanotron":
+        raise ConfigError(f"--to nanotron: {src} is a Nanotron checkpoint already")
+    from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
+
+    return plan_to_hf(checkpoint, options)
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    topology: Topology | None = None,
+    overwrite: bool = False,
+    workers: int | None = None,
+    fsync: bool = False,
+    on_plan: Callable[[Plan], None] | None = None,
+    on_progress: ProgressCallback | None = None,
+    processes: Processes | None = None,
+    **choices: Any,
+) -> Report:
+    """Converts `src` to `dst`: Hugging Face to Nanotron or back, by what `src` is.
+
+    `dst` appears when it is whole; on any error, and when interrupted, it is as it was before.
+
+    Args:
+        src, dst, topology, and `choices`: see `plan`.
+        overwrite: replace a `dst` that is not empty, once the new one is whole.
+        workers: threads; by default one for each core, 16 at most.
+        fsync: return only when files, directories and the rename are on the device.
+        on_plan: called with the Plan before anything is written.
+        on_progress: called now and then with the bytes written so far.
+        processes: shares the work with those of torchrun (see `checkpoints.processes`).
+
+    Raises:
+        What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk
+        too small; OSError.
+    """
+    started = time.perf_counter()
+    processes = processes or Processes()
+    workers = engine.default_workers() if workers is None else workers
+    if workers < 1:
+        raise ConfigError(f"--workers {workers}: it should be at least 1")
+    destination: Destination | None = None
+    try:
+        with processes.step():
+            ready = plan(src, dst, topology=topology, **choices)
+            destination = Destination(
+                Path(dst), source=ready.source, overwrite=overwrite, inputs=_inputs(ready)
+            )
+            names = _names(ready)
+            if processes.rank == 0:
+                destination.check(names)
+                if ready.check_source is not None:
+                    ready.check_source()
+                _check_equal(ready, workers)
+                if on_plan is not None:
+                    on_plan(ready)
+                destination.open(_sizes(ready), names)
+        with processes.step():
+            engine_started = time.perf_counter()
+            is_first = processes.rank == 0
+            engine.execute(
+                ready.transfer.share(processes.rank, processes.world_size),
+                destination.partial,
+                workers=workers,
+                fsync=fsync,
+                on_progress=on_progress,
+                meanwhile=partial(_write_documents, ready, destination.partial, fsync)
+                if is_first
+                else None,
+            )
+            engine_seconds = time.perf_counter() - engine_started
+        with processes.step():
+            if processes.rank == 0:
+                destination.commit(fsync=fsync, names=names)
+        return Report(
+            ready,
+            destination.path,
+            time.perf_counter() - started,
+            engine_seconds,
+            peak_resident_bytes(),
+        )
+    except BaseException as error:
+        if destination is not None:
+            destination.abort()
+            if isinstance(error, Interrupted):
+                is_first = processes.rank == 0
+                error.remains = (
+                    destination.remains() if is_first else f"process {processes.rank} has ended"
+                )
+        raise
+
+
+def _names(ready: Plan) -> frozenset[str]:
+    """What will lie in the destination itself."""
+    outputs = (output.path.partition("/")[0] for output in ready.transfer.outputs)
+    copies = (name.partition("/")[0] for name in ready.copies)
+    return frozenset((*outputs, *ready.documents, *copies))
+
+
+def _sizes(ready: Plan) -> Iterator[int]:
+    """Bytes of every file and folder that will be written; a folder takes a block."""
+    folders = {os.path.dirname(output.path) for output in ready.transfer.outputs}
+    parents = {folder[:at] for folder in folders for at in _slashes(folder)}
+    yield from (1 for _ in folders | parents)
+    yield from (output.size_bytes for output in ready.transfer.outputs)
+    yield from (_DOCUMENT_BYTES for _ in ready.documents)
+    yield from (path.stat().st_size for path in ready.copies.values())
+
+
+def _slashes(path: str) -> Iterator[int]:
+    return (at for at, letter in enumerate(path) if letter == "/")
+
+
+def _inputs(ready: Plan) -> set[Path]:
+    """The folders outside the source that files are read from: behind links, a tokenizer's."""
+    within = os.path.join(ready.source, "")
+    found: set[str] = set()
+    for path in map(os.fspath, (*ready.transfer.sources, *ready.copies.values())):
+        if os.path.islink(path):
+            found.add(os.path.dirname(os.path.realpath(path)))
+        elif not path.startswith(within):
+            found.add(os.path.dirname(path))
+    return set(map(Path, found))
+
+
+def _check_equal(ready: Plan, workers: int) -> None:
+    """Compares the copies of a tied matrix. Raises CheckpointError where they differ."""
+    for named in ready.must_be_equal:
+        paths = ready.transfer.sources
+        differing = engine.compare(paths, paths, [named.move], workers=workers)
+        if differing:
+            _, count, _ = differing[0]
+            raise CheckpointError(
+                f"{paths[named.move.destination]}: tie_word_embeddings is true, but {named.param} "
+                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements. "
+                f"{UNTIE}"
+            )
+
+
+def _write_documents(ready: Plan, root: Path, fsync: bool) -> None:
+    for name, contents in ready.documents.items():
+        write_file(root / name, contents(), fsync=fsync)
+    for name, path in ready.copies.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(path, root / name, fsync=fsync)

@@ -1,0 +1,167 @@
+"""Saying what a checkpoint is, from its headers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
+from nanotron_fast.checkpoints.source import read, resolve
+from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.families import family_named, family_of_config, warnings_about
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a checkpoint holds. Topology, stages and class are those of a Nanotron one."""
+
+    path: Path
+    format: str
+    family: str | None
+    model_class: str | None
+    topology: Topology | None
+    spec: ModelSpec | None
+    # Tensors (parameters, in Nanotron), files, elements and bytes as they are stored.
+    num_tensors: int
+    tensor_files: int
+    num_elements: int
+    num_bytes: int
+    dtypes: dict[str, int]
+    layer_stages: tuple[int, ...]
+    has_side_file: bool
+    # Why family and architecture are unknown, where they are.
+    problem: str | None = None
+    # Whether rotary pairs lie beside each other in q and k, in a Nanotron checkpoint.
+    rope_interleaved: bool | None = None
+    warnings: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `inspect --json`."""
+        spec, topology = self.spec, self.topology
+        return {
+            "path": str(self.path),
+            "format": self.format,
+            "family": self.family,
+            "model_class": self.model_class,
+            "topology": topology and {"tp": topology.tp, "pp": topology.pp, "ep": topology.ep},
+            "architecture": spec
+            and {
+                "hidden_size": spec.hidden_size,
+                "num_layers": spec.num_layers,
+                "num_heads": spec.num_heads,
+                "num_kv_heads": spec.num_kv_heads,
+                "head_dim": spec.head_dim,
+                "intermediate_size": spec.intermediate_size,
+                "vocab_size": spec.vocab_size,
+                "tie_word_embeddings": spec.tie_word_embeddings,
+                "rope_theta": spec.rope_theta,
+            },
+            "num_tensors": self.num_tensors,
+            "tensor_files": self.tensor_files,
+            "num_elements": self.num_elements,
+            "num_bytes": self.num_bytes,
+            "dtypes": self.dtypes,
+            "layer_stages": list(self.layer_stages),
+            "has_side_file": self.has_side_file,
+            "problem": self.problem,
+            "rope_interleaved": self.rope_interleaved,
+            "warnings": list(self.warnings),
+        }
+
+
+def inspect(
+    path: str | Path, *, family: str | None = None, rope_interleaved: bool | None = None
+) -> Inspection:
+    """Reads a checkpoint's headers and configuration.
+
+    Args:
+        path: a directory in either format, or a Hub id.
+        family: overrules what the configuration says.
+        rope_interleaved: overrules what a Nanotron checkpoint's configuration says of q and k.
+
+    Raises:
+        CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
+    """
+    if family is not None:
+        family_named(family)
+    checkpoint = read(resolve(path))
+    if isinstance(checkpoint, HfCheckpoint):
+        return _inspect_hf(checkpoint, family)
+    return _inspect_nanotron(checkpoint, Options(family=family, rope_interleaved=rope_interleaved))
+
+
+def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
+    name, spec, problem = None, None, None
+    warnings: list[str] = []
+    try:
+        found = family_of_config(checkpoint.config, family)
+        warnings = warnings_about(found, checkpoint.config)
+        name, spec = found.name, read_config(found, checkpoint.config)
+    except NanotronFastError as error:
+        problem = str(error)
+    infos = [tensor.info for tensor in checkpoint.tensors.values()]
+    return Inspection(
+        path=checkpoint.root,
+        format="hf",
+        family=name,
+        model_class=None,
+        topology=None,
+        spec=spec,
+        num_tensors=len(infos),
+        tensor_files=len({tensor.path for tensor in checkpoint.tensors.values()}),
+        layer_stages=(),
+        has_side_file=False,
+        problem=problem,
+        warnings=tuple(warnings),
+        **_totals([(info.dtype, info.num_elements) for info in infos]),
+    )
+
+
+def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspection:
+    topology = Topology(tp=checkpoint.tp, pp=checkpoint.pp)
+    model: NanotronModel | None = None
+    stages: tuple[int, ...] = ()
+    problem: str | None = None
+    try:
+        model = NanotronModel(checkpoint, options)
+        stages = Stages(model.padded_spec, model.model_class, topology).layers
+    except NanotronFastError as error:
+        problem = str(error)
+    shards = [shard for shards in checkpoint.params.values() for shard in shards]
+    return Inspection(
+        path=checkpoint.root,
+        format="nanotron",
+        family=model.family.name if model else None,
+        model_class=model.model_class if model else None,
+        topology=topology,
+        spec=model.spec if model else None,
+        num_tensors=len(checkpoint.params),
+        tensor_files=len(shards),
+        layer_stages=stages,
+        has_side_file=model is not None and model.side is not None,
+        problem=problem,
+        rope_interleaved=model.is_interleaved if model else None,
+        warnings=tuple(model.warnings) if model else (),
+        **_totals([(shard.info.dtype, shard.info.num_elements) for shard in shards]),
+    )
+
+
+def _totals(tensors: list[tuple[str, int]]) -> dict[str, Any]:
+    dtypes: Counter[str] = Counter()
+    for dtype, num_elements in tensors:
+        dtypes[dtype] += num_elements
+    return {
+        "num_elements": sum(dtypes.values()),
+        "num_bytes": sum(count * SAFETENSORS_BITS[dtype] // 8 for dtype, count in dtypes.items()),
+        "dtypes": dict(dtypes),
+    }

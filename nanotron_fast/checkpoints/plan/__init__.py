@@ -1,0 +1,1 @@
+"""Plans: what moves where, known before the first byte is moved."""

@@ -1,0 +1,117 @@
+"""The small files that go beside the weights: from the source, or from where the user says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.huggingface.companions import Companions, companions
+from nanotron_fast.formats.nanotron import checkpoint as nanotron
+from nanotron_fast.formats.nanotron import side_file
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+
+# What a Nanotron checkpoint has of its own: the conversion reads them.
+_NANOTRON = (
+    nanotron.MODEL_CONFIG,
+    nanotron.METADATA,
+    nanotron.CONFIG_YAML,
+    nanotron.WEIGHTS,
+    side_file.NAME,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """Files to copy, by their paths in the destination, and what is not copied."""
+
+    copies: dict[str, Path]
+    left_behind: tuple[str, ...]
+    has_tokenizer: bool
+    warnings: tuple[str, ...] = ()
+
+
+def beside_nanotron(source: HfCheckpoint, options: Options) -> Beside:
+    """For a conversion to Nanotron. Raises CheckpointError, OSError."""
+    found = companions(source.root, source.config, used=source.files)
+    tokenizer = found.tokenizer
+    if options.tokenizer is not None:
+        tokenizer = _tokenizer_of(options.tokenizer)
+    return Beside({**found.others, **tokenizer}, found.left, bool(tokenizer))
+
+
+def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> Beside:
+    """For a conversion to Hugging Face. `config` is the source's config.json, where it is known.
+
+    Raises CheckpointError, OSError.
+    """
+    found = companions(source.root, config, used=_NANOTRON)
+    tokenizer, others = found.tokenizer, found.others
+    warnings: list[str] = []
+    if options.like is not None:
+        like = companions(options.like, config)
+        tokenizer = like.tokenizer or tokenizer
+        others = {**others, **like.others}
+    if options.tokenizer is not None:
+        tokenizer = _tokenizer_of(options.tokenizer)
+    if not tokenizer:
+        tokenizer, warning = _tokenizer_of_training(source.root)
+        if warning:
+            warnings.append(warning)
+    return Beside({**others, **tokenizer}, found.left, bool(tokenizer), tuple(warnings))
+
+
+def _tokenizer_of(root: Path) -> dict[str, Path]:
+    tokenizer = companions(root).tokenizer
+    if not tokenizer:
+        raise CheckpointError(f"{root}: there is no tokenizer in it")
+    return tokenizer
+
+
+def _tokenizer_of_training(root: Path) -> tuple[dict[str, Path], str | None]:
+    """The tokenizer that a training configuration names, or what to do without one."""
+    document, problem = training_document(root)
+    name = _at(document, "tokenizer", "tokenizer_name_or_path")
+    if isinstance(name, str) and name and Path(name).is_dir():
+        found: Companions = companions(Path(name))
+        if found.tokenizer:
+            return found.tokenizer, None
+        problem = f"{nanotron.CONFIG_YAML} names {name}, which has none"
+    elif isinstance(name, str) and name:
+        problem = f"{nanotron.CONFIG_YAML} names {name}, which is no folder here"
+    because = f", and {problem}" if problem else ""
+    return {}, (
+        f"no tokenizer is written: none lies in {root}{because}. Give it with --tokenizer DIR_OR_ID"
+    )
+
+
+def training_document(root: Path) -> tuple[object, str | None]:
+    """The training configuration of a checkpoint, and what is wrong with it."""
+    import yaml
+
+    path = root / nanotron.CONFIG_YAML
+    if not path.is_file():
+        return None, None
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8")), None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return None, f"{nanotron.CONFIG_YAML} cannot be read ({reason})"
+
+
+def original_of_training(root: Path) -> Path | None:
+    """The checkpoint of ours that a training started from, where it is still there."""
+    document, _ = training_document(root)
+    path = _at(document, "model", "init_method", "path")
+    if not isinstance(path, str) or not path:
+        return None
+    return Path(path) if (Path(path) / side_file.NAME).is_file() else None
+
+
+def _at(document: Any, *keys: str) -> object:
+    for key in keys:
+        document = document.get(key) if isinstance(document, dict) else None
+    return document

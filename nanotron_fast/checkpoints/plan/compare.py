@@ -1,0 +1,298 @@
+"""Planning the comparison of two checkpoints, in any two formats and topologies."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from nanotron_fast.checkpoints.bounds import check_counts
+from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.plan.intersection import NamedMove, plan_moves, plan_padding
+from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
+from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.families import Family, family_of_config, warnings_about
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.parts import Param
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.row import FILL
+
+Checkpoint = HfCheckpoint | NanotronCheckpoint
+
+# What a config may say that changes what the model computes. Sizes show in the tensors too.
+_COMPARED = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+    "has_qkv_bias",
+    "has_output_bias",
+    "has_mlp_bias",
+    "moe",
+    "hidden_act",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "no_rope_interval",
+)
+# With any of these different, there is nothing to compare tensor by tensor.
+_STRUCTURAL = frozenset(_COMPARED[:12])
+
+
+@dataclass(slots=True)
+class ComparisonPlan:
+    """What to compare. Files of both checkpoints are numbered together."""
+
+    files: list[Path] = field(default_factory=list)
+    moves: list[NamedMove] = field(default_factory=list)
+    # Found from headers alone: tensor or config key, and what is different about it.
+    differing: dict[str, str] = field(default_factory=dict)
+    casts: list[str] = field(default_factory=list)
+    has_lossy_casts: bool = False
+    num_tensors: int = 0
+    numbers: dict[Path, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that will be compared."""
+        return sum(
+            named.move.num_elements * named.move.destination_dtype.itemsize for named in self.moves
+        )
+
+
+class _Model:
+    """One side of a comparison."""
+
+    def __init__(self, checkpoint: Checkpoint, label: str, options: Options) -> None:
+        self.label = label
+        self.checkpoint = checkpoint
+        self.side: HfSource | NanotronSource
+        self.is_interleaved = False
+        self.warnings: list[str] = []
+        if isinstance(checkpoint, HfCheckpoint):
+            self.family: Family = family_of_config(checkpoint.config, options.family)
+            found = warnings_about(self.family, checkpoint.config)
+            self.warnings = [f"{label}: {warning}" for warning in found]
+            self.spec: ModelSpec = read_config(self.family, checkpoint.config)
+            check_counts(self.spec, checkpoint)
+            self.padded_vocab_size = self.spec.vocab_size
+            self.side = HfSource(checkpoint)
+        else:
+            model = NanotronModel(checkpoint, options)
+            self.family, self.spec = model.family, model.spec
+            self.padded_vocab_size = model.padded_vocab_size
+            self.is_interleaved = model.is_interleaved
+            self.warnings = [f"{label}: {warning}" for warning in model.warnings]
+            self.side = NanotronSource(checkpoint)
+
+    def params(self, family: Family, spec: ModelSpec, has_rope_pairs: bool) -> list[Param]:
+        return family.params(
+            spec,
+            padded_vocab_size=self.padded_vocab_size,
+            rope_interleaved=self.is_interleaved,
+            has_rope_pairs=has_rope_pairs,
+        )
+
+    def dtype(self, param: Param) -> Dtype:
+        """The widest dtype of what makes a parameter."""
+        if isinstance(self.side, NanotronSource):
+            return self.side.dtype(param)
+        return max((self.side.dtype(part) for part in param.parts), key=lambda d: d.itemsize)
+
+    def leftovers(self) -> list[str]:
+        """Tensors that no rule uses."""
+        if isinstance(self.checkpoint, HfCheckpoint):
+            return [
+                name
+                for name in self.checkpoint.tensors
+                if name not in self.side.used
+                and not is_ignored(name)
+                and not (name == TIED_HEAD and self.spec.tie_word_embeddings)
+            ]
+        return [name for name in self.checkpoint.params if name not in self.side.used]
+
+
+def plan_comparison(
+    a: Checkpoint,
+    b: Checkpoint,
+    *,
+    family: str | None = None,
+    rope_interleaved: bool | None = None,
+) -> ComparisonPlan:
+    """Plans the comparison of every tensor.
+
+    `rope_interleaved` overrules what the configuration of a Nanotron side says; where both are
+    Nanotron's, it holds for those whose configuration says nothing.
+    Raises CheckpointError, ConfigError, UnsupportedModelError where a checkpoint makes no sense.
+    """
+    first, second = _models(a, b, Options(family=family, rope_interleaved=rope_interleaved))
+    plan = ComparisonPlan(warnings=[*first.warnings, *second.warnings])
+    for name in _COMPARED:
+        left, right = (_computed(model.spec, name) for model in (first, second))
+        if left != right:
+            plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
+    if any(f"config: {name}" in plan.differing for name in _STRUCTURAL):
+        return plan
+    _plan_tensors(plan, first, second)
+    for model in (first, second):
+        _plan_tied_copy(plan, model)
+    for model, other in ((first, "B"), (second, "A")):
+        for name in model.leftovers():
+            plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
+    return plan
+
+
+def _computed(spec: ModelSpec, name: str) -> object:
+    """A field of a spec, without what only training asks for."""
+    if name == "moe" and spec.moe is not None:
+        return replace(spec.moe, router_aux_loss_coef=0.0)
+    return getattr(spec, name)
+
+
+def _models(a: Checkpoint, b: Checkpoint, options: Options) -> tuple[_Model, _Model]:
+    """Both sides, a Nanotron one seen as what the Hugging Face one says it is."""
+    if isinstance(a, HfCheckpoint):
+        first = _Model(a, "A", options)
+        return first, _beside(b, "B", first, options)
+    if isinstance(a, NanotronCheckpoint) and isinstance(b, NanotronCheckpoint):
+        return _nanotron_models(a, b, options)
+    second = _Model(b, "B", options)
+    return _beside(a, "A", second, options), second
+
+
+def _nanotron_models(
+    a: NanotronCheckpoint, b: NanotronCheckpoint, options: Options
+) -> tuple[_Model, _Model]:
+    """Both sides, where only one may say where its padding begins."""
+
+    def own(checkpoint: NanotronCheckpoint) -> Options:
+        if "rope_interleaved" in checkpoint.model_config:
+            return replace(options, rope_interleaved=None)
+        return options
+
+    second = _Model(b, "B", own(b))
+    first = _beside(a, "A", second, own(a))
+    if first.spec.vocab_size < second.spec.vocab_size:
+        second.spec = replace(second.spec, vocab_size=first.spec.vocab_size)
+    return first, second
+
+
+def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options) -> _Model:
+    """A side whose family and vocabulary are the other's, where a Nanotron one leaves them open."""
+    if isinstance(checkpoint, HfCheckpoint):
+        return _Model(checkpoint, label, options)
+    if isinstance(other.checkpoint, HfCheckpoint) and options.family is None:
+        try:
+            model = _Model(checkpoint, label, replace(options, family=other.family.name))
+        except UnsupportedModelError:  # its class cannot hold that family: it is something else
+            model = _Model(checkpoint, label, options)
+    else:
+        model = _Model(checkpoint, label, options)
+    vocab_size = min(other.spec.vocab_size, model.padded_vocab_size)
+    if isinstance(other.checkpoint, HfCheckpoint) or model.spec.vocab_size > vocab_size:
+        model.spec = replace(model.spec, vocab_size=vocab_size)
+    return model
+
+
+def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
+    has_rope_pairs = first.is_interleaved or second.is_interleaved
+    left_params = first.params(first.family, first.spec, has_rope_pairs)
+    right_params = second.params(first.family, first.spec, has_rope_pairs)
+    casts: Counter[tuple[str, Dtype, Dtype]] = Counter()
+    compared: set[str] = set()
+    for left, right in zip(left_params, right_params, strict=True):
+        for left_part, right_part in zip(left.parts, right.parts, strict=True):
+            name = left_part.hf[0].name
+            try:
+                cast = _plan_part(
+                    plan,
+                    (first, replace(left, parts=(left_part,))),
+                    (second, replace(right, parts=(right_part,))),
+                )
+            except CheckpointError as error:
+                plan.differing[name] = str(error)
+                continue
+            if cast is not None and name not in compared:
+                casts[cast] += 1
+                # A router is fp32 in Nanotron without having gained anything by it.
+                plan.has_lossy_casts |= not left.is_fp32
+            compared.add(name)
+    plan.num_tensors = len(compared)
+    plan.casts = [
+        f"{label} {source.short_name} -> {destination.short_name} ({count} tensors)"
+        for (label, source, destination), count in casts.items()
+    ]
+
+
+def _plan_part(
+    plan: ComparisonPlan, left: tuple[_Model, Param], right: tuple[_Model, Param]
+) -> tuple[str, Dtype, Dtype] | None:
+    """Adds the moves that would make the narrower side's values from the wider side's.
+
+    Each side comes with a parameter of one part. Returns the cast: whose values, from, to.
+    """
+    left_dtype, right_dtype = left[0].dtype(left[1]), right[0].dtype(right[1])
+    if left_dtype.itemsize < right_dtype.itemsize:
+        left, right = right, left
+        left_dtype, right_dtype = right_dtype, left_dtype
+    (source, source_param), (destination, param) = left, right
+    if Dtype.F64 in (left_dtype, right_dtype) and left_dtype is not right_dtype:
+        raise CheckpointError(
+            f"{left_dtype.short_name} in {source.label}, {right_dtype.short_name} in "
+            f"{destination.label}"
+        )
+    for named in plan_moves([param], source.side, destination.side, source_params=[source_param]):
+        _add(plan, named, source.side, destination.side)
+    for named in plan_padding([source_param], [param], source.side, destination.side):
+        _add(plan, named, source.side, source.side)
+    return None if left_dtype is right_dtype else (source.label, left_dtype, right_dtype)
+
+
+def _plan_tied_copy(plan: ComparisonPlan, model: _Model) -> None:
+    """A tied head that a file holds as well must be what it is tied to."""
+    side = model.side
+    if not isinstance(side, HfSource) or not model.spec.tie_word_embeddings:
+        return
+    if not side.has_tied_copy:
+        return
+    try:
+        named = side.tied_copy()
+    except CheckpointError as error:
+        plan.differing[TIED_HEAD] = str(error)
+        return
+    _add(plan, replace(named, hf_name=TIED_HEAD), side, side)
+
+
+def _add(
+    plan: ComparisonPlan,
+    named: NamedMove,
+    source: HfSource | NanotronSource,
+    destination: HfSource | NanotronSource,
+) -> None:
+    move = replace(
+        named.move,
+        source=_number(plan, source, named.move.source),
+        destination=_number(plan, destination, named.move.destination),
+    )
+    plan.moves.append(replace(named, move=move))
+
+
+def _number(plan: ComparisonPlan, side: HfSource | NanotronSource, file: int) -> int:
+    """A file's number among those of both sides."""
+    if file == FILL:
+        return FILL
+    path = side.files.paths[file]
+    if path not in plan.numbers:
+        plan.numbers[path] = len(plan.files)
+        plan.files.append(path)
+    return plan.numbers[path]

@@ -1,0 +1,295 @@
+"""Planning the way from a checkpoint, in either format, into the tensors of one rank."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from nanotron_fast.checkpoints.bounds import check_counts
+from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.plan.intersection import plan_moves
+from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
+from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    TopologyError,
+    UnsupportedModelError,
+)
+from nanotron_fast.families import family_of_config, warnings_about
+from nanotron_fast.families.gate import check_config, check_model, choose_class
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.parts import Param, Part
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves.boxes import Box
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.pieces import Piece
+from nanotron_fast.moves.plan import MovePlan, OutputFile
+
+# The name that a tied head has in a module; no file has it.
+HEAD = "model.lm_head.pp_block.weight"
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """A tensor that is to be filled. `memory` tells apart those that do not share it."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+    memory: int
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """What a rank reads. A move's destination is the position of a tensor's name in `names`."""
+
+    transfer: MovePlan
+    names: tuple[str, ...]
+    num_tensors: int
+    warnings: tuple[str, ...] = ()
+
+
+class MemoryTarget:
+    """The tensors of one rank, each from its first byte."""
+
+    def __init__(self, tensors: Mapping[str, TensorSpec], *, tp: int, tp_rank: int) -> None:
+        self.tp = tp
+        self.tp_rank = tp_rank
+        self._places = {name: (i, spec.dtype) for i, (name, spec) in enumerate(tensors.items())}
+
+    def pieces(self, param: Param, part: Part) -> list[Piece]:
+        file, dtype = self._places[param.name]
+        low, high, offset, strides = param.locate(part, self.tp, self.tp_rank)
+        first, end = [0, 0, 0], list(part.sizes)
+        if part.cut is not None:
+            first[part.cut], end[part.cut] = low, high
+        return [Piece(file, offset * dtype.itemsize, dtype, _box(first), _box(end), strides)]
+
+
+def _box(values: list[int]) -> Box:
+    a, b, c = values
+    return a, b, c
+
+
+class _Source:
+    """A checkpoint: its architecture, and its parameters as they are and as they shall be."""
+
+    def __init__(
+        self,
+        checkpoint: HfCheckpoint | NanotronCheckpoint,
+        options: Options,
+        rope_interleaved: bool | None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.warnings: list[str] = []
+        multiple = options.pad_vocab_to_multiple_of
+        if isinstance(checkpoint, HfCheckpoint):
+            if options.rope_interleaved:
+                raise ConfigError(
+                    f"stored_rope_interleaved: {checkpoint.root} is a Hugging Face checkpoint, "
+                    "where q and k always lie in halves"
+                )
+            config, _ = check_config(checkpoint.config, checkpoint.dtypes)
+            self.checkpoint = checkpoint = replace(checkpoint, config=config)
+            self.family = family_of_config(checkpoint.config, options.family)
+            self.warnings += warnings_about(self.family, checkpoint.config)
+            self.spec: ModelSpec = read_config(self.family, checkpoint.config)
+            check_counts(self.spec, checkpoint)
+            self.model_class = choose_class(self.family, self.spec, options.model_class)
+            version = options.checkpoint_version or "1.5"
+            is_old = version == "1.2" and self.model_class == "LlamaConfig"
+            was_interleaved, shall = False, is_old if rope_interleaved is None else rope_interleaved
+            check_model(
+                self.family,
+                self.spec,
+                self.model_class,
+                target=options.target or "nanotron",
+                version=version,
+                rope_interleaved=shall,
+            )
+            stored_vocab = self.spec.vocab_size
+        else:
+            model = NanotronModel(checkpoint, options)
+            self.family, self.spec, self.model_class = model.family, model.spec, model.model_class
+            self.warnings += model.warnings
+            was_interleaved = model.is_interleaved
+            shall = was_interleaved if rope_interleaved is None else rope_interleaved
+            stored_vocab = model.padded_vocab_size
+        self.padded_vocab = stored_vocab
+        if multiple is not None:
+            self.padded_vocab = math.ceil(self.spec.vocab_size / multiple) * multiple
+        self.stored = self._params(stored_vocab, was_interleaved, was_interleaved != shall)
+        self.params = self._params(self.padded_vocab, shall, was_interleaved != shall)
+
+    def _params(self, vocab: int, interleaved: bool, has_pairs: bool) -> list[Param]:
+        return self.family.params(
+            self.spec,
+            padded_vocab_size=vocab,
+            rope_interleaved=interleaved,
+            has_rope_pairs=has_pairs,
+        )
+
+    @property
+    def is_tied(self) -> bool:
+        return self.spec.tie_word_embeddings or self.family.is_always_tied
+
+    def reader(self) -> HfSource | NanotronSource:
+        if isinstance(self.checkpoint, HfCheckpoint):
+            return HfSource(self.checkpoint)
+        return NanotronSource(self.checkpoint)
+
+    def check(self) -> None:
+        """Holds every tensor to the configuration, those of other ranks too. CheckpointError."""
+        reader = self.reader()
+        for param in self.stored:
+            for part in param.parts:
+                reader.pieces(param, part)
+        if isinstance(reader, HfSource):
+            unused = [
+                name
+                for name in reader.checkpoint.tensors
+                if name not in reader.used and not is_ignored(name)
+            ]
+            if reader.has_tied_copy and self.is_tied:
+                unused.remove(TIED_HEAD)
+                reader.tied_copy()
+        else:
+            unused = [name for name in reader.checkpoint.params if name not in reader.used]
+        if unused:
+            raise CheckpointError(
+                f"{self.checkpoint.root}: {len(unused)} tensors have no place in Nanotron's "
+                f"{self.family.name}: {_some(unused)}"
+            )
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def plan_load(
+    checkpoint: HfCheckpoint | NanotronCheckpoint,
+    tensors: Mapping[str, TensorSpec],
+    rank: int,
+    options: Options,
+    *,
+    rope_interleaved: bool | None = None,
+) -> LoadPlan:
+    """Plans how one rank's tensors are filled, every byte of them exactly once.
+
+    `rope_interleaved` is the layout in memory, that of `options` what a Nanotron checkpoint has.
+    Raises CheckpointError, ConfigError, UnsupportedModelError where the checkpoint makes no sense,
+    TopologyError where the tensors are not those of the rank.
+    """
+    options.reject_for("nanotron")
+    topology = options.topology
+    num_ranks = topology.tp * topology.pp
+    if not 0 <= rank < num_ranks:
+        raise TopologyError(f"rank {rank}: {topology} has ranks 0 to {num_ranks - 1}")
+    source = _Source(checkpoint, options, rope_interleaved)
+    source.check()
+    stage, tp_rank = divmod(rank, topology.tp)
+    mine, optional = _params_of_stage(source, topology, stage)
+    shapes = {name: param.local_shape(topology.tp) for name, (param, _) in mine.items()}
+    _check_tensors(tensors, shapes, optional, f"rank {rank} of {topology}")
+
+    filled = _without_aliases(tensors, optional)
+    reader = source.reader()
+    moves = tuple(
+        named.move
+        for named in plan_moves(
+            [mine[name][0] for name in filled],
+            reader,
+            MemoryTarget(filled, tp=topology.tp, tp_rank=tp_rank),
+            source_params=[mine[name][1] for name in filled],
+        )
+    )
+    for move in moves:
+        if move.source_dtype is not move.destination_dtype and Dtype.F64 in (
+            move.source_dtype,
+            move.destination_dtype,
+        ):
+            raise UnsupportedModelError(
+                f"{list(filled)[move.destination]}: {move.source_dtype.name} in the checkpoint, "
+                f"{move.destination_dtype.name} in memory; F64 is not cast"
+            )
+    outputs = tuple(OutputFile(name, b"", spec.num_bytes) for name, spec in filled.items())
+    transfer = MovePlan(tuple(reader.files.paths), outputs, moves)
+    transfer.check()
+    return LoadPlan(transfer, tuple(filled), len(tensors), tuple(source.warnings))
+
+
+def _params_of_stage(
+    source: _Source, topology: Topology, stage: int
+) -> tuple[dict[str, tuple[Param, Param]], set[str]]:
+    """A stage's parameters, as they shall be and as they are stored; and those it may do without.
+
+    A tied head is the embedding under another name: on its own stage a tensor of its own, and on
+    the embedding's the same one, which a module lists once.
+    """
+    stages = Stages(
+        replace(source.spec, vocab_size=source.padded_vocab), source.model_class, topology
+    )
+    pairs = list(zip(source.params, source.stored, strict=True))
+    # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
+    for param in sorted(source.params, key=lambda param: not isinstance(param.block, int)):
+        param.local_shape(topology.tp)
+    mine = {pair[0].name: pair for pair in pairs if stages.of(pair[0].block) == stage}
+    optional: set[str] = set()
+    if source.is_tied and stages.of("head") == stage:
+        embedding, stored = next(pair for pair in pairs if pair[0].block == "embedding")
+        if embedding.name in mine:
+            optional = {HEAD}
+        mine[HEAD] = replace(embedding, name=HEAD), stored
+    return mine, optional
+
+
+def _check_tensors(
+    tensors: Mapping[str, TensorSpec],
+    shapes: Mapping[str, tuple[int, ...]],
+    optional: Collection[str],
+    where: str,
+) -> None:
+    """Holds the given tensors to what a rank owns. Raises TopologyError, naming what differs."""
+    problems: list[str] = []
+    missing = [name for name in shapes if name not in tensors and name not in optional]
+    if missing:
+        problems.append(f"{len(missing)} of its tensors are missing: {_some(missing)}")
+    unknown = [name for name in tensors if name not in shapes]
+    if unknown:
+        problems.append(f"{len(unknown)} are not its own: {_some(unknown)}")
+    wrong = [
+        f"{name} is {list(spec.shape)} and should be {list(shapes[name])}"
+        for name, spec in tensors.items()
+        if name in shapes and spec.shape != shapes[name]
+    ]
+    if wrong:
+        problems.append(f"{len(wrong)} have another shape: {_some(wrong)}")
+    if problems:
+        raise TopologyError(f"{where}: {'; '.join(problems)}")
+
+
+def _without_aliases(
+    tensors: Mapping[str, TensorSpec], optional: Collection[str]
+) -> dict[str, TensorSpec]:
+    """Leaves out a tied head that is the embedding's own tensor: it is filled under that name.
+
+    Raises TopologyError where other names share a tensor.
+    """
+    owners: dict[int, str] = {}
+    for name, spec in sorted(tensors.items(), key=lambda item: item[0] in optional):
+        owner = owners.setdefault(spec.memory, name)
+        if owner != name and name not in optional:
+            raise TopologyError(f"{owner} and {name} share memory, and are two in the model")
+    return {name: spec for name, spec in tensors.items() if owners[spec.memory] == name}

@@ -1,0 +1,111 @@
+"""A conversion, ready to be executed or printed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import table_of
+from nanotron_fast.moves.plan import MovePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything a conversion will do. `layer_stages` is the stage of each decoder layer."""
+
+    direction: str
+    source: Path
+    family: str
+    model_class: str
+    spec: ModelSpec
+    topology: Topology
+    dtype: Dtype
+    num_parameters: int
+    layer_stages: tuple[int, ...]
+    transfer: MovePlan
+    # The small files, by name: what makes their contents, and what is copied as it is.
+    documents: dict[str, Callable[[], bytes]]
+    copies: dict[str, Path]
+    # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
+    must_be_equal: tuple[NamedMove, ...] = ()
+    warnings: tuple[str, ...] = field(default=())
+    # Tensors that the user asked to leave out, and what lies beside the source and is not copied.
+    ignored: tuple[str, ...] = ()
+    left_behind: tuple[str, ...] = ()
+    # Compares what the source holds twice, and raises CheckpointError where it differs.
+    check_source: Callable[[], None] | None = None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of the source's tensors."""
+        return self.transfer.bytes_read
+
+    @property
+    def bytes_written(self) -> int:
+        """Bytes of the destination's tensor files."""
+        return self.transfer.bytes_written
+
+    def check(self) -> None:
+        """Proves that every destination byte is written exactly once. Raises PlanError."""
+        self.transfer.check()
+
+    def peak_memory_bytes(self, workers: int) -> int:
+        """Expected: this process as it is, and the engine's buffers."""
+        from nanotron_fast import _C
+
+        table = table_of(self.transfer.moves)
+        return resident_bytes() + workers * _C.worker_buffer_bytes(table)
+
+    def to_json(self, workers: int) -> dict[str, Any]:
+        """The contract of `convert --dry-run --json`."""
+        topology = {"tp": self.topology.tp, "pp": self.topology.pp, "ep": self.topology.ep}
+        return {
+            "family": self.family,
+            "model_class": self.model_class,
+            "direction": self.direction,
+            "topology": topology,
+            "dtype": self.dtype.short_name,
+            "num_parameters": self.num_parameters,
+            "tensor_files": len(self.transfer.outputs),
+            "bytes_read": self.bytes_read,
+            "bytes_written": self.bytes_written,
+            "peak_memory_bytes": self.peak_memory_bytes(workers),
+            "layer_stages": list(self.layer_stages),
+            "warnings": list(self.warnings),
+        }
+
+
+def resident_bytes() -> int:
+    """Memory that this process holds now."""
+    return _status_bytes("VmRSS") or _peak_of_process()
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this program has held."""
+    # Not getrusage first: its peak counts what the parent held before this program was started.
+    return _status_bytes("VmHWM") or _peak_of_process()
+
+
+def _status_bytes(key: str) -> int | None:
+    try:
+        with open("/proc/self/status", encoding="ascii") as file:
+            for line in file:
+                if line.startswith(f"{key}:"):
+                    return int(line.split()[1]) * 1024
+    except OSError:  # not Linux
+        pass
+    return None
+
+
+def _peak_of_process() -> int:
+    import resource
+    import sys
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,313 @@
+"""The two kinds of checkpoint as sides of a plan, to read from and to write to."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from nanotron_fast.checkpoints.names import explain
+from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.families.parts import Address, Param, Part
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, StoredTensor
+from nanotron_fast.formats.nanotron import checkpoint as nanotron
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
+from nanotron_fast.formats.nanotron.slices import check_metadata, shard_metadata
+from nanotron_fast.moves.boxes import Box
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import Move
+from nanotron_fast.moves.pieces import Piece
+from nanotron_fast.moves.plan import OutputFile
+
+# A tied model's file may hold its matrix under this name as well, or under this name alone.
+TIED_HEAD = "lm_head.weight"
+_EMBEDDING = "model.embed_tokens.weight"
+# What to do where the two are not equal.
+UNTIE = (
+    "If the head was trained apart, set tie_word_embeddings to false in config.json; if not, leave "
+    f"it out with --ignore-tensors {TIED_HEAD}"
+)
+
+# Buffers that old files kept among the weights.
+_IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a tensor is no weight: it is neither converted nor compared."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _IGNORED)
+
+
+def float_dtype(name: str, dtype: str, path: Path) -> Dtype:
+    """The dtype of a tensor that may be converted. Raises UnsupportedModelError."""
+    if dtype not in Dtype.__members__:
+        raise UnsupportedModelError(
+            f"{path}: {name} is {dtype}: quantised or integer weights cannot be trained by "
+            "Nanotron; start from the model in bf16, fp16 or fp32"
+        )
+    return Dtype[dtype]
+
+
+class _Files:
+    """Paths, numbered in order of first use."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self._numbers: dict[Path, int] = {}
+
+    def number(self, path: Path) -> int:
+        if path not in self._numbers:
+            self._numbers[path] = len(self.paths)
+            self.paths.append(path)
+        return self._numbers[path]
+
+
+def _hf_piece(part: Part, address: Address, file: int, begin_bytes: int, dtype: Dtype) -> Piece:
+    rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
+    return Piece(
+        file,
+        begin_bytes + address.offset * dtype.itemsize,
+        dtype,
+        (0, 0, 0),
+        (rows, part.sizes[1], part.sizes[2]),
+        address.strides,
+    )
+
+
+def _nanotron_pieces(
+    param: Param,
+    part: Part,
+    tp: int,
+    place: Callable[[int], tuple[int, int]],
+    dtype: Dtype,
+) -> list[Piece]:
+    pieces = []
+    for rank in range(tp if param.split is not None else 1):
+        file, begin_bytes = place(rank)
+        low, high, offset, strides = param.locate(part, tp, rank)
+        first, end = [0, 0, 0], list(part.sizes)
+        if part.cut is not None:
+            first[part.cut], end[part.cut] = low, high
+        pieces.append(
+            Piece(
+                file,
+                begin_bytes + offset * dtype.itemsize,
+                dtype,
+                _box(first),
+                _box(end),
+                strides,
+            )
+        )
+    return pieces
+
+
+def _box(values: list[int]) -> Box:
+    a, b, c = values
+    return a, b, c
+
+
+class HfSource:
+    """The tensors of a Hugging Face checkpoint."""
+
+    def __init__(self, checkpoint: HfCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.files = _Files()
+        self.used: set[str] = set()
+
+    def find(self, part: Part) -> tuple[Address, StoredTensor]:
+        """The tensor that holds a part. Raises CheckpointError, naming what is missing."""
+        for address in part.hf:
+            tensor = self.checkpoint.tensors.get(address.name)
+            if tensor is None:
+                continue
+            if tensor.info.shape != address.shape:
+                raise CheckpointError(
+                    f"{tensor.path}: {address.name} has shape {list(tensor.info.shape)}, "
+                    f"config.json calls for {list(address.shape)}"
+                )
+            return address, tensor
+        wanted = [address.name for address in part.hf]
+        why = explain(self.checkpoint.tensors, wanted, self.checkpoint.ignored)
+        raise CheckpointError(
+            f"{self.checkpoint.root}: {' or '.join(wanted)} is missing, and config.json calls for "
+            f"it{why}"
+        )
+
+    def dtype(self, part: Part) -> Dtype:
+        """The dtype that a part is stored in."""
+        address, tensor = self.find(part)
+        return float_dtype(address.name, tensor.info.dtype, tensor.path)
+
+    def pieces(self, param: Param, part: Part) -> list[Piece]:
+        address, tensor = self.find(part)
+        self.used.add(address.name)
+        dtype = float_dtype(address.name, tensor.info.dtype, tensor.path)
+        file = self.files.number(tensor.path)
+        return [_hf_piece(part, address, file, tensor.info.begin_bytes, dtype)]
+
+    @property
+    def has_tied_copy(self) -> bool:
+        """Whether a head lies beside the embedding that was used for it."""
+        return (
+            TIED_HEAD in self.checkpoint.tensors
+            and TIED_HEAD not in self.used
+            and _EMBEDDING in self.used
+        )
+
+    def tied_copy(self) -> NamedMove:
+        """A move that would write the embedding over its copy: comparing shows differences.
+
+        Raises CheckpointError where they cannot be equal.
+        """
+        first, second = _EMBEDDING, TIED_HEAD
+        a, b = self.checkpoint.tensors[first], self.checkpoint.tensors[second]
+        if (a.info.shape, a.info.dtype) != (b.info.shape, b.info.dtype):
+            raise CheckpointError(
+                f"{b.path}: tie_word_embeddings is true, but {second} is {b.info.dtype} "
+                f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}. {UNTIE}"
+            )
+        dtype = float_dtype(first, a.info.dtype, a.path)
+        move = Move(
+            self.files.number(a.path),
+            a.info.begin_bytes,
+            self.files.number(b.path),
+            b.info.begin_bytes,
+            (a.info.num_elements, 1, 1),
+            (1, 1, 1),
+            (1, 1, 1),
+            dtype,
+            dtype,
+        )
+        return NamedMove(move, first, second)
+
+
+class NanotronSource:
+    """The tensors of a Nanotron checkpoint, checked against the model they should make."""
+
+    def __init__(self, checkpoint: NanotronCheckpoint) -> None:
+        self.checkpoint = checkpoint
+        self.files = _Files()
+        self.used: set[str] = set()
+
+    def dtype(self, param: Param) -> Dtype:
+        """The dtype that a parameter is stored in."""
+        shards = self._shards(param)
+        dtypes = {shard.info.dtype for shard in shards}
+        if len(dtypes) > 1:
+            raise CheckpointError(
+                f"{self.checkpoint.root}: shards of {param.name} have different dtypes: "
+                f"{', '.join(sorted(dtypes))}"
+            )
+        return float_dtype(param.name, dtypes.pop(), shards[0].path)
+
+    def _shards(self, param: Param) -> tuple[Shard, ...]:
+        shards = self.checkpoint.params.get(param.name)
+        if shards is None:
+            why = explain((), [param.name], self.checkpoint.ignored)
+            raise CheckpointError(
+                f"{self.checkpoint.root}: {param.name} is missing, and "
+                f"{nanotron.MODEL_CONFIG} calls for it{why}"
+            )
+        if param.name not in self.used:
+            self._check(param, shards)
+            self.used.add(param.name)
+        return shards
+
+    def _check(self, param: Param, shards: tuple[Shard, ...]) -> None:
+        is_sharded = param.name in self.checkpoint.sharded
+        if is_sharded != (param.split is not None):
+            kind = "split over ranks" if is_sharded else "not split over ranks"
+            raise CheckpointError(
+                f"{shards[0].path}: {param.name} is {kind}, which it is never in Nanotron"
+            )
+        tp = self.checkpoint.tp
+        shape = param.local_shape(tp)
+        for shard in shards:
+            if shard.info.shape != shape:
+                raise CheckpointError(
+                    f"{shard.path}: shape {list(shard.info.shape)}, "
+                    f"{nanotron.MODEL_CONFIG} at TP={tp} calls for {list(shape)}"
+                )
+            if param.split is not None:
+                expected = shard_metadata(
+                    param.shape, param.split, param.chunks, tp, shard.tp_rank, ""
+                )
+                check_metadata(shard.path, shard.metadata, expected)
+
+    def pieces(self, param: Param, part: Part) -> list[Piece]:
+        shards = self._shards(param)
+        return _nanotron_pieces(
+            param,
+            part,
+            self.checkpoint.tp,
+            lambda rank: (
+                self.files.number(shards[rank].path),
+                shards[rank].info.begin_bytes,
+            ),
+            self.dtype(param),
+        )
+
+
+class HfTarget:
+    """Hugging Face files that are to be written."""
+
+    def __init__(self, files: Iterable[NewFile], dtypes: dict[str, Dtype]) -> None:
+        self.outputs: list[OutputFile] = []
+        self._places: dict[str, tuple[int, int]] = {}
+        self._dtypes = dtypes
+        for index, file in enumerate(files):
+            self.outputs.append(OutputFile(file.name, file.header, file.size_bytes))
+            for name, offset in file.offsets.items():
+                self._places[name] = index, offset
+
+    def pieces(self, param: Param, part: Part) -> list[Piece]:
+        address = part.hf[0]
+        file, begin_bytes = self._places[address.name]
+        return [_hf_piece(part, address, file, begin_bytes, self._dtypes[address.name])]
+
+
+class NanotronTarget:
+    """Nanotron files that are to be written, at a topology."""
+
+    def __init__(
+        self,
+        params: Iterable[Param],
+        dtypes: dict[str, Dtype],
+        *,
+        tp: int,
+        pp: int,
+        stage_of: Callable[[int | str], int],
+        version: str,
+    ) -> None:
+        self.tp = tp
+        self.outputs: list[OutputFile] = []
+        self._dtypes = dtypes
+        self._places: dict[tuple[str, int], tuple[int, int]] = {}
+        for param in params:
+            shape = param.local_shape(tp)
+            dtype = dtypes[param.name]
+            for rank in range(tp if param.split is not None else 1):
+                metadata: dict[str, str] = {}
+                shard = None
+                if param.split is not None:
+                    shard = (stage_of(param.block), pp, rank, tp)
+                    metadata = shard_metadata(
+                        param.shape, param.split, param.chunks, tp, rank, version
+                    )
+                header, start = nanotron.tensor_header(dtype, shape, metadata)
+                size = dtype.itemsize
+                for length in shape:
+                    size *= length
+                self._places[param.name, rank] = len(self.outputs), start
+                self.outputs.append(
+                    OutputFile(nanotron.tensor_path(param.name, shard), header, start + size)
+                )
+
+    def pieces(self, param: Param, part: Part) -> list[Piece]:
+        return _nanotron_pieces(
+            param,
+            part,
+            self.tp,
+            lambda rank: self._places[param.name, rank],
+            self._dtypes[param.name],
+        )

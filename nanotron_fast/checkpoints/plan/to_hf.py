@@ -1,0 +1,339 @@
+"""Planning the way from Nanotron to Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from nanotron_fast.checkpoints.bounds import check_counts
+from nanotron_fast.checkpoints.from_shapes import has_param, head_dim_of, moe_sizes_of
+from nanotron_fast.checkpoints.options import DEFAULT_SHARD_BYTES, IGNORE_HINT, Options
+from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_training
+from nanotron_fast.checkpoints.plan.intersection import plan_moves
+from nanotron_fast.checkpoints.plan.like import TOKEN_KEYS, check_shapes, read_like
+from nanotron_fast.checkpoints.plan.plan import Plan
+from nanotron_fast.checkpoints.plan.sides import HfTarget, NanotronSource
+from nanotron_fast.checkpoints.plan.to_nanotron import count_parameters
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    NanotronFastError,
+    UnsupportedModelError,
+)
+from nanotron_fast.families import Family, family_of_config, family_of_model_config
+from nanotron_fast.families.gate import check_expressible, check_model
+from nanotron_fast.families.hf_config import read_config, write_config
+from nanotron_fast.families.parts import Param
+from nanotron_fast.families.unknown_fields import (
+    UNKNOWN_FIELDS,
+    unknown_fields,
+    unknown_fields_warnings,
+)
+from nanotron_fast.formats.huggingface import checkpoint as hf
+from nanotron_fast.formats.nanotron import side_file
+from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
+from nanotron_fast.formats.nanotron.classes import (
+    class_of,
+    read_model_config,
+    rope_is_interleaved,
+    write_model_config,
+)
+from nanotron_fast.formats.nanotron.side_file import SideFile, read_side_file
+from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.plan import MovePlan
+
+
+class NanotronModel:
+    """What a Nanotron checkpoint holds: its architecture, and its parameters as they are stored."""
+
+    def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
+        """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        config = source.model_config
+        self.source = source
+        self.model_class = class_of(config)
+        self.side = read_side_file(source.root)
+        self.target = options.target or (self.side.target if self.side else "nanotron")
+        self.like = options.like
+        if self.like is not None:
+            dtypes = self.side.dtypes if self.side else {}
+            self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
+        self.family = self._choose_family(config, options.family)
+        self.warnings: list[str] = []
+        self.is_interleaved = self._is_interleaved(config, options)
+        self.states_extension = "head_dim" in config
+        stored = read_model_config(
+            config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
+        )
+        if self.model_class == "LlamaConfig":
+            # The stock class has the field, and no bias whatever it says.
+            has_output_bias = has_param(source, "attn.o_proj.bias")
+            if self.states_extension and stored.has_output_bias != has_output_bias:
+                raise CheckpointError(
+                    f"{source.root}: model_config.json's attention_output_bias is "
+                    f"{stored.has_output_bias}, and attn.o_proj.bias is "
+                    f"{'there' if has_output_bias else 'missing'}"
+                )
+            stored = replace(
+                stored,
+                has_qkv_bias=has_param(source, "attn.qkv_proj.bias"),
+                has_output_bias=has_output_bias,
+            )
+        check_counts(stored, source)
+        self.unknown_fields = unknown_fields(config, stored)
+        self.warnings += unknown_fields_warnings(self.unknown_fields)
+        self.padded_vocab_size = stored.vocab_size
+        self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
+        if self.like is not None and self.side is not None:
+            check_shapes(self.like, read_config(self.family, self.side.config), self.spec)
+
+    def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
+        name = override or (self.side.family if self.side else None)
+        try:
+            return family_of_model_config(config, name)
+        except UnsupportedModelError:
+            if override is not None or self.like is None:
+                raise
+            raise CheckpointError(
+                f"--like {self.like}: it is a {name}, and {self.source.root} is a "
+                f"{self.model_class}, which does not hold one"
+            ) from None
+
+    def _is_interleaved(self, config: Mapping[str, Any], options: Options) -> bool:
+        """How the rows of q and k lie: as the caller says, or as the configuration does."""
+        stated = rope_is_interleaved(config)
+        if options.rope_interleaved is not None:
+            if options.rope_interleaved and self.model_class == "Starcoder2Config":
+                raise UnsupportedModelError(
+                    "--rope-interleaved: Starcoder2 rotates halves in Nanotron"
+                )
+            return options.rope_interleaved
+        is_1_2 = "rope_theta" not in config or options.checkpoint_version == "1.2"
+        if stated and "rope_interleaved" not in config and not is_1_2:
+            self.warnings.append(
+                "model_config.json: no rope_interleaved. A Llama without it was saved before "
+                "September 2024, when Nanotron always rotated neighbours, and is read so; "
+                "--no-rope-interleaved reads it as rotating halves"
+            )
+        return stated
+
+    def _vocab_size(self, override: int | None) -> int:
+        size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
+        if size > self.padded_vocab_size:
+            of_like = f"--like {self.like}: " if override is None and self.like else ""
+            raise ConfigError(
+                f"{of_like}a vocabulary of {size} is larger than the {self.padded_vocab_size} rows "
+                "that the checkpoint holds"
+            )
+        return size
+
+    @property
+    def padded_spec(self) -> ModelSpec:
+        """The architecture as Nanotron has it, padding included."""
+        return replace(self.spec, vocab_size=self.padded_vocab_size)
+
+    def params(self, *, has_rope_pairs: bool = False) -> list[Param]:
+        """The parameters as they are stored."""
+        return self.family.params(
+            self.spec,
+            padded_vocab_size=self.padded_vocab_size,
+            rope_interleaved=self.is_interleaved,
+            has_rope_pairs=has_rope_pairs,
+        )
+
+    def check_leftovers(self, reader: NanotronSource) -> None:
+        """Refuses parameters that no rule uses. Raises CheckpointError."""
+        unused = sorted(name for name in self.source.params if name not in reader.used)
+        if unused:
+            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+            raise CheckpointError(
+                f"{self.source.root}: {len(unused)} parameters have no place in Hugging Face's "
+                f"{self.family.name}: {', '.join(unused[:5])}{more}. {IGNORE_HINT}"
+            )
+
+
+def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
+    """Plans a conversion.
+
+    Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
+    """
+    options.reject_for("hf")
+    model = NanotronModel(source, options)
+    family, spec = model.family, model.spec
+    # A checkpoint is refused for what was wrong with it in Nanotron, too: it computed otherwise.
+    check_model(
+        family,
+        spec,
+        model.model_class,
+        target=model.target,
+        version=options.checkpoint_version or "1.5",
+        rope_interleaved=None,
+        states_extension=model.states_extension,
+    )
+    check_expressible(family, spec)
+    params = model.params()
+    reader = NanotronSource(source)
+    main_dtype = options.cast or main_dtype_of(params, reader)
+    dtypes = _hf_dtypes(params, reader, model, options.cast, main_dtype)
+    shapes = {part.hf[0].name: part.hf[0].shape for param in params for part in param.parts}
+    files, index = hf.layout_shards(
+        [(name, dtypes[name], shape) for name, shape in shapes.items()],
+        options.max_shard_bytes or DEFAULT_SHARD_BYTES,
+    )
+    writer = HfTarget(files, dtypes)
+    moves = tuple(named.move for named in plan_moves(params, reader, writer))
+    model.check_leftovers(reader)
+
+    config, warnings = hf_config(model, main_dtype)
+    warnings = [*model.warnings, *warnings]
+    beside = beside_hf(source, config, options)
+    warnings += [*beside.warnings, *_unknown(model, options)]
+    documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(_json, config)}
+    generation_config = _generation_config(model.side, spec)
+    if generation_config is not None:
+        documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
+    if index is not None:
+        documents[hf.INDEX] = partial(bytes, index)
+    topology = Topology(tp=source.tp, pp=source.pp)
+    plan = Plan(
+        direction="hf",
+        source=source.root,
+        family=family.name,
+        model_class=model.model_class,
+        spec=spec,
+        topology=topology,
+        dtype=main_dtype,
+        num_parameters=count_parameters(params),
+        layer_stages=Stages(model.padded_spec, model.model_class, topology).layers,
+        transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
+        documents=documents,
+        copies=beside.copies,
+        warnings=tuple(warnings),
+        ignored=source.ignored,
+        left_behind=beside.left_behind,
+    )
+    plan.check()
+    return plan
+
+
+def main_dtype_of(params: list[Param], reader: NanotronSource) -> Dtype:
+    """The dtype of most elements."""
+    counts: Counter[Dtype] = Counter()
+    for param in params:
+        counts[reader.dtype(param)] += math.prod(param.shape)
+    return counts.most_common(1)[0][0]
+
+
+def _hf_dtypes(
+    params: list[Param],
+    reader: NanotronSource,
+    model: NanotronModel,
+    cast: Dtype | None,
+    main: Dtype,
+) -> dict[str, Dtype]:
+    """The dtype of each Hugging Face tensor: its original one where that is known to differ.
+
+    A router takes the model's otherwise, and others that of their parameter.
+    """
+    dtypes: dict[str, Dtype] = {}
+    originals = {
+        name: Dtype[dtype]
+        for name, dtype in (model.side.dtypes if model.side else {}).items()
+        if dtype in Dtype.__members__ and dtype != Dtype.F64.name
+    }
+    for param in params:
+        stored = reader.dtype(param)
+        if stored is Dtype.F64 and (cast is not None or param.is_fp32):
+            raise CheckpointError(f"{param.name} is F64, which is not cast; use --dtype keep")
+        for part in param.parts:
+            name = part.hf[0].name
+            if cast is None and name in originals and stored is not Dtype.F64:
+                dtypes[name] = originals[name]
+            else:
+                dtypes[name] = main if param.is_fp32 else cast or stored
+    return dtypes
+
+
+def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[str]]:
+    """`config.json`: the source's own, where we know it, with what Nanotron's config says now."""
+    written = write_config(model.family, model.spec, dtype)
+    unknown = {UNKNOWN_FIELDS: model.unknown_fields} if model.unknown_fields else {}
+    side = model.side
+    if side is None or side.family != model.family.name:
+        return {**written, **unknown}, []
+    try:
+        original = read_config(family_of_config(side.config, model.family.name), side.config)
+    except NanotronFastError as error:
+        path = model.source.root / side_file.NAME
+        raise CheckpointError(f"{path}: the source's {error}") from None
+    warnings: list[str] = []
+    config = dict(side.config)
+    for key in ("dtype", "torch_dtype", "rope_parameters", UNKNOWN_FIELDS):
+        config.pop(key, None)
+    config.update(unknown)
+    config["torch_dtype"] = dtype.torch_name
+    config.setdefault("architectures", written["architectures"])
+    config.setdefault("model_type", written["model_type"])
+    config["rope_theta"] = original.rope_theta
+    config["rope_scaling"] = None if original.rope_scaling is None else dict(original.rope_scaling)
+    was = write_config(model.family, _as_nanotron_keeps(original, model), dtype)
+    for key, value in written.items():
+        if was.get(key) != value and model.like is not None and key in TOKEN_KEYS:
+            warnings.append(
+                f"config.json: {key} is {config.get(key)!r} as in --like {model.like}; "
+                f"model_config.json has {value!r}"
+            )
+        elif was.get(key) != value:
+            warnings.append(
+                f"config.json: {key} is {value!r} as in model_config.json; it was "
+                f"{was.get(key)!r} in the model that this one was made from"
+            )
+            config[key] = value
+    return config, warnings
+
+
+def _unknown(model: NanotronModel, options: Options) -> list[str]:
+    """What cannot be known of a checkpoint that Nanotron saved, and how to give it."""
+    if model.side is not None:
+        return []
+    rows = ""
+    if options.vocab_size is None:
+        rows = f"; all {model.padded_vocab_size} rows of the vocabulary are written, padding too"
+    original = original_of_training(model.source.root) or "DIR_OR_ID"
+    return [
+        f"{model.source.root} has no {side_file.NAME}: config.json and generation_config.json are "
+        f"made from {MODEL_CONFIG} alone, which has one eos_token_id where the original may have "
+        f"had several{rows}. --like {original} takes them from the original"
+    ]
+
+
+def _as_nanotron_keeps(spec: ModelSpec, model: NanotronModel) -> ModelSpec:
+    """A spec after a trip through model_config.json, which holds one token id for a list."""
+    config = write_model_config(
+        spec, model.model_class, version="1.5", rope_interleaved=model.is_interleaved
+    )
+    kept = read_model_config(config, head_dim=spec.head_dim)
+    return replace(kept, has_qkv_bias=spec.has_qkv_bias, has_output_bias=spec.has_output_bias)
+
+
+def _generation_config(side: SideFile | None, spec: ModelSpec) -> dict[str, Any] | None:
+    if side is not None:
+        return None if side.generation_config is None else dict(side.generation_config)
+    tokens = {
+        name: getattr(spec, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+    }
+    return {
+        "_from_model_config": True,
+        **{name: value for name, value in tokens.items() if value is not None},
+    }
+
+
+def _json(document: Mapping[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

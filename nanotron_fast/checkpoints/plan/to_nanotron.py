@@ -1,0 +1,272 @@
+"""Planning the way from Hugging Face to Nanotron."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.bounds import check_counts
+from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
+from nanotron_fast.checkpoints.plan.beside import beside_nanotron
+from nanotron_fast.checkpoints.plan.intersection import NamedMove, plan_moves
+from nanotron_fast.checkpoints.plan.plan import Plan
+from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronTarget, is_ignored
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.families import Family, family_of_config, warnings_about
+from nanotron_fast.families.gate import check_config, check_model, choose_class
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.parts import Param
+from nanotron_fast.families.unknown_fields import with_unknown_fields
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
+from nanotron_fast.formats.nanotron import checkpoint as nanotron
+from nanotron_fast.formats.nanotron import side_file
+from nanotron_fast.formats.nanotron.class_fields import EXTENSION_FIELDS
+from nanotron_fast.formats.nanotron.classes import write_model_config
+from nanotron_fast.formats.nanotron.side_file import SideFile
+from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.formats.nanotron.training_config import training_config
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.plan import MovePlan
+from nanotron_fast.version import __version__
+
+
+def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) -> Plan:
+    """Plans a conversion. `destination` is the final absolute path, which config.yaml names.
+
+    Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
+    """
+    options.reject_for("nanotron")
+    target = options.target or "nanotron"
+    version = options.checkpoint_version or "1.5"
+    topology = options.topology
+    config, warnings = check_config(source.config, source.dtypes)
+    source = replace(source, config=config)
+    family = family_of_config(source.config, options.family)
+    spec = read_config(family, source.config)
+    check_counts(spec, source)
+    model_class = choose_class(family, spec, options.model_class)
+    # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
+    interleaved = options.rope_interleaved
+    if interleaved is None:
+        interleaved = version == "1.2" and model_class == "LlamaConfig"
+    check_model(
+        family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
+    )
+    multiple = options.pad_vocab_to_multiple_of or 1
+    padded_vocab = math.ceil(spec.vocab_size / multiple) * multiple
+    padded_spec = replace(spec, vocab_size=padded_vocab)
+    stages = Stages(padded_spec, model_class, topology)
+    params = family.params(spec, padded_vocab_size=padded_vocab, rope_interleaved=interleaved)
+
+    # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
+    for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
+        param.local_shape(topology.tp)
+
+    reader = HfSource(source)
+    stored_dtype = _stored_dtype(source, params, reader, options.cast)
+    main_dtype = options.cast or stored_dtype
+    warnings += warnings_about(family, source.config)
+    warnings += source.warnings
+    dtypes = {
+        param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
+        for param in params
+    }
+    writer = NanotronTarget(
+        params,
+        dtypes,
+        tp=topology.tp,
+        pp=topology.pp,
+        stage_of=stages.of,
+        version=version,
+    )
+    moves = tuple(named.move for named in plan_moves(params, reader, writer))
+    duplicates = _check_leftovers(source, family, spec, reader)
+    model_config = write_model_config(
+        padded_spec, model_class, version=version, rope_interleaved=interleaved
+    )
+    stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
+    warnings += kept_warnings
+    beside = beside_nanotron(source, options)
+    if source.absent is not None:
+        warnings.append(
+            f"{source.root}: the index places {source.absent} in a file that does not hold it; the "
+            "model is tied, and needs none"
+        )
+    warnings += _warnings(model_class, topology, version)
+    warnings += _extension_warnings(spec, model_config)
+    side = SideFile(
+        tool_version=__version__,
+        family=family.name,
+        target=target,
+        dtype=main_dtype.short_name,
+        vocab_size=spec.vocab_size,
+        config=source.config,
+        generation_config=source.generation_config,
+        dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.cast),
+    )
+    metadata = nanotron.metadata_document(version, topology.tp)
+    documents: dict[str, Callable[[], bytes]] = {
+        nanotron.MODEL_CONFIG: lambda: json.dumps(stored_config).encode(),
+        nanotron.METADATA: lambda: json.dumps(metadata, indent=2, sort_keys=True).encode(),
+        side_file.NAME: side.to_bytes,
+    }
+    if model_class != "Starcoder2Config":
+        documents[nanotron.CONFIG_YAML] = partial(
+            training_config,
+            model_config,
+            root=destination,
+            dtype=main_dtype.torch_name,
+            tp=topology.tp,
+            pp=topology.pp,
+            version=version,
+            tokenizer=str(destination) if beside.has_tokenizer else None,
+        )
+    plan = Plan(
+        direction="nanotron",
+        source=source.root,
+        family=family.name,
+        model_class=model_class,
+        spec=spec,
+        topology=topology,
+        dtype=main_dtype,
+        num_parameters=count_parameters(params),
+        layer_stages=stages.layers,
+        transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
+        documents=documents,
+        copies=beside.copies,
+        must_be_equal=duplicates,
+        warnings=tuple(warnings),
+        ignored=source.ignored,
+        left_behind=beside.left_behind,
+        check_source=partial(check_rival_bytes, source) if source.rivals else None,
+    )
+    plan.check()
+    return plan
+
+
+def count_parameters(params: list[Param]) -> int:
+    """Elements of every parameter, vocabulary padding left out."""
+    total = 0
+    for param in params:
+        for part in param.parts:
+            rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
+            total += rows * part.sizes[1] * part.sizes[2]
+    return total
+
+
+def _stored_dtype(
+    source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
+) -> Dtype:
+    """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast."""
+    counts: Counter[Dtype] = Counter()
+    for param in params:
+        for part in param.parts:
+            dtype = reader.dtype(part)
+            counts[dtype] += math.prod(part.sizes)
+            if dtype is Dtype.F64 and (cast is not None or param.is_fp32):
+                raise UnsupportedModelError(
+                    f"{source.root}: {part.hf[0].name} is F64, which is not cast; use --dtype keep"
+                )
+    return counts.most_common(1)[0][0]
+
+
+def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
+    """The dtype that holds every value of the tensors that make a parameter."""
+    dtypes = {reader.dtype(part) for part in param.parts}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    if Dtype.F64 in dtypes:
+        raise UnsupportedModelError(
+            f"{param.name} is made of tensors of different dtypes, F64 among them"
+        )
+    names = ", ".join(sorted(dtype.short_name for dtype in dtypes))
+    warnings.append(f"{param.name} is made of tensors in {names}: all of it is written in fp32")
+    return Dtype.F32
+
+
+def _other_dtypes(
+    params: list[Param],
+    reader: HfSource,
+    written: dict[str, Dtype],
+    stored: Dtype,
+    cast: Dtype | None,
+) -> dict[str, str]:
+    """Dtypes to restore on the way back: where it would not choose the tensor's own.
+
+    A router takes the model's dtype then, and other tensors that of their parameter, which may be
+    wider than some of those that it is made of.
+    """
+    others: dict[str, str] = {}
+    for param in params:
+        for part in param.parts:
+            dtype = reader.dtype(part)
+            expected = stored if param.is_fp32 else written[param.name]
+            is_cast = cast is not None and not param.is_fp32
+            if dtype is not expected and not is_cast:
+                others[part.hf[0].name] = dtype.name
+    return others
+
+
+def _check_leftovers(
+    source: HfCheckpoint, family: Family, spec: ModelSpec, reader: HfSource
+) -> tuple[NamedMove, ...]:
+    """Refuses tensors that no rule uses; returns what to compare of a tied model's second copy."""
+    unused = [name for name in source.tensors if name not in reader.used and not is_ignored(name)]
+    duplicates: list[NamedMove] = []
+    if reader.has_tied_copy and (spec.tie_word_embeddings or family.is_always_tied):
+        unused.remove(TIED_HEAD)
+        duplicates.append(reader.tied_copy())
+    if unused:
+        shown = ", ".join(sorted(unused)[:5])
+        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+        raise CheckpointError(
+            f"{source.root}: {len(unused)} tensors have no place in Nanotron's {family.name}: "
+            f"{shown}{more}. {IGNORE_HINT}"
+        )
+    return tuple(duplicates)
+
+
+def _extension_warnings(spec: ModelSpec, model_config: Mapping[str, Any]) -> list[str]:
+    """What runs a model that stock Nanotron does not."""
+    warnings: list[str] = []
+    if spec.rope_scaling is not None:
+        warnings.append(
+            "Nanotron by itself ignores rope_scaling: train with nanotron-fast run --rope-scaling, "
+            "or nanotron_fast.enable(rope_scaling=True)"
+        )
+    extension = [name for name in EXTENSION_FIELDS if name in model_config]
+    if extension:
+        warnings.append(
+            f"model_config.json and config.yaml have {', '.join(extension)}, at which Nanotron "
+            "stops, for its models lack what they say. Nothing trains such a model yet: it can be "
+            "converted back, compared, and loaded with load_into"
+        )
+    return warnings
+
+
+def _warnings(model_class: str, topology: Topology, version: str) -> list[str]:
+    warnings: list[str] = []
+    if model_class == "Qwen2Config" and topology.pp > 1:
+        warnings.append(
+            "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
+            f"pp={topology.pp}); the weights load"
+        )
+    if model_class == "LlamaConfig" and version == "1.5" and topology.pp > 1:
+        warnings.append(
+            "Nanotron's trainer crashes after the first step of a Llama at pp > 1 (here "
+            f"pp={topology.pp}), where stages without a loss log it; the weights load"
+        )
+    if model_class == "Starcoder2Config":
+        warnings.append(
+            "no config.yaml is written: Nanotron cannot start a Starcoder2 from one (it asks for "
+            "num_key_value_heads, which Starcoder2Config lacks)"
+        )
+    return warnings

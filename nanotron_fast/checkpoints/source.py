@@ -1,0 +1,101 @@
+"""What a user names as a checkpoint: a directory, a directory of training steps, or a Hub id."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.hints import hint
+from nanotron_fast.formats.huggingface import companions
+from nanotron_fast.formats.huggingface.checkpoint import (
+    CONFIG,
+    HfCheckpoint,
+    is_hf_checkpoint,
+    read_hf,
+)
+from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.nanotron.checkpoint import (
+    NanotronCheckpoint,
+    is_nanotron_checkpoint,
+    read_nanotron,
+    resolve_latest,
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+# Weights in the original authors' own layout.
+_CONSOLIDATED = "consolidated*"
+
+
+def resolve(source: str | Path) -> Path:
+    """The directory that a source names, fetched from the Hub where it is an id.
+
+    Raises CheckpointError.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return resolve_latest(path)
+    if path.exists():
+        raise CheckpointError(
+            f"{source}: not a directory; name the one that holds the checkpoint, such as "
+            f"{path.parent}"
+        )
+    text = str(source)
+    if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
+        raise CheckpointError(f"{source}: no such directory")
+    return _fetch(text, [_CONSOLIDATED])
+
+
+def resolve_companions(source: str | Path) -> Path:
+    """The directory whose tokenizer or configuration is wanted, and no weights.
+
+    Raises CheckpointError.
+    """
+    if Path(source).is_dir():
+        return resolve_latest(Path(source))
+    if not _HUB_ID.fullmatch(str(source)):
+        raise CheckpointError(f"{source}: no such directory")
+    return _fetch(str(source), ["*.safetensors", "*.index.json"])
+
+
+def _fetch(hub_id: str, ignored: list[str]) -> Path:
+    """A model's files from the Hub, those in folders only where transformers asks for them."""
+    root = _download(hub_id, ignore_patterns=[*companions.IGNORED_ON_HUB, *ignored])
+    wanted = companions.wanted_from_hub(root, _config(root))
+    # Of the same revision, whose name the folder has.
+    return _download(hub_id, allow_patterns=wanted, revision=root.name)
+
+
+def _config(root: Path) -> object:
+    path = root / CONFIG
+    return read_json_object(path) if path.is_file() else None
+
+
+def _download(hub_id: str, **choices: Any) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(hub_id, **choices))
+    except Exception as error:  # the library's errors have no common base, nor do its clients'
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise CheckpointError(
+            f"{hub_id}: no such directory, and it cannot be had from the Hub: {first_line}"
+        ) from error
+
+
+def read(root: Path) -> HfCheckpoint | NanotronCheckpoint:
+    """The checkpoint in a directory, from its headers. Raises CheckpointError, OSError."""
+    if is_nanotron_checkpoint(root):
+        return read_nanotron(root)
+    if is_hf_checkpoint(root):
+        return read_hf(root)
+    found = hint(root)
+    if found is not None:
+        raise CheckpointError(f"{root}: {found}")
+    if (root / "config.yaml").is_file() or (root / "latest.txt").is_file():
+        raise CheckpointError(f"{root}: no model_config.json beside Nanotron's other files")
+    raise CheckpointError(
+        f"{root}: neither a Hugging Face checkpoint (config.json) nor a Nanotron one "
+        "(model_config.json and model/)"
+    )

@@ -1,0 +1,159 @@
+"""Comparing two checkpoints, byte for byte, in any two formats and topologies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.logits import LogitsReport, compare_logits
+from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
+from nanotron_fast.checkpoints.source import read, resolve
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
+from nanotron_fast.moves import engine
+from nanotron_fast.moves.engine import ProgressCallback
+from nanotron_fast.moves.row import FILL
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A tensor or a configuration key that is not the same."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verification:
+    """What a comparison found. `casts` says which side's values were cast before comparing."""
+
+    equal: bool
+    tensors_compared: int
+    differing: tuple[Difference, ...]
+    casts: tuple[str, ...]
+    bytes_compared: int
+    logits: LogitsReport | None = None
+    warnings: tuple[str, ...] = ()
+    # Tensors that were left out because the user asked for it.
+    ignored: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `verify --json`."""
+        document: dict[str, Any] = {
+            "equal": self.equal,
+            "tensors_compared": self.tensors_compared,
+            "differing": [{"name": item.name, "reason": item.reason} for item in self.differing],
+            "casts": list(self.casts),
+        }
+        if self.warnings:
+            document["warnings"] = list(self.warnings)
+        if self.ignored:
+            document["ignored_tensors"] = list(self.ignored)
+        if self.logits is not None:
+            document["logits"] = {
+                "equal": self.logits.equal,
+                "max_difference": _finite(self.logits.max_difference),
+                "max_magnitude": _finite(self.logits.max_magnitude),
+                "tolerance": _finite(self.logits.tolerance),
+                "num_tokens": self.logits.num_tokens,
+                "num_same_argmax": self.logits.num_same_argmax,
+                "argmax_agrees": self.logits.num_same_argmax == self.logits.num_tokens,
+                "programs": list(self.logits.programs),
+            }
+        return document
+
+
+def _finite(value: float) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if math.isfinite(value) else None
+
+
+def verify(
+    a: str | Path,
+    b: str | Path,
+    *,
+    logits: bool = False,
+    family: str | None = None,
+    rope_interleaved: bool | None = None,
+    ignore_tensors: Sequence[str] = (),
+    workers: int | None = None,
+    on_plan: Callable[[int], None] | None = None,
+    on_progress: ProgressCallback | None = None,
+) -> Verification:
+    """Compares every tensor of two checkpoints, and what their configurations say of the model.
+
+    Where dtypes differ, the wider side's values are cast to the other's dtype first. Vocabulary
+    padding counts as equal when it is zero.
+
+    Args:
+        a, b: directories or Hub ids, each in either format.
+        logits: also run both, a Hugging Face side in transformers and a Nanotron side by Nanotron's
+            own rules in plain torch, and compare what they compute.
+        family: overrules what the configurations say.
+        rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
+            configuration says; of two, in those whose configuration does not say.
+        ignore_tensors: shell patterns of tensors' names that are left out, such as "v_head.*".
+        workers: threads; by default one for each core, 16 at most.
+        on_plan: called with the number of bytes to compare.
+        on_progress: called now and then with the bytes compared so far.
+
+    Raises:
+        CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
+    """
+    roots = resolve(a), resolve(b)
+    first, second = (read(root).without(ignore_tensors) for root in roots)
+    for side in (first, second):
+        if isinstance(side, HfCheckpoint):
+            check_rival_bytes(side)
+    plan = plan_comparison(first, second, family=family, rope_interleaved=rope_interleaved)
+    if on_plan is not None:
+        on_plan(plan.num_bytes)
+    found = engine.compare(
+        plan.files,
+        plan.files,
+        [named.move for named in plan.moves],
+        workers=engine.default_workers() if workers is None else workers,
+        on_progress=on_progress,
+    )
+    differing = {**plan.differing, **_reasons(plan, found)}
+    report = None
+    if logits and not plan.differing:  # else they are not the same model, or one is incomplete
+        report = compare_logits(
+            *roots,
+            family=family,
+            has_casts=plan.has_lossy_casts,
+            rope_interleaved=rope_interleaved,
+        )
+    return Verification(
+        equal=not differing and (report is None or report.equal),
+        tensors_compared=plan.num_tensors,
+        differing=tuple(Difference(name, reason) for name, reason in differing.items()),
+        casts=tuple(plan.casts),
+        bytes_compared=plan.num_bytes,
+        logits=report,
+        warnings=tuple(plan.warnings),
+        ignored=tuple(dict.fromkeys((*first.ignored, *second.ignored))),
+    )
+
+
+def _reasons(plan: ComparisonPlan, found: list[tuple[int, int, int]]) -> dict[str, str]:
+    """For each tensor that differs, by how much and where."""
+    totals: dict[str, int] = {}
+    for named in plan.moves:
+        totals[named.hf_name] = totals.get(named.hf_name, 0) + named.move.num_elements
+    counts: dict[str, int] = {}
+    places: dict[str, str] = {}
+    for index, count, offset in found:
+        named = plan.moves[index]
+        name = named.hf_name
+        if named.move.source == FILL:
+            name = f"{name} (padding)"
+            totals[name] = totals.get(name, 0) + named.move.num_elements
+        counts[name] = counts.get(name, 0) + count
+        places.setdefault(name, f"byte {offset} of {plan.files[named.move.destination]}")
+    return {
+        name: f"{count} of {totals[name]} elements differ, the first at {places[name]}"
+        for name, count in counts.items()
+    }

@@ -1,0 +1,366 @@
+"""The command `nanotron-fast`.
+
+What starts and ends it, exit codes included, is in `entry.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from nanotron_fast import interruption
+from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
+from nanotron_fast.version import __version__
+
+app = typer.Typer(
+    name="nanotron-fast",
+    help="Converts checkpoints between Hugging Face and Nanotron: bit-exact, at any topology, "
+    "without a GPU.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+FamilyName = Annotated[
+    str | None, typer.Option("--family", help="Overrule the family that the config names.")
+]
+RopeInterleaved = Annotated[
+    bool | None,
+    typer.Option(
+        "--rope-interleaved/--no-rope-interleaved",
+        help="Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
+        "for Nanotron, and what to read from it. (default: halves; what its config says)",
+    ),
+]
+IgnoreTensors = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="Leave out tensors with such names, as 'v_head.*'. May be given several times.",
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
+]
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(f"nanotron-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def convert(
+    src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    dst: Annotated[str, typer.Argument(help="The directory to write.")],
+    to: Annotated[
+        str | None, typer.Option(help="nanotron or hf. (default: what SRC is not)")
+    ] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks to write for.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages to write for.")] = 1,
+    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
+    model_class: Annotated[
+        str, typer.Option(help="Nanotron's class: auto, llama, qwen2 or starcoder2.")
+    ] = "auto",
+    family: FamilyName = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
+            "rope_scaling, for the drop-in, and a llama's own head_dim and biases, for conversion "
+            "and loading alone. (default: nanotron)"
+        ),
+    ] = None,
+    rope_interleaved: RopeInterleaved = None,
+    checkpoint_version: Annotated[
+        str | None,
+        typer.Option(help="1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)"),
+    ] = None,
+    pad_vocab_to_multiple_of: Annotated[
+        int | None, typer.Option(help="Add zero rows to embedding and head.")
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Rows of a padded vocabulary to keep for Hugging Face.")
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Of a Hugging Face file, decimal. (default: 5GB)")
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="DIR_OR_ID", help="Take the tokenizer from there."),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR_OR_ID",
+            help="The Hugging Face model that SRC was made from: its configuration, vocabulary "
+            "size, generation_config and tokenizer are taken.",
+        ),
+    ] = None,
+    ignore_tensors: IgnoreTensors = None,
+    workers: Workers = None,
+    fsync: Annotated[
+        bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
+    ] = False,
+    json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+) -> None:
+    """Convert a checkpoint to the other format.
+
+    DST appears when it is whole; on an error it is as it was before.
+    """
+    with _errors(is_silent=json or quiet):
+        from nanotron_fast.checkpoints import convert as conversion
+        from nanotron_fast.checkpoints.processes import connect
+        from nanotron_fast.cli import reporting
+        from nanotron_fast.model.topology import Topology
+        from nanotron_fast.moves import engine
+
+        choices: dict[str, Any] = {
+            "to": to,
+            "topology": Topology(tp=tp, pp=pp),
+            "dtype": dtype,
+            "model_class": model_class,
+            "family": family,
+            "target": target,
+            "rope_interleaved": rope_interleaved,
+            "checkpoint_version": checkpoint_version,
+            "pad_vocab_to_multiple_of": pad_vocab_to_multiple_of,
+            "vocab_size": vocab_size,
+            "max_shard_size": max_shard_size,
+            "tokenizer": tokenizer,
+            "like": like,
+            "ignore_tensors": ignore_tensors or (),
+        }
+        num_workers = workers or engine.default_workers()
+        if dry_run:
+            plan = conversion.plan(src, dst, **choices)
+            if json:
+                _print_json(plan.to_json(num_workers))
+            elif not quiet:
+                _print(reporting.plan_lines(plan, num_workers))
+                _warn(plan.warnings)
+            return
+        processes = connect()
+        is_silent = quiet or json or processes.rank != 0
+        progress = reporting.Progress(is_quiet=is_silent)
+
+        def on_plan(plan: Any) -> None:
+            progress.total_bytes = plan.bytes_written // processes.world_size
+            if not is_silent:
+                _warn(plan.warnings)
+
+        try:
+            with progress.running("converting") as on_progress:
+                report = conversion.convert(
+                    src,
+                    dst,
+                    overwrite=overwrite,
+                    workers=num_workers,
+                    fsync=fsync,
+                    on_plan=on_plan,
+                    on_progress=on_progress,
+                    processes=processes,
+                    **choices,
+                )
+        finally:
+            processes.close()
+        with interruption.telling(lambda: f"{report.destination} is whole"):
+            if json and processes.rank == 0:
+                _print_json(report.to_json(num_workers))
+            elif not is_silent:
+                _print(reporting.report_lines(report))
+
+
+@app.command()
+def verify(
+    a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
+    logits: Annotated[
+        bool, typer.Option("--logits", help="Also run both and compare logits.")
+    ] = False,
+    family: FamilyName = None,
+    rope_interleaved: RopeInterleaved = None,
+    ignore_tensors: IgnoreTensors = None,
+    workers: Workers = None,
+    json: Json = False,
+) -> None:
+    """Compare every tensor of two checkpoints, in any two formats and topologies.
+
+    Exit code 1 says that something differs.
+    """
+    with _errors(is_silent=json):
+        from nanotron_fast.checkpoints import verify as verification
+        from nanotron_fast.cli import reporting
+
+        progress = reporting.Progress(is_quiet=json)
+
+        def on_plan(num_bytes: int) -> None:
+            progress.total_bytes = num_bytes
+
+        with progress.running("comparing") as on_progress:
+            result = verification.verify(
+                a,
+                b,
+                logits=logits,
+                family=family,
+                rope_interleaved=rope_interleaved,
+                ignore_tensors=ignore_tensors or (),
+                workers=workers,
+                on_plan=on_plan,
+                on_progress=on_progress,
+            )
+        if json:
+            _print_json(result.to_json())
+        else:
+            _warn(result.warnings)
+            _print(reporting.verification_lines(result))
+        if not result.equal:
+            raise typer.Exit(EXIT_DIFFERENT)
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    family: FamilyName = None,
+    rope_interleaved: RopeInterleaved = None,
+    json: Json = False,
+) -> None:
+    """Say what a checkpoint is, from its headers."""
+    with _errors(is_silent=json):
+        from nanotron_fast.checkpoints import inspect as inspection
+        from nanotron_fast.cli import reporting
+
+        found = inspection.inspect(path, family=family, rope_interleaved=rope_interleaved)
+        if json:
+            _print_json(found.to_json())
+        else:
+            _print(reporting.inspection_lines(found))
+            _warn(found.warnings)
+
+
+@app.command()
+def env(json: Json = False) -> None:
+    """Print versions, devices, what was built, and which path each operation takes."""
+    with _errors(is_silent=json):
+        from nanotron_fast.cli import environment
+
+        found = environment.environment()
+        if json:
+            _print_json(found.to_json())
+        else:
+            _print(environment.lines(found))
+
+
+@app.command(
+    context_settings={
+        "allow_extra_args": True,
+        "ignore_unknown_options": True,
+        "allow_interspersed_args": False,
+    }
+)
+def run(
+    context: typer.Context,
+    script: Annotated[str, typer.Argument(help="A script that trains with Nanotron.")],
+    cpu: Annotated[bool, typer.Option("--cpu", help="Without a GPU: over gloo.")] = False,
+    ops: Annotated[
+        str | None,
+        typer.Option(
+            help="Operations to replace, with commas. (default: NANOTRON_FAST_OPS, or all)"
+        ),
+    ] = None,
+    rope_scaling: Annotated[
+        bool, typer.Option("--rope-scaling", help="Honour rope_scaling, which Nanotron ignores.")
+    ] = False,
+    z_loss: Annotated[
+        str, typer.Option(metavar="nanotron|correct", help="How z-loss takes its log-sum-exp.")
+    ] = "nanotron",
+) -> None:
+    """Run a script of Nanotron's with our kernels under it; what follows SCRIPT is its own.
+
+    Under torchrun: torchrun --nproc_per_node=8 -m nanotron_fast run run_train.py --config-file ...
+    """
+    from nanotron_fast.errors import NanotronFastError
+
+    interruption.restore()
+    try:
+        from nanotron_fast.patch import launcher
+        from nanotron_fast.patch.nanotron.registry import requested_ops
+
+        launcher.run(
+            script,
+            context.args,
+            on_cpu=cpu,
+            ops=requested_ops() if ops is None else {each.strip() for each in ops.split(",")},
+            rope_scaling=rope_scaling,
+            z_loss_mode=z_loss,
+        )
+    except NanotronFastError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except Exception:
+        # The script's own: it ends as `python script` does.
+        sys.excepthook(*sys.exc_info())
+        raise typer.Exit(1) from None
+
+
+@contextmanager
+def _errors(*, is_silent: bool) -> Iterator[None]:
+    """Turns an expected error into one message and an exit code."""
+    if is_silent:
+        # Before the Hub's library is imported: it draws bars of its own on stderr.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    from nanotron_fast.errors import NanotronFastError
+
+    try:
+        yield
+    except (NanotronFastError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+
+
+def _print(lines: Iterable[str]) -> None:
+    for line in lines:
+        typer.echo(line)
+
+
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=2))
+
+
+def main() -> None:
+    """Runs the command."""
+    run_command(lambda: app(prog_name="nanotron-fast"))

@@ -1,0 +1,59 @@
+"""How every command starts and ends: signals, streams, exit codes.
+
+Imported before anything heavy: a signal that comes while the rest is imported is answered as well.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from nanotron_fast import interruption
+from nanotron_fast.cli import streams
+
+EXIT_DIFFERENT = 1
+EXIT_BAD_INPUT = 2
+EXIT_FAULT = 70
+
+
+def run_command(command: Callable[[], None]) -> NoReturn:
+    """Runs a command, and ends the process with the exit code that its work deserves."""
+    streams.protect()
+    code = 0
+    try:
+        interruption.install()
+        command()
+    except SystemExit as ended:
+        code = _code_of(ended)
+    except interruption.Interrupted as interrupted:
+        interruption.ignore()
+        print(
+            f"{interrupted}: {interrupted.remains or 'nothing was written'}",
+            file=sys.stderr,
+        )
+        streams.finish()
+        # At once: threads of libraries may be waiting for what never comes.
+        os._exit(interrupted.exit_code)
+    except MemoryError:
+        print("error: there is not enough memory", file=sys.stderr)
+        code = EXIT_BAD_INPUT
+    except Exception:
+        import traceback
+
+        # Not 1, Python's own: of `verify` that says that something differs.
+        traceback.print_exc()
+        code = EXIT_FAULT
+    interruption.ignore()
+    streams.finish()
+    sys.exit(code)
+
+
+def _code_of(ended: SystemExit) -> int:
+    if isinstance(ended.code, int):
+        return ended.code
+    if ended.code is None:
+        return 0
+    print(ended.code, file=sys.stderr)
+    return 1

@@ -1,0 +1,206 @@
+"""What the command line says: plans, progress, results."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from nanotron_fast.moves.engine import ProgressCallback
+
+if TYPE_CHECKING:
+    from nanotron_fast.checkpoints.convert import Report
+    from nanotron_fast.checkpoints.inspect import Inspection
+    from nanotron_fast.checkpoints.plan.plan import Plan
+    from nanotron_fast.checkpoints.verify import Verification
+
+_PLAIN_SECONDS = 5.0
+_MAX_SHOWN = 10
+
+
+def size(num_bytes: float) -> str:
+    """Decimal, with three digits or so: "2.20 GB"."""
+    for unit in ("B", "kB", "MB"):
+        if abs(num_bytes) < 1000:
+            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:,.2f} GB"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _stages(layer_stages: tuple[int, ...]) -> Iterator[str]:
+    """For each stage, its layers: "0-11"."""
+    for stage in range(max(layer_stages, default=0) + 1):
+        layers = [layer for layer, owner in enumerate(layer_stages) if owner == stage]
+        first_last = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
+        yield f"stage {stage}: {f'layers {first_last}' if layers else 'no decoder layer'}"
+
+
+def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
+    """A plan, for `--dry-run`."""
+    to_nanotron = plan.direction == "nanotron"
+    yield f"{plan.source}"
+    yield f"  {'Hugging Face -> Nanotron' if to_nanotron else 'Nanotron -> Hugging Face'}"
+    yield f"  family      {plan.family} ({plan.model_class})"
+    yield f"  parameters  {plan.num_parameters:,} in {plan.dtype.short_name}"
+    yield f"  topology    {plan.topology}{'' if to_nanotron else ' (of the source)'}"
+    for line in _stages(plan.layer_stages):
+        yield f"              {line}"
+    yield f"  read        {size(plan.bytes_read)} from {_count(len(plan.transfer.sources), 'file')}"
+    yield (
+        f"  write       {size(plan.bytes_written)} to {_count(len(plan.transfer.outputs), 'file')}"
+        f" in {_count(len(plan.transfer.moves), 'move')}"
+    )
+    yield f"  beside      {', '.join(sorted((*plan.documents, *plan.copies)))}"
+    yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {_count(workers, 'worker')}"
+    yield from (f"  {line}" for line in _left_out(plan.ignored, plan.left_behind))
+
+
+def report_lines(report: Report) -> Iterator[str]:
+    """What a conversion did."""
+    plan = report.plan
+    if plan.direction == "nanotron":
+        way = f"{plan.topology} -> {report.destination}"
+    else:
+        way = f"{plan.source} ({plan.topology}) -> {report.destination}"
+    yield f"{plan.family}, {plan.num_parameters:,} parameters, {way}"
+    yield (
+        f"{size(plan.bytes_written)} in {_count(len(plan.transfer.outputs), 'file')}, "
+        f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s, "
+        f"peak memory {size(report.peak_rss_bytes)}"
+    )
+    yield from _left_out(plan.ignored, plan.left_behind)
+
+
+def _left_out(ignored: tuple[str, ...], left_behind: tuple[str, ...] = ()) -> Iterator[str]:
+    """What a user may miss: tensors, and files beside the source."""
+    if ignored:
+        yield f"ignored {_count(len(ignored), 'tensor')}: {_some(ignored)}"
+    if left_behind:
+        yield f"left behind: {_some(left_behind)}"
+
+
+def _some(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
+    return f"{', '.join(names[:_MAX_SHOWN])}{more}"
+
+
+def verification_lines(result: Verification) -> Iterator[str]:
+    """What a comparison found."""
+    for item in result.differing[:_MAX_SHOWN]:
+        yield f"differs: {item.name}: {item.reason}"
+    if len(result.differing) > _MAX_SHOWN:
+        yield f"... and {len(result.differing) - _MAX_SHOWN} more"
+    yield from _left_out(result.ignored)
+    for cast in result.casts:
+        yield f"cast before comparing: {cast}"
+    if result.logits is not None:
+        logits = result.logits
+        yield (
+            f"logits of {logits.num_tokens} tokens: largest difference "
+            f"{logits.max_difference:.3g}, of values up to {logits.max_magnitude:.3g} "
+            f"({logits.tolerance:.3g} is allowed); the largest logit is at the same place for "
+            f"{logits.num_same_argmax} of {logits.num_tokens}"
+        )
+        yield f"  A by {logits.programs[0]}, B by {logits.programs[1]}"
+    verdict = "equal" if result.equal else f"different in {len(result.differing)}"
+    yield f"{verdict}: {_count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
+
+
+def inspection_lines(found: Inspection) -> Iterator[str]:
+    """What a checkpoint is."""
+    yield f"{found.path}"
+    yield f"  format      {'Nanotron' if found.format == 'nanotron' else 'Hugging Face'}"
+    if found.family:
+        kind = f" ({found.model_class})" if found.model_class else ""
+        yield f"  family      {found.family}{kind}"
+    if found.problem:
+        yield f"  problem     {found.problem}"
+    if found.spec:
+        spec = found.spec
+        yield (
+            f"  model       {spec.num_layers} layers, hidden {spec.hidden_size}, "
+            f"{spec.num_heads} heads of {spec.head_dim}, {spec.num_kv_heads} for keys and values, "
+            f"MLP {spec.intermediate_size}, vocabulary {spec.vocab_size:,}"
+            f"{', tied' if spec.tie_word_embeddings else ''}"
+        )
+    if found.rope_interleaved:
+        yield "  rotary      neighbours (interleaved)"
+    if found.topology:
+        yield f"  topology    {found.topology}"
+        for line in _stages(found.layer_stages):
+            yield f"              {line}"
+    dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
+    yield f"  elements    {dtypes}"
+    yield (
+        f"  stored      {_count(found.num_tensors, 'tensor')} in "
+        f"{_count(found.tensor_files, 'file')}, {size(found.num_bytes)}"
+    )
+
+
+class Progress:
+    """A bar on a terminal, a line now and then elsewhere, or nothing."""
+
+    def __init__(self, *, is_quiet: bool) -> None:
+        self.total_bytes = 0
+        self._is_quiet = is_quiet
+
+    @contextmanager
+    def running(self, verb: str) -> Iterator[ProgressCallback | None]:
+        """The callback to hand on; the total may be set later."""
+        if self._is_quiet:
+            yield None
+        elif sys.stderr.isatty():
+            with self._bar(verb) as callback:
+                yield callback
+        else:
+            yield self._lines(verb)
+
+    @contextmanager
+    def _bar(self, verb: str) -> Iterator[ProgressCallback]:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TaskProgressColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            "{task.description}",
+            BarColumn(),
+            TaskProgressColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(verb, total=None)
+            yield lambda done: bar.update(task, completed=done, total=self.total_bytes or None)
+
+    def _lines(self, verb: str) -> ProgressCallback:
+        started = last = time.monotonic()
+
+        def report(done: int) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < _PLAIN_SECONDS:
+                return
+            last = now
+            speed = done / (now - started)
+            left = (self.total_bytes - done) / speed if speed else float("inf")
+            print(
+                f"{verb}: {size(done)} of {size(self.total_bytes)}, {speed / 1e9:.2f} GB/s, "
+                f"{left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+        return report

@@ -1,0 +1,53 @@
+"""Nanotron to Hugging Face, called like Nanotron's own examples/llama/convert_nanotron_to_hf.py.
+
+    torchrun --nproc_per_node=1 convert_nanotron_to_hf.py --checkpoint_path=DIR --save_path=HF
+
+The class of the configuration is read from model_config.json, so --config_cls is accepted and not
+needed. Text is not generated at the end: `nanotron-fast verify --logits` compares the models.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, BooleanOptionalAction
+
+from nanotron_fast.cli.scripts.common import add_ignore_tensors, run
+
+
+def main() -> None:
+    """Runs the command."""
+    parser = ArgumentParser(description="Convert Nanotron weights to HF format")
+    parser.add_argument("--checkpoint_path", default="llama-7b", help="A Nanotron checkpoint")
+    parser.add_argument("--save_path", default="llama-7b-hf", help="The directory to write")
+    parser.add_argument(
+        "--tokenizer_name", help="A directory or Hub id with a tokenizer to put beside the model"
+    )
+    parser.add_argument(
+        "--like", help="A directory or Hub id of the model that the checkpoint was made from"
+    )
+    add_ignore_tensors(parser)
+    parser.add_argument(
+        "--config_cls",
+        choices=("LlamaConfig", "Qwen2Config"),
+        help="Accepted for compatibility; model_config.json says which it is",
+    )
+    parser.add_argument(
+        "--rope-interleaved",
+        action=BooleanOptionalAction,
+        help="How q and k lie in the checkpoint, whatever its configuration says",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="Replace a non-empty save_path")
+    args = parser.parse_args()
+    run(
+        args.checkpoint_path,
+        args.save_path,
+        direction="hf",
+        overwrite=args.overwrite,
+        tokenizer=args.tokenizer_name,
+        rope_interleaved=args.rope_interleaved,
+        like=args.like,
+        ignore_tensors=args.ignore_tensors,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What lies on disk: files, headers and configurations of each format."""

@@ -1,0 +1,1 @@
+"""Nanotron's format."""

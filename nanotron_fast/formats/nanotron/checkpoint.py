@@ -1,0 +1,220 @@
+"""Nanotron's layout: one safetensors file for each tensor and rank, its name made of folders."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.patterns import matching
+from nanotron_fast.formats.plain_file import read_small
+from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
+from nanotron_fast.moves.dtypes import Dtype
+
+MODEL_CONFIG = "model_config.json"
+METADATA = "checkpoint_metadata.json"
+CONFIG_YAML = "config.yaml"
+LATEST = "latest.txt"
+WEIGHTS = "model"
+TENSOR = "data"
+
+_FILE_NAME = re.compile(
+    r"model_(?P<leaf>[A-Za-z0-9_]+?)"
+    r"(?:_pp-rank-(?P<pp_rank>\d+)-of-(?P<pp>\d+)_tp-rank-(?P<tp_rank>\d+)-of-(?P<tp>\d+)"
+    r"(?P<expert>_exp-rank-\d+-of-\d+)?)?\.safetensors"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file: a rank's share of a parameter, or all of a replicated one."""
+
+    path: Path
+    info: TensorInfo
+    metadata: Mapping[str, str]
+    tp_rank: int
+    pp_rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class NanotronCheckpoint:
+    """What is in a directory, from its headers."""
+
+    root: Path
+    model_config: dict[str, Any]
+    # Shards in order of TP rank; a replicated parameter has one, and is not in `sharded`.
+    params: dict[str, tuple[Shard, ...]]
+    sharded: frozenset[str]
+    tp: int
+    pp: int
+    # Parameters that were there, and that `without` took out.
+    ignored: tuple[str, ...] = ()
+
+    def without(self, patterns: Sequence[str]) -> NanotronCheckpoint:
+        """The checkpoint without the parameters whose names match."""
+        ignored = matching(self.params, patterns)
+        kept = {name: shards for name, shards in self.params.items() if name not in ignored}
+        return replace(self, params=kept, ignored=ignored)
+
+
+def is_nanotron_checkpoint(root: Path) -> bool:
+    """Whether a directory looks like one."""
+    return (root / MODEL_CONFIG).is_file() or (root / WEIGHTS / WEIGHTS).is_dir()
+
+
+def resolve_latest(root: Path) -> Path:
+    """The step that `latest.txt` points to, where a directory of training steps is given."""
+    latest = root / LATEST
+    if is_nanotron_checkpoint(root) or not latest.is_file():
+        return root
+    step = read_small(latest).decode("utf-8", errors="replace").strip()
+    # No name is longer; a longer one would make this message as long as the file.
+    if not step.isdecimal() or len(step) > 255 or not (root / step).is_dir():
+        raise CheckpointError(
+            f"{latest}: it points to {step[:80]!r}, which is not a step beside it"
+        )
+    return root / step
+
+
+def tensor_path(param: str, shard: tuple[int, int, int, int] | None) -> str:
+    """A parameter's file, relative to the root. `shard` is (pp_rank, pp, tp_rank, tp) or None."""
+    *folders, leaf = param.split(".")
+    suffix = ""
+    if shard is not None:
+        pp_rank, pp, tp_rank, tp = shard
+        suffix = f"_pp-rank-{pp_rank}-of-{pp}_tp-rank-{tp_rank}-of-{tp}"
+    return "/".join((WEIGHTS, *folders, f"model_{leaf}{suffix}.safetensors"))
+
+
+def tensor_header(
+    dtype: Dtype, shape: tuple[int, ...], metadata: Mapping[str, str]
+) -> tuple[bytes, int]:
+    """A file's header and where its data starts."""
+    header, offsets = build_header([(TENSOR, dtype, shape)], metadata)
+    return header, offsets[TENSOR]
+
+
+def read_nanotron(root: Path) -> NanotronCheckpoint:
+    """Reads the configuration and every header. Raises CheckpointError, OSError."""
+    if not (root / MODEL_CONFIG).is_file():
+        raise CheckpointError(
+            f"{root}: no {MODEL_CONFIG}, which Nanotron writes beside the weights"
+        )
+    model_config = read_json_object(root / MODEL_CONFIG)
+    if not (root / WEIGHTS).is_dir():
+        raise CheckpointError(f"{root}: no folder {WEIGHTS}/ with the weights")
+    found: dict[str, dict[int | None, Shard]] = {}
+    sizes: dict[tuple[int, int], Path] = {}
+    for path in _tensor_files(root / WEIGHTS):
+        match = _FILE_NAME.fullmatch(path.name)
+        if match is None:
+            raise CheckpointError(f"{path}: not a name that Nanotron gives to a tensor's file")
+        if match["expert"]:
+            raise CheckpointError(
+                f"{path}: experts split over ranks (expert parallelism) are not supported"
+            )
+        folders = path.parent.relative_to(root / WEIGHTS).parts
+        param = ".".join((*folders, match["leaf"]))
+        is_sharded = match["tp"] is not None
+        tp_rank = int(match["tp_rank"]) if is_sharded else None
+        if is_sharded and int(match["pp_rank"]) >= int(match["pp"]):
+            raise CheckpointError(f"{path}: there is no such stage among {match['pp']}")
+        if is_sharded:
+            sizes.setdefault((int(match["tp"]), int(match["pp"])), path)
+        info, metadata = _read_tensor(path)
+        shard = Shard(path, info, metadata, tp_rank or 0, int(match["pp_rank"] or 0))
+        shards = found.setdefault(param, {})
+        if tp_rank in shards:
+            raise CheckpointError(
+                f"{path}: {shards[tp_rank].path.name} holds the same shard of {param}: files of "
+                "two topologies are mixed"
+            )
+        shards[tp_rank] = shard
+    if not found:
+        raise CheckpointError(f"{root / WEIGHTS}: there are no tensors in it")
+    if len(sizes) > 1:
+        (first, first_path), (second, second_path) = list(sizes.items())[:2]
+        raise CheckpointError(
+            f"{root}: files of two topologies are mixed: TP={first[0]} PP={first[1]} "
+            f"({first_path.name}) and TP={second[0]} PP={second[1]} ({second_path.name})"
+        )
+    tp, pp = next(iter(sizes), (1, 1))
+    return NanotronCheckpoint(
+        root,
+        model_config,
+        {param: _in_order(root, param, shards, tp) for param, shards in found.items()},
+        frozenset(param for param, shards in found.items() if None not in shards),
+        tp,
+        pp,
+    )
+
+
+def _tensor_files(folder: Path) -> Iterator[Path]:
+    for directory, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            if name.endswith(".safetensors"):
+                yield Path(directory, name)
+
+
+def _read_tensor(path: Path) -> tuple[TensorInfo, Mapping[str, str]]:
+    header = read_header(path)
+    if list(header.tensors) != [TENSOR]:
+        names = ", ".join(header.tensors) or "nothing"
+        raise CheckpointError(f"{path}: it holds {names}; a Nanotron file holds one {TENSOR!r}")
+    return header.tensors[TENSOR], header.metadata
+
+
+def _in_order(
+    root: Path, param: str, shards: Mapping[int | None, Shard], tp: int
+) -> tuple[Shard, ...]:
+    if None in shards:
+        if len(shards) > 1:
+            raise CheckpointError(
+                f"{root}: {param} is there both whole and in shards: files of two topologies are "
+                "mixed"
+            )
+        return (shards[None],)
+    if len(shards) != tp or any(rank not in range(tp) for rank in shards):
+        # The size is what a file's name says: it may be anything.
+        missing = list(itertools.islice((rank for rank in range(tp) if rank not in shards), 5))
+        raise CheckpointError(
+            f"{root}: {param} has shards of TP ranks {sorted(rank or 0 for rank in shards)} of "
+            f"{tp}" + (f"; {missing} are missing" if missing else "")
+        )
+    return tuple(shards[rank] for rank in range(tp))
+
+
+def metadata_document(version: str, tp: int) -> dict[str, Any]:
+    """`checkpoint_metadata.json` of a checkpoint that nothing was trained on yet."""
+    if version == "1.2":
+        metas: dict[str, Any] = {"consumed_train_samples": 0, "last_train_step": 0}
+        return {"dp": 1, "metas": metas, "tp": tp, "version": version}
+    stage = {
+        "consumed_tokens_per_dataset_folder": {},
+        "consumed_train_samples": 0,
+        "name": "Empty",
+        "sequence_length": 4096,
+        "start_training_step": 0,
+    }
+    metas = {
+        "consumed_tokens_total": 0,
+        "consumed_train_samples": 0,
+        "data_stages": [stage],
+        "last_stage_idx": None,
+        "last_train_step": 0,
+    }
+    return {
+        "cp": 1,
+        "custom_metas": None,
+        "dp": 1,
+        "metas": metas,
+        "tp": tp,
+        "version": version,
+    }

@@ -1,0 +1,1 @@
+"""Our operations under an installed Nanotron."""

@@ -1,0 +1,1 @@
+"""Our operations under a transformers model."""

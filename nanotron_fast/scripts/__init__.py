@@ -1,1 +1,0 @@
-"""The conversion commands that Nanotron's users know, with the flags that they know."""

@@ -1,0 +1,264 @@
+"""How the command ends: signals, streams that cannot be written to, faults of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.test_processes import free_port
+
+import nanotron_fast
+from nanotron_fast import interruption
+from nanotron_fast.interruption import Interrupted
+
+MODULE = [sys.executable, "-m", "nanotron_fast"]
+SCRIPT = Path(__file__).parents[2] / "examples" / "llama" / "convert_hf_to_nanotron.py"
+SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+# The command, with something changed in it first.
+CHANGED = """
+import os, signal, sys, time
+from nanotron_fast.__main__ import main
+{change}
+sys.argv[0] = "nanotron-fast"
+main()
+"""
+AT_IMPORT = """
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            os.kill(os.getpid(), {number})
+sys.meta_path.insert(0, Finder())
+"""
+# The second signal, as torchrun sends one, comes while the first is being answered.
+AT_WORK = """
+from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints import destination
+rmtree = destination.shutil.rmtree
+def write(ready, root, fsync):
+    (root / "begun").write_text("")
+    os.kill(os.getpid(), {number})
+def remove(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGTERM)
+    rmtree(*args, **kwargs)
+conversion._write_documents = write
+destination.shutil.rmtree = remove
+"""
+AT_THE_END = """
+from nanotron_fast.checkpoints.destination import Destination
+rename = Destination._rename
+def kill(self):
+    os.kill(os.getpid(), {number})
+    rename(self)
+Destination._rename = kill
+"""
+FAULT = """
+from nanotron_fast.checkpoints import verify as verification
+def fault(*args, **kwargs):
+    raise {error}
+verification.verify = fault
+"""
+# Process 0 waits for process 1, in native code; process 1 works until it is told to stop.
+RANKS = """
+from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints.processes import TorchProcesses
+execute = conversion.engine.execute
+def slow(*args, **kwargs):
+    if os.environ["RANK"] == "1":
+        time.sleep(60)
+    execute(*args, **kwargs)
+    print("waits", flush=True)
+conversion.engine.execute = slow
+"""
+
+
+def start(change: str, *words: object, **options: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, **options.pop("env", {})}  # type: ignore[dict-item]
+    path = os.pathsep.join(each for each in sys.path if each)
+    return subprocess.Popen(
+        [sys.executable, "-c", CHANGED.format(change=change), *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**environment, "PYTHONPATH": path},
+    )
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(os.listdir(folder))
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_signal_while_the_command_is_imported(number: int, code: int) -> None:
+    process = start(AT_IMPORT.format(number=int(number)), "inspect", "nothing")
+    out, err = process.communicate(timeout=60)
+    name = signal.Signals(number).name
+    assert (process.returncode, out) == (code, "")
+    assert err == f"interrupted by {name}: nothing was written\n"
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_signal_at_work(
+    is_there: bool, number: int, code: int, tmp_path: Path, golden_hf: Path
+) -> None:
+    out = tmp_path / "new" / "out"
+    if is_there:
+        out.mkdir(parents=True)
+    process = start(AT_WORK.format(number=int(number)), "convert", golden_hf, out)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err == f"interrupted by {signal.Signals(number).name}: {out} is as it was\n"
+    assert names(tmp_path) == (["new"] if is_there else [])
+    assert not is_there or names(out) == []
+
+
+def test_a_signal_at_the_last_step(tmp_path: Path, golden_hf: Path) -> None:
+    """The result is there, and the line says so."""
+    out = tmp_path / "out"
+    process = start(AT_THE_END.format(number=15), "convert", golden_hf, out)
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (143, f"interrupted by SIGTERM: {out} is whole\n")
+    assert nanotron_fast.verify(golden_hf, out).equal
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path: Path, golden_hf: Path) -> None:
+    """As nohup has it."""
+    change = f"signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{AT_WORK.format(number=1)}"
+    process = start(change, "convert", golden_hf, tmp_path / "out")
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, "")
+
+
+def test_processes_end_though_the_others_do_not_come(tmp_path: Path, golden_hf: Path) -> None:
+    port = str(free_port())
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    first, second = (
+        start(
+            RANKS,
+            "convert",
+            golden_hf,
+            tmp_path / "out",
+            env={**world, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    )
+    assert first.stdout is not None
+    assert first.stdout.readline() == "waits\n"
+    first.send_signal(signal.SIGTERM)
+    started = time.monotonic()
+    _, err = first.communicate(timeout=60)
+    assert time.monotonic() - started < 10
+    assert first.returncode == 143
+    assert f"interrupted by SIGTERM: {tmp_path / 'out'} is as it was" in err
+    second.send_signal(signal.SIGTERM)
+    _, err = second.communicate(timeout=60)
+    assert second.returncode == 143
+    assert "interrupted by SIGTERM: process 1 has ended" in err
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "redirection", ["2>&-", ">&-", ">/dev/full 2>/dev/full", "0<&- >&- 2>&-", "| true", "2>&1 | :"]
+)
+def test_streams_that_cannot_be_written_to(
+    redirection: str, tmp_path: Path, golden_hf: Path
+) -> None:
+    """The exit code speaks of the work alone, and the result is whole."""
+    run = " ".join([*MODULE, "convert", str(golden_hf), str(tmp_path / "out"), "--json"])
+    result = subprocess.run(
+        ["bash", "-c", f"{run} {redirection}; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    assert nanotron_fast.verify(golden_hf, tmp_path / "out").equal
+    assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["verify", "HF", "HF"], 0),
+        (["verify", "HF", "OTHER", "--json"], 1),
+        (["inspect", "HF"], 0),
+        (["convert", "HF", "OUT", "--dry-run"], 0),
+        (["inspect", "nothing/at/all"], 2),
+        (["--help"], 0),
+    ],
+    ids=str,
+)
+def test_a_full_device(
+    words: list[str], code: int, tmp_path: Path, golden: Path, golden_hf: Path
+) -> None:
+    places = {
+        "HF": str(golden_hf),
+        "OTHER": str(golden / "qwen2" / "hf"),
+        "OUT": str(tmp_path / "out"),
+    }
+    with open("/dev/full", "w") as full:
+        result = subprocess.run(
+            [*MODULE, *(places.get(word, word) for word in words)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert result.returncode == code
+    assert (code == 2) != (
+        result.stderr == "warning: stdout cannot be written to: No space left on device\n"
+    )
+
+
+def test_the_scripts_of_nanotron_end_likewise(tmp_path: Path, golden_hf: Path) -> None:
+    out = tmp_path / "out"
+    run = f"{sys.executable} {SCRIPT} --checkpoint_path={golden_hf} --save_path={out}"
+    result = subprocess.run(["bash", "-c", f"{run} >/dev/full 2>&-"], check=False)
+    assert result.returncode == 0
+    assert nanotron_fast.verify(golden_hf, out).equal
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        ("RuntimeError('odd')", 70, "RuntimeError: odd"),
+        ("MemoryError()", 2, "error: there is not enough memory"),
+    ],
+)
+def test_a_fault_is_no_difference(error: str, code: int, message: str, golden_hf: Path) -> None:
+    """Exit code 1 of `verify` says that something differs."""
+    process = start(FAULT.format(error=error), "verify", golden_hf, golden_hf)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.splitlines()[-1] == message
+
+
+def test_a_signal_waits_for_the_end_of_what_is_held() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    interruption.install()
+    done: list[str] = []
+
+    def work() -> None:
+        with interruption.held():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("all")
+
+    def clean_up() -> None:
+        with interruption.ending():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with interruption.held():
+                done.append("cleaned")
+
+    try:
+        with pytest.raises(Interrupted, match="SIGTERM"):
+            work()
+        clean_up()
+    finally:
+        interruption.restore()
+    assert done == ["all", "cleaned"]
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -1,0 +1,289 @@
+"""What the engine refuses, how it reports a failing disk, and how it is stopped."""
+
+import array
+import errno
+import os
+import signal
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nanotron_fast import _C
+from nanotron_fast.errors import Cancelled, PlanError
+from nanotron_fast.moves import engine
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import Move, table_of
+from nanotron_fast.moves.plan import MovePlan, OutputFile
+
+MOVE = Move(0, 2, 0, 4, (2, 3, 2), (6, 2, 1), (6, 2, 1), Dtype.F32, Dtype.BF16)
+SOURCE_BYTES = 2 + 48
+
+
+@pytest.fixture
+def plan(tmp_path):
+    source = tmp_path / "source"
+    source.write_bytes(bytes(range(SOURCE_BYTES)))
+    return MovePlan((source,), (OutputFile("out/put", b"head", 4 + 24),), (MOVE,))
+
+
+def execute_table(plan, root, table, progress=None):
+    (root / "out").mkdir(exist_ok=True)
+    outputs = [(str(root / o.path), o.header, o.size_bytes) for o in plan.outputs]
+    sources = [str(path) for path in plan.sources]
+    progress = progress or _C.Progress()
+    _C.execute(sources, outputs, table, workers=2, fsync=False, progress=progress)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"source": 1}, "move 0: source file 1 is not one of 1"),
+        ({"source": -2}, "move 0: source file -2 is not one of 1"),
+        ({"destination": 3}, "move 0: destination file 3 is not one of 1"),
+        ({"destination": -1}, "move 0: destination file -1 is not one of 1"),
+        ({"source_offset": -2}, "move 0: source offset is negative"),
+        ({"destination_offset": -4}, "move 0: destination offset is negative"),
+        ({"source_offset": 3}, "move 0: source ends at byte 51 of a file of 50"),
+        ({"destination_offset": 6}, "move 0: destination ends at byte 30 of a file of 28"),
+        ({"sizes": (2, 3, 3)}, "move 0: source ends at byte 54 of a file of 50"),
+        ({"sizes": (2, 0, 2)}, "move 0: size 0"),
+        ({"sizes": (2**62, 2, 2)}, "move 0: size 2"),
+        ({"source_strides": (0, 2, 1)}, "move 0: source stride 0 is not positive"),
+        ({"destination_strides": (6, -2, 1)}, "move 0: destination stride -2 is not positive"),
+        ({"source_strides": (2**62, 2**62, 2**62)}, "move 0: its extent overflows"),
+        ({"source_dtype": 4}, "move 0: unknown dtype code 4"),
+        ({"destination_dtype": -1}, "move 0: unknown dtype code -1"),
+        ({"destination_dtype": Dtype.F64}, "a file of 28"),
+    ],
+)
+def test_moves_are_validated(plan, tmp_path, changes, message):
+    table = table_of([replace(MOVE, **changes)])
+    with pytest.raises(PlanError, match=message):
+        execute_table(plan, tmp_path, table)
+    assert not (tmp_path / "out/put").exists()
+
+
+def test_unknown_cast(plan, tmp_path):
+    move = replace(MOVE, sizes=(1, 2, 1), destination_dtype=Dtype.F64)
+    with pytest.raises(PlanError, match="move 0: no cast between its dtypes"):
+        execute_table(plan, tmp_path, table_of([move]))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        array.array("q", range(14)),
+        array.array("q", range(31)),
+        array.array("i", range(15)),
+        array.array("d", range(15)),
+        np.zeros((15, 2), np.int64),
+        np.zeros((2, 30), np.int64)[:, ::2],
+        np.zeros(30, np.int64)[::2],
+        np.zeros(15, np.uint64),
+        np.zeros(15, ">i8"),
+    ],
+    ids=lambda table: f"{getattr(table, 'dtype', table)}-{getattr(table, 'shape', '')}",
+)
+def test_tables_are_validated(plan, tmp_path, table):
+    with pytest.raises(PlanError, match="contiguous int64 with 15 columns"):
+        execute_table(plan, tmp_path, table)
+
+
+def test_a_table_may_be_an_array_of_rows(plan, tmp_path):
+    table = np.array(table_of([MOVE]), np.int64).reshape(1, 15)
+    execute_table(plan, tmp_path, table)
+    assert (tmp_path / "out/put").stat().st_size == 28
+
+
+def test_a_file_that_was_there_is_replaced(plan, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/put").write_bytes(bytes(1000))
+    engine.execute(plan, tmp_path, workers=1)
+    assert (tmp_path / "out/put").stat().st_size == 28
+
+
+def test_files_of_a_header_alone(tmp_path):
+    plan = MovePlan((), (OutputFile("a/b", b"header", 6), OutputFile("c", b"", 0)), ())
+    engine.execute(plan, tmp_path, workers=3, fsync=True)
+    assert (tmp_path / "a/b").read_bytes() == b"header"
+    assert (tmp_path / "c").read_bytes() == b""
+    engine.execute(MovePlan((), (), ()), tmp_path, workers=1)
+
+
+def test_names_that_are_not_unicode(plan, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    source = plan.sources[0].rename(tmp_path / name)
+    plan = replace(plan, sources=(source,), outputs=(replace(plan.outputs[0], path=name * 2),))
+    engine.execute(plan, tmp_path, workers=1)
+    assert engine.compare(plan.sources, [tmp_path / (name * 2)], plan.moves, workers=1) == []
+    with pytest.raises(PlanError, match=f"{name}: the plan left 28 of 30"):
+        engine.execute(
+            replace(plan, outputs=(replace(plan.outputs[0], size_bytes=30),)), tmp_path, workers=1
+        )
+    source.unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        engine.execute(plan, tmp_path, workers=1)
+    assert caught.value.filename == str(source)
+
+
+def test_an_output_that_the_plan_leaves_short(plan, tmp_path):
+    short = replace(plan, outputs=(replace(plan.outputs[0], size_bytes=30),))
+    with pytest.raises(PlanError, match="out/put: the plan left 28 of 30 bytes"):
+        engine.execute(short, tmp_path, workers=1)
+    empty = replace(short, moves=())
+    with pytest.raises(PlanError, match="out/put: the plan left 4 of 30 bytes"):
+        engine.execute(empty, tmp_path, workers=1)
+
+
+def test_a_source_that_is_shorter_than_planned(plan, tmp_path):
+    os.truncate(plan.sources[0], 20)
+    with pytest.raises(PlanError, match="source ends at byte 50 of a file of 20"):
+        engine.execute(plan, tmp_path, workers=1)
+
+
+def failure(kind, number, path, work):
+    with pytest.raises(kind) as caught:
+        work()
+    assert caught.value.errno == number
+    assert caught.value.filename == str(path)
+
+
+def test_io_errors_carry_errno_and_filename(plan, tmp_path):
+    def run():
+        engine.execute(plan, tmp_path, workers=2)
+
+    source = plan.sources[0]
+    saved = source.rename(tmp_path / "saved")
+    failure(FileNotFoundError, errno.ENOENT, source, run)
+    source.mkdir()
+    with pytest.raises((IsADirectoryError, PlanError)):  # the size of a folder varies
+        run()
+    source.rmdir()
+    saved.rename(source)
+    (tmp_path / "out/put").mkdir()
+    failure(IsADirectoryError, errno.EISDIR, tmp_path / "out/put", run)
+    missing = tmp_path / "missing"
+    failure(
+        FileNotFoundError,
+        errno.ENOENT,
+        missing,
+        lambda: engine.compare(plan.sources, [missing], plan.moves, workers=1),
+    )
+
+
+def test_a_folder_that_is_not_there(plan, tmp_path):
+    path = str(tmp_path / "nowhere/put")
+    outputs = [(path, b"head", 28)]
+    failure(
+        FileNotFoundError,
+        errno.ENOENT,
+        path,
+        lambda: _C.execute(
+            [str(plan.sources[0])],
+            outputs,
+            table_of(plan.moves),
+            workers=1,
+            fsync=False,
+            progress=_C.Progress(),
+        ),
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk(plan, tmp_path):
+    full = replace(plan, outputs=(replace(plan.outputs[0], path="/dev/full"),))
+    failure(OSError, errno.ENOSPC, "/dev/full", lambda: engine.execute(full, tmp_path, workers=2))
+
+
+def test_workers_must_be_positive(plan, tmp_path):
+    with pytest.raises(ValueError, match="workers must be at least 1"):
+        engine.execute(plan, tmp_path, workers=0)
+
+
+def test_cancel(plan, tmp_path):
+    progress = _C.Progress()
+    progress.cancel()
+    with pytest.raises(Cancelled):
+        execute_table(plan, tmp_path, table_of(plan.moves), progress)
+    assert progress.bytes_done == 0
+
+
+@pytest.fixture
+def endless(tmp_path, monkeypatch):
+    """Compares two sparse files so large that it takes minutes; checks that it came to an end."""
+    num_bytes = 2**38
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for path in paths:
+        path.touch()
+        try:
+            os.truncate(path, num_bytes)
+        except OSError:
+            pytest.skip("this file system holds no sparse files")
+    line = (num_bytes // 2, 1, 1)
+    move = Move(0, 0, 0, 0, line, (1, 1, 1), (1, 1, 1), Dtype.BF16, Dtype.BF16)
+    ended, compare = [], _C.compare
+
+    def noted(*args, **options):
+        try:
+            return compare(*args, **options)
+        finally:
+            ended.append(True)
+
+    def run(**options):
+        try:
+            engine.compare(paths[:1], paths[1:], [move], workers=2, **options)
+        finally:
+            assert ended == [True]
+
+    monkeypatch.setattr(_C, "compare", noted)
+    return run
+
+
+def test_the_keyboard_stops_the_workers(endless):
+    timer = threading.Timer(0.25, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        endless()
+    timer.join()
+
+
+def test_an_error_in_the_callback_stops_the_workers(endless):
+    calls = []
+
+    def fail(bytes_done):
+        calls.append(bytes_done)
+        if len(calls) == 3:
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        endless(on_progress=fail)
+    assert calls == sorted(calls)
+    assert calls[-1] > 0
+
+
+@pytest.mark.parametrize("fsync", [False, True])
+def test_files_are_not_synced_once_cancelled(fsync: bool, tmp_path: Path) -> None:
+    """A file without tensors: there is no block before which the engine would have looked."""
+    progress = _C.Progress()
+    progress.cancel()
+    path = tmp_path / "out"
+
+    def execute() -> None:
+        _C.execute(
+            [],
+            [(bytes(path), b"header", 6)],
+            table_of(()),
+            workers=1,
+            fsync=fsync,
+            progress=progress,
+        )
+
+    if fsync:
+        with pytest.raises(Cancelled):
+            execute()
+    else:
+        execute()
+    assert path.read_bytes() == b"header"

@@ -1,0 +1,101 @@
+"""MovePlan.check and MovePlan.share on random plans."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanotron_fast.errors import PlanError
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import Move
+from nanotron_fast.moves.plan import MovePlan, OutputFile
+from nanotron_fast.moves.row import FILL
+from tests.plans import builders
+
+FOLDER = Path("anywhere")
+
+
+def rejected(plan):
+    """The message with which check() rejects a plan."""
+    with pytest.raises(PlanError) as caught:
+        plan.check()
+    return str(caught.value)
+
+
+@settings(deadline=None)
+@given(builders(), st.data())
+def test_check_accepts_what_tiles_and_nothing_else(build, data):
+    plan = build.plan(FOLDER)
+    plan.check()
+    index = data.draw(st.integers(0, len(plan.moves) - 1))
+    move = plan.moves[index]
+    path = plan.outputs[move.destination].path
+    before, behind = plan.moves[:index], plan.moves[index + 1 :]
+    assert path in rejected(replace(plan, moves=before + behind))
+    assert path in rejected(replace(plan, moves=(*plan.moves, move)))
+
+    def changed(**changes):
+        return replace(plan, moves=(*before, replace(move, **changes), *behind))
+
+    for shift in (-1, 1, move.destination_dtype.itemsize):
+        assert path in rejected(changed(destination_offset=move.destination_offset + shift))
+    for dim in range(3):
+        longer = tuple(size + (i == dim) for i, size in enumerate(move.sizes))
+        assert path in rejected(changed(sizes=longer))
+    elsewhere = (move.destination + 1) % len(plan.outputs)
+    rejected(changed(destination=elsewhere))
+
+
+@pytest.mark.parametrize("grown", [-1, 1])
+def test_check_holds_the_size_of_a_file(grown):
+    output = OutputFile("folder/name", b"head", 4 + 12 + grown)
+    move = Move(0, 0, 0, 4, (6, 1, 1), (1, 1, 1), (1, 1, 1), Dtype.BF16, Dtype.BF16)
+    assert "folder/name" in rejected(MovePlan((FOLDER,), (output,), (move,)))
+
+
+@pytest.mark.parametrize("behind", [0, 2, 100])
+def test_check_finds_moves_behind_the_end(behind):
+    move = Move(FILL, 0, 0, 0, (6, 1, 1), (0, 0, 0), (1, 1, 1), Dtype.BF16, Dtype.BF16)
+    extra = replace(move, destination_offset=12 + behind)
+    assert "behind the end at 12" in rejected(
+        MovePlan((), (OutputFile("name", b"", 12),), (move, extra))
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sizes": (0, 3, 2)}, "name: a move of size 0"),
+        ({"destination_strides": (0, 2, 1)}, "name: a move of size 2 and stride 0"),
+        ({"destination_strides": (6, -2, 1)}, "name: a move of size 3 and stride -2"),
+        ({"destination_strides": (3, 1, 2)}, "name: "),
+        ({"destination_strides": (6, 2, 2)}, "name: "),
+        ({"destination": -1}, "a move writes to file -1 of 1"),
+        ({"destination": 1}, "a move writes to file 1 of 1"),
+    ],
+)
+def test_check_rejects_nonsense(changes, message):
+    move = Move(0, 0, 0, 0, (2, 3, 2), (6, 2, 1), (6, 2, 1), Dtype.F32, Dtype.F32)
+    plan = MovePlan((FOLDER,), (OutputFile("name", b"", 48),), (move,))
+    plan.check()
+    assert message in rejected(replace(plan, moves=(replace(move, **changes),)))
+
+
+@settings(deadline=None)
+@given(builders(), st.integers(1, 7))
+def test_shares_cover_every_output_once(build, world_size):
+    plan = build.plan(FOLDER)
+    shares = [plan.share(rank, world_size) for rank in range(world_size)]
+    outputs = [output for share in shares for output in share.outputs]
+    assert sorted(outputs, key=lambda output: output.path) == list(plan.outputs)
+    homes = [(Path(o.path).parent, i) for i, share in enumerate(shares) for o in share.outputs]
+    folders = [home for home in homes if home[0] != Path()]
+    assert len(set(folders)) == len({folder for folder, _ in folders})
+    assert sum(len(share.moves) for share in shares) == len(plan.moves)
+    assert sum(share.bytes_read for share in shares) == plan.bytes_read
+    assert sum(share.bytes_written for share in shares) == plan.bytes_written
+    for share in shares:
+        share.check()
+        assert share.sources == plan.sources
