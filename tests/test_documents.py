@@ -12,7 +12,9 @@ import yaml
 
 import nanotron_fast as nf
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.formats.nanotron.class_fields import FIELDS, FIELDS_1_2
+from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, classes
+
+FIELDS = {each.name: each.fields for each in classes()}
 
 
 def check_types(config: dict[str, Any], model_class: str) -> None:
@@ -63,7 +65,7 @@ def test_config_yaml_says_where_and_how(tmp_path: Path, golden_hf: Path) -> None
 def test_version_1_2_has_the_older_fields(tmp_path: Path, golden_hf: Path) -> None:
     nf.convert(golden_hf, tmp_path / "out", checkpoint_version="1.2")
     config = json.loads((tmp_path / "out" / "model_config.json").read_text())
-    assert list(config) == list(FIELDS_1_2["LlamaConfig"])
+    assert list(config) == list(LLAMA_CONFIG.fields_1_2)
     assert not {"rope_theta", "rope_interleaved", "attention_bias"} & set(config)
     document = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert "data" in document

@@ -142,7 +142,7 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspe
         path=checkpoint.root,
         format="nanotron",
         family=model.family.name if model else None,
-        model_class=model.model_class if model else None,
+        model_class=model.model_class.name if model else None,
         topology=topology,
         spec=model.spec if model else None,
         num_tensors=len(checkpoint.params),

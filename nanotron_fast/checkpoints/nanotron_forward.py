@@ -26,6 +26,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR, NanotronCheckpoint
+from nanotron_fast.formats.nanotron.classes import STARCODER2_CONFIG
 from nanotron_fast.formats.nanotron.slices import read_slices
 from nanotron_fast.kernels.rope.tables import rope_frequencies
 
@@ -79,7 +80,7 @@ class NanotronForward:
 
         Raises CheckpointError where a parameter is missing, OSError.
         """
-        if self.model_class == "Starcoder2Config":
+        if self.model_class is STARCODER2_CONFIG:
             return self._starcoder2(input_ids)
         return self._llama(input_ids)
 

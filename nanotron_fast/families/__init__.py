@@ -10,7 +10,11 @@ from nanotron_fast.families import foreign
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.gate import unknown_family
 from nanotron_fast.families.tables import BUILT_IN
-from nanotron_fast.formats.nanotron.classes import class_of
+from nanotron_fast.formats.nanotron.classes import (
+    LLAMA_CONFIG,
+    STARCODER2_CONFIG,
+    class_of,
+)
 
 __all__ = [
     "Family",
@@ -74,15 +78,14 @@ def family_of_model_config(config: Mapping[str, Any], override: str | None = Non
     model_class = class_of(config)
     if override is not None:
         family = family_named(override)
-        classes = (family.model_class, family.window_class, *family.other_classes)
-        if model_class not in classes:
+        if model_class not in family.classes:
             raise UnsupportedModelError(
                 f"--family {override}: model_config.json is a {model_class}, which does not hold it"
             )
         return family
-    if model_class == "Starcoder2Config":
+    if model_class is STARCODER2_CONFIG:
         return _FAMILIES["starcoder2"]
-    if model_class == "LlamaConfig":
+    if model_class is LLAMA_CONFIG:
         return _FAMILIES["llama"]
     if config.get("moe_config") is not None:
         return _FAMILIES["qwen2_moe"]

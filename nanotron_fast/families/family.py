@@ -8,6 +8,7 @@ from typing import Any
 
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.rules import Context, Rule
+from nanotron_fast.formats.nanotron.classes import NanotronClass
 from nanotron_fast.model.spec import ModelSpec
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.
@@ -42,10 +43,10 @@ class Family:
     name: str
     architecture: str
     # The Nanotron class, and the one for models with a sliding window.
-    model_class: str
-    window_class: str | None = None
+    model_class: NanotronClass
+    window_class: NanotronClass | None = None
     # Classes that can hold it as well, for --model-class.
-    other_classes: tuple[str, ...] = ()
+    other_classes: tuple[NanotronClass, ...] = ()
     rules: tuple[Rule, ...]
     # What transformers assumes of a key that config.json leaves out.
     defaults: Mapping[str, Any]
@@ -54,6 +55,8 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
+    # Queries and keys are normalised: `when="qk_norm"` marks the rules of those norms.
+    has_qk_norm: bool = False
     window: str | None = None
     has_no_rope_layers: bool = False
     is_moe: bool = False
@@ -63,6 +66,12 @@ class Family:
     has_extended_target: bool = False
     # Keys that pass through unread: dropout rates, pretraining_tp.
     extras: tuple[str, ...] = ()
+
+    @property
+    def classes(self) -> tuple[NanotronClass, ...]:
+        """The Nanotron classes that can hold a model of the family."""
+        window = () if self.window_class is None else (self.window_class,)
+        return (self.model_class, *window, *self.other_classes)
 
     @property
     def config_keys(self) -> dict[str, str]:
@@ -130,6 +139,7 @@ def _flags(spec: ModelSpec) -> frozenset[str]:
         "mlp_bias": spec.has_mlp_bias,
         "untied": not spec.tie_word_embeddings,
         "tied": spec.tie_word_embeddings,
+        "qk_norm": spec.has_qk_norm,
         "shared_expert": spec.moe is not None and spec.moe.has_shared_expert,
     }
     return frozenset(name for name, is_set in flags.items() if is_set)

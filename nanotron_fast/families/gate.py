@@ -8,7 +8,8 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import LIKE_LLAMA, REFUSED
-from nanotron_fast.formats.nanotron.classes import CLASS_BY_OPTION
+from nanotron_fast.formats.nanotron.classes import NanotronClass, classes
+from nanotron_fast.model.needs import needs
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
@@ -33,21 +34,23 @@ def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelErro
     )
 
 
-def choose_class(family: Family, spec: ModelSpec, option: str) -> str:
+def choose_class(family: Family, spec: ModelSpec, option: str) -> NanotronClass:
     """The Nanotron class to write; `option` is --model-class. Raises UnsupportedModelError."""
     default = family.model_class
     if spec.sliding_window is not None and family.window_class is not None:
         default = family.window_class
     if option == "auto":
         return default
-    if option not in CLASS_BY_OPTION:
-        raise ConfigError(f"--model-class {option}: choose auto, {', '.join(CLASS_BY_OPTION)}")
-    wanted = CLASS_BY_OPTION[option]
-    if wanted == default or wanted in family.other_classes:
-        if wanted == "LlamaConfig" and spec.sliding_window is not None:
+    by_option = {each.option: each for each in classes()}
+    if option not in by_option:
+        raise ConfigError(f"--model-class {option}: choose auto, {', '.join(by_option)}")
+    wanted = by_option[option]
+    if wanted is default or wanted in family.classes:
+        has_window = spec.sliding_window is not None
+        if has_window and not wanted.can_hold("sliding_window", is_extended=False):
             raise UnsupportedModelError(
-                f"--model-class {option}: LlamaConfig has no sliding window, and this model has "
-                f"one of {spec.sliding_window}; use --model-class qwen2"
+                f"--model-class {option}: {wanted} has no sliding window, and this model has one "
+                f"of {spec.sliding_window}; use --model-class {default.option}"
             )
         return wanted
     raise UnsupportedModelError(
@@ -94,7 +97,7 @@ def check_config(
 def check_model(
     family: Family,
     spec: ModelSpec,
-    model_class: str,
+    model_class: NanotronClass,
     *,
     target: str,
     version: str,
@@ -111,48 +114,11 @@ def check_model(
     if version not in VERSIONS:
         raise ConfigError(f"--checkpoint-version {version}: choose {' or '.join(VERSIONS)}")
     is_extended = target == "nanotron-fast"
-    extended_hint = (
-        "; --target nanotron-fast admits it, for conversion and load_into alone: nothing trains "
-        "such a model yet"
-        if family.has_extended_target
-        else ""
-    )
-    if spec.rope_scaling is not None and not is_extended:
-        kind = spec.rope_scaling.get("rope_type", spec.rope_scaling.get("type"))
-        raise UnsupportedModelError(
-            f"rope_scaling {kind!r}: Nanotron stores rope_scaling and ignores it, so the model "
-            "would run with wrong frequencies. Use --target nanotron-fast, and train with "
-            "nanotron-fast run --rope-scaling (the drop-in), which honours it"
-        )
-    if spec.rope_scaling is not None and model_class == "Starcoder2Config":
-        raise UnsupportedModelError("rope_scaling: Starcoder2Config has no field for it")
-    allows_extension = (
-        (is_extended or states_extension)
-        and family.has_extended_target
-        and model_class == "LlamaConfig"
-    )
-    if spec.head_dim * spec.num_heads != spec.hidden_size and not allows_extension:
-        raise UnsupportedModelError(
-            f"head_dim {spec.head_dim} is not hidden_size / heads = {spec.hidden_size} / "
-            f"{spec.num_heads}, the only one that Nanotron has{extended_hint}"
-        )
-    if model_class == "Starcoder2Config":
-        _check_starcoder2(spec)
-    else:
-        if spec.has_output_bias and not allows_extension:
-            raise UnsupportedModelError(
-                f"attention_bias puts a bias on the attention's output projection, which "
-                f"Nanotron does not have{extended_hint}"
-            )
-        if spec.has_mlp_bias:
-            raise UnsupportedModelError(
-                "mlp_bias: the MLP has biases, and Nanotron's has none; there is no way to keep "
-                "them"
-            )
-        if spec.has_qkv_bias and model_class == "LlamaConfig" and not allows_extension:
-            raise UnsupportedModelError(
-                f"biases on q, k and v: Nanotron's LlamaConfig has none{extended_hint}"
-            )
+    has_extension = (is_extended or states_extension) and family.has_extended_target
+    for need in needs(spec):
+        admits = is_extended if need == "rope_scaling" else has_extension
+        if not model_class.can_hold(need, is_extended=admits):
+            raise _refused(need, spec, model_class, family, is_extended)
     if spec.hidden_act not in NANOTRON_ACTIVATIONS:
         raise UnsupportedModelError(
             f"hidden_act {spec.hidden_act!r} is not one of Nanotron's: "
@@ -163,30 +129,58 @@ def check_model(
             f"a sliding window of {spec.sliding_window} together with layers without rotary "
             "embedding: Nanotron drops the window on those layers"
         )
-    if rope_interleaved and model_class == "Starcoder2Config":
+    if rope_interleaved and not model_class.can_rotate_neighbours:
         raise UnsupportedModelError("--rope-interleaved: Starcoder2 rotates halves in Nanotron")
-    if version == "1.2" and model_class == "LlamaConfig" and rope_interleaved is False:
+    is_old = version == "1.2" and model_class.rotates_neighbours_in_1_2
+    if is_old and rope_interleaved is False:
         raise UnsupportedModelError(
             "--no-rope-interleaved: checkpoint version 1.2 (Nanotron 0.4) always rotates "
             "neighbours; use --checkpoint-version 1.5"
         )
-    if version == "1.2" and model_class == "LlamaConfig" and spec.rope_theta != _ROPE_THETA_1_2:
+    if is_old and spec.rope_theta != _ROPE_THETA_1_2:
         raise UnsupportedModelError(
             f"rope_theta {spec.rope_theta:g}: checkpoint version 1.2 (Nanotron 0.4) always "
             f"rotates with {_ROPE_THETA_1_2:g}; use --checkpoint-version 1.5"
         )
 
 
-def _check_starcoder2(spec: ModelSpec) -> None:
-    if not (spec.has_qkv_bias and spec.has_output_bias and spec.has_mlp_bias):
-        raise UnsupportedModelError(
-            "use_bias is false: Nanotron's Starcoder2 always has biases; there is no way to leave "
-            "them out"
-        )
-    if not spec.tie_word_embeddings:
-        raise UnsupportedModelError(
-            "tie_word_embeddings is false: Nanotron's Starcoder2 always ties them"
-        )
+def _refused(
+    need: str, spec: ModelSpec, model_class: NanotronClass, family: Family, is_extended: bool
+) -> UnsupportedModelError:
+    """Why a class cannot hold a model, and the way out where there is one."""
+    hint = (
+        "; --target nanotron-fast admits it, for conversion and load_into alone: nothing trains "
+        "such a model yet"
+        if family.has_extended_target
+        else ""
+    )
+    scaling = spec.rope_scaling or {}
+    reasons = {
+        "rope_scaling": f"rope_scaling: {model_class} has no field for it"
+        if is_extended
+        else f"rope_scaling {scaling.get('rope_type', scaling.get('type'))!r}: Nanotron stores "
+        "rope_scaling and ignores it, so the model would run with wrong frequencies. Use --target "
+        "nanotron-fast, and train with nanotron-fast run --rope-scaling (the drop-in), which "
+        "honours it",
+        "head_dim": f"head_dim {spec.head_dim} is not hidden_size / heads = {spec.hidden_size} / "
+        f"{spec.num_heads}, the only one that Nanotron has{hint}",
+        "no_bias": "use_bias is false: Nanotron's Starcoder2 always has biases; there is no way to "
+        "leave them out",
+        "untied": "tie_word_embeddings is false: Nanotron's Starcoder2 always ties them",
+        "output_bias": "attention_bias puts a bias on the attention's output projection, which "
+        f"Nanotron does not have{hint}",
+        "mlp_bias": "mlp_bias: the MLP has biases, and Nanotron's has none; there is no way to "
+        "keep them",
+        "qkv_bias": f"biases on q, k and v: Nanotron's {model_class} has none{hint}",
+        "qk_norm": "its queries and keys are normalised (qk-norm), which Nanotron's "
+        f"{model_class} does not do",
+        "sliding_window": f"a sliding window of {spec.sliding_window}: Nanotron's {model_class} "
+        "has none",
+        "no_rope_layers": "layers without rotary embedding: Nanotron's "
+        f"{model_class} rotates in all of them",
+        "moe": f"a mixture of experts: Nanotron's {model_class} has none",
+    }
+    return UnsupportedModelError(reasons[need])
 
 
 def check_expressible(family: Family, spec: ModelSpec) -> None:

@@ -77,6 +77,7 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     fields["has_qkv_bias"] = reader.bias(family.qkv_bias)
     fields["has_output_bias"] = reader.bias(family.output_bias)
     fields["has_mlp_bias"] = reader.bias(family.mlp_bias)
+    fields["has_qk_norm"] = family.has_qk_norm
     num_layers = fields["num_layers"]
     if family.has_no_rope_layers:
         fields["no_rope_interval"] = read_no_rope_interval(reader, num_layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.rules import Copy, Fuse, FuseByKvHead, Rule, StackExperts
+from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, QWEN2_CONFIG, STARCODER2_CONFIG
 
 _LAYER = "model.layers.{layer}."
 _BLOCK = "model.decoder.{layer}.pp_block."
@@ -244,8 +245,8 @@ _QWEN2_DEFAULTS = {
 LLAMA = Family(
     name="llama",
     architecture="LlamaForCausalLM",
-    model_class="LlamaConfig",
-    other_classes=("Qwen2Config",),
+    model_class=LLAMA_CONFIG,
+    other_classes=(QWEN2_CONFIG,),
     rules=_DENSE,
     defaults={
         **_LLAMA_DEFAULTS,
@@ -263,9 +264,9 @@ LLAMA = Family(
 MISTRAL = Family(
     name="mistral",
     architecture="MistralForCausalLM",
-    model_class="LlamaConfig",
-    window_class="Qwen2Config",
-    other_classes=("Qwen2Config",),
+    model_class=LLAMA_CONFIG,
+    window_class=QWEN2_CONFIG,
+    other_classes=(QWEN2_CONFIG,),
     rules=_DENSE,
     defaults={
         **_LLAMA_DEFAULTS,
@@ -279,7 +280,7 @@ MISTRAL = Family(
 QWEN2 = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
-    model_class="Qwen2Config",
+    model_class=QWEN2_CONFIG,
     rules=_DENSE,
     defaults=_QWEN2_DEFAULTS,
     qkv_bias=True,
@@ -289,7 +290,7 @@ QWEN2 = Family(
 SMOLLM3 = Family(
     name="smollm3",
     architecture="SmolLM3ForCausalLM",
-    model_class="Qwen2Config",
+    model_class=QWEN2_CONFIG,
     rules=_DENSE,
     defaults={
         **_QWEN2_DEFAULTS,
@@ -316,7 +317,7 @@ SMOLLM3 = Family(
 QWEN2_MOE = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
-    model_class="Qwen2Config",
+    model_class=QWEN2_CONFIG,
     rules=_SPARSE,
     defaults={
         **_QWEN2_DEFAULTS,
@@ -339,7 +340,7 @@ QWEN2_MOE = Family(
 STARCODER2 = Family(
     name="starcoder2",
     architecture="Starcoder2ForCausalLM",
-    model_class="Starcoder2Config",
+    model_class=STARCODER2_CONFIG,
     rules=_STARCODER2,
     defaults={
         **_LLAMA_DEFAULTS,

@@ -70,6 +70,8 @@ class ModelSpec:
     has_qkv_bias: bool = False
     has_output_bias: bool = False
     has_mlp_bias: bool = False
+    # Queries and keys are normalised, head by head, before the rotary embedding.
+    has_qk_norm: bool = False
     # A query sees its last `sliding_window` keys, itself included, on every layer.
     sliding_window: int | None = None
     # Layers i with (i + 1) % no_rope_interval == 0 have no rotary embedding.

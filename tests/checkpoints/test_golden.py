@@ -9,6 +9,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import Topology
+from nanotron_fast.formats.nanotron.classes import classes
 from nanotron_fast.formats.nanotron.stages import block_costs
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import assign_stages
@@ -118,7 +119,8 @@ def test_stage_assignment(number: int) -> None:
         rope_theta=10000.0,
         tie_word_embeddings=False,
     )
-    stages = assign_stages(block_costs(spec, case["cls"]), case["pp"])
+    by_name = {each.name: each for each in classes()}
+    stages = assign_stages(block_costs(spec, by_name[case["cls"]]), case["pp"])
     assert stages == list(case["ranks"].values())
 
 

@@ -19,6 +19,7 @@ from nanotron_fast.checkpoints import load as loading
 from nanotron_fast.checkpoints.load import load_into
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.checkpoint import read_nanotron
+from nanotron_fast.formats.nanotron.classes import classes
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.moves import numpy_engine as reference
 from nanotron_fast.moves.move import table_of
@@ -55,7 +56,8 @@ def converted(hf, tmp_path, topology, **options):
     """What each rank should hold, by a full conversion: a dict of tensors for each."""
     root = tmp_path / f"wanted-{topology.tp}-{topology.pp}"
     plan = nf.convert(hf, root, topology=topology, **options).plan
-    stages = Stages(plan.spec, plan.model_class, topology)
+    (model_class,) = (each for each in classes() if each.name == plan.model_class)
+    stages = Stages(plan.spec, model_class, topology)
     ranks = [{} for _ in range(topology.tp * topology.pp)]
     checkpoint = read_nanotron(root)
     for name, shards in checkpoint.params.items():

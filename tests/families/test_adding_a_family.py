@@ -13,6 +13,7 @@ import nanotron_fast as nf
 from nanotron_fast import families
 from nanotron_fast.families.rules import Copy, Fuse
 from nanotron_fast.formats.huggingface.checkpoint import layout_shards
+from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG
 from nanotron_fast.moves.dtypes import Dtype
 
 BLOCK = "model.decoder.{layer}.pp_block."
@@ -21,7 +22,7 @@ EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 MADE_UP = families.Family(
     name="madeup",
     architecture="MadeUpForCausalLM",
-    model_class="LlamaConfig",
+    model_class=LLAMA_CONFIG,
     keys={"num_layers": "depth", "hidden_size": "width"},
     defaults={**families.tables.LLAMA.defaults, "tie_word_embeddings": True},
     rules=(

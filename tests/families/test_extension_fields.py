@@ -12,7 +12,7 @@ import yaml
 import nanotron_fast as nf
 from nanotron_fast import Topology
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.formats.nanotron.class_fields import EXTENSION_FIELDS, FIELDS
+from nanotron_fast.formats.nanotron.classes import EXTENSION_FIELDS, LLAMA_CONFIG
 from tests.modelzoo import make, read_tensors
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -56,13 +56,13 @@ def test_every_field_that_a_reader_needs(name: str, version: str, tmp_path: Path
 
 def test_a_llama_with_rope_scaling_alone_stays_a_plain_llama(tmp_path: Path) -> None:
     _, _, (config, warnings) = converted(tmp_path, {"rope_scaling": LINEAR})
-    assert list(config) == list(FIELDS["LlamaConfig"])
+    assert list(config) == list(LLAMA_CONFIG.fields)
     assert any("nanotron-fast run --rope-scaling" in warning for warning in warnings)
 
 
 def test_a_plain_llama_has_no_such_field(tmp_path: Path) -> None:
     _, _, (config, warnings) = converted(tmp_path, {})
-    assert list(config) == list(FIELDS["LlamaConfig"])
+    assert list(config) == list(LLAMA_CONFIG.fields)
     assert warnings == ()
 
 

@@ -107,7 +107,7 @@ class _Source:
             check_counts(self.spec, checkpoint)
             self.model_class = choose_class(self.family, self.spec, options.model_class)
             version = options.checkpoint_version or "1.5"
-            is_old = version == "1.2" and self.model_class == "LlamaConfig"
+            is_old = version == "1.2" and self.model_class.rotates_neighbours_in_1_2
             was_interleaved, shall = False, is_old if rope_interleaved is None else rope_interleaved
             check_model(
                 self.family,

@@ -37,12 +37,7 @@ from nanotron_fast.families.unknown_fields import (
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
-from nanotron_fast.formats.nanotron.classes import (
-    class_of,
-    read_model_config,
-    rope_is_interleaved,
-    write_model_config,
-)
+from nanotron_fast.formats.nanotron.classes import class_of
 from nanotron_fast.formats.nanotron.side_file import SideFile, read_side_file
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
@@ -69,11 +64,10 @@ class NanotronModel:
         self.warnings: list[str] = []
         self.is_interleaved = self._is_interleaved(config, options)
         self.states_extension = "head_dim" in config
-        stored = read_model_config(
+        stored = self.model_class.read(
             config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
         )
-        if self.model_class == "LlamaConfig":
-            # The stock class has the field, and no bias whatever it says.
+        if self.model_class.ignores_attention_bias:
             has_output_bias = has_param(source, "attn.o_proj.bias")
             if self.states_extension and stored.has_output_bias != has_output_bias:
                 raise CheckpointError(
@@ -108,9 +102,9 @@ class NanotronModel:
 
     def _is_interleaved(self, config: Mapping[str, Any], options: Options) -> bool:
         """How the rows of q and k lie: as the caller says, or as the configuration does."""
-        stated = rope_is_interleaved(config)
+        stated = self.model_class.rope_is_interleaved(config)
         if options.rope_interleaved is not None:
-            if options.rope_interleaved and self.model_class == "Starcoder2Config":
+            if options.rope_interleaved and not self.model_class.can_rotate_neighbours:
                 raise UnsupportedModelError(
                     "--rope-interleaved: Starcoder2 rotates halves in Nanotron"
                 )
@@ -206,7 +200,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         direction="hf",
         source=source.root,
         family=family.name,
-        model_class=model.model_class,
+        model_class=model.model_class.name,
         spec=spec,
         topology=topology,
         dtype=main_dtype,
@@ -316,10 +310,8 @@ def _unknown(model: NanotronModel, options: Options) -> list[str]:
 
 def _as_nanotron_keeps(spec: ModelSpec, model: NanotronModel) -> ModelSpec:
     """A spec after a trip through model_config.json, which holds one token id for a list."""
-    config = write_model_config(
-        spec, model.model_class, version="1.5", rope_interleaved=model.is_interleaved
-    )
-    kept = read_model_config(config, head_dim=spec.head_dim)
+    config = model.model_class.write(spec, version="1.5", rope_interleaved=model.is_interleaved)
+    kept = model.model_class.read(config, head_dim=spec.head_dim)
     return replace(kept, has_qkv_bias=spec.has_qkv_bias, has_output_bias=spec.has_output_bias)
 
 

@@ -26,8 +26,7 @@ from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
-from nanotron_fast.formats.nanotron.class_fields import EXTENSION_FIELDS
-from nanotron_fast.formats.nanotron.classes import write_model_config
+from nanotron_fast.formats.nanotron.classes import EXTENSION_FIELDS, NanotronClass
 from nanotron_fast.formats.nanotron.side_file import SideFile
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.formats.nanotron.training_config import training_config
@@ -56,7 +55,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved
     if interleaved is None:
-        interleaved = version == "1.2" and model_class == "LlamaConfig"
+        interleaved = version == "1.2" and model_class.rotates_neighbours_in_1_2
     check_model(
         family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
     )
@@ -89,9 +88,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     )
     moves = tuple(named.move for named in plan_moves(params, reader, writer))
     duplicates = _check_leftovers(source, family, spec, reader)
-    model_config = write_model_config(
-        padded_spec, model_class, version=version, rope_interleaved=interleaved
-    )
+    model_config = model_class.write(padded_spec, version=version, rope_interleaved=interleaved)
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     warnings += kept_warnings
     beside = beside_nanotron(source, options)
@@ -118,7 +115,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         nanotron.METADATA: lambda: json.dumps(metadata, indent=2, sort_keys=True).encode(),
         side_file.NAME: side.to_bytes,
     }
-    if model_class != "Starcoder2Config":
+    if model_class.starts_from_yaml:
         documents[nanotron.CONFIG_YAML] = partial(
             training_config,
             model_config,
@@ -133,7 +130,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         direction="nanotron",
         source=source.root,
         family=family.name,
-        model_class=model_class,
+        model_class=model_class.name,
         spec=spec,
         topology=topology,
         dtype=main_dtype,
@@ -252,21 +249,13 @@ def _extension_warnings(spec: ModelSpec, model_config: Mapping[str, Any]) -> lis
     return warnings
 
 
-def _warnings(model_class: str, topology: Topology, version: str) -> list[str]:
+def _warnings(model_class: NanotronClass, topology: Topology, version: str) -> list[str]:
     warnings: list[str] = []
-    if model_class == "Qwen2Config" and topology.pp > 1:
+    if topology.pp > 1 and version in model_class.pp_warning:
+        warnings.append(model_class.pp_warning[version].format(pp=topology.pp))
+    if not model_class.starts_from_yaml:
         warnings.append(
-            "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
-            f"pp={topology.pp}); the weights load"
-        )
-    if model_class == "LlamaConfig" and version == "1.5" and topology.pp > 1:
-        warnings.append(
-            "Nanotron's trainer crashes after the first step of a Llama at pp > 1 (here "
-            f"pp={topology.pp}), where stages without a loss log it; the weights load"
-        )
-    if model_class == "Starcoder2Config":
-        warnings.append(
-            "no config.yaml is written: Nanotron cannot start a Starcoder2 from one (it asks for "
-            "num_key_value_heads, which Starcoder2Config lacks)"
+            f"no config.yaml is written: Nanotron cannot start a {model_class.option.title()} from "
+            f"one (it asks for num_key_value_heads, which {model_class} lacks)"
         )
     return warnings

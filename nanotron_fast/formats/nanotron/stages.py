@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nanotron_fast.errors import TopologyError
+from nanotron_fast.formats.nanotron.classes import NanotronClass
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology, assign_stages
 
@@ -10,7 +11,7 @@ from nanotron_fast.model.topology import Topology, assign_stages
 class Stages:
     """The pipeline stage of every block of a model. Raises TopologyError on an empty stage."""
 
-    def __init__(self, spec: ModelSpec, model_class: str, topology: Topology) -> None:
+    def __init__(self, spec: ModelSpec, model_class: NanotronClass, topology: Topology) -> None:
         stages = assign_stages(block_costs(spec, model_class), topology.pp)
         used = max(stages) + 1
         if used < topology.pp:
@@ -30,18 +31,17 @@ class Stages:
         return self.layers[block] if isinstance(block, int) else self._others[block]
 
 
-def block_costs(spec: ModelSpec, model_class: str) -> list[int]:
+def block_costs(spec: ModelSpec, model_class: NanotronClass) -> list[int]:
     """Compute costs of Nanotron's pipeline blocks in order, by which it assigns stages.
 
     Source: get_block_compute_costs of llama.py, qwen.py and starcoder2.py at 2411b022: attention's
     projections as if every head had keys and values, and the dense MLP also where there are
-    experts. Embedding, norm, cast to fp32 (LlamaConfig alone) and loss count nothing.
+    experts. Embedding, norm, cast to fp32 and loss count nothing.
     """
     head_dim = spec.hidden_size // spec.num_heads
-    mlp_matrices = 2 if model_class == "Starcoder2Config" else 3
     layer = (
         4 * spec.num_heads * head_dim * spec.hidden_size
-        + mlp_matrices * spec.intermediate_size * spec.hidden_size
+        + model_class.mlp_matrices * spec.intermediate_size * spec.hidden_size
     )
-    tail = [0, 0] if model_class == "LlamaConfig" else [0]
+    tail = [0, 0] if model_class.casts_to_fp32 else [0]
     return [0, *[layer] * spec.num_layers, 0, spec.vocab_size * spec.hidden_size, *tail]

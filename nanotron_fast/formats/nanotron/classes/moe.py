@@ -1,0 +1,64 @@
+"""Nanotron's MoEConfig: the `moe_config` of a Qwen2Config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from nanotron_fast.formats.fields import MAX_COUNT, Fields
+from nanotron_fast.model.spec import MoeSpec
+
+MOE_FIELDS = (
+    "num_experts",
+    "top_k",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
+    "router_aux_loss_coef",
+    "layers",
+    "enable_shared_expert",
+    "token_dispatcher_type",
+)
+
+
+def write_moe(moe: MoeSpec) -> dict[str, Any]:
+    """Its fields."""
+    return {
+        "num_experts": moe.num_experts,
+        "top_k": moe.top_k,
+        "moe_intermediate_size": moe.intermediate_size,
+        "shared_expert_intermediate_size": moe.shared_intermediate_size,
+        "router_aux_loss_coef": moe.router_aux_loss_coef,
+        "layers": list(moe.layers),
+        "enable_shared_expert": moe.has_shared_expert,
+        "token_dispatcher_type": "alltoall",
+    }
+
+
+def read_moe(
+    config: Mapping[str, Any] | None, num_layers: int, sizes: Mapping[str, Any]
+) -> MoeSpec | None:
+    """The experts, whose sizes tensors may show instead. Raises ConfigError."""
+    if config is None:
+        return None
+    # Defaults of Nanotron's MoEConfig; those of its branches lack some fields.
+    defaults = {
+        "layers": [-1],
+        "enable_shared_expert": False,
+        "router_aux_loss_coef": 0.01,
+        **sizes,
+    }
+    moe = Fields("model_config.json: moe_config", config, defaults)
+    has_shared_expert = moe.flag("enable_shared_expert")
+    layers = moe.indices("layers")
+    if layers != [-1] and not set(layers) <= set(range(num_layers)):
+        raise moe.error("layers", f"a list of layers, of which there are {num_layers}")
+    shared_size = "shared_expert_intermediate_size"
+    return MoeSpec(
+        num_experts=moe.positive("num_experts", MAX_COUNT),
+        top_k=moe.positive("top_k"),
+        intermediate_size=moe.positive("moe_intermediate_size"),
+        shared_intermediate_size=moe.positive(shared_size) if has_shared_expert else 0,
+        has_shared_expert=has_shared_expert,
+        layers=tuple(range(num_layers)) if layers == [-1] else tuple(layers),
+        router_aux_loss_coef=moe.number("router_aux_loss_coef"),
+    )
