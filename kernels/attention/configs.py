@@ -1,9 +1,9 @@
 """Block sizes of the attention kernels, and which of them a launch tries.
 
 The first call of a kind times the few that its GPU can run, and keeps the fastest. All of them are
-held to no register spills on sm_80, sm_90 and sm_100 (`make gate`); those with TMA, the bulk copy
-engine, need sm_90. On the H100 a block of 64 x 128 or more keeps its matrix units busy from shared
-memory: narrower ones are here for what needs more registers.
+held to no register spills on sm_80, sm_90 and sm_100 (tests/kernels/gate); those with TMA, the bulk
+copy engine, need sm_90. On the H100 a block of 64 x 128 or more keeps its matrix units busy from
+shared memory: narrower ones are here for what needs more registers.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, statistics
 from nanotron_fast.kernels.runtime.backend import operator
-from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, start_all_reduce
+from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 
 # 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29
@@ -64,7 +64,7 @@ class _Gradients:
         if self.of_hidden:
             torch.mm(dlogits, self.weight, out=self.dhidden[part])
             if self.ranks.size > 1:
-                self.sums.append(start_all_reduce(self.dhidden[part], self.ranks))
+                self.sums.append(sum_in_background(self.dhidden[part], self.ranks))
         if self.of_weight:
             _add_product(self.dweight, dlogits, self.hidden[part], 0 if self.is_first else 1)
         self.is_first = False

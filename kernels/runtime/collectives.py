@@ -47,16 +47,6 @@ def resolve(group: Group) -> Ranks:
     return Ranks(group.group_name, group.rank(), group.size())
 
 
-def group_size(group: Group) -> int:
-    """Ranks of a group."""
-    return resolve(group).size
-
-
-def group_rank(group: Group) -> int:
-    """This process's number in a group."""
-    return resolve(group).rank
-
-
 def _wait(tensor: Tensor) -> Tensor:
     return torch.ops._c10d_functional.wait_tensor(tensor)
 
@@ -71,7 +61,7 @@ def all_reduce(tensor: Tensor, ranks: Ranks) -> Tensor:
     return _wait(torch.ops._c10d_functional.all_reduce_(tensor, "sum", ranks.name))
 
 
-def start_all_reduce(tensor: Tensor, ranks: Ranks) -> Any:
+def sum_in_background(tensor: Tensor, ranks: Ranks) -> Any:
     """Begins to sum a contiguous tensor in place: call `wait()` on the result. Not to be traced."""
     group = dist.distributed_c10d._resolve_process_group(ranks.name)
     return dist.all_reduce(tensor, group=group, async_op=True)

@@ -60,8 +60,6 @@ class Family:
     window: str | None = None
     has_no_rope_layers: bool = False
     is_moe: bool = False
-    # Nanotron's class always ties embedding and head.
-    is_always_tied: bool = False
     # --target nanotron-fast admits biases and a head_dim of its own.
     has_extended_target: bool = False
     # Keys that pass through unread: dropout rates, pretraining_tp.

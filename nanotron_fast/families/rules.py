@@ -120,7 +120,7 @@ class Copy:
             name,
             shape,
             (part,),
-            context.layer if self.block == "layer" else self.block,
+            context.layer,
             split=None if cut is None else axes[cut],
             is_fp32=self.is_fp32,
         )
@@ -183,7 +183,7 @@ class Fuse:
             name,
             (sum(chunks), *tail),
             tuple(parts),
-            context.layer if self.block == "layer" else self.block,
+            context.layer,
             split=0,
             chunks=tuple(chunks),
         )

@@ -29,14 +29,6 @@ class Topology:
         return f"TP={self.tp} PP={self.pp}"
 
 
-def split_range(name: str, size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The half-open range of `size` indices that `rank` owns. Raises TopologyError."""
-    if size % ranks:
-        raise TopologyError(f"{name}: {size} do not split over tp={ranks}")
-    share = size // ranks
-    return rank * share, (rank + 1) * share
-
-
 def assign_stages(costs: Sequence[int], pp: int) -> list[int]:
     """Nanotron's pipeline stage of each block, from the blocks' compute costs in order.
 

@@ -8,7 +8,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import Topology
-from nanotron_fast.families.tables import BUILT_IN
+from nanotron_fast.families import BUILT_IN
 from tests.modelzoo import FAMILIES, make
 
 torch = pytest.importorskip("torch")

@@ -26,7 +26,7 @@ from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from nanotron_fast.kernels.runtime.backend import is_interpreting
-from nanotron_fast.kernels.runtime.collectives import Group, group_rank, group_size, resolve
+from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from tests.kernels.checks import assert_close
 
 NUM_RANKS = 4
@@ -34,7 +34,7 @@ TOKENS, HIDDEN, VOCAB = 8, 12, 40
 
 
 def shard(tensor: Tensor, group: Group, dim: int) -> Tensor:
-    return tensor.chunk(group_size(group), dim)[group_rank(group)]
+    return tensor.chunk(resolve(group).size, dim)[resolve(group).rank]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -82,7 +82,7 @@ def cross_entropy(group: Group, scale: float, **options) -> None:
 def a_rank_without_logits(group: Group) -> None:
     """Where the vocabulary is padded by a whole rank, its logits are -inf."""
     logits = random(TOKENS, VOCAB)
-    logits[:, : VOCAB // group_size(group)] = float("-inf")
+    logits[:, : VOCAB // resolve(group).size] = float("-inf")
     target = torch.full((TOKENS,), VOCAB - 1)
     leaf = shard(logits, group, 1).clone().requires_grad_()
     loss = vocab_parallel_cross_entropy(leaf, target, group)
@@ -157,7 +157,7 @@ def misfits(group: Group) -> None:
         vocab_parallel_embedding(
             torch.zeros(5, dtype=torch.int64), random(10, 4), group, mode="reduce_scatter"
         )
-    with pytest.raises(IndexError, match=f"id 99 for a vocabulary of {10 * group_size(group)}"):
+    with pytest.raises(IndexError, match=f"id 99 for a vocabulary of {10 * resolve(group).size}"):
         vocab_parallel_embedding(torch.tensor([0, 99]), random(10, 4), group)
 
 
@@ -165,8 +165,8 @@ def mesh_of_two_dimensions(group: Group) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
     with pytest.raises(ValueError, match="a mesh of one dimension, not 2"):
         resolve(mesh)
-    assert group_size(mesh["tp"]) == 2
-    assert group_rank(mesh["tp"]) == dist.get_rank() % 2
+    assert resolve(mesh["tp"]).size == 2
+    assert resolve(mesh["tp"]).rank == dist.get_rank() % 2
     cross_entropy(mesh["tp"], 3.0)
 
 

@@ -141,7 +141,7 @@ class _Source:
 
     @property
     def is_tied(self) -> bool:
-        return self.spec.tie_word_embeddings or self.family.is_always_tied
+        return self.spec.tie_word_embeddings
 
     def reader(self) -> HfSource | NanotronSource:
         if isinstance(self.checkpoint, HfCheckpoint):

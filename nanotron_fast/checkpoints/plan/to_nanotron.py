@@ -218,7 +218,7 @@ def _check_leftovers(
     """Refuses tensors that no rule uses; returns what to compare of a tied model's second copy."""
     unused = [name for name in source.tensors if name not in reader.used and not is_ignored(name)]
     duplicates: list[NamedMove] = []
-    if reader.has_tied_copy and (spec.tie_word_embeddings or family.is_always_tied):
+    if reader.has_tied_copy and spec.tie_word_embeddings:
         unused.remove(TIED_HEAD)
         duplicates.append(reader.tied_copy())
     if unused:

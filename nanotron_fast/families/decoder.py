@@ -1,0 +1,137 @@
+"""What the tables of most families share: a Llama's tensors, and transformers' defaults."""
+
+from __future__ import annotations
+
+from nanotron_fast.families.rules import Copy, Fuse, Rule
+
+LAYER = "model.layers.{layer}."
+BLOCK = "model.decoder.{layer}.pp_block."
+EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
+HEADS = (("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim"))
+ROTARY = (True, True, False)
+
+
+def qkv(kind: str) -> tuple[str, str, str]:
+    """The three projections' weights or biases in Hugging Face."""
+    return (
+        f"{LAYER}self_attn.q_proj.{kind}",
+        f"{LAYER}self_attn.k_proj.{kind}",
+        f"{LAYER}self_attn.v_proj.{kind}",
+    )
+
+
+EMBEDDINGS: tuple[Rule, ...] = (
+    Copy(
+        "model.embed_tokens.weight",
+        EMBEDDING,
+        rows="vocab",
+        columns="hidden",
+        split="rows",
+        block="embedding",
+        when="untied",
+    ),
+    # A tied file may have kept the matrix under the head's name alone.
+    Copy(
+        "model.embed_tokens.weight",
+        EMBEDDING,
+        rows="vocab",
+        columns="hidden",
+        split="rows",
+        block="embedding",
+        when="tied",
+        alias="lm_head.weight",
+    ),
+    Copy(
+        "model.norm.weight",
+        "model.final_layer_norm.pp_block.weight",
+        rows="hidden",
+        block="norm",
+    ),
+    Copy(
+        "lm_head.weight",
+        "model.lm_head.pp_block.weight",
+        rows="vocab",
+        columns="hidden",
+        split="rows",
+        block="head",
+        when="untied",
+    ),
+)
+
+ATTENTION: tuple[Rule, ...] = (
+    Copy(f"{LAYER}input_layernorm.weight", f"{BLOCK}input_layernorm.weight", rows="hidden"),
+    Fuse(
+        qkv("weight"),
+        f"{BLOCK}attn.qkv_proj.weight",
+        rows=HEADS,
+        columns="hidden",
+        rotary=ROTARY,
+    ),
+    Fuse(
+        qkv("bias"),
+        f"{BLOCK}attn.qkv_proj.bias",
+        rows=HEADS,
+        rotary=ROTARY,
+        when="qkv_bias",
+    ),
+    Copy(
+        f"{LAYER}self_attn.o_proj.weight",
+        f"{BLOCK}attn.o_proj.weight",
+        rows="hidden",
+        columns=("heads", "head_dim"),
+        split="columns",
+    ),
+    Copy(
+        f"{LAYER}self_attn.o_proj.bias",
+        f"{BLOCK}attn.o_proj.bias",
+        rows="hidden",
+        when="output_bias",
+    ),
+    Copy(
+        f"{LAYER}post_attention_layernorm.weight",
+        f"{BLOCK}post_attention_layernorm.weight",
+        rows="hidden",
+    ),
+)
+
+
+def mlp(
+    hf: str, param: str, rows: str, layers: str = "all", when: str | None = None
+) -> tuple[Rule, ...]:
+    """A gated MLP: gate and up in one parameter, and the way down."""
+    return (
+        Fuse(
+            (f"{LAYER}{hf}.gate_proj.weight", f"{LAYER}{hf}.up_proj.weight"),
+            f"{BLOCK}{param}.gate_up_proj.weight",
+            rows=(rows, rows),
+            columns="hidden",
+            layers=layers,
+            when=when,
+        ),
+        Copy(
+            f"{LAYER}{hf}.down_proj.weight",
+            f"{BLOCK}{param}.down_proj.weight",
+            rows="hidden",
+            columns=rows,
+            split="columns",
+            layers=layers,
+            when=when,
+        ),
+    )
+
+
+DENSE: tuple[Rule, ...] = (*EMBEDDINGS, *ATTENTION, *mlp("mlp", "mlp", "intermediate"))
+
+# Class defaults of transformers 4.57 and 5.x; a config leaves out what equals them.
+DEFAULTS = {
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "initializer_range": 0.02,
+    "max_position_embeddings": 2048,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": None,
+    "use_cache": True,
+}
