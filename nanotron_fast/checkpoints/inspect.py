@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.options import Options
-from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
 from nanotron_fast.checkpoints.source import read, resolve
+from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.families import family_named, family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from nanotron_fast.checkpoints.options import Options
-from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
+from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import STARCODER2_CONFIG

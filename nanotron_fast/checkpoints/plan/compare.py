@@ -6,22 +6,18 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.intersection import NamedMove, plan_moves, plan_padding
-from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
-from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
+from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource
+from nanotron_fast.checkpoints.stored import Checkpoint, stored_model
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.families import Family, family_of_config, warnings_about
-from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families import Family
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.row import FILL
-
-Checkpoint = HfCheckpoint | NanotronCheckpoint
 
 # What a config may say that changes what the model computes. Sizes show in the tensors too.
 _COMPARED = (
@@ -71,35 +67,21 @@ class ComparisonPlan:
 
 
 class _Model:
-    """One side of a comparison."""
+    """One side of a comparison. Its `spec` may have less vocabulary than the stored one."""
 
     def __init__(self, checkpoint: Checkpoint, label: str, options: Options) -> None:
         self.label = label
+        self.stored = stored_model(checkpoint, options)
         self.checkpoint = checkpoint
-        self.side: HfSource | NanotronSource
-        self.is_interleaved = False
-        self.warnings: list[str] = []
-        if isinstance(checkpoint, HfCheckpoint):
-            self.family: Family = family_of_config(checkpoint.config, options.family)
-            found = warnings_about(self.family, checkpoint.config)
-            self.warnings = [f"{label}: {warning}" for warning in found]
-            self.spec: ModelSpec = read_config(self.family, checkpoint.config)
-            check_counts(self.spec, checkpoint)
-            self.padded_vocab_size = self.spec.vocab_size
-            self.side = HfSource(checkpoint)
-        else:
-            model = NanotronModel(checkpoint, options)
-            self.family, self.spec = model.family, model.spec
-            self.padded_vocab_size = model.padded_vocab_size
-            self.is_interleaved = model.is_interleaved
-            self.warnings = [f"{label}: {warning}" for warning in model.warnings]
-            self.side = NanotronSource(checkpoint)
+        self.spec = self.stored.spec
+        self.side = self.stored.reader()
+        self.warnings = [f"{label}: {warning}" for warning in self.stored.warnings]
 
     def params(self, family: Family, spec: ModelSpec, has_rope_pairs: bool) -> list[Param]:
         return family.params(
             spec,
-            padded_vocab_size=self.padded_vocab_size,
-            rope_interleaved=self.is_interleaved,
+            padded_vocab_size=self.stored.padded_vocab_size,
+            rope_interleaved=self.stored.is_interleaved,
             has_rope_pairs=has_rope_pairs,
         )
 
@@ -108,18 +90,6 @@ class _Model:
         if isinstance(self.side, NanotronSource):
             return self.side.dtype(param)
         return max((self.side.dtype(part) for part in param.parts), key=lambda d: d.itemsize)
-
-    def leftovers(self) -> list[str]:
-        """Tensors that no rule uses."""
-        if isinstance(self.checkpoint, HfCheckpoint):
-            return [
-                name
-                for name in self.checkpoint.tensors
-                if name not in self.side.used
-                and not is_ignored(name)
-                and not (name == TIED_HEAD and self.spec.tie_word_embeddings)
-            ]
-        return [name for name in self.checkpoint.params if name not in self.side.used]
 
 
 def plan_comparison(
@@ -147,7 +117,7 @@ def plan_comparison(
     for model in (first, second):
         _plan_tied_copy(plan, model)
     for model, other in ((first, "B"), (second, "A")):
-        for name in model.leftovers():
+        for name in model.stored.leftovers(model.side):
             plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
     return plan
 
@@ -193,21 +163,21 @@ def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options)
         return _Model(checkpoint, label, options)
     if isinstance(other.checkpoint, HfCheckpoint) and options.family is None:
         try:
-            model = _Model(checkpoint, label, replace(options, family=other.family.name))
+            model = _Model(checkpoint, label, replace(options, family=other.stored.family.name))
         except UnsupportedModelError:  # its class cannot hold that family: it is something else
             model = _Model(checkpoint, label, options)
     else:
         model = _Model(checkpoint, label, options)
-    vocab_size = min(other.spec.vocab_size, model.padded_vocab_size)
+    vocab_size = min(other.spec.vocab_size, model.stored.padded_vocab_size)
     if isinstance(other.checkpoint, HfCheckpoint) or model.spec.vocab_size > vocab_size:
         model.spec = replace(model.spec, vocab_size=vocab_size)
     return model
 
 
 def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
-    has_rope_pairs = first.is_interleaved or second.is_interleaved
-    left_params = first.params(first.family, first.spec, has_rope_pairs)
-    right_params = second.params(first.family, first.spec, has_rope_pairs)
+    has_rope_pairs = first.stored.is_interleaved or second.stored.is_interleaved
+    left_params = first.params(first.stored.family, first.spec, has_rope_pairs)
+    right_params = second.params(first.stored.family, first.spec, has_rope_pairs)
     casts: Counter[tuple[str, Dtype, Dtype]] = Counter()
     compared: set[str] = set()
     for left, right in zip(left_params, right_params, strict=True):
@@ -260,17 +230,13 @@ def _plan_part(
 
 def _plan_tied_copy(plan: ComparisonPlan, model: _Model) -> None:
     """A tied head that a file holds as well must be what it is tied to."""
-    side = model.side
-    if not isinstance(side, HfSource) or not model.spec.tie_word_embeddings:
-        return
-    if not side.has_tied_copy:
-        return
     try:
-        named = side.tied_copy()
+        copies = model.stored.tied_copies(model.side)
     except CheckpointError as error:
         plan.differing[TIED_HEAD] = str(error)
         return
-    _add(plan, replace(named, hf_name=TIED_HEAD), side, side)
+    for named in copies:
+        _add(plan, replace(named, hf_name=TIED_HEAD), model.side, model.side)
 
 
 def _add(

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
-from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
-from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
-from nanotron_fast.checkpoints.plan.to_hf import NanotronModel
+from nanotron_fast.checkpoints.stored import Checkpoint, HfModel, some, stored_model
 from nanotron_fast.errors import (
-    CheckpointError,
     ConfigError,
     TopologyError,
     UnsupportedModelError,
 )
-from nanotron_fast.families import family_of_config, warnings_about
-from nanotron_fast.families.gate import check_config, check_model, choose_class
-from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param, Part
-from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
-from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.stages import Stages
-from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.boxes import Box
 from nanotron_fast.moves.dtypes import Dtype
@@ -33,7 +25,6 @@ from nanotron_fast.moves.plan import MovePlan, OutputFile
 
 # The name that a tied head has in a module; no file has it.
 HEAD = "model.lm_head.pp_block.weight"
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,104 +73,54 @@ def _box(values: list[int]) -> Box:
 
 
 class _Source:
-    """A checkpoint: its architecture, and its parameters as they are and as they shall be."""
+    """A stored model, and its parameters as they shall be."""
 
     def __init__(
-        self,
-        checkpoint: HfCheckpoint | NanotronCheckpoint,
-        options: Options,
-        rope_interleaved: bool | None,
+        self, checkpoint: Checkpoint, options: Options, rope_interleaved: bool | None
     ) -> None:
-        self.checkpoint = checkpoint
-        self.warnings: list[str] = []
-        multiple = options.pad_vocab_to_multiple_of
-        if isinstance(checkpoint, HfCheckpoint):
+        self.model = model = stored_model(checkpoint, options)
+        if isinstance(model, HfModel):
             if options.rope_interleaved:
                 raise ConfigError(
                     f"stored_rope_interleaved: {checkpoint.root} is a Hugging Face checkpoint, "
                     "where q and k always lie in halves"
                 )
-            config, _ = check_config(checkpoint.config, checkpoint.dtypes)
-            self.checkpoint = checkpoint = replace(checkpoint, config=config)
-            self.family = family_of_config(checkpoint.config, options.family)
-            self.warnings += warnings_about(self.family, checkpoint.config)
-            self.spec: ModelSpec = read_config(self.family, checkpoint.config)
-            check_counts(self.spec, checkpoint)
-            self.model_class = choose_class(self.family, self.spec, options.model_class)
+            self.model_class = choose_class(model.family, model.spec, options.model_class)
             version = options.checkpoint_version or "1.5"
             is_old = version == "1.2" and self.model_class.rotates_neighbours_in_1_2
-            was_interleaved, shall = False, is_old if rope_interleaved is None else rope_interleaved
+            shall = is_old if rope_interleaved is None else rope_interleaved
             check_model(
-                self.family,
-                self.spec,
+                model.family,
+                model.spec,
                 self.model_class,
                 target=options.target or "nanotron",
                 version=version,
                 rope_interleaved=shall,
             )
-            stored_vocab = self.spec.vocab_size
         else:
-            model = NanotronModel(checkpoint, options)
-            self.family, self.spec, self.model_class = model.family, model.spec, model.model_class
-            self.warnings += model.warnings
-            was_interleaved = model.is_interleaved
-            shall = was_interleaved if rope_interleaved is None else rope_interleaved
-            stored_vocab = model.padded_vocab_size
-        self.padded_vocab = stored_vocab
+            self.model_class = model.model_class
+            shall = model.is_interleaved if rope_interleaved is None else rope_interleaved
+        self.padded_vocab = model.padded_vocab_size
+        multiple = options.pad_vocab_to_multiple_of
         if multiple is not None:
-            self.padded_vocab = math.ceil(self.spec.vocab_size / multiple) * multiple
-        self.stored = self._params(stored_vocab, was_interleaved, was_interleaved != shall)
-        self.params = self._params(self.padded_vocab, shall, was_interleaved != shall)
-
-    def _params(self, vocab: int, interleaved: bool, has_pairs: bool) -> list[Param]:
-        return self.family.params(
-            self.spec,
-            padded_vocab_size=vocab,
-            rope_interleaved=interleaved,
-            has_rope_pairs=has_pairs,
+            self.padded_vocab = math.ceil(model.spec.vocab_size / multiple) * multiple
+        has_pairs = model.is_interleaved != shall
+        self.stored = model.params(has_rope_pairs=has_pairs)
+        self.params = model.params(
+            vocab_size=self.padded_vocab, rope_interleaved=shall, has_rope_pairs=has_pairs
         )
-
-    @property
-    def is_tied(self) -> bool:
-        return self.spec.tie_word_embeddings
-
-    def reader(self) -> HfSource | NanotronSource:
-        if isinstance(self.checkpoint, HfCheckpoint):
-            return HfSource(self.checkpoint)
-        return NanotronSource(self.checkpoint)
 
     def check(self) -> None:
         """Holds every tensor to the configuration, those of other ranks too. CheckpointError."""
-        reader = self.reader()
+        reader = self.model.reader()
         for param in self.stored:
             for part in param.parts:
                 reader.pieces(param, part)
-        if isinstance(reader, HfSource):
-            unused = [
-                name
-                for name in reader.checkpoint.tensors
-                if name not in reader.used and not is_ignored(name)
-            ]
-            if reader.has_tied_copy and self.is_tied:
-                unused.remove(TIED_HEAD)
-                reader.tied_copy()
-        else:
-            unused = [name for name in reader.checkpoint.params if name not in reader.used]
-        if unused:
-            raise CheckpointError(
-                f"{self.checkpoint.root}: {len(unused)} tensors have no place in Nanotron's "
-                f"{self.family.name}: {_some(unused)}"
-            )
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+        self.model.check_leftovers(reader)
 
 
 def plan_load(
-    checkpoint: HfCheckpoint | NanotronCheckpoint,
+    checkpoint: Checkpoint,
     tensors: Mapping[str, TensorSpec],
     rank: int,
     options: Options,
@@ -205,7 +146,7 @@ def plan_load(
     _check_tensors(tensors, shapes, optional, f"rank {rank} of {topology}")
 
     filled = _without_aliases(tensors, optional)
-    reader = source.reader()
+    reader = source.model.reader()
     moves = tuple(
         named.move
         for named in plan_moves(
@@ -227,7 +168,7 @@ def plan_load(
     outputs = tuple(OutputFile(name, b"", spec.num_bytes) for name, spec in filled.items())
     transfer = MovePlan(tuple(reader.files.paths), outputs, moves)
     transfer.check()
-    return LoadPlan(transfer, tuple(filled), len(tensors), tuple(source.warnings))
+    return LoadPlan(transfer, tuple(filled), len(tensors), tuple(source.model.warnings))
 
 
 def _params_of_stage(
@@ -238,16 +179,15 @@ def _params_of_stage(
     A tied head is the embedding under another name: on its own stage a tensor of its own, and on
     the embedding's the same one, which a module lists once.
     """
-    stages = Stages(
-        replace(source.spec, vocab_size=source.padded_vocab), source.model_class, topology
-    )
+    spec = replace(source.model.spec, vocab_size=source.padded_vocab)
+    stages = Stages(spec, source.model_class, topology)
     pairs = list(zip(source.params, source.stored, strict=True))
     # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
     for param in sorted(source.params, key=lambda param: not isinstance(param.block, int)):
         param.local_shape(topology.tp)
     mine = {pair[0].name: pair for pair in pairs if stages.of(pair[0].block) == stage}
     optional: set[str] = set()
-    if source.is_tied and stages.of("head") == stage:
+    if spec.tie_word_embeddings and stages.of("head") == stage:
         embedding, stored = next(pair for pair in pairs if pair[0].block == "embedding")
         if embedding.name in mine:
             optional = {HEAD}
@@ -265,17 +205,17 @@ def _check_tensors(
     problems: list[str] = []
     missing = [name for name in shapes if name not in tensors and name not in optional]
     if missing:
-        problems.append(f"{len(missing)} of its tensors are missing: {_some(missing)}")
+        problems.append(f"{len(missing)} of its tensors are missing: {some(missing)}")
     unknown = [name for name in tensors if name not in shapes]
     if unknown:
-        problems.append(f"{len(unknown)} are not its own: {_some(unknown)}")
+        problems.append(f"{len(unknown)} are not its own: {some(unknown)}")
     wrong = [
         f"{name} is {list(spec.shape)} and should be {list(shapes[name])}"
         for name, spec in tensors.items()
         if name in shapes and spec.shape != shapes[name]
     ]
     if wrong:
-        problems.append(f"{len(wrong)} have another shape: {_some(wrong)}")
+        problems.append(f"{len(wrong)} have another shape: {some(wrong)}")
     if problems:
         raise TopologyError(f"{where}: {'; '.join(problems)}")
 

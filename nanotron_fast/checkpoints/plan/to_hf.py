@@ -10,147 +10,33 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from nanotron_fast.checkpoints.bounds import check_counts
-from nanotron_fast.checkpoints.from_shapes import has_param, head_dim_of, moe_sizes_of
-from nanotron_fast.checkpoints.options import DEFAULT_SHARD_BYTES, IGNORE_HINT, Options
+from nanotron_fast.checkpoints.options import DEFAULT_SHARD_BYTES, Options
 from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_training
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
-from nanotron_fast.checkpoints.plan.like import TOKEN_KEYS, check_shapes, read_like
+from nanotron_fast.checkpoints.plan.like import TOKEN_KEYS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfTarget, NanotronSource
-from nanotron_fast.checkpoints.plan.to_nanotron import count_parameters
+from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters
 from nanotron_fast.errors import (
     CheckpointError,
-    ConfigError,
     NanotronFastError,
-    UnsupportedModelError,
 )
-from nanotron_fast.families import Family, family_of_config, family_of_model_config
+from nanotron_fast.families import family_of_config
 from nanotron_fast.families.gate import check_expressible, check_model
 from nanotron_fast.families.hf_config import read_config, write_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.unknown_fields import (
     UNKNOWN_FIELDS,
-    unknown_fields,
-    unknown_fields_warnings,
 )
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
-from nanotron_fast.formats.nanotron.classes import class_of
-from nanotron_fast.formats.nanotron.side_file import SideFile, read_side_file
+from nanotron_fast.formats.nanotron.side_file import SideFile
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.plan import MovePlan
-
-
-class NanotronModel:
-    """What a Nanotron checkpoint holds: its architecture, and its parameters as they are stored."""
-
-    def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
-        """Raises CheckpointError, ConfigError, UnsupportedModelError."""
-        config = source.model_config
-        self.source = source
-        self.model_class = class_of(config)
-        self.side = read_side_file(source.root)
-        self.target = options.target or (self.side.target if self.side else "nanotron")
-        self.like = options.like
-        if self.like is not None:
-            dtypes = self.side.dtypes if self.side else {}
-            self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
-        self.family = self._choose_family(config, options.family)
-        self.warnings: list[str] = []
-        self.is_interleaved = self._is_interleaved(config, options)
-        self.states_extension = "head_dim" in config
-        stored = self.model_class.read(
-            config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
-        )
-        if self.model_class.ignores_attention_bias:
-            has_output_bias = has_param(source, "attn.o_proj.bias")
-            if self.states_extension and stored.has_output_bias != has_output_bias:
-                raise CheckpointError(
-                    f"{source.root}: model_config.json's attention_output_bias is "
-                    f"{stored.has_output_bias}, and attn.o_proj.bias is "
-                    f"{'there' if has_output_bias else 'missing'}"
-                )
-            stored = replace(
-                stored,
-                has_qkv_bias=has_param(source, "attn.qkv_proj.bias"),
-                has_output_bias=has_output_bias,
-            )
-        check_counts(stored, source)
-        self.unknown_fields = unknown_fields(config, stored)
-        self.warnings += unknown_fields_warnings(self.unknown_fields)
-        self.padded_vocab_size = stored.vocab_size
-        self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
-        if self.like is not None and self.side is not None:
-            check_shapes(self.like, read_config(self.family, self.side.config), self.spec)
-
-    def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
-        name = override or (self.side.family if self.side else None)
-        try:
-            return family_of_model_config(config, name)
-        except UnsupportedModelError:
-            if override is not None or self.like is None:
-                raise
-            raise CheckpointError(
-                f"--like {self.like}: it is a {name}, and {self.source.root} is a "
-                f"{self.model_class}, which does not hold one"
-            ) from None
-
-    def _is_interleaved(self, config: Mapping[str, Any], options: Options) -> bool:
-        """How the rows of q and k lie: as the caller says, or as the configuration does."""
-        stated = self.model_class.rope_is_interleaved(config)
-        if options.rope_interleaved is not None:
-            if options.rope_interleaved and not self.model_class.can_rotate_neighbours:
-                raise UnsupportedModelError(
-                    "--rope-interleaved: Starcoder2 rotates halves in Nanotron"
-                )
-            return options.rope_interleaved
-        is_1_2 = "rope_theta" not in config or options.checkpoint_version == "1.2"
-        if stated and "rope_interleaved" not in config and not is_1_2:
-            self.warnings.append(
-                "model_config.json: no rope_interleaved. A Llama without it was saved before "
-                "September 2024, when Nanotron always rotated neighbours, and is read so; "
-                "--no-rope-interleaved reads it as rotating halves"
-            )
-        return stated
-
-    def _vocab_size(self, override: int | None) -> int:
-        size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
-        if size > self.padded_vocab_size:
-            of_like = f"--like {self.like}: " if override is None and self.like else ""
-            raise ConfigError(
-                f"{of_like}a vocabulary of {size} is larger than the {self.padded_vocab_size} rows "
-                "that the checkpoint holds"
-            )
-        return size
-
-    @property
-    def padded_spec(self) -> ModelSpec:
-        """The architecture as Nanotron has it, padding included."""
-        return replace(self.spec, vocab_size=self.padded_vocab_size)
-
-    def params(self, *, has_rope_pairs: bool = False) -> list[Param]:
-        """The parameters as they are stored."""
-        return self.family.params(
-            self.spec,
-            padded_vocab_size=self.padded_vocab_size,
-            rope_interleaved=self.is_interleaved,
-            has_rope_pairs=has_rope_pairs,
-        )
-
-    def check_leftovers(self, reader: NanotronSource) -> None:
-        """Refuses parameters that no rule uses. Raises CheckpointError."""
-        unused = sorted(name for name in self.source.params if name not in reader.used)
-        if unused:
-            more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-            raise CheckpointError(
-                f"{self.source.root}: {len(unused)} parameters have no place in Hugging Face's "
-                f"{self.family.name}: {', '.join(unused[:5])}{more}. {IGNORE_HINT}"
-            )
 
 
 def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
@@ -265,7 +151,7 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     try:
         original = read_config(family_of_config(side.config, model.family.name), side.config)
     except NanotronFastError as error:
-        path = model.source.root / side_file.NAME
+        path = model.checkpoint.root / side_file.NAME
         raise CheckpointError(f"{path}: the source's {error}") from None
     warnings: list[str] = []
     config = dict(side.config)
@@ -300,11 +186,11 @@ def _unknown(model: NanotronModel, options: Options) -> list[str]:
     rows = ""
     if options.vocab_size is None:
         rows = f"; all {model.padded_vocab_size} rows of the vocabulary are written, padding too"
-    original = original_of_training(model.source.root) or "DIR_OR_ID"
+    original = original_of_training(model.checkpoint.root) or "DIR_OR_ID"
     return [
-        f"{model.source.root} has no {side_file.NAME}: config.json and generation_config.json are "
-        f"made from {MODEL_CONFIG} alone, which has one eos_token_id where the original may have "
-        f"had several{rows}. --like {original} takes them from the original"
+        f"{model.checkpoint.root} has no {side_file.NAME}: config.json and generation_config.json "
+        f"are made from {MODEL_CONFIG} alone, which has one eos_token_id where the original may "
+        f"have had several{rows}. --like {original} takes them from the original"
     ]
 
 

@@ -11,16 +11,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from nanotron_fast.checkpoints.bounds import check_counts
-from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
+from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_nanotron
-from nanotron_fast.checkpoints.plan.intersection import NamedMove, plan_moves
+from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.plan import Plan
-from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronTarget, is_ignored
-from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.families import Family, family_of_config, warnings_about
-from nanotron_fast.families.gate import check_config, check_model, choose_class
-from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
+from nanotron_fast.checkpoints.stored import HfModel, count_parameters
+from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
@@ -46,11 +44,9 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     target = options.target or "nanotron"
     version = options.checkpoint_version or "1.5"
     topology = options.topology
-    config, warnings = check_config(source.config, source.dtypes)
-    source = replace(source, config=config)
-    family = family_of_config(source.config, options.family)
-    spec = read_config(family, source.config)
-    check_counts(spec, source)
+    model = HfModel(source, options)
+    source, family, spec = model.checkpoint, model.family, model.spec
+    warnings = list(model.warnings)
     model_class = choose_class(family, spec, options.model_class)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved
@@ -63,7 +59,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     padded_vocab = math.ceil(spec.vocab_size / multiple) * multiple
     padded_spec = replace(spec, vocab_size=padded_vocab)
     stages = Stages(padded_spec, model_class, topology)
-    params = family.params(spec, padded_vocab_size=padded_vocab, rope_interleaved=interleaved)
+    params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
 
     # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
     for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
@@ -72,7 +68,6 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     reader = HfSource(source)
     stored_dtype = _stored_dtype(source, params, reader, options.cast)
     main_dtype = options.cast or stored_dtype
-    warnings += warnings_about(family, source.config)
     warnings += source.warnings
     dtypes = {
         param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
@@ -87,7 +82,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         version=version,
     )
     moves = tuple(named.move for named in plan_moves(params, reader, writer))
-    duplicates = _check_leftovers(source, family, spec, reader)
+    duplicates = model.check_leftovers(reader)
     model_config = model_class.write(padded_spec, version=version, rope_interleaved=interleaved)
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     warnings += kept_warnings
@@ -149,16 +144,6 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     return plan
 
 
-def count_parameters(params: list[Param]) -> int:
-    """Elements of every parameter, vocabulary padding left out."""
-    total = 0
-    for param in params:
-        for part in param.parts:
-            rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
-            total += rows * part.sizes[1] * part.sizes[2]
-    return total
-
-
 def _stored_dtype(
     source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
 ) -> Dtype:
@@ -210,25 +195,6 @@ def _other_dtypes(
             if dtype is not expected and not is_cast:
                 others[part.hf[0].name] = dtype.name
     return others
-
-
-def _check_leftovers(
-    source: HfCheckpoint, family: Family, spec: ModelSpec, reader: HfSource
-) -> tuple[NamedMove, ...]:
-    """Refuses tensors that no rule uses; returns what to compare of a tied model's second copy."""
-    unused = [name for name in source.tensors if name not in reader.used and not is_ignored(name)]
-    duplicates: list[NamedMove] = []
-    if reader.has_tied_copy and spec.tie_word_embeddings:
-        unused.remove(TIED_HEAD)
-        duplicates.append(reader.tied_copy())
-    if unused:
-        shown = ", ".join(sorted(unused)[:5])
-        more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-        raise CheckpointError(
-            f"{source.root}: {len(unused)} tensors have no place in Nanotron's {family.name}: "
-            f"{shown}{more}. {IGNORE_HINT}"
-        )
-    return tuple(duplicates)
 
 
 def _extension_warnings(spec: ModelSpec, model_config: Mapping[str, Any]) -> list[str]:

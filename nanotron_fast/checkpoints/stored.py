@@ -1,0 +1,249 @@
+"""A checkpoint seen as a model: its family and architecture, and its parameters as it stores them.
+
+Every plan begins here, whichever format the checkpoint is in, and so the same is refused by all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+from nanotron_fast.checkpoints.bounds import check_counts
+from nanotron_fast.checkpoints.from_shapes import has_param, head_dim_of, moe_sizes_of
+from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
+from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.checkpoints.plan.like import check_shapes, read_like
+from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
+from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nanotron_fast.families import (
+    Family,
+    family_of_config,
+    family_of_model_config,
+    warnings_about,
+)
+from nanotron_fast.families.gate import check_config
+from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.parts import Param
+from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields_warnings
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
+from nanotron_fast.formats.nanotron.side_file import read_side_file
+from nanotron_fast.model.spec import ModelSpec
+
+Checkpoint = HfCheckpoint | NanotronCheckpoint
+_SHOWN = 5
+
+
+class StoredModel:
+    """What a checkpoint of either format holds.
+
+    `padded_vocab_size` counts the rows that are stored, `spec.vocab_size` those of the model.
+    `is_interleaved`: rotary pairs of q and k lie beside each other.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    spec: ModelSpec
+    padded_vocab_size: int
+    is_interleaved: bool
+    warnings: list[str]
+    # What is left over, and whose it would have to be.
+    _what: ClassVar[tuple[str, str]]
+
+    @property
+    def padded_spec(self) -> ModelSpec:
+        """The architecture as Nanotron has it, padding included."""
+        return replace(self.spec, vocab_size=self.padded_vocab_size)
+
+    def reader(self) -> HfSource | NanotronSource:
+        """A side to read from, which notes what is used of it."""
+        if isinstance(self.checkpoint, HfCheckpoint):
+            return HfSource(self.checkpoint)
+        return NanotronSource(self.checkpoint)
+
+    def params(
+        self,
+        *,
+        has_rope_pairs: bool = False,
+        vocab_size: int | None = None,
+        rope_interleaved: bool | None = None,
+    ) -> list[Param]:
+        """The parameters as they are stored, or with other padding or rotary rows. Family.params"""
+        interleaved = self.is_interleaved if rope_interleaved is None else rope_interleaved
+        return self.family.params(
+            self.spec,
+            padded_vocab_size=vocab_size or self.padded_vocab_size,
+            rope_interleaved=interleaved,
+            has_rope_pairs=has_rope_pairs,
+        )
+
+    def leftovers(self, reader: HfSource | NanotronSource) -> list[str]:
+        """What no rule has used. A tied model's second copy is none."""
+        if isinstance(self.checkpoint, NanotronCheckpoint):
+            return [name for name in self.checkpoint.params if name not in reader.used]
+        is_tied = self.spec.tie_word_embeddings
+        return [
+            name
+            for name in self.checkpoint.tensors
+            if name not in reader.used
+            and not is_ignored(name)
+            and not (is_tied and name == TIED_HEAD)
+        ]
+
+    def check_leftovers(self, reader: HfSource | NanotronSource) -> tuple[NamedMove, ...]:
+        """Refuses what no rule has used. Raises CheckpointError.
+
+        Returns what to compare of a tied model's second copy: it must be equal.
+        """
+        unused = self.leftovers(reader)
+        if unused:
+            what, whose = self._what
+            raise CheckpointError(
+                f"{self.checkpoint.root}: {len(unused)} {what} have no place in {whose} "
+                f"{self.family.name}: {some(unused)}. {IGNORE_HINT}"
+            )
+        return self.tied_copies(reader)
+
+    def tied_copies(self, reader: HfSource | NanotronSource) -> tuple[NamedMove, ...]:
+        """What to compare of a tied model's second copy. Raises CheckpointError."""
+        if not isinstance(reader, HfSource) or not self.spec.tie_word_embeddings:
+            return ()
+        return (reader.tied_copy(),) if reader.has_tied_copy else ()
+
+
+class HfModel(StoredModel):
+    """That of a Hugging Face checkpoint."""
+
+    checkpoint: HfCheckpoint
+    _what = "tensors", "Nanotron's"
+
+    def __init__(self, source: HfCheckpoint, options: Options) -> None:
+        """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        config, self.warnings = check_config(source.config, source.dtypes)
+        self.checkpoint = replace(source, config=config)
+        self.family = family_of_config(config, options.family)
+        self.warnings += warnings_about(self.family, config)
+        self.spec = read_config(self.family, config)
+        check_counts(self.spec, source)
+        self.padded_vocab_size = self.spec.vocab_size
+        self.is_interleaved = False
+
+
+class NanotronModel(StoredModel):
+    """That of a Nanotron checkpoint.
+
+    `side` is what the source's config says, by the side file or by --like, and `target` what the
+    checkpoint was written for. `states_extension`: its configuration has fields for what stock
+    Nanotron lacks. `unknown_fields`: those of Nanotron's branches.
+    """
+
+    checkpoint: NanotronCheckpoint
+    _what = "parameters", "Hugging Face's"
+
+    def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
+        """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        config = source.model_config
+        self.checkpoint = source
+        self.model_class: NanotronClass = class_of(config)
+        self.side = read_side_file(source.root)
+        self.target = options.target or (self.side.target if self.side else "nanotron")
+        self.like = options.like
+        if self.like is not None:
+            dtypes = self.side.dtypes if self.side else {}
+            self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
+        self.family = self._choose_family(config, options.family)
+        self.warnings: list[str] = []
+        self.is_interleaved = self._is_interleaved(config, options)
+        self.states_extension = "head_dim" in config
+        stored = self.model_class.read(
+            config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
+        )
+        if self.model_class.ignores_attention_bias:
+            has_output_bias = has_param(source, "attn.o_proj.bias")
+            if self.states_extension and stored.has_output_bias != has_output_bias:
+                raise CheckpointError(
+                    f"{source.root}: model_config.json's attention_output_bias is "
+                    f"{stored.has_output_bias}, and attn.o_proj.bias is "
+                    f"{'there' if has_output_bias else 'missing'}"
+                )
+            stored = replace(
+                stored,
+                has_qkv_bias=has_param(source, "attn.qkv_proj.bias"),
+                has_output_bias=has_output_bias,
+            )
+        check_counts(stored, source)
+        self.unknown_fields = unknown_fields(config, stored)
+        self.warnings += unknown_fields_warnings(self.unknown_fields)
+        self.padded_vocab_size = stored.vocab_size
+        self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
+        if self.like is not None and self.side is not None:
+            check_shapes(self.like, read_config(self.family, self.side.config), self.spec)
+
+    def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
+        name = override or (self.side.family if self.side else None)
+        try:
+            return family_of_model_config(config, name)
+        except UnsupportedModelError:
+            if override is not None or self.like is None:
+                raise
+            raise CheckpointError(
+                f"--like {self.like}: it is a {name}, and {self.checkpoint.root} is a "
+                f"{self.model_class}, which does not hold one"
+            ) from None
+
+    def _is_interleaved(self, config: Mapping[str, Any], options: Options) -> bool:
+        """How the rows of q and k lie: as the caller says, or as the configuration does."""
+        stated = self.model_class.rope_is_interleaved(config)
+        if options.rope_interleaved is not None:
+            if options.rope_interleaved and not self.model_class.can_rotate_neighbours:
+                raise UnsupportedModelError(
+                    "--rope-interleaved: Starcoder2 rotates halves in Nanotron"
+                )
+            return options.rope_interleaved
+        is_1_2 = "rope_theta" not in config or options.checkpoint_version == "1.2"
+        if stated and "rope_interleaved" not in config and not is_1_2:
+            self.warnings.append(
+                "model_config.json: no rope_interleaved. A Llama without it was saved before "
+                "September 2024, when Nanotron always rotated neighbours, and is read so; "
+                "--no-rope-interleaved reads it as rotating halves"
+            )
+        return stated
+
+    def _vocab_size(self, override: int | None) -> int:
+        size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
+        if size > self.padded_vocab_size:
+            of_like = f"--like {self.like}: " if override is None and self.like else ""
+            raise ConfigError(
+                f"{of_like}a vocabulary of {size} is larger than the {self.padded_vocab_size} rows "
+                "that the checkpoint holds"
+            )
+        return size
+
+
+def stored_model(checkpoint: Checkpoint, options: Options) -> HfModel | NanotronModel:
+    """The model that a checkpoint holds.
+
+    Raises CheckpointError, ConfigError, UnsupportedModelError where it makes no sense.
+    """
+    if isinstance(checkpoint, HfCheckpoint):
+        return HfModel(checkpoint, options)
+    return NanotronModel(checkpoint, options)
+
+
+def count_parameters(params: Iterable[Param]) -> int:
+    """Elements of every parameter, vocabulary padding left out."""
+    total = 0
+    for param in params:
+        for part in param.parts:
+            rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
+            total += rows * part.sizes[1] * part.sizes[2]
+    return total
+
+
+def some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
