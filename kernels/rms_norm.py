@@ -21,18 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.backend import (
-    num_multiprocessors,
-    on_grid,
-    operator,
-    uses_triton,
-)
+from nanotron_fast.kernels.runtime import occupancy
+from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
 from nanotron_fast.kernels.runtime.rows import as_rows
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
 # Elements of a block of several short rows.
 _BLOCK_ELEMENTS = 4096
+# The widest rows whose weight stays in registers through the backward pass.
+_MAX_KEPT = 8192
+# Two blocks are on their way while one is computed.
+_MAX_STAGES = 3
+# Shared memory beside the copies: r of the rows, and what the warps of a sum exchange.
+_SCRATCH_BYTES = 1024
 
 
 def rms_norm_reference(
@@ -115,6 +117,7 @@ def _backward_kernel(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     KEEP_WEIGHT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     cols = tl.arange(0, COLS)[None, :]
     if KEEP_WEIGHT:
@@ -122,7 +125,7 @@ def _backward_kernel(
     dw = tl.zeros((ROWS, COLS), dtype=tl.float32)
     # Each program walks over the rows with a stride of all programs, and sums its share of dw.
     first = tl.program_id(0).to(tl.int64) * ROWS
-    for start in tl.range(first, num_rows, tl.num_programs(0) * ROWS):
+    for start in tl.range(first, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)[:, None]
         mask = (rows < num_rows) & (cols < num_cols)
         h = tl.load(h_ptr + rows * h_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
@@ -151,7 +154,23 @@ def _block(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and its warps."""
     cols = triton.next_power_of_2(hidden)
     rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
-    return rows, cols, 32 if cols > 8192 else max(rows * cols // 1024, 4)
+    return rows, cols, 32 if cols > _MAX_KEPT else max(rows * cols // 1024, 4)
+
+
+def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.device) -> int:
+    """Stages of the loop of the backward pass: all but one are copies under way.
+
+    Args:
+        block_bytes: of the tensors that an iteration reads, together.
+        cols: of a block. Past _MAX_KEPT all registers are taken, and its 32 warps wait in turns.
+        widths: elements from row to row, and of a row. Copies of less than 16 bytes cost more
+            registers than they save time, and Triton makes long ones of multiples of 16 alone.
+        device: whose shared memory holds the copies.
+    """
+    if cols > _MAX_KEPT or any(width % 16 for width in widths):
+        return 1
+    copies = (occupancy.shared_memory_limit(device) - _SCRATCH_BYTES) // block_bytes
+    return max(1, min(_MAX_STAGES, copies + 1))
 
 
 @operator("nanotron_fast::rms_norm_forward")
@@ -205,31 +224,33 @@ def _backward(
     """dx (rows, hidden) in h's dtype and dw (hidden,) in the weight's."""
     num_rows, hidden = h.shape
     dx = torch.empty_like(h, memory_format=torch.contiguous_format)
+    if not num_rows:
+        return dx, torch.zeros_like(weight)
     rows, cols, num_warps = _block(hidden)
-    num_programs = min(triton.cdiv(num_rows, rows), 2 * num_multiprocessors(h.device))
+    block_bytes = (2 if dh_out is None else 3) * rows * cols * h.element_size()
+    tensors = (dy, dh_out, h, weight, rstd, dx)
+    widths = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
+    numbers = (*widths, num_rows, hidden)
+    stages = _stages(block_bytes, cols, (*widths, hidden), h.device)
+    if cols <= _MAX_KEPT and (rows > 1 or stages == 1):
+        # Several rows, or rows that are read a value at a time, need more registers a value.
+        num_warps = max(rows * cols // 512, 4)
+    constants = {
+        "HAS_DH_OUT": dh_out is not None,
+        "ZERO_CENTERED": zero_centered,
+        "ROWS": rows,
+        "COLS": cols,
+        # Of wide rows it does not fit in registers beside the rest; it stays in the cache.
+        "KEEP_WEIGHT": cols <= _MAX_KEPT,
+        "STAGES": stages,
+        "num_warps": num_warps,
+    }
+    resident = occupancy.resident_programs(
+        _backward_kernel, (*tensors, torch.float32, *numbers), constants, h.device
+    )
+    num_programs = min(triton.cdiv(num_rows, rows), resident)
     partial_dw = torch.empty(num_programs, hidden, dtype=torch.float32, device=h.device)
-    if num_programs:
-        on_grid(_backward_kernel, (num_programs,))(
-            dy,
-            dh_out,
-            h,
-            weight,
-            rstd,
-            dx,
-            partial_dw,
-            dy.stride(0),
-            dh_out.stride(0) if dh_out is not None else 0,
-            h.stride(0),
-            num_rows,
-            hidden,
-            HAS_DH_OUT=dh_out is not None,
-            ZERO_CENTERED=zero_centered,
-            ROWS=rows,
-            COLS=cols,
-            # Of wide rows it does not fit in registers beside the rest; it stays in the cache.
-            KEEP_WEIGHT=cols <= 8192,
-            num_warps=num_warps,
-        )
+    on_grid(_backward_kernel, (num_programs,))(*tensors, partial_dw, *numbers, **constants)
     return dx, partial_dw.sum(0).to(weight.dtype)
 
 

@@ -73,20 +73,21 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     return True
 
 
-def num_multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a small number where kernels are interpreted."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return 2
+# A product and the sum after it are rounded once, whatever Triton's default. Versions of Triton
+# differ in that default, and with it in the bits of a result and in the registers of a kernel.
+_OPTIONS = {"enable_fp_fusion": True}
 
 
 def on_grid(kernel: Any, grid: Any) -> Callable[..., Any]:
-    """`kernel[grid]`, with a product and the sum after it rounded once, whatever Triton's default.
+    """`kernel[grid]`. Every launch goes through here, and so has the options of all launches."""
+    return functools.partial(kernel[grid], **_OPTIONS)
 
-    Every launch goes through here: versions of Triton differ in that default, and with it in the
-    bits of a result and in the registers of a kernel.
-    """
-    return functools.partial(kernel[grid], enable_fp_fusion=True)
+
+def compiled(kernel: Any, *arguments: Any, **constants: Any) -> Any:
+    """The binary that such a launch would run, loaded onto the current GPU and not launched."""
+    binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
+    binary._init_handles()  # its registers are known once it is loaded
+    return binary
 
 
 def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pkgutil
 import re
@@ -16,25 +17,52 @@ HERE = Path(__file__).parent
 MODULES = [info.name for info in pkgutil.iter_modules([str(HERE / "gate")]) if info.name[0] != "_"]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+WITHOUT_GPU = pytest.mark.skipif(
     torch.cuda.is_available(),
     reason="compiles for all architectures, with our version of Triton: for machines without a GPU",
 )
-@pytest.mark.parametrize("module", MODULES)
-def test_compiles_without_spills(module: str) -> None:
-    # A process of its own: in this one the kernels may be interpreted.
+
+
+@functools.cache
+def gate(module: str) -> subprocess.CompletedProcess[str]:
+    """The gate's verdict on a module, from a process of its own: here kernels are interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    result = subprocess.run(
+    return subprocess.run(
         [sys.executable, "-m", "tests.kernels.gate", module],
         cwd=HERE.parents[1],
         env=environment,
         capture_output=True,
         text=True,
     )
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+@pytest.mark.parametrize("module", MODULES)
+def test_compiles_without_spills(module: str) -> None:
+    result = gate(module)
     failures = [line for line in result.stdout.splitlines() if not line.startswith("ok ")]
     assert result.returncode == 0, "\n".join(failures) + result.stderr
     assert " 0 failures" in failures[-1]
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+@pytest.mark.parametrize(("tensors", "copies"), [(2, 24), (3, 36)])
+def test_the_norm_reads_ahead(tensors: int, copies: int) -> None:
+    """bf16 rows of 4096 over 128 threads: 4 copies of 16 bytes a tensor, 3 stages, no spill."""
+    lines = [
+        line
+        for line in gate("rms_norm").stdout.splitlines()
+        if "_backward_kernel[*bf16," in line
+        and " COLS=4096," in line
+        and f"HAS_DH_OUT={tensors == 3}," in line
+    ]
+    assert [line.split()[1] for line in lines] == ["sm_80", "sm_90", "sm_100"]
+    for line in lines:
+        assert f", {copies} copies " in line
+        assert " spilled" not in line
+        assert " STAGES=3," in line
 
 
 def test_every_file_with_kernels_is_compiled() -> None:

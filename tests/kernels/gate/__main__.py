@@ -5,8 +5,10 @@
 Each module beside this one lists FILES of kernels/ that it is for, every kernel of which it must
 launch, and CASES: functions that call the public operations on CPU tensors.
 A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
-configuration where the kernel is autotuned. Prints a line for each binary with registers and spills
-and exits with 1 where one does not compile, or spills without standing in ALLOWED_SPILLS.
+configuration where the kernel is autotuned. Prints a line for each binary with registers,
+spills, shared memory and asynchronous copies of 16 bytes. Exits with 1 where one does not compile,
+spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture has, or
+asks for stages and has no copies.
 """
 
 from __future__ import annotations
@@ -35,15 +37,16 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
+from nanotron_fast.kernels.runtime import occupancy
+
 ARCHITECTURES = (80, 90, 100)
-# How a launch's line begins -> the most bytes a thread may spill, and why that is borne.
+# A pattern of a launch's line -> the most bytes a thread may spill, and why that is borne.
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    "rms_norm._backward_kernel": (
-        16,
-        "rows of 16384 alone: two to four registers of 64, once a row",
-    ),
+    r"^rms_norm\._backward_kernel\b.* COLS=16384,": (16, "two to four registers of 64, once a row"),
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+# A copy of 16 bytes from global to shared memory that nobody waits for.
+_LONG_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10\b")
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -141,6 +144,12 @@ def _catch(launches: dict[Launch, None]) -> None:
     assert Heuristics  # heuristics call the run of what they wrap: nothing to replace
 
 
+def _pretend(architecture: int) -> None:
+    """Operations that ask for a device's shared memory are told this architecture's."""
+    limit = occupancy.shared_memory_of(divmod(architecture, 10))
+    occupancy.shared_memory_limit = lambda device: limit
+
+
 def _find(launch: Launch) -> JITFunction:
     function = getattr(
         importlib.import_module(f"nanotron_fast.kernels.{launch.module}"), launch.kernel
@@ -164,10 +173,8 @@ def _never_launched(files: Iterable[str], launches: Iterable[Launch]) -> list[st
 
 
 def _allowed_spills(launch: Launch) -> int:
-    return max(
-        (most for start, (most, _) in ALLOWED_SPILLS.items() if str(launch).startswith(start)),
-        default=0,
-    )
+    patterns = ALLOWED_SPILLS.items()
+    return max((most for found, (most, _) in patterns if re.search(found, str(launch))), default=0)
 
 
 def _owner(function: Any) -> str:
@@ -176,8 +183,33 @@ def _owner(function: Any) -> str:
     return str(function.fn.__module__)
 
 
-def compile_for(launch: Launch, architecture: int) -> tuple[int, int]:
-    """Registers and spilled bytes of a thread."""
+@dataclass(frozen=True)
+class Binary:
+    """Registers and spilled bytes of a thread, shared memory of a program, 16-byte copies."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+    copies: int
+
+    def faults(self, launch: Launch, architecture: int) -> list[str]:
+        """What is wrong with it, in words."""
+        limit = occupancy.shared_memory_of(divmod(architecture, 10))
+        checks = {
+            f"SPILLS {self.spills} bytes": self.spills > _allowed_spills(launch),
+            f"WANTS {self.shared_bytes} of {limit} bytes": self.shared_bytes > limit,
+            "COPIES nothing ahead": dict(launch.constants).get("STAGES", 1) > 1 and not self.copies,
+        }
+        return [words for words, is_wrong in checks.items() if is_wrong]
+
+    def __str__(self) -> str:
+        spills = f", {self.spills} bytes spilled" if self.spills else ""
+        copies = f", {self.copies} copies" if self.copies else ""
+        return f"{self.registers} registers{spills}, {self.shared_bytes} bytes shared{copies}"
+
+
+def compile_for(launch: Launch, architecture: int) -> Binary:
+    """What the launch becomes on an architecture."""
     source = ASTSource(
         _find(launch),
         signature=dict(launch.signature),
@@ -191,9 +223,13 @@ def compile_for(launch: Launch, architecture: int) -> tuple[int, int]:
         file.flush()
         command = [_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    # A kernel's stack holds nothing but spills: Triton's code has no arrays of its own there.
-    return registers, int(re.search(r"STACK:(\d+)", usage)[1])
+    return Binary(
+        registers=int(re.search(r"REG:(\d+)", usage)[1]),
+        # A kernel's stack holds nothing but spills: Triton's code has no arrays of its own there.
+        spills=int(re.search(r"STACK:(\d+)", usage)[1]),
+        shared_bytes=int(binary.metadata.shared),
+        copies=len(_LONG_COPY.findall(binary.asm["ptx"])),
+    )
 
 
 def main() -> int:
@@ -204,34 +240,37 @@ def main() -> int:
     names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
     launches: dict[Launch, None] = {}
     _catch(launches)
-    unlaunched: list[str] = []
-    for name in options.modules or [name for name in names if name != "__main__"]:
-        gate = importlib.import_module(f"tests.kernels.gate.{name}")
-        for case in gate.CASES:
-            case()
-        unlaunched += _never_launched(gate.FILES, launches)
-    jobs = [
-        (launch, architecture)
-        for launch in launches
-        for architecture in options.arch
-        if launch.runs_on(architecture)
+    unlaunched: set[str] = set()
+    jobs: list[tuple[Launch, int]] = []
+    gates = [
+        importlib.import_module(f"tests.kernels.gate.{name}")
+        for name in options.modules or [name for name in names if name != "__main__"]
     ]
-    for kernel in unlaunched:
+    for architecture in options.arch:
+        _pretend(architecture)
+        launches.clear()
+        for gate in gates:
+            for case in gate.CASES:
+                case()
+            unlaunched |= set(_never_launched(gate.FILES, launches))
+        jobs += [(launch, architecture) for launch in launches if launch.runs_on(architecture)]
+    for kernel in sorted(unlaunched):
         print(f"FAILED no case launches {kernel}")
     failures = len(unlaunched)
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         results = [(*job, pool.submit(compile_for, *job)) for job in jobs]
         for launch, architecture, result in results:
             try:
-                registers, spills = result.result()
+                binary = result.result()
             except Exception as error:
                 failures += 1
                 print(f"FAILED sm_{architecture} {launch}\n  {type(error).__name__}: {error}")
                 continue
-            failures += spills > _allowed_spills(launch)
-            verdict = f"SPILLS {spills} bytes" if spills else "ok"
-            print(f"{verdict} sm_{architecture} {registers} registers {launch}")
-    print(f"{len(jobs)} binaries of {len(launches)} launches, {failures} failures")
+            faults = binary.faults(launch, architecture)
+            failures += bool(faults)
+            print(f"{', '.join(faults) or 'ok'} sm_{architecture} {binary} {launch}")
+    launched = {launch for launch, _ in jobs}
+    print(f"{len(jobs)} binaries of {len(launched)} launches, {failures} failures")
     return 1 if failures else 0
 
 
