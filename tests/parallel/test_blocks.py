@@ -67,13 +67,17 @@ def test_mlp(path, monkeypatch, fused, recompute, activation) -> None:
     dy = torch.randn_like(y)
     ours = torch.autograd.grad(y, (x, gate_up, down), dy)
     leaves = [t.detach().double().requires_grad_() for t in (x, gate_up, down)]
-    gate, up = F.linear(leaves[0], leaves[1]).chunk(2, -1)
-    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    expected = F.linear(act * up, leaves[2])
+    expected = plain_mlp(*leaves, activation)
     reference = torch.autograd.grad(expected, leaves, dy.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-5)
     for a, b in zip(ours, reference, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def plain_mlp(x, gate_up, down, activation="silu"):
+    gate, up = F.linear(x, gate_up).chunk(2, -1)
+    act = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return F.linear(act * up, down)
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -109,11 +113,11 @@ def test_attention(path, monkeypatch, fused, recompute, interleaved, documents) 
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def plain_attention(x, weight, o_weight, cos, sin, edges, interleaved):
+def plain_attention(x, weight, o_weight, cos, sin, edges, interleaved, bias=None):
     """Written out from the definition, one document after another."""
     outs = []
     for a, b in itertools.pairwise(edges):
-        q, k, v = F.linear(x[a:b], weight).view(b - a, 8, 16).split([4, 2, 2], dim=1)
+        q, k, v = F.linear(x[a:b], weight, bias).view(b - a, 8, 16).split([4, 2, 2], dim=1)
         c, s = cos[: b - a, None].double(), sin[: b - a, None].double()
 
         def rotate(t, c=c, s=s):
@@ -149,6 +153,71 @@ def test_what_attention_saves(path, recompute) -> None:
         )
         <= bound + tables
     )
+
+
+# In bf16 a product on a GPU reads bf16 and adds to fp32; what comes before it is rounded to bf16.
+MAIN_GRADS = [
+    pytest.param(torch.float32, 1e-4, id="fp32"),
+    pytest.param(
+        torch.bfloat16,
+        2e-2,
+        id="bf16",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+        ],
+    ),
+]
+
+
+def assert_added_to(block, x, parameters, plain, tolerance: float) -> None:
+    """Two steps add their gradients to main gradients that begin as ones, and leave no others."""
+    for parameter in parameters:
+        parameter.main_grad = torch.ones_like(parameter, dtype=torch.float32)
+    leaves = [t.detach().double().requires_grad_() for t in (x, *parameters)]
+    for _ in range(2):
+        y = block()
+        dy = torch.randn_like(y)
+        y.backward(dy)
+        plain(*leaves).backward(dy.double())
+    assert all(parameter.grad is None for parameter in parameters)
+    ours = [x.grad, *(parameter.main_grad - 1 for parameter in parameters)]
+    for mine, leaf in zip(ours, leaves, strict=True):
+        error = (mine.double() - leaf.grad).norm() / leaf.grad.norm()
+        assert error < tolerance, f"{tuple(leaf.shape)}: {error:.2e}"
+
+
+@pytest.mark.parametrize("fused", ["never", "always"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), MAIN_GRADS)
+def test_the_mlp_adds_to_main_gradients(path, monkeypatch, fused, recompute, dtype, tolerance):
+    monkeypatch.setenv("NANOTRON_FAST_FUSED_MATMUL", fused)
+    x, gate_up, down = mlp_tensors(dtype)
+
+    def block() -> torch.Tensor:
+        return tensor_parallel_mlp(x, gate_up, down, recompute=recompute)
+
+    assert_added_to(block, x, [gate_up, down], plain_mlp, tolerance)
+
+
+@pytest.mark.parametrize("fused", ["never", "always"])
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), MAIN_GRADS)
+def test_attention_adds_to_main_gradients(path, monkeypatch, fused, recompute, dtype, tolerance):
+    monkeypatch.setenv("NANOTRON_FAST_FUSED_MATMUL", fused)
+    x, weight, o_weight = attention_tensors(dtype)
+    bias = torch.randn(ROWS).to(DEVICE, dtype).requires_grad_()
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
+
+    def block() -> torch.Tensor:
+        return tensor_parallel_attention(
+            x, weight, o_weight, cos, sin, **HEADS, qkv_bias=bias, recompute=recompute
+        )
+
+    def plain(x, weight, bias, o_weight) -> torch.Tensor:
+        return plain_attention(x, weight, o_weight, cos, sin, [0, TOKENS], False, bias)
+
+    assert_added_to(block, x, [weight, bias, o_weight], plain, tolerance)
 
 
 def test_blocks_compile_without_a_graph_break(path) -> None:
