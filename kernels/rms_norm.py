@@ -154,7 +154,10 @@ def _block(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and its warps."""
     cols = triton.next_power_of_2(hidden)
     rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
-    return rows, cols, 32 if cols > _MAX_KEPT else max(rows * cols // 1024, 4)
+    if cols > _MAX_KEPT:
+        return rows, cols, 32
+    # Of several rows a thread has fewer values: their numbers and masks take registers too.
+    return rows, cols, max(rows * cols // (512 if rows > 1 else 1024), 4)
 
 
 def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.device) -> int:
@@ -232,8 +235,8 @@ def _backward(
     widths = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
     numbers = (*widths, num_rows, hidden)
     stages = _stages(block_bytes, cols, (*widths, hidden), h.device)
-    if cols <= _MAX_KEPT and (rows > 1 or stages == 1):
-        # Several rows, or rows that are read a value at a time, need more registers a value.
+    if cols <= _MAX_KEPT and stages == 1:
+        # Rows that are read a value at a time take more registers a value.
         num_warps = max(rows * cols // 512, 4)
     constants = {
         "HAS_DH_OUT": dh_out is not None,

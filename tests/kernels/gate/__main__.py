@@ -42,7 +42,10 @@ from nanotron_fast.kernels.runtime import occupancy
 ARCHITECTURES = (80, 90, 100)
 # A pattern of a launch's line -> the most bytes a thread may spill, and why that is borne.
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
-    r"^rms_norm\._backward_kernel\b.* COLS=16384,": (16, "two to four registers of 64, once a row"),
+    r"^rms_norm\._backward_kernel\b.* COLS=16384,": (
+        32,
+        "of 64 registers two to four, with Triton 3.9 up to eight, once a row",
+    ),
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 # A copy of 16 bytes from global to shared memory that nobody waits for.
