@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanotron_fast.kernels.backend import on_grid
+from nanotron_fast.kernels.runtime.backend import on_grid
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # What launches or compiles a kernel, as a method of it with a grid.
@@ -49,7 +49,7 @@ def bypasses(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS)))
 def test_no_launch_bypasses_on_grid(path: Path) -> None:
     found = bypasses(path.read_text())
     if path.stem == "backend":
