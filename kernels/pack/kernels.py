@@ -91,7 +91,7 @@ def _load(address, itemsize, is_aligned, mask):
     else:
         for byte in tl.static_range(4):
             pointer = (address + byte).to(tl.pointer_type(tl.uint8))
-            value = tl.load(pointer, mask=mask & (byte < itemsize), other=0)
+            value = tl.load(pointer, mask=tl.where(byte < itemsize, mask, False), other=0)
             bits |= value.to(tl.uint32) << (8 * byte)
     return bits
 
@@ -107,7 +107,7 @@ def _store(address, bits, itemsize, is_aligned, mask):
         for byte in tl.static_range(4):
             pointer = (address + byte).to(tl.pointer_type(tl.uint8))
             value = ((bits >> (8 * byte)) & 0xFF).to(tl.uint8)
-            tl.store(pointer, value, mask=mask & (byte < itemsize))
+            tl.store(pointer, value, mask=tl.where(byte < itemsize, mask, False))
 
 
 @triton.jit
@@ -134,16 +134,17 @@ def _copy_rows(
         column = head + (at - row * per_row) * SIZE
         row = row.to(tl.int64)
         pointer = (source + row * source_stride + column).to(tl.pointer_type(UNIT))
-        value = tl.load(pointer, mask=mask & (is_fill == 0), other=0)
+        value = tl.load(pointer, mask=at < tl.where(is_fill == 0, total, 0), other=0)
         pointer = (destination + row * destination_stride + column).to(tl.pointer_type(UNIT))
         tl.store(pointer, value, mask=mask)
     if SIZE > 1:
         edge = tl.arange(0, 2 * SIZE)
         at = tl.where(edge < SIZE, edge, head + per_row * SIZE + edge - SIZE)
-        mask = (rows == 1) & (at < tl.where(edge < SIZE, head, columns))
+        end = tl.where(edge < SIZE, head, columns)
+        end = tl.where(rows == 1, end, 0)
         pointer = (source + at).to(tl.pointer_type(tl.uint8))
-        value = tl.load(pointer, mask=mask & (is_fill == 0), other=0)
-        tl.store((destination + at).to(tl.pointer_type(tl.uint8)), value, mask=mask)
+        value = tl.load(pointer, mask=at < tl.where(is_fill == 0, end, 0), other=0)
+        tl.store((destination + at).to(tl.pointer_type(tl.uint8)), value, mask=at < end)
 
 
 @triton.jit
@@ -247,7 +248,12 @@ def _pack_kernel(
             column = (element - row * columns).to(tl.int64)
             row = row.to(tl.int64)
             address = source + row * source_stride + column * source_step + half
-            bits = _load(address, tl.minimum(source_item, 4), is_aligned, mask & (is_fill == 0))
+            bits = _load(
+                address,
+                tl.minimum(source_item, 4),
+                is_aligned,
+                at < tl.where(is_fill == 0, total, 0),
+            )
             bits = _convert(bits, source_dtype, destination_dtype)
             bits = tl.where(is_fill != 0, 0, bits)
             address = destination + row * destination_stride + column * destination_step + half

@@ -119,7 +119,9 @@ def _check_older_field(reader: Fields, family: Family, num_layers: int, is_windo
     """Holds layer_types, alike on all layers, to what older versions read. Raises ConfigError."""
     key = "sliding_window" if family.window == "plain" else "max_window_layers"
     has_one_meaning = not (family.is_moe or family.has_no_rope_layers)
-    if reader.config.get(key) is None or not has_one_meaning:
+    # transformers writes the class's own max_window_layers beside layer_types, which says nothing.
+    is_default = key == "max_window_layers" and reader.get(key) == family.defaults.get(key)
+    if reader.config.get(key) is None or is_default or not has_one_meaning:
         return
     older = _windowed_layers(reader, family, num_layers)
     if older != [is_windowed] * num_layers:

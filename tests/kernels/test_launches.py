@@ -49,7 +49,9 @@ def bypasses(source: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS)))
+@pytest.mark.parametrize(
+    "path", sorted(KERNELS.rglob("*.py")), ids=lambda path: str(path.relative_to(KERNELS))
+)
 def test_no_launch_bypasses_on_grid(path: Path) -> None:
     found = bypasses(path.read_text())
     if path.stem == "backend":
@@ -69,7 +71,7 @@ def test_a_launch_asks_for_fused_products() -> None:
 def test_launches_are_found_at_all() -> None:
     launches = sum(
         isinstance(node, ast.Call) and ast.unparse(node.func).startswith("on_grid(")
-        for path in KERNELS.glob("*.py")
+        for path in KERNELS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
     )
     assert launches >= 20
