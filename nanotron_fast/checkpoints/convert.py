@@ -81,7 +81,8 @@ def plan(
     Args:
         src: a directory, or the id of a model on the Hugging Face Hub.
         dst: the directory that `convert` would write.
-        to: "nanotron" or "hf"; by default the format that `src` is not in.
+        to: "nanotron" or "hf"; by default the format that `src` is not in. A Nanotron checkpoint
+            can be written to "nanotron" at another topology.
         topology: sizes of the tensor- and pipeline-parallel groups, for Nanotron.
         dtype: "keep", "bf16", "fp16" or "fp32". A router stays fp32 in Nanotron.
         model_class: "auto", "llama", "qwen2" or "starcoder2": Nanotron's configuration class.
@@ -136,7 +137,9 @@ def plan(
 
         return plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
     if to == "nanotron":
-        raise ConfigError(f"--to nanotron: {src} is a Nanotron checkpoint already")
+        from nanotron_fast.checkpoints.plan.reshard import plan_reshard
+
+        return plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
     from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
     return plan_to_hf(checkpoint, options)

@@ -55,6 +55,17 @@ class Options:
                 "--pad-vocab-to-multiple-of": self.pad_vocab_to_multiple_of is not None,
             }
             what = "writing a Hugging Face checkpoint"
+        elif direction == "resharding":
+            given = {
+                "--dtype": self.cast is not None,
+                "--model-class": self.model_class != "auto",
+                "--checkpoint-version": self.checkpoint_version is not None,
+                "--pad-vocab-to-multiple-of": self.pad_vocab_to_multiple_of is not None,
+                "--vocab-size": self.vocab_size is not None,
+                "--max-shard-size": self.max_shard_bytes is not None,
+                "--like": self.like is not None,
+            }
+            what = "writing a Nanotron checkpoint at another topology"
         else:
             given = {
                 "--vocab-size": self.vocab_size is not None,

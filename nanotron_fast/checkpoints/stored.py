@@ -5,6 +5,8 @@ Every plan begins here, whichever format the checkpoint is in, and so the same i
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -31,6 +33,8 @@ from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.moves.dtypes import Dtype
 
 Checkpoint = HfCheckpoint | NanotronCheckpoint
 _SHOWN = 5
@@ -59,9 +63,7 @@ class StoredModel:
 
     def reader(self) -> HfSource | NanotronSource:
         """A side to read from, which notes what is used of it."""
-        if isinstance(self.checkpoint, HfCheckpoint):
-            return HfSource(self.checkpoint)
-        return NanotronSource(self.checkpoint)
+        raise NotImplementedError
 
     def params(
         self,
@@ -130,6 +132,10 @@ class HfModel(StoredModel):
         self.padded_vocab_size = self.spec.vocab_size
         self.is_interleaved = False
 
+    def reader(self) -> HfSource:
+        """See StoredModel."""
+        return HfSource(self.checkpoint)
+
 
 class NanotronModel(StoredModel):
     """That of a Nanotron checkpoint.
@@ -180,6 +186,10 @@ class NanotronModel(StoredModel):
         self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
         if self.like is not None and self.side is not None:
             check_shapes(self.like, read_config(self.family, self.side.config), self.spec)
+
+    def reader(self) -> NanotronSource:
+        """See StoredModel."""
+        return NanotronSource(self.checkpoint)
 
     def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
         name = override or (self.side.family if self.side else None)
@@ -240,6 +250,23 @@ def count_parameters(params: Iterable[Param]) -> int:
             rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
             total += rows * part.sizes[1] * part.sizes[2]
     return total
+
+
+def main_dtype_of(params: list[Param], reader: NanotronSource) -> Dtype:
+    """The dtype of most elements."""
+    counts: Counter[Dtype] = Counter()
+    for param in params:
+        counts[reader.dtype(param)] += math.prod(param.shape)
+    return counts.most_common(1)[0][0]
+
+
+def check_divides(params: Iterable[Param], topology: Topology) -> None:
+    """Holds every parameter to the ranks. Raises TopologyError.
+
+    Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
+    """
+    for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
+        param.local_shape(topology.tp)
 
 
 def some(names: Iterable[str]) -> str:

@@ -74,7 +74,8 @@ def convert(
     src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
     dst: Annotated[str, typer.Argument(help="The directory to write.")],
     to: Annotated[
-        str | None, typer.Option(help="nanotron or hf. (default: what SRC is not)")
+        str | None,
+        typer.Option(help="nanotron or hf. (default: what SRC is not)"),
     ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks to write for.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages to write for.")] = 1,

@@ -44,11 +44,13 @@ def _stages(layer_stages: tuple[int, ...]) -> Iterator[str]:
 def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
     """A plan, for `--dry-run`."""
     to_nanotron = plan.direction == "nanotron"
+    source = "Hugging Face" if to_nanotron and plan.source_topology is None else "Nanotron"
     yield f"{plan.source}"
-    yield f"  {'Hugging Face -> Nanotron' if to_nanotron else 'Nanotron -> Hugging Face'}"
+    yield f"  {source} -> {'Nanotron' if to_nanotron else 'Hugging Face'}"
     yield f"  family      {plan.family} ({plan.model_class})"
     yield f"  parameters  {plan.num_parameters:,} in {plan.dtype.short_name}"
-    yield f"  topology    {plan.topology}{'' if to_nanotron else ' (of the source)'}"
+    was = "" if plan.source_topology is None else f", was {plan.source_topology}"
+    yield f"  topology    {plan.topology}{was}{'' if to_nanotron else ' (of the source)'}"
     for line in _stages(plan.layer_stages):
         yield f"              {line}"
     yield f"  read        {size(plan.bytes_read)} from {_count(len(plan.transfer.sources), 'file')}"
@@ -64,7 +66,9 @@ def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
 def report_lines(report: Report) -> Iterator[str]:
     """What a conversion did."""
     plan = report.plan
-    if plan.direction == "nanotron":
+    if plan.source_topology is not None:
+        way = f"{plan.source} ({plan.source_topology}) -> {report.destination} ({plan.topology})"
+    elif plan.direction == "nanotron":
         way = f"{plan.topology} -> {report.destination}"
     else:
         way = f"{plan.source} ({plan.topology}) -> {report.destination}"

@@ -100,7 +100,6 @@ def test_options(options: dict[str, Any], message: str, tmp_path: Path) -> None:
         ({"topology": Topology(pp=2)}, "--pp: it has no meaning"),
         ({"model_class": "qwen2"}, "--model-class: it has no meaning"),
         ({"pad_vocab_to_multiple_of": 8}, "--pad-vocab-to-multiple-of: it has no meaning"),
-        ({"to": "nanotron"}, "--to nanotron: .* is a Nanotron checkpoint already"),
     ],
 )
 def test_options_of_the_way_back(options: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -64,6 +64,15 @@ def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> B
     return Beside({**others, **tokenizer}, found.left, bool(tokenizer), tuple(warnings))
 
 
+def beside_resharded(source: NanotronCheckpoint, options: Options) -> Beside:
+    """For a Nanotron checkpoint at another topology. Raises CheckpointError, OSError."""
+    found = companions(source.root, used=_NANOTRON)
+    tokenizer = found.tokenizer
+    if options.tokenizer is not None:
+        tokenizer = _tokenizer_of(options.tokenizer)
+    return Beside({**found.others, **tokenizer}, found.left, bool(tokenizer))
+
+
 def _tokenizer_of(root: Path) -> dict[str, Path]:
     tokenizer = companions(root).tokenizer
     if not tokenizer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
-from nanotron_fast.checkpoints.stored import Checkpoint, HfModel, some, stored_model
+from nanotron_fast.checkpoints.stored import Checkpoint, HfModel, check_divides, some, stored_model
 from nanotron_fast.errors import (
     ConfigError,
     TopologyError,
@@ -182,9 +182,7 @@ def _params_of_stage(
     spec = replace(source.model.spec, vocab_size=source.padded_vocab)
     stages = Stages(spec, source.model_class, topology)
     pairs = list(zip(source.params, source.stored, strict=True))
-    # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
-    for param in sorted(source.params, key=lambda param: not isinstance(param.block, int)):
-        param.local_shape(topology.tp)
+    check_divides(source.params, topology)
     mine = {pair[0].name: pair for pair in pairs if stages.of(pair[0].block) == stage}
     optional: set[str] = set()
     if spec.tie_word_embeddings and stages.of("head") == stage:

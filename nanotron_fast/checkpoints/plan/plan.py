@@ -34,6 +34,8 @@ class Plan:
     copies: dict[str, Path]
     # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
     must_be_equal: tuple[NamedMove, ...] = ()
+    # That of a Nanotron source which is written at another one.
+    source_topology: Topology | None = None
     warnings: tuple[str, ...] = field(default=())
     # Tensors that the user asked to leave out, and what lies beside the source and is not copied.
     ignored: tuple[str, ...] = ()

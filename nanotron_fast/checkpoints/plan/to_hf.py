@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -16,7 +14,7 @@ from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.like import TOKEN_KEYS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfTarget, NanotronSource
-from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters
+from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters, main_dtype_of
 from nanotron_fast.errors import (
     CheckpointError,
     NanotronFastError,
@@ -101,14 +99,6 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     )
     plan.check()
     return plan
-
-
-def main_dtype_of(params: list[Param], reader: NanotronSource) -> Dtype:
-    """The dtype of most elements."""
-    counts: Counter[Dtype] = Counter()
-    for param in params:
-        counts[reader.dtype(param)] += math.prod(param.shape)
-    return counts.most_common(1)[0][0]
 
 
 def _hf_dtypes(

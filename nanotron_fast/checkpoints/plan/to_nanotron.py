@@ -16,7 +16,7 @@ from nanotron_fast.checkpoints.plan.beside import beside_nanotron
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
-from nanotron_fast.checkpoints.stored import HfModel, count_parameters
+from nanotron_fast.checkpoints.stored import HfModel, check_divides, count_parameters
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param
@@ -60,11 +60,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     padded_spec = replace(spec, vocab_size=padded_vocab)
     stages = Stages(padded_spec, model_class, topology)
     params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
-
-    # Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
-    for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
-        param.local_shape(topology.tp)
-
+    check_divides(params, topology)
     reader = HfSource(source)
     stored_dtype = _stored_dtype(source, params, reader, options.cast)
     main_dtype = options.cast or stored_dtype
