@@ -17,11 +17,6 @@ namespace nanotron_fast {
 
 namespace {
 
-// A write makes the page cache allocate memory in pieces of up to its own size. Larger pieces copy
-// a little faster where they are at hand, and several times slower where the kernel must compact
-// memory or, in a virtual machine, get it back from the host.
-constexpr int64_t kWriteBytes = int64_t{128} << 10;
-
 // What a device should take in well under a second.
 constexpr int64_t kSyncBytes = int64_t{64} << 20;
 
@@ -30,7 +25,9 @@ using Sink = std::function<void(const Job&, int64_t, int64_t, const std::byte*)>
 
 // Each worker takes the next unit and works through its blocks; once none is left to take, it helps
 // with blocks that others have not come to. So files are written by one thread each while there are
-// enough of them, and the last large tensor still uses every core.
+// enough of them, and the last large tensor still uses every core. Helpers begin at places of their
+// own: two threads whose writes alternate in one file's range wait for each other more often than
+// two that each write a long run of it.
 void run_schedule(const Schedule& schedule, const std::vector<std::string>& sources,
                   const EngineOptions& options, Progress& progress,
                   const std::function<Sink()>& make_sink) {
@@ -38,7 +35,7 @@ void run_schedule(const Schedule& schedule, const std::vector<std::string>& sour
   const std::unique_ptr<std::atomic<int64_t>[]> next_block(
       new std::atomic<int64_t>[schedule.jobs.size()]());
 
-  run_workers(options.num_workers, [&](int, const std::atomic<bool>& should_stop) {
+  run_workers(options.num_workers, [&](int worker, const std::atomic<bool>& should_stop) {
     BlockBuilder builder(sources, options.simd_level);
     const Sink sink = make_sink();
     const auto work_on = [&](size_t index) {
@@ -61,7 +58,10 @@ void run_schedule(const Schedule& schedule, const std::vector<std::string>& sour
       const Unit& unit = schedule.units[i];
       for (size_t job = unit.first_job; job < unit.end_job; ++job) work_on(job);
     }
-    for (size_t job = 0; job < schedule.jobs.size(); ++job) work_on(job);
+    const size_t num_jobs = schedule.jobs.size();
+    const auto num_workers = static_cast<size_t>(options.num_workers);
+    const size_t first = num_jobs * static_cast<size_t>(worker) / num_workers;
+    for (size_t i = 0; i < num_jobs; ++i) work_on((first + i) % num_jobs);
   });
 }
 
@@ -91,7 +91,7 @@ class Outputs {
     State& state = states_[i];
     const File& file = open(i);
     while (num_bytes > 0) {
-      const int64_t piece = std::min(num_bytes, kWriteBytes - offset_bytes % kWriteBytes);
+      const int64_t piece = std::min(num_bytes, kBlockBytes - offset_bytes % kBlockBytes);
       file.pwrite_exact(data, piece, offset_bytes);
       data += piece;
       offset_bytes += piece;

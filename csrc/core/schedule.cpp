@@ -1,6 +1,7 @@
 #include "core/schedule.h"
 
 #include <algorithm>
+#include <numeric>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
@@ -10,6 +11,8 @@
 namespace nanotron_fast {
 
 namespace {
+
+constexpr int64_t kPageBytes = 4096;
 
 // The view that holds both, or none where they have different files or row strides.
 bool merge_views(const View& a, const View& b, View& merged) {
@@ -79,10 +82,10 @@ void choose_blocks(Job& job) {
   int64_t row_bytes = 0;
   for (const View& view : job.destinations) row_bytes += view.row_stride_bytes;
   row_bytes = std::max(row_bytes, packed_source_bytes(job, 1));
-  // A block that many files share still gives each of them a write of a decent size.
+  // A block that many files share still gives each of them a write of that size.
   const auto num_files =
       static_cast<int64_t>(std::max(job.sources.size(), job.destinations.size()));
-  const int64_t block_bytes = std::max(kBlockBytes, num_files * kBlockBytes / 4);
+  const int64_t block_bytes = num_files * kBlockBytes;
   int64_t rows = std::clamp<int64_t>(block_bytes / row_bytes, 1, job.num_rows);
 
   const bool is_transposed =
@@ -100,6 +103,12 @@ void choose_blocks(Job& job) {
   } else {
     // A few columns of a wide matrix: skip what lies between.
     job.reads_runs = buffer_bytes(job.sources, rows) > 2 * packed_source_bytes(job, rows);
+  }
+  if (rows < job.num_rows) {
+    // Writes that begin inside a page make the page cache work twice on it.
+    const int64_t stride = job.destinations.front().row_stride_bytes;
+    const int64_t rows_of_whole_pages = kPageBytes / std::gcd(kPageBytes, stride);
+    rows -= rows > rows_of_whole_pages ? rows % rows_of_whole_pages : 0;
   }
   job.rows_per_block = rows;
   job.first_block_rows = rows;
