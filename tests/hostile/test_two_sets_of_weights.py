@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import nanotron_fast
-from nanotron_fast import layouts
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.huggingface import checkpoint
 from nanotron_fast.formats.huggingface.checkpoint import read_hf
 from tests.modelzoo import Model, make, random_tensor, read_file, read_tensors, write_json
 from tests.refusals import refused
@@ -56,7 +56,7 @@ def test_one_other_byte_is_seen(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the first block of a tensor and in the last, which is a short one."""
-    monkeypatch.setattr(layouts.hf, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(checkpoint, "_BLOCK_BYTES", 1000)
     other = model()
     tensor = other.tensors["lm_head.weight"]
     data = bytearray(tensor.data)
