@@ -83,7 +83,7 @@ RUN_GPU = $(PYTHON) benchmarks/run_gpu.py $(if $(OUT),--out $(OUT)) $(if $(DRY),
 gpu: ## everything worth knowing of a GPU in 580 seconds, most valuable first (DRY=1: on the CPU)
 	$(RUN_GPU)
 
-gpu-again: ## what failed in the last `make gpu`, and ncu over PROFILE=rms_norm,glu
+gpu-again: ## what failed or was left out in the last `make gpu`, and ncu over PROFILE=rms_norm,glu
 	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE))
 
 report: $(READY) ## turn benchmarks/results into tables and plots in docs/results

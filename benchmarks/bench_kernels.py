@@ -35,7 +35,7 @@ def main() -> int:
     import torch
 
     from benchmarks.gpu.cases.case import Setting
-    from benchmarks.gpu.cases.registry import CASES
+    from benchmarks.gpu.cases.registry import MODULES, cases_of
     from benchmarks.gpu.context import Context
     from benchmarks.gpu.machine import ceilings_of, circumstances
     from benchmarks.gpu.ratios import rows_of
@@ -45,16 +45,16 @@ def main() -> int:
         print("bench_kernels.py: no CUDA device here, nothing is timed; --dry runs on the CPU")
         return 0
     only = [word.strip() for word in options.only.split(",") if word.strip()]
-    unknown = [word for word in only if word not in CASES]
+    unknown = [word for word in only if word not in MODULES]
     if unknown:
-        sys.exit(f"bench_kernels.py: --only {unknown[0]}: choose of {', '.join(CASES)}")
+        sys.exit(f"bench_kernels.py: --only {unknown[0]}: choose of {', '.join(MODULES)}")
     context = Context(dry=options.dry)
     about, ceilings = circumstances(context), ceilings_of(context)
     print(json.dumps(about | ceilings), flush=True)
     context = Context(dry=options.dry, ceilings=ceilings)
     rows = []
-    for operation in only or CASES:
-        for case in CASES[operation](Setting.of(context)):
+    for operation in only or MODULES:
+        for case in cases_of(operation, Setting.of(context)):
             for row in rows_of(case, context):
                 rows.append(row)
                 print(json.dumps(row), flush=True)

@@ -77,6 +77,12 @@ SHAPES = {
 TINY = Shape(32, 48, 2, 2, 1, 64, batch=1, seq=16)
 
 
+def narrow(shape: Shape) -> Shape:
+    """As many layers and launches, and so little work that a GPU waits for each of them."""
+    hidden = 8 * shape.head_dim
+    return replace(shape, hidden=hidden, inter=512, q_heads=8, kv_heads=4, vocab=512, seq=128)
+
+
 def tiny(shape: Shape) -> Shape:
     """For a dry run: a shape that still tells the two models apart."""
     return replace(TINY, layers=2 if shape.hidden == 2048 else 3)

@@ -1,26 +1,25 @@
 """How an operation is held to its reference: at once, in a captured graph, under torch.compile.
 
-An error is ||ours - reference|| / ||reference||, with the reference computed in fp64 (or fp32 where
-that takes too much memory) from the same inputs; NaN never passes.
+The reference is computed in fp64 (or fp32 where that takes too much memory) from the same inputs;
+`agreement` says how near each result must come to it. NaN never passes.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.agreement import excess
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.launches import compiled_only, counted, shard_asked_for
 from benchmarks.gpu.rows import Row, emit
 
-# Of the narrowest dtype that takes part: some roundings, one after the other.
-TOLERANCES = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5, torch.float64: 1e-12}
 _POISON_BYTES = 1 << 28
 
 
@@ -39,12 +38,14 @@ class Check:
     inputs: list[Tensor]
     ours: Callable[..., Any]
     reference: Callable[..., Any]
-    tolerance: float | None = None
+    # By the dtype of a result, for what is rounded on its way; see `agreement` for the others.
+    tolerances: Mapping[torch.dtype, float] = field(default_factory=dict)
     wide: torch.dtype = torch.float64
     # Of what is no kernel of ours: a library's name. A check without one must launch a kernel.
     path: str = ""
-    # Why it is no candidate for a graph or a compiler; empty where it is one.
-    at_once_only: str = ""
+    # Why it cannot be captured in a graph, or compiled; empty where it can.
+    not_captured: str = ""
+    not_compiled: str = ""
 
 
 Builder = Callable[[str, Context], Check]
@@ -85,18 +86,6 @@ def with_gradients(
     return [*outputs, *torch.autograd.grad(ways, wanted, grads, allow_unused=True)]
 
 
-def error_of(ours: Tensor, reference: Tensor) -> float:
-    """Relative, in norm; infinite for a wrong shape or a number that is none."""
-    if ours.shape != reference.shape:
-        return float("inf")
-    if ours.numel() == 0:
-        return 0.0
-    difference = (ours.to(reference.dtype) - reference).norm().item()
-    scale = reference.norm().item()
-    error = difference / scale if scale else difference
-    return error if error == error else float("inf")
-
-
 def references_of(check: Check) -> list[Tensor]:
     wide = [
         t.detach().to(check.wide).requires_grad_(t.requires_grad) if t.is_floating_point() else t
@@ -106,26 +95,19 @@ def references_of(check: Check) -> list[Tensor]:
 
 
 def compare(check: Check, results: Sequence[Tensor]) -> Row:
-    """ok, and the worst error with the name of what has it."""
+    """ok, and the error that is nearest to what is allowed, with the name of what has it."""
     expected = references_of(check)
     if len(results) != len(expected):
         return {"ok": False, "error": f"{len(results)} results, {len(expected)} expected"}
     num_outputs = len(expected) - sum(t.requires_grad for t in check.inputs)
-    worst, where, limit, is_ok = 0.0, "", 0.0, True
+    found = []
     for place, (mine, reference) in enumerate(zip(results, expected, strict=True)):
         kind = f"output {place}" if place < num_outputs else f"gradient {place - num_outputs}"
-        tolerance = check.tolerance
-        if tolerance is None:
-            narrow = [t.dtype for t in check.inputs if t.is_floating_point()] + [mine.dtype]
-            tolerance = max(TOLERANCES[dtype] for dtype in narrow)
-        error = error_of(mine, reference)
-        is_ok = is_ok and error <= tolerance
-        if place == 0 or error > worst:
-            worst, where, limit = error, kind, tolerance
-    row: Row = {"ok": is_ok, "worst_error": worst, "of": where, "tolerance": limit}
-    if not is_ok:
-        row["error"] = f"{where} is off by {worst:.3g} of its norm, allowed {limit:.3g}"
-    return row
+        error, allowed, wrong = excess(mine, reference, check.tolerances)
+        found.append((bool(wrong), error / (allowed or 1.0), kind, error, allowed, wrong))
+    is_wrong, _, kind, error, allowed, wrong = max(found)
+    row: Row = {"ok": not is_wrong, "worst_error": error, "of": kind, "tolerance": allowed}
+    return row | ({"error": f"{kind} {wrong}"} if is_wrong else {})
 
 
 def correct(check: Check, context: Context) -> Row:
@@ -167,22 +149,22 @@ _WAYS = {"captured": captured, "compiled": compiled}
 
 
 def _build(operation: str, variant: str, context: Context) -> Check:
-    from benchmarks.gpu.jobs import CHECKS
+    from benchmarks.gpu.jobs import CHECKS, variant_of
 
-    module, variants = CHECKS[operation]
-    builders = importlib.import_module(f"benchmarks.gpu.checks.{module}").BUILDERS
+    module = importlib.import_module(f"benchmarks.gpu.checks.{CHECKS[operation][0]}")
     torch.manual_seed(0)
-    return builders[operation](variants[0] if variant in _WAYS else variant, context)
+    return module.BUILDERS[operation](variant_of(operation, variant), context)
 
 
-def check(operation: str, variant: str, context: Context) -> None:
-    """Emits the row of one check."""
+def row_of(operation: str, variant: str, context: Context) -> Row:
+    """Runs one check."""
     started = time.perf_counter()
     row: Row = {"kind": "check", "operation": operation, "variant": variant, "path": "torch"}
     try:
         built = _build(operation, variant, context)
-        if variant in _WAYS and built.at_once_only:
-            raise LeftOut(built.at_once_only)
+        why_not = {"captured": built.not_captured, "compiled": built.not_compiled}.get(variant)
+        if why_not:
+            raise LeftOut(why_not)
         with counted() as kernels:
             row |= _WAYS.get(variant, correct)(built, context)
         row["path"] = built.path or ("triton" if kernels else "torch")
@@ -191,7 +173,12 @@ def check(operation: str, variant: str, context: Context) -> None:
             row |= {"ok": False, "error": "no kernel of ours was launched"}
     except LeftOut as reason:
         row |= {"ok": None, "note": str(reason)}
-    emit(row | {"seconds": round(time.perf_counter() - started, 3)})
+    return row | {"seconds": round(time.perf_counter() - started, 3)}
+
+
+def check(operation: str, variant: str, context: Context) -> None:
+    """Emits the row of one check."""
+    emit(row_of(operation, variant, context))
 
 
 def precompile(operation: str, variant: str, context: Context) -> None:

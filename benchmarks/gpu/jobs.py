@@ -28,7 +28,10 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
             for case in ("dense", "documents", "window", "gqa")
         ),
     ),
-    "cross_entropy": ("losses", ("plain", "z-loss, ignore_index", "correct z-loss")),
+    "cross_entropy": (
+        "losses",
+        ("plain", "z-loss, ignore_index", "correct z-loss", "small vocabulary, z-loss"),
+    ),
     "linear_cross_entropy": ("losses", ("mean", "z-loss, ignore_index", "none")),
     "embedding": ("losses", ("plain", "padding_idx")),
     "adamw": ("optimizer", ("masters and copies", "low-precision state")),
@@ -41,6 +44,24 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "attention_block": ("blocks", ("fused", "unfused", "main_grad", "documents", "a group of one")),
 }
 OPERATIONS = tuple(CHECKS)
+# Of which variant a graph or compiled code is made, where that is not the first.
+_WAYS = {("pack", "captured"): "cuda qkv"}
+# How many cases each operation is timed in, where that is more than one: on a GPU, and dry.
+RATIO_CASES = {
+    "rms_norm": (6, 2),
+    "glu": (2, 1),
+    "rope_qkv": (2, 1),
+    "rope_apart": (2, 1),
+    "attention": (3, 1),
+    "cross_entropy": (2, 1),
+    "linear_cross_entropy": (2, 1),
+    "embedding": (2, 1),
+    "pack": (2, 2),
+    "mlp_block": (2, 2),
+    "attention_block": (2, 2),
+}
+# Those that are timed beside torch and nothing else.
+_WITHOUT_OTHERS = ("adamw", "accumulate", "clip", "pack")
 MODELS = ("1.1B", "3B")
 
 CHECK_SECONDS = 20.0
@@ -92,6 +113,13 @@ class Phase:
     until: float = 1.0
 
 
+def variant_of(operation: str, variant: str) -> str:
+    """The variant that a check builds: of "captured" and "compiled", what is treated so."""
+    if variant in ("captured", "compiled"):
+        return _WAYS.get((operation, variant), CHECKS[operation][1][0])
+    return variant
+
+
 def _later(jobs: Iterable[tuple[int, Job]]) -> Iterator[Job]:
     """The first of each operation before the second of any."""
     return (job for _, job in sorted(jobs, key=lambda placed: placed[0]))
@@ -100,17 +128,23 @@ def _later(jobs: Iterable[tuple[int, Job]]) -> Iterator[Job]:
 def correctness(dry: bool) -> Iterator[Job]:
     plain, extra = [], []
     for operation, (module, variants) in CHECKS.items():
-        after = "native build" if module == "packing" else ""
         target = f"checks.{module}:check"
+
+        def needs(variant: str, module: str = module, operation: str = operation) -> str:
+            if module != "packing":
+                return ""
+            is_cuda = variant_of(operation, variant).startswith("cuda")
+            return "native build with CUDA" if is_cuda else "native build"
+
         for place, variant in enumerate(variants):
             is_library = operation == "attention" and not variant.startswith("triton")
             if dry and (is_library or variant.startswith("cuda")):
                 continue
-            needs = "native build with CUDA" if variant.startswith("cuda") else after
-            plain.append((place, Job("check", operation, variant, target, after=needs)))
+            job = Job("check", operation, variant, target, after=needs(variant))
+            plain.append((place, job))
         for place, (way, limit) in enumerate((("captured", 20.0), ("compiled", COMPILE_SECONDS))):
             if not (dry and way == "captured"):
-                how = Job("check", operation, way, target, limit=limit, after=after)
+                how = Job("check", operation, way, target, limit=limit, after=needs(way))
                 extra.append((place, how))
     yield from _later(plain)
     yield from _later(extra)
@@ -157,16 +191,26 @@ def suite(dry: bool, workers: int) -> Job:
     return Job("test", "pytest", command=command, limit=1e6)
 
 
+def timings(dry: bool) -> Iterator[Job]:
+    """Ours and torch in the first case of every operation, then all else in it, then the rest."""
+
+    def job(operation: str, variant: str) -> Job:
+        after = "native build" if operation == "pack" else ""
+        return Job("ratio", operation, variant, "ratios:run", limit=RATIO_SECONDS, after=after)
+
+    yield from (job(operation, "ours") for operation in OPERATIONS)
+    yield from (job(name, "others") for name in OPERATIONS if name not in _WITHOUT_OTHERS)
+    counts = {name: RATIO_CASES.get(name, (1, 1))[int(dry)] for name in OPERATIONS}
+    for place in range(1, max(counts.values())):
+        yield from (job(name, f"case {place}") for name, count in counts.items() if place < count)
+
+
 def phases(dry: bool, cpus: int) -> list[Phase]:
     """All of it, the most valuable facts first."""
     several = min(2, cpus) if dry else 4
     machine = [Job("machine", "versions", target="machine:versions")]
     machine += [Job("machine", "ceilings", target="machine:ceilings", limit=60.0)]
     compiling = () if dry else tuple(precompilation())
-    ratios = [
-        Job("ratio", operation, target="ratios:run", limit=RATIO_SECONDS)
-        for operation in OPERATIONS
-    ]
     steps = [
         Job("step", model, side, target="step:run", limit=STEP_SECONDS)
         for model in MODELS
@@ -177,7 +221,7 @@ def phases(dry: bool, cpus: int) -> list[Phase]:
         Phase("machine", tuple(machine), 1),
         Phase("precompile", compiling, min(12, cpus), 0.25),
         Phase("check", tuple(correctness(dry)), several, 0.5),
-        Phase("ratio", tuple(ratios), one, 0.7),
+        Phase("ratio", tuple(timings(dry)), one, 0.7),
         Phase("step", tuple(steps), one, 0.85),
         Phase("test", (suite(dry, 1 if dry else min(8, cpus)),), 1),
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import shutil
+import signal
 from pathlib import Path
 
 from benchmarks.gpu import jobs
@@ -15,13 +17,14 @@ from benchmarks.gpu.runner import Runner, guarded, why_no_build
 ROOT = Path(__file__).resolve().parents[2]
 # Caches, logs and profiles; never below the output, which should stay small.
 BUILD = ROOT / "build" / "gpu"
+# The rows of the last whole run on a GPU.
 LAST = BUILD / "last.jsonl"
+_PR_SET_PDEATHSIG = 1
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="run_gpu.py", description=__doc__)
-    default = Path(os.environ.get("OUT") or BUILD / "out")
-    parser.add_argument("--out", type=Path, default=default, help="where gpu.jsonl goes ($OUT)")
+    parser.add_argument("--out", type=Path, help="where gpu.jsonl goes ($OUT)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, kernels interpreted")
     parser.add_argument("--budget", type=float, default=580.0, help="seconds for all of it")
     parser.add_argument("--limit", type=float, help="seconds for a job, where it has more")
@@ -32,7 +35,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--profile", default="", help="operations whose kernels ncu looks at")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--target", nargs=3, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.out is None:
+        options.out = Path(os.environ.get("OUT") or BUILD / ("dry" if options.dry else "out"))
+    return options
 
 
 def _words(text: str) -> list[str]:
@@ -60,9 +66,13 @@ def selected(phases: list[Phase], only: list[str], names: list[str]) -> list[Pha
 
 
 def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
-    """Of each phase what failed the last time; failed tests by their names, and the ceilings."""
+    """Of each phase what failed or was left out the last time, and the ceilings.
+
+    Of tests that were cut short all run again, after those that failed.
+    """
     failed = failures(last)
     names = {row.get("job") for row in failed}
+    names |= {name for row in last if row["operation"] == "left out" for name in row["jobs"]}
     tests = tuple(
         row["variant"] for row in failed if row["kind"] == "test" and "::" in row["variant"]
     )
@@ -72,9 +82,21 @@ def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
         if phase.name == "test" and tests:
             (whole,) = phase.jobs
             command = (*(word for word in whole.command if not word.startswith("tests/")), *tests)
-            kept = (Job("test", whole.operation, command=command, limit=whole.limit),)
+            first = Job("test", whole.operation, "that failed", command=command, limit=whole.limit)
+            kept = (first, *kept)
         chosen.append(Phase(phase.name, kept, phase.workers, phase.until))
     return chosen
+
+
+def copies_of(*, dry: bool, is_whole: bool) -> tuple[Path, ...]:
+    """Where rows go too, for `make gpu-again`: those of a whole run on a GPU alone."""
+    return (LAST,) if is_whole and not dry else ()
+
+
+def end_with_make() -> None:
+    """Has this process end, by SIGTERM, when the make that runs it is killed."""
+    if "MAKELEVEL" in os.environ:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> int:
@@ -104,7 +126,8 @@ def main() -> int:
     phases = selected(phases, _words(options.only), _words(options.phases))
     if options.profile:
         phases.append(Phase("profile", profiles(_words(options.profile)), 1))
-    copies = (LAST,) if name == "gpu.jsonl" else ()
+    end_with_make()
+    copies = copies_of(dry=options.dry, is_whole=name == "gpu.jsonl")
     rows = RowFile(options.out / name, *copies)
     runner = Runner(
         rows,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.agreement import error_of
 from benchmarks.gpu.cases.case import Case, Setting
 from benchmarks.gpu.context import Context
-from benchmarks.gpu.harness import as_list, error_of, random_gradients, with_gradients
+from benchmarks.gpu.harness import as_list, random_gradients, with_gradients
 from benchmarks.gpu.launches import counted
 from benchmarks.gpu.rows import Row, emit
 from benchmarks.gpu.timing import Times, Work, measure, num_sets
@@ -102,12 +104,28 @@ def _rate(times: Times, unit: str, floor: int, context: Context) -> Row:
     return row
 
 
-def rows_of(case: Case, context: Context) -> Iterator[Row]:
-    """A row for each variant and phase, or one that says why it has none."""
+def _is_chosen(name: str, case: Case, chosen: str) -> bool:
+    """Whether a variant belongs to what `rows_of` was asked for."""
+    if not chosen:
+        return True
+    names = [*case.variants, *case.absent]
+    ours = next((each for each in names if each.startswith("ours")), "")
+    return (name in (names[0], ours)) == (chosen == "ours")
+
+
+def rows_of(case: Case, context: Context, chosen: str = "") -> Iterator[Row]:
+    """A row for each variant and phase, or one that says why it has none.
+
+    `chosen` is "ours" for the reference and the first of ours, "others" for all that this leaves.
+    """
     about: Row = {"kind": "ratio", "operation": case.operation, "shape": case.shape}
     expected = _expected(case)
+    first = next(iter(case.variants))
     floors, reference = _floors(case), {}
     for name, function in case.variants.items():
+        is_chosen = _is_chosen(name, case, chosen)
+        if not is_chosen and name != first:  # the reference is timed again: all is beside it
+            continue
         row = about | {"variant": name}
         try:
             with counted() as kernels:
@@ -118,26 +136,40 @@ def rows_of(case: Case, context: Context) -> Iterator[Row]:
                 yield row | {"ok": False, "error": wrong}
                 continue
             for phase, times in _phases(case, function, context):
-                first = reference.setdefault(phase, times.p50_ms)
-                yield row | {
+                if name == first:
+                    reference[phase] = times.p50_ms
+                timed = row | {
                     "ok": True,
                     "phase": phase,
                     **times.row(),
                     **_rate(times, *floors[phase], context),
-                    "times_as_fast": round(first / times.p50_ms, 3),
                 }
+                if phase in reference:
+                    timed["times_as_fast"] = round(reference[phase] / times.p50_ms, 3)
+                if is_chosen:
+                    yield timed
         except Exception:  # one variant, a peer's perhaps; the others are still worth their time
-            yield row | {"ok": False, "error": traceback.format_exc(limit=-3)[-1500:]}
+            if is_chosen:
+                yield row | {"ok": False, "error": traceback.format_exc(limit=-3)[-1500:]}
         if not context.dry:
             torch.cuda.empty_cache()
     for name, reason in case.absent.items():
-        yield about | {"variant": name, "ok": None, "note": reason}
+        if _is_chosen(name, case, chosen):
+            yield about | {"variant": name, "ok": None, "note": reason}
 
 
 def run(operation: str, variant: str, context: Context) -> None:
-    """Emits the rows of an operation."""
-    from benchmarks.gpu.cases.registry import CASES
+    """Emits the rows of an operation: of its first case "ours" or "others", or of "case N"."""
+    from benchmarks.gpu.cases.registry import cases_of
 
-    for case in CASES[operation](Setting.of(context)):
-        for row in rows_of(case, context):
-            emit(row)
+    is_first = not variant.startswith("case ")
+    place = 0 if is_first else int(variant.removeprefix("case "))
+    case = next(itertools.islice(cases_of(operation, Setting.of(context)), place, None))
+    num_rows = 0
+    for row in rows_of(case, context, variant if is_first else ""):
+        emit(row)
+        num_rows += 1
+    if num_rows == 0:
+        note = "nothing to compare it with here"
+        about: Row = {"kind": "ratio", "operation": operation, "shape": case.shape}
+        emit(about | {"variant": variant, "ok": None, "note": note})

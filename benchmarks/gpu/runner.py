@@ -78,6 +78,9 @@ class Runner:
         self.started = time.monotonic()
         self.ceilings: dict[str, float] = {}
         self.left_out: list[str] = []
+        # What has not begun yet, in order; and of it what waits for a job in the background.
+        self.todo: list[Job] = []
+        self._postponed: list[Job] = []
         self._counts: dict[int, int] = {}
         self._waits: set[str] = set()
         self.pool = Pool(scratch, environment(cache, dry))
@@ -97,6 +100,7 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         context = asdict(Context(dry=self.dry, ceilings=self.ceilings))
+        self.todo.remove(job)
         self.pool.start(job, min(job.limit, self.limit, self.left), context)
 
     def _collect(self, seconds: float) -> list[Running]:
@@ -114,6 +118,9 @@ class Runner:
     def _finish(self, running: Running, num_rows: int) -> None:
         job = running.job
         self._waits.discard(job.operation)
+        if running.is_late and running.limit < min(job.limit, self.limit):
+            self.left_out.append(job.name)  # the run ended, not the job's own time
+            return
         is_failed = running.code != 0
         # pytest says by its code that a test failed, and that is in the test's row.
         if job.kind == "test" and running.code == 1 and num_rows:
@@ -132,28 +139,45 @@ class Runner:
 
     def run(self, phases: Iterable[Phase], background: Iterable[Job] = ()) -> None:
         """All phases in turn; `background` runs beside them, each once what it is after ended."""
-        waiting = list(background)
+        waiting, phases = list(background), list(phases)
         self._waits |= {job.operation for job in waiting}
+        self.todo = [*waiting, *(job for phase in phases for job in phase.jobs)]
         for phase in phases:
             self._run_phase(phase, waiting)
+        if self._postponed:  # nothing else is left to do meanwhile
+            self._run_phase(Phase("postponed", tuple(self._postponed), 4), waiting, is_last=True)
 
-    def _start_ready(self, jobs: list[Job], slots: int) -> None:
-        for job in [job for job in jobs if job.after not in self._waits][: max(slots, 0)]:
-            jobs.remove(job)
-            self._start(job)
+    def _is_ready(self, job: Job) -> bool:
+        return job.after not in self._waits
 
-    def _run_phase(self, phase: Phase, background: list[Job]) -> None:
+    def _run_phase(self, phase: Phase, background: list[Job], *, is_last: bool = False) -> None:
+        """Runs its jobs, and what earlier ones postponed as soon as that is ready.
+
+        What waits for the background is postponed, where nothing else is left to run.
+        """
         begun, pending = self.elapsed, list(phase.jobs)
-        names = {job.name for job in pending}
+        others = {job.name for job in background}
+        others |= {run.job.name for run in self.pool.running.values()}
+        if is_last:
+            self._postponed = []
         while True:
             if self.elapsed > phase.until * self.budget or self.left < 1:
-                self.left_out += [job.name for job in pending]
+                self._leave_out(pending)
                 pending = []
-            running = [run for run in self.pool.running.values() if run.job.name in names]
-            if not pending and not running:
+            running = [run for run in self.pool.running.values() if run.job.name not in others]
+            if not running and not is_last and not any(map(self._is_ready, pending)):
+                self._postponed += pending
                 break
-            self._start_ready(background, len(background))
-            self._start_ready(pending, phase.workers - len(running))
+            if not running and not pending:
+                break
+            for job in filter(self._is_ready, tuple(background)):
+                background.remove(job)
+                self._start(job)
+            slots = max(phase.workers - len(running), 0)
+            ready = list(filter(self._is_ready, (*self._postponed, *pending)))
+            for job in ready[:slots]:
+                (pending if job in pending else self._postponed).remove(job)
+                self._start(job)
             self._collect(0.05)
         if phase.jobs:
             self.add(
@@ -168,6 +192,11 @@ class Runner:
                 }
             )
 
+    def _leave_out(self, jobs: Iterable[Job]) -> None:
+        for job in tuple(jobs):
+            self.todo.remove(job)
+            self.left_out.append(job.name)
+
     def close(self, why: str = "") -> None:
         """Ends what still runs, and says what was not done."""
         cut_off = list(self.pool.running.values())
@@ -176,11 +205,13 @@ class Runner:
             for row in running.rows():
                 self.add(row | {"job": running.job.name})
             self.left_out.append(running.job.name)
+        self._leave_out(self.todo)
         if why:
             self.add({"kind": "machine", "operation": "cut off", "ok": None, "note": why})
         if self.left_out:
             note = f"{len(self.left_out)} jobs for want of time: {'; '.join(self.left_out)}"
-            self.add({"kind": "machine", "operation": "left out", "ok": None, "note": note})
+            row: Row = {"kind": "machine", "operation": "left out", "ok": None, "note": note}
+            self.add(row | {"jobs": self.left_out})
         print(table(self.rows.rows), flush=True)
 
 

@@ -31,11 +31,17 @@ PRELOADED = (
     "triton",
     "nanotron_fast.kernels.attention",
     "nanotron_fast.kernels.cross_entropy",
+    "nanotron_fast.kernels.embedding",
+    "nanotron_fast.kernels.glu",
     "nanotron_fast.kernels.linear_cross_entropy",
     "nanotron_fast.kernels.optimizer",
     "nanotron_fast.kernels.pack",
+    "nanotron_fast.kernels.rms_norm",
+    "nanotron_fast.kernels.rope",
     "nanotron_fast.parallel",
 )
+# Names, between spaces, that are imported in their place.
+PRELOAD_VARIABLE = "NANOTRON_FAST_PRELOAD"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -112,7 +118,7 @@ def _reap(children: dict[int, Child]) -> None:
 
 def serve() -> None:
     problems = {}
-    for name in PRELOADED:
+    for name in os.environ.get(PRELOAD_VARIABLE, "").split() or PRELOADED:
         try:
             importlib.import_module(name)
         except Exception:  # whoever needs it meets the same error, and reports it as its own

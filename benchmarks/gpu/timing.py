@@ -1,4 +1,6 @@
 """Times kernels, not Python: a captured graph is replayed, and its replays are timed on the device.
+A graph holds so many calls that its launch is nothing beside them, and replays follow each other
+without a pause.
 
 Where a capture is impossible the profiler's sum of kernel times stands in. The calls of a sample
 rotate over several sets of inputs, so that what one reads was not left in the cache by the last.
@@ -7,7 +9,10 @@ On a CPU, where this only shows that it runs, the clock on the wall is read.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +27,9 @@ ROTATED_BYTES = 256 << 20
 MAX_SETS = 8
 _SAMPLES = 30
 _SAMPLE_SECONDS = 0.4
+# What a replay should take at least: the launch of a graph takes some ten microseconds.
+_REPLAY_MS = 1.0
+_MOST_CALLS = 256
 
 Work = Callable[[], Any]
 
@@ -52,29 +60,56 @@ def num_sets(tensors: Sequence[Tensor], context: Context) -> int:
     return 2 if context.dry else max(1, min(MAX_SETS, -(-ROTATED_BYTES // num_bytes)))
 
 
+def num_rounds(round_ms: float, num_calls: int) -> int:
+    """How often a graph goes over `num_calls` calls, which together take `round_ms`."""
+    wanted = math.ceil(_REPLAY_MS / max(round_ms, 1e-4))
+    return max(1, min(wanted, _MOST_CALLS // num_calls))
+
+
+def num_samples(replay_ms: float) -> int:
+    """How many replays are timed: fewer where they take long."""
+    return max(8, min(_SAMPLES, int(_SAMPLE_SECONDS * 1e3 / max(replay_ms, 1e-4))))
+
+
+def _capture(work: Sequence[Work], rounds: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """The calls one after the other, so many times. Results of one round at most are alive."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        alive: deque[Any] = deque(maxlen=len(work))
+        for _ in range(rounds):
+            for call in work:
+                alive.append(call())
+        alive.clear()
+    return graph
+
+
+def _replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
+    """Milliseconds of each replay; all are in the queue before the first is waited for."""
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    marks[-1].synchronize()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
+
+
 def _replayed(work: Sequence[Work], stream: torch.cuda.Stream) -> list[float]:
     """Milliseconds of a call in each of many replays. Raises what a capture raises."""
     with torch.cuda.stream(stream):
         for call in (*work, work[0]):
             call()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        kept = [call() for call in work]
-    samples: list[float] = []
-    begun = time.monotonic()
-    while len(samples) < _SAMPLES + 3:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        samples.append(start.elapsed_time(end) / len(work))
-        if len(samples) > 8 and time.monotonic() - begun > _SAMPLE_SECONDS:
-            break
-    del kept
-    graph.reset()
-    return samples[3:]
+        stream.synchronize()
+        graph = _capture(work, 1, stream)
+        took = min(_replay(graph, 4)[1:])
+        rounds = num_rounds(took, len(work))
+        if rounds > 1:
+            graph.reset()
+            graph = _capture(work, rounds, stream)
+            took *= rounds
+        samples = _replay(graph, num_samples(took) + 3)[3:]
+        graph.reset()
+    return [sample / (rounds * len(work)) for sample in samples]
 
 
 def _profiled(work: Sequence[Work]) -> list[float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import shutil
@@ -11,28 +10,37 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from benchmarks.gpu import jobs
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("benchmarks", "kernels", "nanotron_fast")
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Path:
-    """A copy of what a run needs, to plant faults in; nothing of it is installed."""
+def plant(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1, f"{path} has {text.count(old)} of {old!r}"
+    path.write_text(text.replace(old, new))
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a run needs, with faults in three kernels; nothing of it is installed."""
+    folder = tmp_path_factory.mktemp("tree")
     for part in PARTS:
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "results")
-        shutil.copytree(ROOT / part, tmp_path / part, symlinks=True, ignore=ignored)
-    return tmp_path
-
-
-@pytest.fixture
-def modules(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The runner's modules, which import neither torch nor triton."""
-    monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT)])
-    return importlib.import_module("benchmarks.gpu.main")
+        shutil.copytree(ROOT / part, folder / part, symlinks=True, ignore=ignored)
+    kernels = folder / "kernels"
+    plant(kernels / "glu.py", "(dy * activated).to(dtype)", "(-dy * activated).to(dtype)")
+    plant(
+        kernels / "optimizer" / "__init__.py",
+        '    check_lists("accumulate_"',
+        '    __import__("time").sleep(60)\n    check_lists("accumulate_"',
+    )
+    plant(kernels / "rms_norm.py", "import torch\n", "import a_module_that_is_not_there\n")
+    return folder
 
 
 def command(tree: Path, *options: str) -> list[str]:
@@ -45,24 +53,11 @@ def environment(tree: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tree)}
 
 
-def plant(path: Path, old: str, new: str) -> None:
-    text = path.read_text()
-    assert text.count(old) == 1, f"{path} has {text.count(old)} of {old!r}"
-    path.write_text(text.replace(old, new))
-
-
 @pytest.mark.slow
 def test_planted_faults_are_the_failures_of_their_operations(tree: Path) -> None:
-    plant(
-        tree / "kernels" / "swiglu.py", "(dy * activated).to(dtype)", "(-dy * activated).to(dtype)"
-    )
-    plant(
-        tree / "kernels" / "optimizer.py",
-        "    grad = tl.load(grad_ptr + offsets",
-        "    while True:\n        pass\n    grad = tl.load(grad_ptr + offsets",
-    )
-    names = "glu,accumulate,rope_apart,column_linear"
-    options = ("--phases", "check", "--only", names, "--limit", "8")
+    """A wrong sign, a hang and a file that does not import: everything else still runs."""
+    names = "rms_norm,glu,accumulate,rope_apart"
+    options = ("--phases", "check", "--only", names, "--limit", "6")
     done = subprocess.run(
         command(tree, *options), env=environment(tree), capture_output=True, text=True, timeout=300
     )
@@ -70,27 +65,29 @@ def test_planted_faults_are_the_failures_of_their_operations(tree: Path) -> None
     checks = {(r["operation"], r["variant"]): r for r in rows if r["kind"] == "check"}
     assert done.returncode == 1, done.stderr
     assert {operation for operation, _ in checks} == set(names.split(","))
-    for (operation, _), row in checks.items():
-        assert row["ok"] is (operation in ("rope_apart", "column_linear")), row
+    for (operation, variant), row in checks.items():
+        assert row["ok"] is (operation == "rope_apart"), row
         if operation in ("glu", "rope_apart"):
             assert row["path"] == "triton"
             assert row["kernels"]
         if operation == "glu":
             assert row["error"].startswith("gradient 0 is off by")
-        if operation == "accumulate":
-            assert "killed after its limit of 8 s" in row["error"]
+        if operation == "accumulate" and variant != "compiled":
+            assert "killed after its limit of 6 s" in row["error"]
+        if operation == "rms_norm":
+            assert "a_module_that_is_not_there" in row["error"]
     assert "FAILED   glu silu" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_leaves_whole_lines_and_no_process(tree: Path) -> None:
     process = subprocess.Popen(
-        command(tree, "--phases", "check", "--only", "attention,clip"),
+        command(tree, "--phases", "check", "--only", "attention,clip", "--out", str(tree / "cut")),
         env=environment(tree),
         stdout=subprocess.PIPE,
         text=True,
     )
-    path = tree / "out" / "gpu.jsonl"
+    path = tree / "cut" / "gpu.jsonl"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and '"check"' not in (
         path.read_text() if path.exists() else ""
@@ -104,7 +101,9 @@ def test_a_run_that_is_cut_off_leaves_whole_lines_and_no_process(tree: Path) -> 
     cut_off = next(row for row in rows if row["operation"] == "cut off")
     assert cut_off["note"].startswith("SIGTERM after")
     left_out = next(row for row in rows if row["operation"] == "left out")
-    assert "check attention" in left_out["note"] or "check clip" in left_out["note"]
+    names = {job.name for job in jobs.correctness(True) if job.operation in ("attention", "clip")}
+    ended = {row["job"] for row in rows if row["kind"] == "check"}
+    assert set(left_out["jobs"]) >= names - ended
     assert f"{len(rows)} rows" in printed
     # What ran below it has ended too: nobody else's environment names this tree.
     for entry in Path("/proc").glob("[0-9]*/environ"):
@@ -112,56 +111,3 @@ def test_a_run_that_is_cut_off_leaves_whole_lines_and_no_process(tree: Path) -> 
             assert str(tree).encode() not in entry.read_bytes(), entry
         except OSError:
             continue
-
-
-def test_the_runner_imports_neither_torch_nor_triton() -> None:
-    code = (
-        f"import sys; sys.path.append({str(ROOT)!r}); import benchmarks.gpu.main\n"
-        "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
-
-
-def test_half_a_line_is_no_row_yet(modules: ModuleType, tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    tail = importlib.import_module("benchmarks.gpu.rows").Tail(path)
-    assert tail() == []
-    path.write_bytes(b'{"a": 1}\n{"a":')
-    assert tail() == [{"a": 1}]
-    with path.open("ab") as file:
-        file.write(b" 2}\n")
-    assert tail() == [{"a": 2}]
-
-
-def test_every_operation_has_checks_and_a_time(modules: ModuleType) -> None:
-    jobs = importlib.import_module("benchmarks.gpu.jobs")
-    for is_dry, least in ((True, 40), (False, 100)):
-        of_phase = {phase.name: phase.jobs for phase in jobs.phases(is_dry, 2)}
-        assert {job.operation for job in of_phase["check"]} == set(jobs.OPERATIONS)
-        assert len(of_phase["check"]) >= least
-        assert [job.operation for job in of_phase["ratio"]] == list(jobs.OPERATIONS)
-        assert len({job.name for jobs in of_phase.values() for job in jobs}) == sum(
-            map(len, of_phase.values())
-        )
-
-
-def test_again_takes_what_failed(modules: ModuleType) -> None:
-    phases = modules.jobs.phases(True, 2)
-    last = [
-        {"kind": "check", "operation": "glu", "ok": False, "job": "check glu silu"},
-        {"kind": "check", "operation": "clip", "ok": True, "job": "check clip clips"},
-        {"kind": "test", "operation": "test_a", "variant": "tests/a.py::test_a", "ok": False},
-    ]
-    chosen = {phase.name: phase.jobs for phase in modules.again(phases, last)}
-    assert [job.name for job in chosen["check"]] == ["check glu silu"]
-    assert chosen["test"][0].command[-1] == "tests/a.py::test_a"
-    assert [job.operation for job in chosen["machine"]] == ["versions", "ceilings"]
-    assert chosen["ratio"] == ()
-
-
-@pytest.mark.parametrize(("only", "names"), [(["gul"], []), ([], ["checks"])])
-def test_a_name_that_is_none_is_refused(
-    modules: ModuleType, only: list[str], names: list[str]
-) -> None:
-    with pytest.raises(SystemExit, match="choose of"):
-        modules.selected(modules.jobs.phases(True, 2), only, names)

@@ -9,14 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Setting
-from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
-from nanotron_fast.kernels.embedding import vocab_parallel_embedding
-from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 
 _LIGER = "liger_kernel.transformers.functional"
 
 
 def cross_entropy_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
+
     for tokens, vocab in setting.pick([(8192, 131072), (8192, 32000)], [(4, 200)], [(256, 8192)]):
         target = torch.randint(0, vocab, (tokens,), device=setting.device)
 
@@ -64,6 +63,8 @@ class _Products(torch.autograd.Function):
 
 
 def linear_cross_entropy_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
+
     real = [(4096, 4096, 131072), (8192, 4096, 32000)]
     for tokens, hidden, vocab in setting.pick(real, [(4, 16, 200)], [(256, 256, 4096)]):
         target = torch.randint(0, vocab, (tokens,), device=setting.device)
@@ -100,6 +101,8 @@ def linear_cross_entropy_cases(setting: Setting) -> Iterator[Case]:
 
 
 def embedding_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.embedding import vocab_parallel_embedding
+
     real = [(16384, 128256, 4096), (16384, 32000, 4096)]
     for tokens, vocab, hidden in setting.pick(real, [(6, 30, 24)], [(512, 4096, 256)]):
         ids = torch.randint(0, vocab, (tokens,), device=setting.device)

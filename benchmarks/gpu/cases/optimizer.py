@@ -1,18 +1,14 @@
-"""The optimizer's step and the packer: lists of tensors, in place, without a gradient."""
+"""The optimizer's step: lists of tensors, in place, without a gradient."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Setting
-from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_
-from nanotron_fast.kernels.optimizer.grad_norm import clip_grad_norm_
-from nanotron_fast.kernels.pack import pack_qkv, shard
 
 _OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-8}
 _BETAS = (0.9, 0.95)
@@ -29,6 +25,8 @@ def _list(setting: Setting, dtype: torch.dtype) -> list[Tensor]:
 
 
 def adamw_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.optimizer.adamw import adamw_step_
+
     count = len(_shapes(setting))
     fp32, low = torch.float32, setting.dtype
 
@@ -68,6 +66,8 @@ def adamw_cases(setting: Setting) -> Iterator[Case]:
 
 
 def accumulate_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.optimizer import accumulate_
+
     count, low = len(_shapes(setting)), setting.dtype
 
     def tensors() -> list[Tensor]:
@@ -92,6 +92,8 @@ def accumulate_cases(setting: Setting) -> Iterator[Case]:
 
 
 def clip_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.optimizer.grad_norm import clip_grad_norm_
+
     def by_torch(*grads: Tensor) -> list[Tensor]:
         norms = torch._foreach_norm(grads, 2.0, dtype=torch.float32)
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -109,46 +111,3 @@ def clip_cases(setting: Setting) -> Iterator[Case]:
         {"torch": by_torch, "ours": ours},
         bytes_forward=3 * setting.dtype.itemsize * num_elements,
     )
-
-
-def pack_cases(setting: Setting) -> Iterator[Case]:
-    rows, width = setting.pick(
-        ((4096, 1024, 1024), 4096), ((16, 8, 8), 12), ((4096, 1024, 1024), 1024)
-    )
-
-    ranks = setting.pick(8, 2, 8)
-
-    def by_torch(*tensors: Tensor) -> list[Tensor]:
-        return [torch.cat(part) for part in zip(*(t.chunk(ranks) for t in tensors), strict=True)]
-
-    def columns_by_torch(tensor: Tensor) -> list[Tensor]:
-        return [part.to(setting.dtype).contiguous() for part in tensor.chunk(ranks, 1)]
-
-    whole = setting.pick((4096, 14336), (16, 64), (1024, 1024))
-    item = setting.dtype.itemsize
-    cases = [
-        Case(
-            "pack",
-            f"q, k, v of {width} into {ranks} ranks",
-            lambda: [torch.randn(n, width, device=setting.device).to(setting.dtype) for n in rows],
-            {"torch": by_torch, "ours": lambda *t: pack_qkv(*t, ranks)},
-            bytes_forward=2 * sum(rows) * width * item,
-            tolerance=0.0,
-        ),
-        Case(
-            "pack",
-            f"{whole[0]}x{whole[1]} of fp32 into columns of {ranks} ranks",
-            lambda: [torch.randn(whole, device=setting.device)],
-            {
-                "torch": columns_by_torch,
-                "ours": lambda t: shard(t, 1, ranks, dtype=setting.dtype),
-            },
-            bytes_forward=whole[0] * whole[1] * (4 + item),
-            tolerance=0.0,
-        ),
-    ]
-    for case in cases:
-        if find_spec("nanotron_fast._C") is None:
-            del case.variants["ours"]
-            case.absent["ours"] = "nanotron_fast._C is not built, which checks the table of moves"
-        yield case

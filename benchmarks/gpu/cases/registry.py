@@ -1,32 +1,40 @@
-"""Operation -> its cases."""
+"""Operation -> its cases, imported when asked for: one that does not import fails alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import importlib
+from collections.abc import Iterator
 
-from benchmarks.gpu.cases import elementwise, losses, optimizer, products
 from benchmarks.gpu.cases.case import Case, Setting
 
-CASES: dict[str, Callable[[Setting], Iterator[Case]]] = {
-    "rms_norm": elementwise.rms_norm_cases,
-    "glu": elementwise.glu_cases,
-    "rope_qkv": elementwise.rope_qkv_cases,
-    "rope_apart": elementwise.rope_apart_cases,
-    "attention": products.attention_cases,
-    "cross_entropy": losses.cross_entropy_cases,
-    "linear_cross_entropy": losses.linear_cross_entropy_cases,
-    "embedding": losses.embedding_cases,
-    "adamw": optimizer.adamw_cases,
-    "accumulate": optimizer.accumulate_cases,
-    "clip": optimizer.clip_cases,
-    "pack": optimizer.pack_cases,
-    "column_linear": products.column_linear_cases,
-    "row_linear": products.row_linear_cases,
-    "mlp_block": products.mlp_block_cases,
-    "attention_block": products.attention_block_cases,
+# Operation -> the module of benchmarks.gpu.cases that has `<operation>_cases`.
+MODULES = {
+    "rms_norm": "elementwise",
+    "glu": "elementwise",
+    "rope_qkv": "rotary",
+    "rope_apart": "rotary",
+    "attention": "products",
+    "cross_entropy": "losses",
+    "linear_cross_entropy": "losses",
+    "embedding": "losses",
+    "adamw": "optimizer",
+    "accumulate": "optimizer",
+    "clip": "optimizer",
+    "pack": "packing",
+    "column_linear": "products",
+    "row_linear": "products",
+    "mlp_block": "blocks",
+    "attention_block": "blocks",
 }
 
 
+def cases_of(operation: str, setting: Setting) -> Iterator[Case]:
+    """The most telling case first."""
+    module = importlib.import_module(f"benchmarks.gpu.cases.{MODULES[operation]}")
+    cases: Iterator[Case] = getattr(module, f"{operation}_cases")(setting)
+    return cases
+
+
 def all_cases(setting: Setting) -> Iterator[Case]:
-    for make in CASES.values():
-        yield from make(setting)
+    for operation in MODULES:
+        yield from cases_of(operation, setting)

@@ -14,7 +14,6 @@ from nanotron_fast.kernels.rope import (
     rope_qkv_reference,
     rope_tables,
 )
-from nanotron_fast.kernels.rope.apart import rope_apart, rope_apart_reference
 
 __all__ = ["BUILDERS", "check", "precompile"]
 
@@ -70,6 +69,8 @@ def _rope_qkv(variant: str, context: Context) -> Check:
 
 
 def _rope_apart(variant: str, context: Context) -> Check:
+    from nanotron_fast.kernels.rope.apart import rope_apart, rope_apart_reference
+
     tokens, q_heads, kv_heads, head_dim = _sizes(context)
     cos, sin, positions = _tables(variant, context)
     members = 2 if "values" in variant else 1

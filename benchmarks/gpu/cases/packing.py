@@ -1,0 +1,55 @@
+"""The packer: bytes that go where they belong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cases.case import Case, Setting
+from nanotron_fast.kernels.pack import pack_qkv, shard
+
+
+def pack_cases(setting: Setting) -> Iterator[Case]:
+    rows, width = setting.pick(
+        ((4096, 1024, 1024), 4096), ((16, 8, 8), 12), ((4096, 1024, 1024), 1024)
+    )
+
+    ranks = setting.pick(8, 2, 8)
+
+    def by_torch(*tensors: Tensor) -> list[Tensor]:
+        return [torch.cat(part) for part in zip(*(t.chunk(ranks) for t in tensors), strict=True)]
+
+    def columns_by_torch(tensor: Tensor) -> list[Tensor]:
+        return [part.to(setting.dtype).contiguous() for part in tensor.chunk(ranks, 1)]
+
+    whole = setting.pick((4096, 14336), (16, 64), (1024, 1024))
+    item = setting.dtype.itemsize
+    cases = [
+        Case(
+            "pack",
+            f"q, k, v of {width} into {ranks} ranks",
+            lambda: [torch.randn(n, width, device=setting.device).to(setting.dtype) for n in rows],
+            {"torch": by_torch, "ours": lambda *t: pack_qkv(*t, ranks)},
+            bytes_forward=2 * sum(rows) * width * item,
+            tolerance=0.0,
+        ),
+        Case(
+            "pack",
+            f"{whole[0]}x{whole[1]} of fp32 into columns of {ranks} ranks",
+            lambda: [torch.randn(whole, device=setting.device)],
+            {
+                "torch": columns_by_torch,
+                "ours": lambda t: shard(t, 1, ranks, dtype=setting.dtype),
+            },
+            bytes_forward=whole[0] * whole[1] * (4 + item),
+            tolerance=0.0,
+        ),
+    ]
+    for case in cases:
+        if find_spec("nanotron_fast._C") is None:
+            del case.variants["ours"]
+            case.absent["ours"] = "nanotron_fast._C is not built, which checks the table of moves"
+        yield case

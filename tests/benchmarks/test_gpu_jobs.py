@@ -1,0 +1,88 @@
+"""What a run of `make gpu` consists of, in which order, and what is kept of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import jobs
+from benchmarks.gpu.main import again, copies_of, selected
+from benchmarks.gpu.rows import Tail
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_runner_imports_neither_torch_nor_triton() -> None:
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import benchmarks.gpu.main\n"
+        "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_half_a_line_is_no_row_yet(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    tail = Tail(path)
+    assert tail() == []
+    path.write_bytes(b'{"a": 1}\n{"a":')
+    assert tail() == [{"a": 1}]
+    with path.open("ab") as file:
+        file.write(b" 2}\n")
+    assert tail() == [{"a": 2}]
+
+
+def test_every_operation_has_checks_and_a_time() -> None:
+    for is_dry, least in ((True, 40), (False, 100)):
+        of_phase = {phase.name: phase.jobs for phase in jobs.phases(is_dry, 2)}
+        assert {job.operation for job in of_phase["check"]} == set(jobs.OPERATIONS)
+        assert len(of_phase["check"]) >= least
+        # Each operation has its first time before any has its second.
+        first = of_phase["ratio"][: len(jobs.OPERATIONS)]
+        assert [(job.operation, job.variant) for job in first] == [
+            (operation, "ours") for operation in jobs.OPERATIONS
+        ]
+        cases = [job for job in of_phase["ratio"] if job.variant.startswith("case")]
+        assert len({job.operation for job in cases[:4]}) == 4
+        every = [job.name for chosen in of_phase.values() for job in chosen]
+        assert len(set(every)) == len(every)
+
+
+def test_only_what_can_be_captured_waits_for_the_build_with_cuda() -> None:
+    (captured,) = [job for job in jobs.correctness(False) if job.name == "check pack captured"]
+    assert jobs.variant_of("pack", "captured") == "cuda qkv"
+    assert captured.after == "native build with CUDA"
+    assert jobs.variant_of("pack", "compiled") == "triton qkv"
+    assert jobs.variant_of("glu", "captured") == "silu"
+
+
+def test_again_takes_what_failed_and_what_was_left_out() -> None:
+    phases = jobs.phases(True, 2)
+    left_out = ["check glu gelu", "ratio clip ours", "test pytest"]
+    last = [
+        {"kind": "check", "operation": "glu", "ok": False, "job": "check glu silu"},
+        {"kind": "check", "operation": "clip", "ok": True, "job": "check clip clips"},
+        {"kind": "test", "operation": "test_a", "variant": "tests/a.py::test_a", "ok": False},
+        {"kind": "machine", "operation": "left out", "ok": None, "jobs": left_out},
+    ]
+    chosen = {phase.name: phase.jobs for phase in again(phases, last)}
+    assert [job.name for job in chosen["check"]] == ["check glu silu", "check glu gelu"]
+    failed, whole = chosen["test"]
+    assert failed.command[-1] == "tests/a.py::test_a"
+    assert whole.name == "test pytest"
+    assert [job.operation for job in chosen["machine"]] == ["versions", "ceilings"]
+    assert [job.name for job in chosen["ratio"]] == ["ratio clip ours"]
+
+
+@pytest.mark.parametrize(("only", "names"), [(["gul"], []), ([], ["checks"])])
+def test_a_name_that_is_none_is_refused(only: list[str], names: list[str]) -> None:
+    with pytest.raises(SystemExit, match="choose of"):
+        selected(jobs.phases(True, 2), only, names)
+
+
+def test_a_dry_run_leaves_the_rows_of_a_real_one_alone() -> None:
+    assert copies_of(dry=True, is_whole=True) == ()
+    assert copies_of(dry=False, is_whole=False) == ()
+    assert copies_of(dry=False, is_whole=True)

@@ -1,0 +1,90 @@
+"""The order in which jobs run, and what a run's end does to them. Their processes only sleep."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu import server
+from benchmarks.gpu.jobs import Job, Phase
+from benchmarks.gpu.rows import RowFile
+from benchmarks.gpu.runner import Runner
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def runner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runner]:
+    """One whose jobs are commands: what they would import is not imported for them."""
+    monkeypatch.setenv(server.PRELOAD_VARIABLE, "json")
+    runner = Runner(RowFile(tmp_path / "gpu.jsonl"), tmp_path / "s", tmp_path, dry=True, budget=60)
+    yield runner
+    runner.pool.stop()
+
+
+def _sleep(name: str, seconds: float, **options: Any) -> Job:
+    command = ("sleep", str(seconds))
+    return Job("check", name, command=command, says_when_done=True, **options)
+
+
+def test_what_waits_for_a_build_lets_the_next_phase_begin(runner: Runner) -> None:
+    build = _sleep("build", 1)
+    waits = (_sleep("waits", 0, after="build"), _sleep("waits too", 0, after="build"))
+    phases = [Phase("first", (*waits, _sleep("a", 0)), 2), Phase("second", (_sleep("b", 2),), 1)]
+    runner.run([*phases, Phase("third", (_sleep("c", 0),), 1)], [build])
+    order = [row["operation"] for row in runner.rows.rows if row["kind"] == "check"]
+    assert order == ["a", "build", "b", "waits", "waits too", "c"]
+    # Nothing else is left to do: then it is waited for.
+    runner.run([Phase("last", (_sleep("z", 0, after="more"),), 1)], [_sleep("more", 0.3)])
+    order = [row["operation"] for row in runner.rows.rows if row["kind"] == "check"]
+    assert order[-2:] == ["more", "z"]
+    assert runner.left_out == []
+
+
+def test_a_job_that_the_budget_ends_is_left_out_and_no_failure(runner: Runner) -> None:
+    jobs = (_sleep("hangs", 60, limit=0.5), _sleep("late", 60), _sleep("next", 60))
+    waits = _sleep("waits", 0, after="build")
+    runner.budget = runner.elapsed + 8.0  # the last five seconds are for what must be said
+    runner.run([Phase("check", (*jobs, waits), 1)], [_sleep("build", 60)])
+    runner.close()
+    failed = {row["operation"]: row["error"] for row in runner.rows.rows if row["ok"] is False}
+    assert failed == {"hangs": "killed after its limit of 0 s"}
+    names = {"check late", "check next", "check waits", "check build"}
+    assert set(runner.left_out) == names
+    assert len(runner.left_out) == len(names)
+    assert runner.rows.rows[-1]["jobs"] == runner.left_out
+
+
+def test_what_had_not_begun_when_a_run_was_cut_off_is_named(runner: Runner) -> None:
+    runner.todo = [_sleep("a", 0), _sleep("b", 0)]
+    runner.close("SIGTERM after 1 s")
+    assert runner.rows.rows[-1]["jobs"] == ["check a", "check b"]
+
+
+def test_a_run_ends_with_the_make_that_began_it(tmp_path: Path) -> None:
+    code = (
+        f"import sys, time; sys.path.append({str(ROOT)!r})\n"
+        "from benchmarks.gpu.main import end_with_make\n"
+        "end_with_make(); print('ready', flush=True); time.sleep(60)"
+    )
+    (tmp_path / "run.py").write_text(code)
+    (tmp_path / "Makefile").write_text(f"all:\n\t{sys.executable} -S run.py\n")
+    process = subprocess.Popen(
+        ["make", "-s", "-C", str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=os.environ | {"MAKEFLAGS": ""},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    process.kill()
+    # The pipe ends with its last writer, which is the run below make.
+    assert process.stdout.read() == ""
+    process.wait()
