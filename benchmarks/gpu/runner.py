@@ -100,8 +100,8 @@ class Runner:
 
     def _start(self, job: Job) -> None:
         context = asdict(Context(dry=self.dry, ceilings=self.ceilings))
-        self.todo.remove(job)
         self.pool.start(job, min(job.limit, self.limit, self.left), context)
+        self.todo.remove(job)
 
     def _collect(self, seconds: float) -> list[Running]:
         """Writes what came in, and gives the jobs that ended."""
@@ -206,6 +206,7 @@ class Runner:
                 self.add(row | {"job": running.job.name})
             self.left_out.append(running.job.name)
         self._leave_out(self.todo)
+        self.left_out = list(dict.fromkeys(self.left_out))
         if why:
             self.add({"kind": "machine", "operation": "cut off", "ok": None, "note": why})
         if self.left_out:
