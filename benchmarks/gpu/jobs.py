@@ -184,7 +184,7 @@ def native_builds(dry: bool) -> Iterator[Job]:
 def suite(dry: bool, workers: int) -> Job:
     paths: tuple[str, ...] = ("tests/kernels", "tests/parallel")
     if dry:
-        paths = ("tests/kernels/test_swiglu.py", "-k", "bfloat16 and silu")
+        paths = ("tests/kernels/test_glu.py", "-k", "bfloat16 and silu")
     parallel = ("-n", str(workers)) if workers > 1 and find_spec("xdist") else ()
     options = ("-q", "-p", "benchmarks.gpu.pytest_rows", "-p", "no:cacheprovider")
     command = (sys.executable, "-m", "pytest", *options, *parallel, *paths)

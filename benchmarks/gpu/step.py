@@ -40,13 +40,13 @@ def _cpu_ms(shape: Shape, context: Context, *, is_ours: bool) -> float:
     dtype = context.dtype(multiplies=True)
     trainer = Trainer(shape, context.device, dtype, is_ours=is_ours)
     samples = []
-    for _ in range(2 if context.dry else 8):
+    for _ in range(1 if context.dry else 8):
         context.synchronize()
         begun = time.perf_counter()
         trainer.step()
         samples.append(time.perf_counter() - begun)
     context.synchronize()
-    return median(samples[1 if context.dry else 3 :]) * 1e3
+    return median(samples[0 if context.dry else 3 :]) * 1e3
 
 
 def _peak_memory_gb(context: Context) -> float:

@@ -86,3 +86,10 @@ def test_a_dry_run_leaves_the_rows_of_a_real_one_alone() -> None:
     assert copies_of(dry=True, is_whole=True) == ()
     assert copies_of(dry=False, is_whole=False) == ()
     assert copies_of(dry=False, is_whole=True)
+
+
+@pytest.mark.parametrize("is_dry", [True, False])
+def test_the_tests_that_a_run_ends_with_are_there(is_dry: bool) -> None:
+    paths = [word for word in jobs.suite(is_dry, 1).command if word.startswith("tests/")]
+    assert paths
+    assert all((ROOT / path).exists() for path in paths)
