@@ -185,7 +185,8 @@ class NanotronModel(StoredModel):
         self.padded_vocab_size = stored.vocab_size
         self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
         if self.like is not None and self.side is not None:
-            check_shapes(self.like, read_config(self.family, self.side.config), self.spec)
+            family = family_of_config(self.side.config, self.family.name)
+            check_shapes(self.like, read_config(family, self.side.config), self.spec)
 
     def reader(self) -> NanotronSource:
         """See StoredModel."""

@@ -116,6 +116,11 @@ def _check_agreement(reader: _Reader) -> None:
                 must_agree("config.json", key, places)
 
 
+def other_names(family: Family, key: str) -> tuple[str, ...]:
+    """Under which a config may say a key's value once more."""
+    return _EXPERT_ALIASES.get(key, ()) if family.is_moe else ()
+
+
 def _read_moe(reader: _Reader, num_layers: int) -> MoeSpec:
     if reader.flag("norm_topk_prob"):
         raise UnsupportedModelError(
@@ -124,9 +129,16 @@ def _read_moe(reader: _Reader, num_layers: int) -> MoeSpec:
         )
     step = reader.positive("decoder_sparse_step")
     dense = set(reader.indices("mlp_only_layers"))
+    num_experts = reader.positive("num_experts", MAX_COUNT)
+    top_k = reader.positive("num_experts_per_tok")
+    if top_k > num_experts:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok is {top_k}, and num_experts is {num_experts}: no "
+            "token can be sent to more experts than there are"
+        )
     return MoeSpec(
-        num_experts=reader.positive("num_experts", MAX_COUNT),
-        top_k=reader.positive("num_experts_per_tok"),
+        num_experts=num_experts,
+        top_k=top_k,
         intermediate_size=reader.positive("moe_intermediate_size"),
         shared_intermediate_size=reader.positive("shared_expert_intermediate_size"),
         has_shared_expert=True,

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from nanotron_fast.checkpoints.options import DEFAULT_SHARD_BYTES, Options
 from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_training
+from nanotron_fast.checkpoints.plan.hf_config import hf_config
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
-from nanotron_fast.checkpoints.plan.like import TOKEN_KEYS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfTarget, NanotronSource
 from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters, main_dtype_of
-from nanotron_fast.errors import (
-    CheckpointError,
-    NanotronFastError,
-)
-from nanotron_fast.families import family_of_config
+from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.gate import check_expressible, check_model
-from nanotron_fast.families.hf_config import read_config, write_config
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.unknown_fields import (
-    UNKNOWN_FIELDS,
-)
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
@@ -131,44 +122,6 @@ def _hf_dtypes(
     return dtypes
 
 
-def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[str]]:
-    """`config.json`: the source's own, where we know it, with what Nanotron's config says now."""
-    written = write_config(model.family, model.spec, dtype)
-    unknown = {UNKNOWN_FIELDS: model.unknown_fields} if model.unknown_fields else {}
-    side = model.side
-    if side is None or side.family != model.family.name:
-        return {**written, **unknown}, []
-    try:
-        original = read_config(family_of_config(side.config, model.family.name), side.config)
-    except NanotronFastError as error:
-        path = model.checkpoint.root / side_file.NAME
-        raise CheckpointError(f"{path}: the source's {error}") from None
-    warnings: list[str] = []
-    config = dict(side.config)
-    for key in ("dtype", "torch_dtype", "rope_parameters", UNKNOWN_FIELDS):
-        config.pop(key, None)
-    config.update(unknown)
-    config["torch_dtype"] = dtype.torch_name
-    config.setdefault("architectures", written["architectures"])
-    config.setdefault("model_type", written["model_type"])
-    config["rope_theta"] = original.rope_theta
-    config["rope_scaling"] = None if original.rope_scaling is None else dict(original.rope_scaling)
-    was = write_config(model.family, _as_nanotron_keeps(original, model), dtype)
-    for key, value in written.items():
-        if was.get(key) != value and model.like is not None and key in TOKEN_KEYS:
-            warnings.append(
-                f"config.json: {key} is {config.get(key)!r} as in --like {model.like}; "
-                f"model_config.json has {value!r}"
-            )
-        elif was.get(key) != value:
-            warnings.append(
-                f"config.json: {key} is {value!r} as in model_config.json; it was "
-                f"{was.get(key)!r} in the model that this one was made from"
-            )
-            config[key] = value
-    return config, warnings
-
-
 def _unknown(model: NanotronModel, options: Options) -> list[str]:
     """What cannot be known of a checkpoint that Nanotron saved, and how to give it."""
     if model.side is not None:
@@ -182,13 +135,6 @@ def _unknown(model: NanotronModel, options: Options) -> list[str]:
         f"are made from {MODEL_CONFIG} alone, which has one eos_token_id where the original may "
         f"have had several{rows}. --like {original} takes them from the original"
     ]
-
-
-def _as_nanotron_keeps(spec: ModelSpec, model: NanotronModel) -> ModelSpec:
-    """A spec after a trip through model_config.json, which holds one token id for a list."""
-    config = model.model_class.write(spec, version="1.5", rope_interleaved=model.is_interleaved)
-    kept = model.model_class.read(config, head_dim=spec.head_dim)
-    return replace(kept, has_qkv_bias=spec.has_qkv_bias, has_output_bias=spec.has_output_bias)
 
 
 def _generation_config(side: SideFile | None, spec: ModelSpec) -> dict[str, Any] | None:

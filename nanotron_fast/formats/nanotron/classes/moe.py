@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from nanotron_fast.errors import ConfigError
 from nanotron_fast.formats.fields import MAX_COUNT, Fields
 from nanotron_fast.model.spec import MoeSpec
 
@@ -53,9 +54,15 @@ def read_moe(
     if layers != [-1] and not set(layers) <= set(range(num_layers)):
         raise moe.error("layers", f"a list of layers, of which there are {num_layers}")
     shared_size = "shared_expert_intermediate_size"
+    num_experts, top_k = moe.positive("num_experts", MAX_COUNT), moe.positive("top_k")
+    if top_k > num_experts:
+        raise ConfigError(
+            f"model_config.json: moe_config: top_k is {top_k}, and num_experts is {num_experts}: "
+            "no token can be sent to more experts than there are"
+        )
     return MoeSpec(
-        num_experts=moe.positive("num_experts", MAX_COUNT),
-        top_k=moe.positive("top_k"),
+        num_experts=num_experts,
+        top_k=top_k,
         intermediate_size=moe.positive("moe_intermediate_size"),
         shared_intermediate_size=moe.positive(shared_size) if has_shared_expert else 0,
         has_shared_expert=has_shared_expert,
