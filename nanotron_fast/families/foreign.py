@@ -13,7 +13,7 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.hf_config import read_config
-from nanotron_fast.families.model_types import LIKE_LLAMA, NEUTRAL, REFUSED
+from nanotron_fast.families.model_types import NEUTRAL, like_llama, refusal_of
 from nanotron_fast.model.spec import ModelSpec
 
 _STARCODER2 = "starcoder2"
@@ -40,19 +40,34 @@ def seen_as(chosen: Family, config: Mapping[str, Any], known: Mapping[str, Famil
 
     Raises ConfigError, UnsupportedModelError where the model computes something else.
     """
-    model_type = config.get("model_type")
-    if model_type is None or model_type == chosen.name:
-        return chosen
-    if not isinstance(model_type, str):
-        raise ConfigError(f"config.json: model_type is {model_type!r}, and should be text")
-    if model_type in known:
-        return _seen_as_relative(chosen, known[model_type], config)
-    if model_type in REFUSED:
-        raise _refused(chosen, model_type, REFUSED[model_type])
-    defaults = LIKE_LLAMA.get(model_type, {})
+    model_type = _model_type(config)
+    if model_type is not None:
+        own = _known_as(model_type, known)
+        if own is chosen:
+            return chosen
+        if own is not None:
+            return _seen_as_relative(chosen, own, config)
+        why = refusal_of(model_type)
+        if why is not None:
+            raise _refused(chosen, model_type, why)
+    defaults = like_llama(model_type or "") or {}
     family = replace(chosen, defaults={**chosen.defaults, **defaults})
     _check_keys(family, {**defaults, **config}, read_config(family, config), model_type)
     return family
+
+
+def _model_type(config: Mapping[str, Any]) -> str | None:
+    model_type = config.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ConfigError(f"config.json: model_type is {model_type!r}, and should be text")
+    return model_type
+
+
+def _known_as(model_type: str, known: Mapping[str, Family]) -> Family | None:
+    """The family of that name, or of that name spelled otherwise."""
+    if model_type in known:
+        return known[model_type]
+    return next((known[name] for name in known if name.lower() == model_type.lower()), None)
 
 
 def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) -> Family:
@@ -73,7 +88,7 @@ def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) ->
 
 
 def _check_keys(
-    family: Family, config: Mapping[str, Any], spec: ModelSpec, model_type: str
+    family: Family, config: Mapping[str, Any], spec: ModelSpec, model_type: str | None
 ) -> None:
     read = _keys_read(family)
     for key, value in config.items():
@@ -105,21 +120,26 @@ def _keys_read(family: Family) -> set[str]:
     return keys
 
 
-def _refused(chosen: Family, model_type: str, why: str) -> UnsupportedModelError:
+def _refused(chosen: Family, model_type: str | None, why: str) -> UnsupportedModelError:
+    what = " has no model_type" if model_type is None else f"'s model_type is {model_type!r}"
     return UnsupportedModelError(
-        f"--family {chosen.name}: config.json's model_type is {model_type!r}, and {why}. A family "
-        "given by hand changes the names of tensors, not what a model computes"
+        f"--family {chosen.name}: config.json{what}, and {why}. A "
+        "family given by hand changes the names of tensors, not what a model computes"
     )
 
 
 def warnings_about(
     family: Family, config: Mapping[str, Any], known: Mapping[str, Family]
 ) -> list[str]:
-    """What to say of a model type that nothing is known of."""
-    model_type = config.get("model_type")
-    if model_type is None or model_type in known or model_type in LIKE_LLAMA:
+    """What to say of a model type that nothing is known of, or that is not there."""
+    model_type = _model_type(config)
+    if model_type is None:
+        what = "it has no model_type"
+    elif _known_as(model_type, known) is not None or like_llama(model_type) is not None:
         return []
+    else:
+        what = f"nothing is known of model_type {model_type!r}"
     return [
-        f"config.json: nothing is known of model_type {model_type!r}; it is converted as if it "
-        f"computed what a {family.name} does. Compare logits before you train"
+        f"config.json: {what}; it is converted as if it computed what a {family.name} does. "
+        "Compare logits before you train"
     ]

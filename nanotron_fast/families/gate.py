@@ -7,7 +7,7 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.model_types import LIKE_LLAMA, REFUSED
+from nanotron_fast.families.model_types import like_llama, refusal_of
 from nanotron_fast.formats.nanotron.classes import NanotronClass, classes
 from nanotron_fast.model.needs import needs
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
@@ -23,8 +23,8 @@ _WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
 
 def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelError:
     """The error for a model type without a table."""
-    reason = REFUSED.get(str(model_type))
-    if reason is None and str(model_type) in LIKE_LLAMA:
+    reason = refusal_of(str(model_type))
+    if reason is None and like_llama(str(model_type)) is not None:
         reason = "it computes as a llama where its keys are neutral; --family llama, mistral or "
         reason += "qwen2 converts it where they are"
     why = f": {reason}" if reason else ""

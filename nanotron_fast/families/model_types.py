@@ -35,16 +35,19 @@ _BY_REASON: dict[str, str] = {
     f"{_NEIGHBOURS}, and its layers have four norms": "glm4",
     f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere cohere2 cohere2_moe",
     _QK_NORM: "qwen3 qwen3_moe olmo2 olmo3 olmoe exaone4 exaone_moe hunyuan_v1_dense "
-    "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge",
+    "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
+    "minimax_m3_vl_text qwen4_exp_text",
     f"{_QK_NORM}; its logits are capped": "nanochat",
-    f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3_text gemma3n_text gemma4_text",
+    f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3_text gemma3n_text gemma4_text gemma4_unified_text",
     f"{_QK_NORM}; {_RECURRENT}": "qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid lfm2 "
     "lfm2_moe lfm3 kimi_linear",
     _ZERO_CENTRED: "gemma",
     "its norms are zero-centred and its logits capped, which Nanotron does not do": "gemma2 "
     "vaultgemma",
-    _RENORMALISED: "mixtral phimoe granitemoe granitemoeshared minimax jetmoe dbrx",
-    _LAYER_NORM: "olmo stablelm jais2 orion",
+    _RENORMALISED: "mixtral phimoe granitemoe granitemoeshared minimax jetmoe dbrx aria_text "
+    "solar_open",
+    f"{_RENORMALISED}; its attention has learned sinks": "granitemoe_swa",
+    _LAYER_NORM: "olmo stablelm jais2 orion cohere_compass_text",
     f"{_LAYER_NORM}; {_PARTIAL}": "nemotron persimmon",
     f"{_PARTIAL}; {_PARALLEL}": "phi gpt_neox gptj codegen",
     "its q, k and v are one tensor, and so are gate and up; there is no table for it": "phi3 "
@@ -55,7 +58,10 @@ _BY_REASON: dict[str, str] = {
     f"{_ALIBI}; {_LAYER_NORM}": "bloom mpt",
     f"{_PARALLEL}; {_LAYER_NORM}": "falcon",
     _MLA: "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 minicpm3 youtu longcat_flash "
-    "glm4_moe_lite glm_moe_dsa mistral4 axk1",
+    "glm4_moe_lite glm_moe_dsa mistral4 axk1 axk2 hy_v4 dots3_note_text",
+    "its keys and values pass a short convolution, which Nanotron does not have": "inkling_text "
+    "inkling2_text",
+    "its attention has a gate, and it runs its layers several times": "hrm_text",
     "its attention has learned sinks, and its experts biases and a clipped activation": "gpt_oss",
     "its MLP has no gate (up, relu2, down), and Nanotron's Llama has one": "arcee",
     "its layers have norms inside attention and MLP, which Nanotron does not have": "bitnet",
@@ -70,7 +76,8 @@ _BY_REASON: dict[str, str] = {
     _MULTIMODAL: "llava llava_next llava_onevision mllama llama4 gemma3 gemma3n gemma4 qwen2_vl "
     "qwen2_5_vl qwen3_vl qwen3_vl_moe qwen2_5_omni qwen3_5 qwen3_5_moe mistral3 pixtral idefics2 "
     "idefics3 smolvlm paligemma internvl glm4v glm4v_moe florence2 aria janus chameleon fuyu "
-    "blip-2 got_ocr2 kimi_k25 ovis2 deepseek_vl aya_vision",
+    "blip-2 got_ocr2 kimi_k25 ovis2 deepseek_vl aya_vision emu3 cohere_compass dots3_note "
+    "gemma4_unified qwen4_exp inkling inkling2 minimax_m3_vl",
     _ENCODER: "bert roberta distilbert xlm-roberta deberta deberta-v2 electra albert mpnet "
     "modernbert camembert esm nomic_bert big_bird longformer",
     _ENCODER_DECODER: "t5 mt5 umt5 bart mbart pegasus marian m2m_100 longt5 t5gemma blenderbot",
@@ -81,6 +88,17 @@ _BY_REASON: dict[str, str] = {
 REFUSED: Mapping[str, str] = {
     name: reason for reason, names in _BY_REASON.items() for name in names.split()
 }
+
+
+def refusal_of(model_type: str) -> str | None:
+    """Why Nanotron cannot compute a model type, however it is spelled; None where it may."""
+    return REFUSED.get(model_type.lower())
+
+
+def like_llama(model_type: str) -> Mapping[str, Any] | None:
+    """The defaults of a type that computes as a Llama where its keys are neutral; else None."""
+    return LIKE_LLAMA.get(model_type.lower())
+
 
 # Model types that compute as a Llama where their keys are neutral: their classes' defaults, for
 # the keys that a config.json leaves out.

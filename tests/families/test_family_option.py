@@ -77,13 +77,18 @@ COMPUTES_OTHERWISE: dict[str, tuple[str, dict[str, Any], str, str]] = {
 }
 
 
-def save(root: Path, model_type: str, changes: dict[str, Any], table: str = "llama") -> Path:
+def save(root: Path, model_type: Any, changes: dict[str, Any], table: str = "llama") -> Path:
     """A llama's tensors under a config of another type."""
     model = make(table, num_hidden_layers=2)
     model.config.update(changes)
     config = {key: value for key, value in model.config.items() if value is not ...}
-    model.config = {**config, "model_type": model_type}
-    return model.save(root)
+    model.config = {**config, "model_type": None if model_type is ... else model_type}
+    model.save(root)
+    if model_type is ...:
+        config = json.loads((root / "config.json").read_text())
+        del config["model_type"]
+        (root / "config.json").write_text(json.dumps(config))
+    return root
 
 
 @pytest.mark.parametrize("name", COMPUTES_OTHERWISE)
@@ -152,6 +157,49 @@ def test_senseless_values_of_keys_that_are_looked_at(key: str, value: Any) -> No
     config = {**model.config, "model_type": "unheard_of", key: value}
     with suppress(NanotronFastError):
         families.family_of_config(config, "llama")
+
+
+@pytest.mark.parametrize("model_type", [None, ...], ids=["null", "absent"])
+def test_no_model_type_is_one_that_nobody_knows(model_type: Any, tmp_path: Path) -> None:
+    source = save(tmp_path / "hf", model_type, {})
+    config = json.loads((source / "config.json").read_text())
+    for key, value in {
+        "sliding_window": 16,
+        "attention_multiplier": 3,
+        "use_qk_norm": True,
+    }.items():
+        wrong = {**config, key: value}
+        (source / "config.json").write_text(
+            json.dumps({each: wrong[each] for each in wrong if wrong[each] is not ...})
+        )
+        message = f"--family llama: config.json has no model_type, and its {key} is {value}"
+        refused(source, tmp_path, UnsupportedModelError, message, family="llama")
+    (source / "config.json").write_text(json.dumps(config))
+    plan = nf.plan(source, tmp_path / "out", family="llama")
+    assert plan.warnings[0].startswith("config.json: it has no model_type; it is converted as if")
+    nf.convert(source, tmp_path / "there", family="llama")
+    nf.convert(tmp_path / "there", tmp_path / "back")
+    written = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert written["model_type"] == "llama"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("Ernie4_5", {}, "turns neighbours"),
+        ("GRANITE", {}, "attention_multiplier is 1.0"),
+        ("Mistral", {"sliding_window": 8}, "its sliding_window: 8, where"),
+        ("cohere_compass_text", {}, "LayerNorm"),
+        ("granitemoe_swa", {}, "learned sinks"),
+        ("dots1", {}, "qk-norm"),
+        ("aria_text", {}, "renormalises"),
+    ],
+)
+def test_types_by_any_spelling(
+    model_type: str, changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = save(tmp_path / "hf", model_type, changes)
+    refused(source, tmp_path, UnsupportedModelError, message, family="llama")
 
 
 def test_refused_types_say_why_in_a_line(tmp_path: Path) -> None:
