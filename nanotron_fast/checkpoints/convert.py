@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.plan.sides import UNTIE
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
-from nanotron_fast.checkpoints.source import read, resolve, resolve_companions
+from nanotron_fast.checkpoints.source import read, resolve, resolve_companions, tensor_names
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, parse_shard_size
+from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.interruption import Interrupted
-from nanotron_fast.model.topology import Topology
+from nanotron_fast.model.topology import Topology, topology_wanted
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.dtypes import parse_cast
 from nanotron_fast.moves.engine import ProgressCallback
@@ -107,6 +108,8 @@ def plan(
             naming the file, tensor or option and the numbers.
         OSError: a file cannot be read.
     """
+    if topology is not None and not isinstance(topology, Topology):
+        raise ConfigError(topology_wanted(topology))
     options = Options(
         topology=topology or Topology(),
         cast=parse_cast(dtype),
@@ -129,20 +132,24 @@ def plan(
     if to is not None and to not in DIRECTIONS:
         raise ConfigError(f"--to {to}: choose {' or '.join(DIRECTIONS)}")
     # What a direction does not need is not even imported: it counts in the time to start.
-    checkpoint = read(resolve(src)).without(options.ignore_tensors)
+    whole = read(resolve(src))
+    warnings = unmatched(tensor_names(whole), options.ignore_tensors)
+    checkpoint = whole.without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
         if to == "hf":
             raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
         from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
 
-        return plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
+        ready = plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
+        return replace(ready, warnings=(*ready.warnings, *warnings))
     if to == "nanotron":
         from nanotron_fast.checkpoints.plan.reshard import plan_reshard
 
         return plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
     from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
-    return plan_to_hf(checkpoint, options)
+    ready = plan_to_hf(checkpoint, options)
+    return replace(ready, warnings=(*ready.warnings, *warnings))
 
 
 def convert(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import NanotronModel
@@ -107,6 +108,7 @@ def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
         found = family_of_config(checkpoint.config, family)
         warnings = warnings_about(found, checkpoint.config)
         name, spec = found.name, read_config(found, checkpoint.config)
+        check_counts(spec, checkpoint)
     except NanotronFastError as error:
         problem = str(error)
     infos = [tensor.info for tensor in checkpoint.tensors.values()]

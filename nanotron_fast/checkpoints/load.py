@@ -20,7 +20,7 @@ from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.kernels import pack
-from nanotron_fast.model.topology import Topology
+from nanotron_fast.model.topology import Topology, topology_wanted
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.engine import ProgressCallback, default_workers
 from nanotron_fast.moves.move import table_of
@@ -144,12 +144,7 @@ def load_into(
 def _check_arguments(tensors: object, topology: object, rank: object) -> None:
     """What is easily given by mistake. Raises TypeError, ConfigError."""
     if not isinstance(topology, Topology):
-        numbers = topology if isinstance(topology, tuple | list) else ()
-        given = [*numbers[:2], "...", "..."]
-        raise TypeError(
-            f"topology is {topology!r}, a {type(topology).__name__}: give "
-            f"nanotron_fast.Topology(tp={given[0]}, pp={given[1]})"
-        )
+        raise TypeError(topology_wanted(topology))
     if isinstance(rank, bool) or not isinstance(rank, int):
         raise TypeError(f"rank is {rank!r}: give a whole number, pp_rank * tp + tp_rank")
     if any(each.__module__.partition(".")[0] == "transformers" for each in type(tensors).__mro__):

@@ -99,3 +99,10 @@ def read(root: Path) -> HfCheckpoint | NanotronCheckpoint:
         f"{root}: neither a Hugging Face checkpoint (config.json) nor a Nanotron one "
         "(model_config.json and model/)"
     )
+
+
+def tensor_names(checkpoint: HfCheckpoint | NanotronCheckpoint) -> list[str]:
+    """Of the tensors in a checkpoint, or of Nanotron's parameters."""
+    if isinstance(checkpoint, HfCheckpoint):
+        return list(checkpoint.tensors)
+    return list(checkpoint.params)

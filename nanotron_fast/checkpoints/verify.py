@@ -10,8 +10,9 @@ from typing import Any
 
 from nanotron_fast.checkpoints.logits import LogitsReport, compare_logits
 from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
-from nanotron_fast.checkpoints.source import read, resolve
+from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
+from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.moves.row import FILL
@@ -35,6 +36,8 @@ class Verification:
     casts: tuple[str, ...]
     bytes_compared: int
     logits: LogitsReport | None = None
+    # Why logits were asked for and not run; None where they were, or were not asked for.
+    no_logits: str | None = None
     warnings: tuple[str, ...] = ()
     # Tensors that were left out because the user asked for it.
     ignored: tuple[str, ...] = ()
@@ -51,6 +54,8 @@ class Verification:
             document["warnings"] = list(self.warnings)
         if self.ignored:
             document["ignored_tensors"] = list(self.ignored)
+        if self.no_logits is not None:
+            document["logits_not_run"] = self.no_logits
         if self.logits is not None:
             document["logits"] = {
                 "equal": self.logits.equal,
@@ -103,7 +108,9 @@ def verify(
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
     """
     roots = resolve(a), resolve(b)
-    first, second = (read(root).without(ignore_tensors) for root in roots)
+    whole = [read(root) for root in roots]
+    unused = unmatched([name for each in whole for name in tensor_names(each)], ignore_tensors)
+    first, second = (each.without(ignore_tensors) for each in whole)
     for side in (first, second):
         if isinstance(side, HfCheckpoint):
             check_rival_bytes(side)
@@ -119,7 +126,7 @@ def verify(
     )
     differing = {**plan.differing, **_reasons(plan, found)}
     report = None
-    if logits and not plan.differing:  # else they are not the same model, or one is incomplete
+    if logits and plan.cannot_run is None:
         report = compare_logits(
             *roots,
             family=family,
@@ -133,7 +140,8 @@ def verify(
         casts=tuple(plan.casts),
         bytes_compared=plan.num_bytes,
         logits=report,
-        warnings=tuple(plan.warnings),
+        no_logits=plan.cannot_run if logits else None,
+        warnings=(*plan.warnings, *unused),
         ignored=tuple(dict.fromkeys((*first.ignored, *second.ignored))),
     )
 

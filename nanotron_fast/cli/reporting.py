@@ -112,6 +112,8 @@ def verification_lines(result: Verification) -> Iterator[str]:
             f"{logits.num_same_argmax} of {logits.num_tokens}"
         )
         yield f"  A by {logits.programs[0]}, B by {logits.programs[1]}"
+    if result.no_logits is not None:
+        yield f"logits were not run: {result.no_logits}"
     verdict = "equal" if result.equal else f"different in {len(result.differing)}"
     yield f"{verdict}: {_count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
 

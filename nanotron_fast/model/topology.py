@@ -29,6 +29,16 @@ class Topology:
         return f"TP={self.tp} PP={self.pp}"
 
 
+def topology_wanted(given: object) -> str:
+    """What to say to something else than a Topology."""
+    numbers: list[object] = list(given) if isinstance(given, tuple | list) else []
+    tp, pp, *_ = [*numbers[:2], "...", "..."]
+    return (
+        f"topology is {given!r}, a {type(given).__name__}: give "
+        f"nanotron_fast.Topology(tp={tp}, pp={pp})"
+    )
+
+
 def assign_stages(costs: Sequence[int], pp: int) -> list[int]:
     """Nanotron's pipeline stage of each block, from the blocks' compute costs in order.
 

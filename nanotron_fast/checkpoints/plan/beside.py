@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ _NANOTRON = (
     nanotron.WEIGHTS,
     side_file.NAME,
 )
+# Letters of a name that a warning repeats.
+_SHOWN = 300
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,13 +87,15 @@ def _tokenizer_of_training(root: Path) -> tuple[dict[str, Path], str | None]:
     """The tokenizer that a training configuration names, or what to do without one."""
     document, problem = training_document(root)
     name = _at(document, "tokenizer", "tokenizer_name_or_path")
-    if isinstance(name, str) and name and Path(name).is_dir():
+    # Unlike Path.is_dir, it takes a name that no file system could hold for no folder.
+    if isinstance(name, str) and name and os.path.isdir(name):
         found: Companions = companions(Path(name))
         if found.tokenizer:
             return found.tokenizer, None
         problem = f"{nanotron.CONFIG_YAML} names {name}, which has none"
     elif isinstance(name, str) and name:
-        problem = f"{nanotron.CONFIG_YAML} names {name}, which is no folder here"
+        shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
+        problem = f"{nanotron.CONFIG_YAML} names {shown}, which is no folder here"
     because = f", and {problem}" if problem else ""
     return {}, (
         f"no tokenizer is written: none lies in {root}{because}. Give it with --tokenizer DIR_OR_ID"
@@ -117,7 +122,7 @@ def original_of_training(root: Path) -> Path | None:
     path = _at(document, "model", "init_method", "path")
     if not isinstance(path, str) or not path:
         return None
-    return Path(path) if (Path(path) / side_file.NAME).is_file() else None
+    return Path(path) if os.path.isfile(os.path.join(path, side_file.NAME)) else None
 
 
 def _at(document: Any, *keys: str) -> object:

@@ -40,8 +40,8 @@ _COMPARED = (
     "sliding_window",
     "no_rope_interval",
 )
-# With any of these different, there is nothing to compare tensor by tensor.
-_STRUCTURAL = frozenset(_COMPARED[:12])
+# With any of the first of them different, there is nothing to compare tensor by tensor.
+_NUM_STRUCTURAL = 12
 
 
 @dataclass(slots=True)
@@ -57,6 +57,8 @@ class ComparisonPlan:
     num_tensors: int = 0
     numbers: dict[Path, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    # Why the two cannot be run on the same tokens: they are not of one structure, or incomplete.
+    cannot_run: str | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -64,6 +66,10 @@ class ComparisonPlan:
         return sum(
             named.move.num_elements * named.move.destination_dtype.itemsize for named in self.moves
         )
+
+
+class _OtherDtype(CheckpointError):
+    """Dtypes that are not compared. Both sides are whole all the same."""
 
 
 class _Model:
@@ -111,7 +117,11 @@ def plan_comparison(
         left, right = (_computed(model.spec, name) for model in (first, second))
         if left != right:
             plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
-    if any(f"config: {name}" in plan.differing for name in _STRUCTURAL):
+    structure = [
+        name for name in _COMPARED[:_NUM_STRUCTURAL] if f"config: {name}" in plan.differing
+    ]
+    if structure:
+        plan.cannot_run = f"the two are of different structure ({', '.join(structure)})"
         return plan
     _plan_tensors(plan, first, second)
     for model in (first, second):
@@ -119,6 +129,7 @@ def plan_comparison(
     for model, other in ((first, "B"), (second, "A")):
         for name in model.stored.leftovers(model.side):
             plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
+            plan.cannot_run = plan.cannot_run or f"{name} is in {model.label} alone"
     return plan
 
 
@@ -191,6 +202,8 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
                 )
             except CheckpointError as error:
                 plan.differing[name] = str(error)
+                if not isinstance(error, _OtherDtype):
+                    plan.cannot_run = plan.cannot_run or str(error)
                 continue
             if cast is not None and name not in compared:
                 casts[cast] += 1
@@ -217,7 +230,7 @@ def _plan_part(
         left_dtype, right_dtype = right_dtype, left_dtype
     (source, source_param), (destination, param) = left, right
     if Dtype.F64 in (left_dtype, right_dtype) and left_dtype is not right_dtype:
-        raise CheckpointError(
+        raise _OtherDtype(
             f"{left_dtype.short_name} in {source.label}, {right_dtype.short_name} in "
             f"{destination.label}"
         )

@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import CheckpointError, ConfigError
-from nanotron_fast.formats.huggingface.files import EXPLICIT, INDEX, SINGLE, Files, choose_files
+from nanotron_fast.formats.huggingface.files import (
+    EXPLICIT,
+    HEAD,
+    INDEX,
+    SINGLE,
+    Files,
+    choose_files,
+)
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
@@ -23,7 +30,6 @@ GENERATION_CONFIG = "generation_config.json"
 __all__ = ["INDEX", "SINGLE"]
 
 _ADAPTER_CONFIG = "adapter_config.json"
-_HEAD = "lm_head.weight"
 _BLOCK_BYTES = 1 << 20
 
 _SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -104,7 +110,7 @@ def read_hf(root: Path) -> HfCheckpoint:
         read_json_object(generation) if generation.is_file() else None,
         tensors,
         rivals,
-        absent,
+        absent or choice.absent,
         tuple(warnings),
     )
 
@@ -124,7 +130,7 @@ def _read_files(root: Path, files: Files, index: str) -> tuple[dict[str, StoredT
         for tensor in wanted or ():
             if tensor in header.tensors:
                 continue
-            if tensor != _HEAD:
+            if tensor != HEAD:
                 raise CheckpointError(f"{root / name}: {index} places {tensor} there; it is not")
             absent = tensor
     return tensors, absent

@@ -18,6 +18,7 @@ from nanotron_fast.formats.json_file import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
 EXPLICIT = "transformers_weights"
 
 # File names, each with the tensors that an index places in it (None without an index).
@@ -33,26 +34,40 @@ class Choice:
     # Whole shards of an index beside model.safetensors: they must hold the same.
     rival: Files | None = None
     warnings: tuple[str, ...] = ()
+    # The head, where the index places it alone in a file that is not there.
+    absent: str | None = None
 
 
 def choose_files(root: Path, config: Mapping[str, Any]) -> Choice:
     """Finds the tensor files. Raises CheckpointError, OSError."""
     explicit = config.get(EXPLICIT)
     if explicit is not None:
-        return _explicit(root, explicit)
+        return _explicit(root, explicit, config)
     has_single, has_index = (root / SINGLE).is_file(), (root / INDEX).is_file()
     if has_single and has_index:
         return _single_beside_index(root)
     if has_single:
         return Choice({SINGLE: None})
     if has_index:
-        files = indexed_files(root, INDEX)
-        _check_present(root, INDEX, files)
-        return Choice(files)
+        return _sharded(root, INDEX, config)
     raise CheckpointError(f"{root}: {_no_weights(root)}")
 
 
-def _explicit(root: Path, name: object) -> Choice:
+def _sharded(root: Path, index: str, config: Mapping[str, Any]) -> Choice:
+    files = indexed_files(root, index)
+    absent: str | None = None
+    if config.get("tie_word_embeddings") is not False:
+        # A head that is tied is wherever the embedding is, whatever the index says.
+        heads = [name for name in files if files[name] == {HEAD} and not (root / name).is_file()]
+        if len(heads) < len(files):
+            for name in heads:
+                del files[name]
+                absent = HEAD
+    _check_present(root, index, files)
+    return Choice(files, index, absent=absent)
+
+
+def _explicit(root: Path, name: object, config: Mapping[str, Any]) -> Choice:
     key = f"{root}: {EXPLICIT} of config.json is {name!r}"
     if not is_file_name(name) or not name.endswith((".safetensors", ".safetensors.index.json")):
         raise CheckpointError(f"{key}, which is not the name of a safetensors file or index")
@@ -60,12 +75,18 @@ def _explicit(root: Path, name: object) -> Choice:
         raise CheckpointError(f"{key}, which is not there")
     if name.endswith(".safetensors"):
         return Choice({name: None})
-    files = indexed_files(root, name)
-    _check_present(root, name, files)
-    return Choice(files, name)
+    return _sharded(root, name, config)
 
 
 def _single_beside_index(root: Path) -> Choice:
+    if not read_json_object(root / INDEX).get("weight_map", {}):
+        return Choice(
+            {SINGLE: None},
+            warnings=(
+                f"{root / INDEX} names no tensors: it is left alone, and {SINGLE} beside it is "
+                "read, which is what transformers loads",
+            ),
+        )
     files = indexed_files(root, INDEX)
     if set(files) == {SINGLE}:
         return Choice(files)

@@ -1,0 +1,119 @@
+"""What is said: warnings where the work is done all the same, reasons, and what to give."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import nanotron_fast as nf
+from nanotron_fast.cli.reporting import verification_lines
+from nanotron_fast.errors import CheckpointError, ConfigError
+from tests.modelzoo import Tensor, make, read_tensors, write_json
+from tests.refusals import refused
+
+
+def edit(path: Path, **changes: Any) -> None:
+    write_json(path, {**json.loads(path.read_text()), **changes})
+
+
+@pytest.fixture
+def hf(tmp_path: Path) -> Path:
+    return make("llama", num_hidden_layers=2, tie_word_embeddings=True).save(tmp_path / "hf")
+
+
+def test_logits_are_run_whatever_differs_but_the_structure(hf: Path, tmp_path: Path) -> None:
+    nf.convert(hf, tmp_path / "out")
+    edit(tmp_path / "out" / "model_config.json", rope_theta=500.0)
+    found = nf.verify(hf, tmp_path / "out", logits=True)
+    assert [item.name for item in found.differing] == ["config: rope_theta"]
+    assert found.logits is not None
+    assert found.logits.max_difference > found.logits.tolerance
+    assert "the largest logit is at the same place" in "".join(verification_lines(found))
+    assert "logits_not_run" not in found.to_json()
+    assert not found.equal
+
+
+def test_why_logits_were_not_run(hf: Path, tmp_path: Path) -> None:
+    nf.convert(hf, tmp_path / "out")
+    norm = tmp_path / "out/model/model/decoder/0/pp_block/input_layernorm"
+    shutil.move(norm, tmp_path / "moved")
+    found = nf.verify(hf, tmp_path / "out", logits=True)
+    assert found.logits is None
+    assert "input_layernorm.weight is missing" in str(found.no_logits)
+    assert f"logits were not run: {found.no_logits}" in list(verification_lines(found))
+    assert found.to_json()["logits_not_run"] == found.no_logits
+    assert nf.verify(hf, tmp_path / "out").no_logits is None
+    other = make("llama", num_hidden_layers=1).save(tmp_path / "other")
+    found = nf.verify(hf, other, logits=True)
+    assert found.no_logits == "the two are of different structure (num_layers, tie_word_embeddings)"
+
+
+def test_a_topology_that_is_none(hf: Path, tmp_path: Path) -> None:
+    for given, shown in (((2, 1), r"tp=2, pp=1"), ((2,), r"tp=2, pp=\.\.\."), ("2", "tp=")):
+        refused(hf, tmp_path, ConfigError, f"give nanotron_fast.Topology.{shown}", topology=given)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "~" + "/y" * 3000])
+def test_a_tokenizer_by_a_name_that_no_file_has(name: str, hf: Path, tmp_path: Path) -> None:
+    nf.convert(hf, tmp_path / "step")
+    (tmp_path / "step" / "nanotron_fast.json").unlink()
+    path = tmp_path / "step" / "config.yaml"
+    document = yaml.safe_load(path.read_text())
+    document["tokenizer"] = {"tokenizer_name_or_path": name}
+    document["model"]["init_method"] = {"path": name}
+    path.write_text(yaml.safe_dump(document))
+    report = nf.convert(tmp_path / "step", tmp_path / "back")
+    (warning,) = [each for each in report.plan.warnings if "no tokenizer is written" in each]
+    assert "which is no folder here" in warning
+    assert len(warning) < 1000
+
+
+def test_patterns_that_match_nothing(hf: Path, tmp_path: Path) -> None:
+    extra = {"v_head.weight": Tensor("F32", (1,), b"\0" * 4)}
+    make("llama", num_hidden_layers=2, tie_word_embeddings=True).save(hf, extra=extra)
+    patterns = ["v_head.*", "w_head.*"]
+    report = nf.convert(hf, tmp_path / "out", ignore_tensors=patterns)
+    message = "--ignore-tensors w_head.*: no tensor has such a name"
+    assert report.plan.warnings == (message,)
+    found = nf.verify(hf, tmp_path / "out", ignore_tensors=patterns)
+    assert found.equal
+    assert found.warnings == (message,)
+    warnings = nf.plan(tmp_path / "out", tmp_path / "x", ignore_tensors="w_head.*").warnings
+    assert message in warnings
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"metadata": {}, "weight_map": None}])
+def test_an_index_of_nothing_beside_the_weights(index: Any, hf: Path, tmp_path: Path) -> None:
+    write_json(hf / "model.safetensors.index.json", index)
+    report = nf.convert(hf, tmp_path / "out")
+    assert "names no tensors: it is left alone" in report.plan.warnings[0]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_in_a_shard_that_is_missing(tied: bool, tmp_path: Path) -> None:
+    model = make("llama", num_hidden_layers=2, tie_word_embeddings=tied)
+    root = model.save(tmp_path / "sharded", shards=2)
+    path = root / "model.safetensors.index.json"
+    places = json.loads(path.read_text())["weight_map"]
+    if not tied:
+        message = "model-00003-of-00003.safetensors is missing"
+    write_json(
+        path, {"weight_map": {**places, "lm_head.weight": "model-00003-of-00003.safetensors"}}
+    )
+    if not tied:
+        refused(root, tmp_path, CheckpointError, message)
+        return
+    report = nf.convert(root, tmp_path / "out")
+    (warning,) = [each for each in report.plan.warnings if "lm_head.weight" in each]
+    assert "places lm_head.weight in a file that" in warning
+    nf.convert(tmp_path / "out", tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == model.tensors
+
+
+def test_inspect_says_that_the_layers_are_not_there(hf: Path) -> None:
+    edit(hf / "config.json", num_hidden_layers=5000)
+    found = nf.inspect(hf)
+    assert "config.json calls for 5,000 layers, and the files hold 20 tensors" in str(found.problem)
