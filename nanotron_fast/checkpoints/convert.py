@@ -141,14 +141,14 @@ def plan(
         from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
 
         ready = plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
-        return replace(ready, warnings=(*ready.warnings, *warnings))
-    if to == "nanotron":
+    elif to == "nanotron":
         from nanotron_fast.checkpoints.plan.reshard import plan_reshard
 
-        return plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
-    from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
+        ready = plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
+    else:
+        from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
-    ready = plan_to_hf(checkpoint, options)
+        ready = plan_to_hf(checkpoint, options)
     return replace(ready, warnings=(*ready.warnings, *warnings))
 
 
@@ -239,10 +239,8 @@ def convert(
 
 
 def _names(ready: Plan) -> frozenset[str]:
-    """What will lie in the destination itself."""
-    outputs = (output.path.partition("/")[0] for output in ready.transfer.outputs)
-    copies = (name.partition("/")[0] for name in ready.copies)
-    return frozenset((*outputs, *ready.documents, *copies))
+    """Paths of the small files that will lie in the destination."""
+    return frozenset((*ready.documents, *ready.copies))
 
 
 def _sizes(ready: Plan) -> Iterator[int]:

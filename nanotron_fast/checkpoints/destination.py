@@ -78,7 +78,7 @@ class Destination:
     def check(self, names: Collection[str] = ()) -> None:
         """Raises DestinationError where something is in the way.
 
-        `names` are those of the new result's parts: what is replaced by its like is not lost.
+        `names` are paths of the new result's files: what is replaced by its like is not lost.
         """
         if self.path.exists() and not self.path.is_dir():
             raise DestinationError(f"{self.path}: it is there, and is not a directory")
@@ -122,7 +122,7 @@ class Destination:
 
         Args:
             sizes: of the files that will be written, in bytes.
-            names: of the parts of the result.
+            names: paths of the small files of the result.
 
         Raises:
             DestinationError: something is in the way, or the file system has no room for that.

@@ -155,8 +155,8 @@ def test_source_and_destination_within_each_other(
 def test_source_by_a_link_that_lies_in_the_destination(source: Path, tmp_path: Path) -> None:
     """Overwriting the destination takes a link away, not the source."""
     old_checkpoint(tmp_path / "out")
-    (tmp_path / "out" / "tokenizer").symlink_to(source)
-    nanotron_fast.convert(tmp_path / "out" / "tokenizer", tmp_path / "out", overwrite=True)
+    (tmp_path / "out" / "tokenizer.model").symlink_to(source)
+    nanotron_fast.convert(tmp_path / "out" / "tokenizer.model", tmp_path / "out", overwrite=True)
     assert read_tensors(source) == MODEL.tensors
 
 

@@ -179,6 +179,13 @@ def test_a_tokenizer_within_the_destination(source: Path, tmp_path: Path) -> Non
     [
         (["thesis.tex", "photo.jpg"], "photo.jpg, thesis.tex;"),
         (["config.json", "thesis.tex"], "more in it: thesis.tex;"),
+        (["config.json", "tokenizer_thesis.txt", "my_config.json"], "my_config.json, tokenizer_th"),
+        (["config.json", ".cache/keys"], "more in it: .cache;"),
+        (["config.json", ".cache/huggingface/a.lock", "vocabulary.txt"], "in it: vocabulary.txt;"),
+        (["config.json", "precious.safetensors"], "more in it: precious.safetensors;"),
+        (["config.json", "README-draft.md", "LICENSE_KEYS"], "LICENSE_KEYS, README-draft.md;"),
+        (["tokenizer.json", "model_config.json"], "model_config.json, tokenizer.json;"),
+        (["checkpoint_metadata.json"], "checkpoint_metadata.json;"),
         (["tokenizer.json"], "tokenizer.json;"),
         (["config.json", ".git/HEAD"], "more in it: .git;"),
         (["config.json", "model/train.py"], "more in it: model;"),
@@ -193,8 +200,45 @@ def test_overwrite_refuses_what_is_no_checkpoint(
     for name in contents:
         path = tmp_path / "out" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("precious")
+        path.write_text('{"model_type": "llama"}' if name == "config.json" else "precious")
     refused(source, tmp_path / "out", shown, overwrite=True)
+
+
+@pytest.mark.parametrize("config", ["", "{}", "[]", "precious"])
+def test_overwrite_refuses_a_configuration_of_something_else(
+    config: str, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text(config)
+    refused(source, tmp_path / "out", "more in it: config.json;", overwrite=True)
+
+
+def test_what_a_conversion_carried_may_be_replaced(source: Path, tmp_path: Path) -> None:
+    """By another model, too, which has nothing of the kind; and by none that adds to it."""
+    plain = MODEL.save(tmp_path / "plain")
+    names = {"files": ["assets/words.dat", "data.jsonl"]}
+    (source / "tokenizer_config.json").write_text(json.dumps(names))
+    (source / "assets").mkdir()
+    for name in ("notes.txt", "data.jsonl", "modules.json", "assets/words.dat"):
+        (source / name).write_text("carried")
+    there, again, back = tmp_path / "there", tmp_path / "again", tmp_path / "back"
+    nanotron_fast.convert(source, there)
+    assert (there / "assets" / "words.dat").is_file()
+    nanotron_fast.convert(there, again, to="nanotron")
+    for out in (there, again):
+        (out / "mine.txt").write_text("precious")
+        refused(plain, out, "more in it: mine.txt;", overwrite=True)
+        (out / "mine.txt").unlink()
+        (out / "assets" / "mine.txt").write_text("precious")
+        refused(plain, out, "more in it: assets;", overwrite=True)
+        (out / "assets" / "mine.txt").unlink()
+    nanotron_fast.convert(there, back)
+    for _ in range(2):
+        nanotron_fast.convert(there, back, overwrite=True)
+    nanotron_fast.convert(plain, there, overwrite=True)
+    assert not (there / "notes.txt").exists()
+    # A Hugging Face folder has no note: what its configurations name is its own, the rest is not.
+    refused(there, back, "more in it: modules.json, notes.txt;", overwrite=True)
 
 
 def test_overwrite_replaces_what_trainers_write(source: Path, tmp_path: Path) -> None:

@@ -65,9 +65,8 @@ def plan_reshard(source: NanotronCheckpoint, destination: Path, options: Options
         nanotron.METADATA: partial(_indented, {**metadata, "tp": topology.tp, "dp": 1}),
     }
     if (source.root / side_file.NAME).is_file():
-        documents[side_file.NAME] = partial(
-            _indented, read_json_object(source.root / side_file.NAME)
-        )
+        side = read_json_object(source.root / side_file.NAME)
+        documents[side_file.NAME] = partial(_indented, {**side, "carried": sorted(beside.copies)})
     training, problem = training_document(source.root)
     if isinstance(training, Mapping):
         has_tokenizer = beside.has_tokenizer

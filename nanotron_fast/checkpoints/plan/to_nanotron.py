@@ -99,6 +99,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         config=source.config,
         generation_config=source.generation_config,
         dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.cast),
+        carried=sorted(beside.copies),
     )
     metadata = nanotron.metadata_document(version, topology.tp)
     documents: dict[str, Callable[[], bytes]] = {

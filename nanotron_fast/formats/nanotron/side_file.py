@@ -8,7 +8,7 @@ ids. A checkpoint that Nanotron itself saved has none.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,8 @@ class SideFile:
     generation_config: Mapping[str, Any] | None = None
     # Safetensors dtypes of the Hugging Face tensors that Nanotron keeps in another one.
     dtypes: Mapping[str, str] = field(default_factory=dict)
+    # Paths of the files that were carried, for who replaces the checkpoint: they are its own.
+    carried: Sequence[str] = ()
 
     def to_bytes(self) -> bytes:
         """The file's contents."""
