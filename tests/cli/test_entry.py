@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.test_processes import free_port
+from tests.checkpoints.test_processes import free_port
 
 import nanotron_fast
 from nanotron_fast import interruption
