@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.checkpoints.test_processes import free_port
 
 import nanotron_fast
 from nanotron_fast import interruption
 from nanotron_fast.interruption import Interrupted
+from tests.checkpoints.test_processes import free_port
 
 MODULE = [sys.executable, "-m", "nanotron_fast"]
 SCRIPT = Path(__file__).parents[2] / "examples" / "llama" / "convert_hf_to_nanotron.py"
