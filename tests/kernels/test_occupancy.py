@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanotron_fast.kernels.runtime import occupancy, rms_norm
+from nanotron_fast.kernels import rms_norm
+from nanotron_fast.kernels.runtime import occupancy
 
 H100 = SimpleNamespace(
     major=9,
