@@ -1,0 +1,1 @@
+"""The commands that Nanotron's users know, with their flags."""
