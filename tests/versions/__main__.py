@@ -36,17 +36,17 @@ KERNELS = (
 )
 CONVERTER = (
     *ONE_CASE_EACH,
-    "tests/test_roundtrip.py",
-    "tests/test_golden.py",
-    "tests/test_casts.py",
-    "tests/test_loading.py",
+    "tests/checkpoints/test_roundtrip.py",
+    "tests/checkpoints/test_golden.py",
+    "tests/moves/test_casts.py",
+    "tests/checkpoints/test_loading.py",
 )
 TRANSFORMERS = (
     (
         *ONE_CASE_EACH,
-        "tests/test_roundtrip.py",
-        "tests/test_golden.py",
-        "tests/test_transformers.py",
+        "tests/checkpoints/test_roundtrip.py",
+        "tests/checkpoints/test_golden.py",
+        "tests/checkpoints/test_transformers.py",
         "tests/patch/test_transformers_models.py",
     ),
 )
@@ -85,8 +85,8 @@ TABLE = (
     Line("transformers newest", ("transformers",), TRANSFORMERS),
     Line("numpy 1.26", ("numpy==1.26.4",), (CONVERTER,), needs_below=(3, 13)),
     Line("numpy newest", ("numpy",), (CONVERTER,)),
-    Line("typer 0.16", ("typer==0.16.0",), ((*ONE_CASE_EACH, "tests/test_cli.py"),)),
-    Line("typer newest", ("typer<0.29",), ((*ONE_CASE_EACH, "tests/test_cli.py"),)),
+    Line("typer 0.16", ("typer==0.16.0",), ((*ONE_CASE_EACH, "tests/cli/test_cli.py"),)),
+    Line("typer newest", ("typer<0.29",), ((*ONE_CASE_EACH, "tests/cli/test_cli.py"),)),
 )
 
 
