@@ -84,9 +84,11 @@ def test_golden_logits(case: str, tmp_path: Path) -> None:
     torch.testing.assert_close(found[:, -4:], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_stacked", [True, False])
+@pytest.mark.parametrize("is_stacked", [False, True])
 def test_checkpoint_that_transformers_saved(is_stacked: bool, tmp_path: Path) -> None:
     """Written by this version's own save_pretrained, converted, and loaded again."""
+    if is_stacked and transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 reads no stacked experts")
     source = make("qwen2_moe").save(tmp_path / "source", is_stacked=is_stacked)
     model = load(source)
     model.save_pretrained(tmp_path / "saved", max_shard_size="200KB")
