@@ -214,6 +214,8 @@ def test_a_terminal_gets_a_bar(tmp_path: Path, golden_hf: Path) -> None:
 
 def test_the_console_script_is_the_module() -> None:
     script = Path(sys.executable).with_name("nanotron-fast")
+    if not script.exists():
+        pytest.skip("the package is not installed in this environment itself")
     version = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert version.stdout == run("--version").stdout
 
