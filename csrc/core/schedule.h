@@ -68,10 +68,10 @@ struct Schedule {
 };
 
 // The bytes that one read or write carries where the move allows: enough to make a system call
-// cheap, few enough to stay in a core's own cache between the read and the write. A write also makes
-// the page cache allocate memory in pieces of up to its own size. Larger pieces copy a little faster
-// where they are at hand, and several times slower where the kernel must compact memory or, in a
-// virtual machine, get it back from the host.
+// cheap, few enough to stay in a core's own cache between the read and the write. A write also
+// makes the page cache allocate memory in pieces of up to its own size. Larger pieces copy a little
+// faster where they are at hand, and several times slower where the kernel must compact memory or,
+// in a virtual machine, get it back from the host.
 constexpr int64_t kBlockBytes = int64_t{128} << 10;
 
 // Moves must not overlap in their destinations (the planner proves that).
