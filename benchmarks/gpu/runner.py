@@ -79,7 +79,7 @@ class Runner:
         self.ceilings: dict[str, float] = {}
         self.left_out: list[str] = []
         # What has not begun yet, in order; and of it what waits for a job in the background.
-        self.todo: list[Job] = []
+        self.not_begun: list[Job] = []
         self._postponed: list[Job] = []
         self._counts: dict[int, int] = {}
         self._waits: set[str] = set()
@@ -101,7 +101,7 @@ class Runner:
     def _start(self, job: Job) -> None:
         context = asdict(Context(dry=self.dry, ceilings=self.ceilings))
         self.pool.start(job, min(job.limit, self.limit, self.left), context)
-        self.todo.remove(job)
+        self.not_begun.remove(job)
 
     def _collect(self, seconds: float) -> list[Running]:
         """Writes what came in, and gives the jobs that ended."""
@@ -141,7 +141,7 @@ class Runner:
         """All phases in turn; `background` runs beside them, each once what it is after ended."""
         waiting, phases = list(background), list(phases)
         self._waits |= {job.operation for job in waiting}
-        self.todo = [*waiting, *(job for phase in phases for job in phase.jobs)]
+        self.not_begun = [*waiting, *(job for phase in phases for job in phase.jobs)]
         for phase in phases:
             self._run_phase(phase, waiting)
         if self._postponed:  # nothing else is left to do meanwhile
@@ -194,7 +194,7 @@ class Runner:
 
     def _leave_out(self, jobs: Iterable[Job]) -> None:
         for job in tuple(jobs):
-            self.todo.remove(job)
+            self.not_begun.remove(job)
             self.left_out.append(job.name)
 
     def close(self, why: str = "") -> None:
@@ -205,7 +205,7 @@ class Runner:
             for row in running.rows():
                 self.add(row | {"job": running.job.name})
             self.left_out.append(running.job.name)
-        self._leave_out(self.todo)
+        self._leave_out(self.not_begun)
         self.left_out = list(dict.fromkeys(self.left_out))
         if why:
             self.add({"kind": "machine", "operation": "cut off", "ok": None, "note": why})

@@ -62,7 +62,7 @@ def test_a_job_that_the_budget_ends_is_left_out_and_no_failure(runner: Runner) -
 
 
 def test_what_had_not_begun_when_a_run_was_cut_off_is_named(runner: Runner) -> None:
-    runner.todo = [_sleep("a", 0), _sleep("b", 0)]
+    runner.not_begun = [_sleep("a", 0), _sleep("b", 0)]
     runner.close("SIGTERM after 1 s")
     assert runner.rows.rows[-1]["jobs"] == ["check a", "check b"]
 
