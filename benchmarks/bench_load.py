@@ -115,7 +115,7 @@ def tensors_of(root: Path, tp: int, dtype: torch.dtype, device: str) -> Tensors:
     config = json.loads((root / "config.json").read_text())
     family = family_of_config(config)
     return {
-        param.name: torch.empty(param.local_shape(tp), dtype=dtype, device=device)
+        param.name: torch.empty(param.local_shape({"tp": tp}), dtype=dtype, device=device)
         for param in family.params(read_config(family, config))
     }
 

@@ -97,7 +97,7 @@ def _layout(root: Path, shape: str, dtype: Dtype, num_shards: int) -> list[NewFi
     tensors = [
         (address.name, dtype, address.shape)
         for param in family.params(read_config(family, config))
-        for address in dict.fromkeys(part.hf[0] for part in param.parts)
+        for address in dict.fromkeys(part.tensors[0] for part in param.parts)
     ]
     total = sum(int(np.prod(shape)) * dtype.itemsize for _, dtype, shape in tensors)
     files, index = layout_shards(tensors, -(-total // num_shards) if num_shards > 1 else total)

@@ -29,12 +29,12 @@ def check_counts(spec: ModelSpec, checkpoint: HfCheckpoint | NanotronCheckpoint)
         )
     if spec.moe is None:
         return
-    num_experts = spec.moe.num_experts * len(spec.moe.layers)
+    num_experts = spec.moe.num_experts * len(spec.moe_layers)
     room = sum(map(_most_experts, infos))
     if num_experts > room:
         raise CheckpointError(
             f"{checkpoint.root}: {name} calls for {spec.moe.num_experts:,} experts in "
-            f"{len(spec.moe.layers):,} layers, and the files hold tensors of {room:,} at most"
+            f"{len(spec.moe_layers):,} layers, and the files hold tensors of {room:,} at most"
         )
 
 

@@ -26,9 +26,10 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR, NanotronCheckpoint
-from nanotron_fast.formats.nanotron.classes import STARCODER2_CONFIG
+from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.formats.nanotron.slices import read_slices
 from nanotron_fast.kernels.rope.tables import rope_frequencies
+from nanotron_fast.model.spec import Attention, Experts
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
@@ -68,11 +69,14 @@ class NanotronForward:
         self.spec = model.padded_spec
         self.vocab_size = model.spec.vocab_size
         self.is_interleaved = model.is_interleaved
-        self.scaling = model.spec.rope_scaling if model.target == "nanotron-fast" else None
+        is_own = model.model_class is NANOTRON_FAST_CONFIG
+        honours_scaling = is_own or model.target == "nanotron-fast"
+        self.scaling = model.spec.rope_scaling if honours_scaling else None
         self.act = _ACTIVATIONS[self.spec.hidden_act]
         scaled = ", rope_scaling honoured" if self.scaling else ""
         # Who computes, for people.
-        self.name = f"Nanotron's {self.model_class} in plain torch{scaled}"
+        whose = "this package's" if is_own else "Nanotron's"
+        self.name = f"{whose} {self.model_class} in plain torch{scaled}"
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -80,7 +84,7 @@ class NanotronForward:
 
         Raises CheckpointError where a parameter is missing, OSError.
         """
-        if self.model_class is STARCODER2_CONFIG:
+        if self.spec.norm == "layer_norm":
             return self._starcoder2(input_ids)
         return self._llama(input_ids)
 
@@ -113,23 +117,27 @@ class NanotronForward:
 
     # --- Attention
 
-    def _turned(self, x: Tensor) -> Tensor:
-        """Rotary embedding of (batch, seq, heads, d)."""
-        spec = self.spec
+    def _turned(self, x: Tensor, attention: Attention) -> Tensor:
+        """Rotary embedding of (batch, seq, heads, d), of those rows of a head that it turns."""
+        if attention.rotary is None:
+            return x
+        first, end = attention.rotary
         frequencies, factor = rope_frequencies(
-            spec.head_dim,
-            spec.rope_theta,
+            end - first,
+            self.spec.rope_theta,
             self.scaling,
-            max_position_embeddings=spec.max_position_embeddings,
+            max_position_embeddings=self.spec.max_position_embeddings,
         )
         angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), frequencies.cpu())
         cos, sin = angles.cos()[:, None] * factor, angles.sin()[:, None] * factor
+        before, part, after = x.split((first, end - first, x.shape[-1] - end), -1)
         if self.is_interleaved:
-            first, second = x[..., ::2], x[..., 1::2]
-            turned = (first * cos - second * sin, second * cos + first * sin)
-            return torch.stack(turned, -1).flatten(-2)
-        first, second = x.chunk(2, -1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+            a, b = part[..., ::2], part[..., 1::2]
+            turned = torch.stack((a * cos - b * sin, b * cos + a * sin), -1).flatten(-2)
+        else:
+            a, b = part.chunk(2, -1)
+            turned = torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+        return torch.cat((before, turned, after), -1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
         """(batch, seq, heads, d) each to (batch, seq, heads * d)."""
@@ -154,37 +162,36 @@ class NanotronForward:
         spec = self.spec
         embedding = self._param("token_position_embeddings.pp_block.token_embedding.weight")
         x = embedding[input_ids]
-        for layer in range(spec.num_layers):
-            block = f"decoder.{layer}.pp_block"
-            x = x + self._llama_attention(self._rms_norm(x, f"{block}.input_layernorm"), layer)
+        for number, layer in enumerate(spec.layers):
+            block = f"decoder.{number}.pp_block"
+            normed = self._rms_norm(x, f"{block}.input_layernorm")
+            x = x + self._llama_attention(normed, f"{block}.attn", layer.attention)
             normed = self._rms_norm(x, f"{block}.post_attention_layernorm")
-            if spec.moe is not None and layer in spec.moe.layers:
-                x = x + self._experts(normed, f"{block}.mlp")
+            if isinstance(layer.mlp, Experts):
+                x = x + self._experts(normed, f"{block}.mlp", layer.mlp)
             else:
                 x = x + self._gated_mlp(normed, f"{block}.mlp")
         x = self._rms_norm(x, "final_layer_norm.pp_block")
         head = embedding if spec.tie_word_embeddings else self._param("lm_head.pp_block.weight")
         return F.linear(x, head[: self.vocab_size])
 
-    def _llama_attention(self, x: Tensor, layer: int) -> Tensor:
-        spec, name = self.spec, f"decoder.{layer}.pp_block.attn"
-        sizes = (spec.q_size, spec.kv_size, spec.kv_size)
-        packed = self._linear(x, f"{name}.qkv_proj").split(sizes, -1)
-        q, k, v = (part.unflatten(-1, (-1, spec.head_dim)) for part in packed)
-        window = spec.sliding_window
-        if spec.no_rope_interval is None or (layer + 1) % spec.no_rope_interval:
-            q, k = self._turned(q), self._turned(k)
-        else:
-            window = None
-        return self._linear(self._attend(q, k, v, window), f"{name}.o_proj")
+    def _llama_attention(self, x: Tensor, name: str, attention: Attention) -> Tensor:
+        heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
+        packed = self._linear(x, f"{name}.qkv_proj").unflatten(-1, (-1, attention.head_dim))
+        q, k, v = packed.split(heads, -2)
+        if attention.has_qk_norm:
+            q, k = self._rms_norm(q, f"{name}.q_norm"), self._rms_norm(k, f"{name}.k_norm")
+        # Nanotron gives a layer without rotary embedding no window.
+        has_window = attention.rotary is not None or self.model_class is NANOTRON_FAST_CONFIG
+        q, k = self._turned(q, attention), self._turned(k, attention)
+        out = self._attend(q, k, v, attention.window if has_window else None)
+        return self._linear(out, f"{name}.o_proj")
 
     def _gated_mlp(self, x: Tensor, name: str) -> Tensor:
         gate, up = self._linear(x, f"{name}.gate_up_proj").chunk(2, -1)
         return self._linear(self.act(gate) * up, f"{name}.down_proj")
 
-    def _experts(self, x: Tensor, name: str) -> Tensor:
-        moe = self.spec.moe
-        assert moe is not None
+    def _experts(self, x: Tensor, name: str, moe: Experts) -> Tensor:
         tokens = x.flatten(0, 1)
         weights, chosen = self._linear(tokens, f"{name}.router").softmax(-1).topk(moe.top_k, -1)
         gate_up = self._param(f"{name}.experts.merged_gate_up_proj")
@@ -210,19 +217,21 @@ class NanotronForward:
         spec = self.spec
         embedding = self._param("token_embeddings.pp_block.token_embedding.weight")
         x = embedding[input_ids]
-        groups = spec.num_heads // spec.num_kv_heads
-        for layer in range(spec.num_layers):
-            block = f"decoder.{layer}.pp_block"
+        for number, layer in enumerate(spec.layers):
+            block, attention = f"decoder.{number}.pp_block", layer.attention
+            groups = attention.num_heads // attention.num_kv_heads
             packed = self._linear(
                 self._layer_norm(x, f"{block}.ln_1"), f"{block}.attn.query_key_value"
             )
             # Each key-value head with its queries before it.
-            heads = packed.unflatten(-1, (spec.num_kv_heads, groups + 2, spec.head_dim))
+            heads = packed.unflatten(-1, (attention.num_kv_heads, groups + 2, attention.head_dim))
             q, k, v = heads.split((groups, 1, 1), -2)
             q, k, v = (part.flatten(2, 3) for part in (q, k, v))
-            out = self._attend(self._turned(q), self._turned(k), v, spec.sliding_window)
+            q, k = self._turned(q, attention), self._turned(k, attention)
+            out = self._attend(q, k, v, attention.window)
             x = x + self._linear(out, f"{block}.attn.dense")
             inner = self._linear(self._layer_norm(x, f"{block}.ln_2"), f"{block}.ff.c_fc")
             x = x + self._linear(self.act(inner), f"{block}.ff.c_proj")
         x = self._layer_norm(x, "final_layer_norm.pp_block")
-        return F.linear(x, embedding[: self.vocab_size])
+        head = embedding if spec.tie_word_embeddings else self._param("lm_head.pp_block.weight")
+        return F.linear(x, head[: self.vocab_size])

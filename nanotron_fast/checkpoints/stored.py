@@ -24,7 +24,7 @@ from nanotron_fast.families import (
     family_of_model_config,
     warnings_about,
 )
-from nanotron_fast.families.gate import check_config
+from nanotron_fast.families.gate import check_config, rotates_halves
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields_warnings
@@ -141,8 +141,7 @@ class NanotronModel(StoredModel):
     """That of a Nanotron checkpoint.
 
     `side` is what the source's config says, by the side file or by --like, and `target` what the
-    checkpoint was written for. `states_extension`: its configuration has fields for what stock
-    Nanotron lacks. `unknown_fields`: those of Nanotron's branches.
+    checkpoint was written for. `unknown_fields`: those of Nanotron's branches.
     """
 
     checkpoint: NanotronCheckpoint
@@ -162,22 +161,13 @@ class NanotronModel(StoredModel):
         self.family = self._choose_family(config, options.family)
         self.warnings: list[str] = []
         self.is_interleaved = self._is_interleaved(config, options)
-        self.states_extension = "head_dim" in config
         stored = self.model_class.read(
             config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
         )
         if self.model_class.ignores_attention_bias:
-            has_output_bias = has_param(source, "attn.o_proj.bias")
-            if self.states_extension and stored.has_output_bias != has_output_bias:
-                raise CheckpointError(
-                    f"{source.root}: model_config.json's attention_output_bias is "
-                    f"{stored.has_output_bias}, and attn.o_proj.bias is "
-                    f"{'there' if has_output_bias else 'missing'}"
-                )
-            stored = replace(
-                stored,
+            stored = stored.with_attention(
                 has_qkv_bias=has_param(source, "attn.qkv_proj.bias"),
-                has_output_bias=has_output_bias,
+                has_output_bias=has_param(source, "attn.o_proj.bias"),
             )
         check_counts(stored, source)
         self.unknown_fields = unknown_fields(config, stored)
@@ -209,9 +199,7 @@ class NanotronModel(StoredModel):
         stated = self.model_class.rope_is_interleaved(config)
         if options.rope_interleaved is not None:
             if options.rope_interleaved and not self.model_class.can_rotate_neighbours:
-                raise UnsupportedModelError(
-                    "--rope-interleaved: Starcoder2 rotates halves in Nanotron"
-                )
+                raise UnsupportedModelError(rotates_halves(self.model_class))
             return options.rope_interleaved
         is_1_2 = "rope_theta" not in config or options.checkpoint_version == "1.2"
         if stated and "rope_interleaved" not in config and not is_1_2:
@@ -248,7 +236,7 @@ def count_parameters(params: Iterable[Param]) -> int:
     total = 0
     for param in params:
         for part in param.parts:
-            rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
+            rows = part.sizes[0] if part.unpadded_rows is None else part.unpadded_rows
             total += rows * part.sizes[1] * part.sizes[2]
     return total
 
@@ -267,7 +255,7 @@ def check_divides(params: Iterable[Param], topology: Topology) -> None:
     Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
     """
     for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
-        param.local_shape(topology.tp)
+        param.local_shape(topology.sizes)
 
 
 def some(names: Iterable[str]) -> str:

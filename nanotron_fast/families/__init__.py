@@ -16,8 +16,7 @@ from nanotron_fast.families.qwen2_moe import QWEN2_MOE
 from nanotron_fast.families.smollm3 import SMOLLM3
 from nanotron_fast.families.starcoder2 import STARCODER2
 from nanotron_fast.formats.nanotron.classes import (
-    LLAMA_CONFIG,
-    STARCODER2_CONFIG,
+    NANOTRON_FAST_CONFIG,
     class_of,
 )
 
@@ -78,27 +77,33 @@ def warnings_about(family: Family, config: Mapping[str, Any]) -> list[str]:
 def family_of_model_config(config: Mapping[str, Any], override: str | None = None) -> Family:
     """The family of a Nanotron model_config.json.
 
-    A class holds several families; what the config says decides which. The old conversion script
-    wrote a Qwen2Config for Llama, so one without anything of Qwen's is a llama.
+    A class holds several families; what the config says decides which, by what each family
+    recognises, and the later ones are asked first. The old conversion script wrote a
+    Qwen2Config for Llama, so one without anything of Qwen's is a llama.
     """
     model_class = class_of(config)
     if override is not None:
         family = family_named(override)
-        if model_class not in family.classes:
+        if model_class not in (*family.classes, NANOTRON_FAST_CONFIG):
             raise UnsupportedModelError(
                 f"--family {override}: model_config.json is a {model_class}, which does not hold it"
             )
         return family
-    if model_class is STARCODER2_CONFIG:
-        return _FAMILIES["starcoder2"]
-    if model_class is LLAMA_CONFIG:
-        return _FAMILIES["llama"]
-    if config.get("moe_config") is not None:
-        return _FAMILIES["qwen2_moe"]
-    if config.get("no_rope_layer") is not None:
-        return _FAMILIES["smollm3"]
-    if config.get("attention_bias"):
-        return _FAMILIES["qwen2"]
-    if config.get("sliding_window_size") is not None:
-        return _FAMILIES["mistral"]
-    return _FAMILIES["llama"]
+    if model_class is NANOTRON_FAST_CONFIG:
+        named = config.get("family")
+        if not isinstance(named, str) or named not in _FAMILIES:
+            raise ConfigError(
+                f"model_config.json: family is {named!r}, and should be one of "
+                f"{', '.join(_FAMILIES)}"
+            )
+        return _FAMILIES[named]
+    held = [family for family in reversed(_FAMILIES.values()) if model_class in family.classes]
+    for family in held:
+        if family.recognises(config):
+            return family
+    if len(held) != 1:
+        raise ConfigError(
+            f"model_config.json: a {model_class} holds {', '.join(each.name for each in held)}; "
+            "name one of them with --family"
+        )
+    return held[0]

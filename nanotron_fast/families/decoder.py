@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from nanotron_fast.families.rules import Copy, Fuse, Rule
 
 LAYER = "model.layers.{layer}."
 BLOCK = "model.decoder.{layer}.pp_block."
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 HEADS = (("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim"))
-ROTARY = (True, True, False)
+# A rotary embedding turns q and k.
+ROTARY = (("rotary_first", "rotary_end"), ("rotary_first", "rotary_end"), None)
 
 
 def qkv(kind: str) -> tuple[str, str, str]:
@@ -20,41 +23,25 @@ def qkv(kind: str) -> tuple[str, str, str]:
     )
 
 
+def embeddings(param: str) -> tuple[Rule, ...]:
+    """The embedding, and the head where it is a matrix of its own."""
+    matrix = partial(Copy, rows="vocab", columns="hidden", split="rows")
+    tensor, head = "model.embed_tokens.weight", "lm_head.weight"
+    return (
+        matrix(tensor, param, block="embedding", when="untied"),
+        # A tied file may have kept the matrix under the head's name alone.
+        matrix(tensor, param, block="embedding", when="tied", alias=head),
+        matrix(head, "model.lm_head.pp_block.weight", block="head", when="untied"),
+    )
+
+
 EMBEDDINGS: tuple[Rule, ...] = (
-    Copy(
-        "model.embed_tokens.weight",
-        EMBEDDING,
-        rows="vocab",
-        columns="hidden",
-        split="rows",
-        block="embedding",
-        when="untied",
-    ),
-    # A tied file may have kept the matrix under the head's name alone.
-    Copy(
-        "model.embed_tokens.weight",
-        EMBEDDING,
-        rows="vocab",
-        columns="hidden",
-        split="rows",
-        block="embedding",
-        when="tied",
-        alias="lm_head.weight",
-    ),
+    *embeddings(EMBEDDING),
     Copy(
         "model.norm.weight",
         "model.final_layer_norm.pp_block.weight",
         rows="hidden",
         block="norm",
-    ),
-    Copy(
-        "lm_head.weight",
-        "model.lm_head.pp_block.weight",
-        rows="vocab",
-        columns="hidden",
-        split="rows",
-        block="head",
-        when="untied",
     ),
 )
 
@@ -120,7 +107,29 @@ def mlp(
     )
 
 
-DENSE: tuple[Rule, ...] = (*EMBEDDINGS, *ATTENTION, *mlp("mlp", "mlp", "intermediate"))
+MLP_BIASES: tuple[Rule, ...] = (
+    Fuse(
+        (f"{LAYER}mlp.gate_proj.bias", f"{LAYER}mlp.up_proj.bias"),
+        f"{BLOCK}mlp.gate_up_proj.bias",
+        rows=("intermediate", "intermediate"),
+        layers="dense",
+        when="mlp_bias",
+    ),
+    Copy(
+        f"{LAYER}mlp.down_proj.bias",
+        f"{BLOCK}mlp.down_proj.bias",
+        rows="hidden",
+        layers="dense",
+        when="mlp_bias",
+    ),
+)
+
+DENSE: tuple[Rule, ...] = (
+    *EMBEDDINGS,
+    *ATTENTION,
+    *mlp("mlp", "mlp", "intermediate"),
+    *MLP_BIASES,
+)
 
 # Class defaults of transformers 4.57 and 5.x; a config leaves out what equals them.
 DEFAULTS = {

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.rules import Context, Rule
+from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NanotronClass
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import Dense, Experts, Layer, ModelSpec
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.
 COMMON_KEYS: Mapping[str, str] = {
@@ -31,39 +32,86 @@ COMMON_KEYS: Mapping[str, str] = {
 }
 
 
+class Quirk(Protocol):
+    """What a family's `config.json` says in a way of its own, or of single layers."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The keys it gives a meaning to, which --family cannot take from another model."""
+        ...
+
+    @property
+    def expresses(self) -> frozenset[str]:
+        """What of `model.needs` can be written so."""
+        ...
+
+    @property
+    def aliases(self) -> Mapping[str, tuple[str, ...]]:
+        """Other names under which a config may say a key's value once more."""
+        ...
+
+    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
+        """Changes the fields of the ModelSpec that is being read: "layers" is a list of Layer.
+
+        Raises ConfigError, UnsupportedModelError.
+        """
+        ...
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
+        """Adds its keys to a config."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
     """One family of models, in both formats.
 
-    A bias is true or false for the whole family, or the config key that says so. `window` says how
-    the config speaks of sliding windows: "plain" (`sliding_window` is on every layer), "qwen" (only
-    with `use_sliding_window`, on the layers from `max_window_layers` on), or None.
+    A bias is true or false for the whole family, or the config key that says so.
+
+    Args:
+        name, architecture: model_type and the class, in config.json.
+        model_class: the Nanotron class for its models, and `window_class` for those with windows.
+        other_classes: those that can hold it as well, for --model-class.
+        rules: the table of tensors.
+        defaults: what transformers assumes of a key that config.json leaves out.
+        keys: differences from COMMON_KEYS.
+        norm, has_gated_mlp: as in ModelSpec.
+        has_qk_norm: queries and keys are normalised; `when="qk_norm"` marks those norms' rules.
+        quirks: what else config.json says, in the order in which it is read.
+        recognises: whether a model_config.json of one of its classes is one of this family, where
+            nothing else says so.
+        writes_head_dim: its class keeps head_dim whatever it is.
+        extras: keys that pass through unread: dropout rates, pretraining_tp.
     """
 
     name: str
     architecture: str
-    # The Nanotron class, and the one for models with a sliding window.
     model_class: NanotronClass
     window_class: NanotronClass | None = None
-    # Classes that can hold it as well, for --model-class.
     other_classes: tuple[NanotronClass, ...] = ()
     rules: tuple[Rule, ...]
-    # What transformers assumes of a key that config.json leaves out.
     defaults: Mapping[str, Any]
-    # Differences from COMMON_KEYS.
     keys: Mapping[str, str] = field(default_factory=dict)
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
-    # Queries and keys are normalised: `when="qk_norm"` marks the rules of those norms.
+    norm: str = "rms_norm"
+    has_gated_mlp: bool = True
     has_qk_norm: bool = False
-    window: str | None = None
-    has_no_rope_layers: bool = False
-    is_moe: bool = False
-    # --target nanotron-fast admits biases and a head_dim of its own.
-    has_extended_target: bool = False
-    # Keys that pass through unread: dropout rates, pretraining_tp.
+    quirks: tuple[Quirk, ...] = ()
+    recognises: Callable[[Mapping[str, Any]], bool] = lambda model_config: False
+    writes_head_dim: bool = False
     extras: tuple[str, ...] = ()
+
+    @property
+    def expresses(self) -> frozenset[str]:
+        """What of `model.needs` its config.json can say of single layers."""
+        return frozenset[str]().union(*(quirk.expresses for quirk in self.quirks))
+
+    @property
+    def aliases(self) -> dict[str, tuple[str, ...]]:
+        """Other names under which a config may say a key's value once more."""
+        return {key: names for quirk in self.quirks for key, names in quirk.aliases.items()}
 
     @property
     def classes(self) -> tuple[NanotronClass, ...]:
@@ -88,56 +136,67 @@ class Family:
 
         With `has_rope_pairs`, an interleaved model and one that is not have the same parts.
         """
-        sizes = _sizes(spec, padded_vocab_size or spec.vocab_size)
-        flags = _flags(spec)
-        moe_layers = set(spec.moe.layers) if spec.moe else set()
+        padded_vocab = padded_vocab_size or spec.vocab_size
+        is_paired = has_rope_pairs or rope_interleaved
+        outer = spec.layers[0]
 
-        def context(layer: int | str) -> Context:
-            is_paired = has_rope_pairs or rope_interleaved
+        def context(layer: int | str, of: Layer) -> Context:
+            sizes, flags = _sizes(spec, of, padded_vocab), _flags(spec, of)
             return Context(sizes, flags, rope_interleaved, is_paired, layer)
 
         before: list[Param] = []
-        layers: list[list[Param]] = [[] for _ in range(spec.num_layers)]
         after: list[Param] = []
         for rule in self.rules:
-            if rule.when is not None and rule.when not in flags:
-                continue
-            if rule.block != "layer":
-                target = before if rule.block == "embedding" else after
-                target.append(rule.expand(rule.param, context(rule.block)))
-                continue
-            for layer in range(spec.num_layers):
-                if rule.layers != "all" and (rule.layers == "moe") != (layer in moe_layers):
-                    continue
-                layers[layer].append(rule.expand(rule.param.format(layer=layer), context(layer)))
-        return before + [param for layer_params in layers for param in layer_params] + after
+            around = context(rule.block, outer)
+            if rule.block != "layer" and (rule.when is None or rule.when in around.flags):
+                params = before if rule.block == "embedding" else after
+                params.append(rule.expand(rule.param, around))
+        layers: list[Param] = []
+        for number, layer in enumerate(spec.layers):
+            within = context(number, layer)
+            kind = "moe" if isinstance(layer.mlp, Experts) else "dense"
+            layers += [
+                rule.expand(rule.param.format(layer=number), within)
+                for rule in self.rules
+                if rule.block == "layer"
+                and rule.layers in ("all", kind)
+                and (rule.when is None or rule.when in within.flags)
+            ]
+        return before + layers + after
 
 
-def _sizes(spec: ModelSpec, padded_vocab_size: int) -> dict[str, int]:
-    moe = spec.moe
+def _sizes(spec: ModelSpec, layer: Layer, padded_vocab_size: int) -> dict[str, int]:
+    attention = layer.attention
+    experts = layer.mlp if isinstance(layer.mlp, Experts) else None
+    dense = layer.mlp if isinstance(layer.mlp, Dense) else None
+    # A layer that does not rotate has its rows in the order of the others.
+    rotary_first, rotary_end = attention.rotary or (0, attention.head_dim)
     return {
         "hidden": spec.hidden_size,
-        "heads": spec.num_heads,
-        "kv_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
-        "intermediate": spec.intermediate_size,
+        "heads": attention.num_heads,
+        "kv_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+        "rotary_first": rotary_first,
+        "rotary_end": rotary_end,
+        "intermediate": dense.intermediate_size if dense else spec.intermediate_size,
         "vocab": spec.vocab_size,
         "padded_vocab": padded_vocab_size,
-        "experts": moe.num_experts if moe else 0,
-        "moe_intermediate": moe.intermediate_size if moe else 0,
-        "shared_intermediate": moe.shared_intermediate_size if moe else 0,
+        "experts": experts.num_experts if experts else 0,
+        "moe_intermediate": experts.intermediate_size if experts else 0,
+        "shared_intermediate": experts.shared_intermediate_size if experts else 0,
         "one": 1,
     }
 
 
-def _flags(spec: ModelSpec) -> frozenset[str]:
+def _flags(spec: ModelSpec, layer: Layer) -> frozenset[str]:
+    attention, mlp = layer.attention, layer.mlp
     flags = {
-        "qkv_bias": spec.has_qkv_bias,
-        "output_bias": spec.has_output_bias,
-        "mlp_bias": spec.has_mlp_bias,
+        "qkv_bias": attention.has_qkv_bias,
+        "output_bias": attention.has_output_bias,
+        "mlp_bias": isinstance(mlp, Dense) and mlp.has_bias,
         "untied": not spec.tie_word_embeddings,
         "tied": spec.tie_word_embeddings,
-        "qk_norm": spec.has_qk_norm,
-        "shared_expert": spec.moe is not None and spec.moe.has_shared_expert,
+        "qk_norm": attention.has_qk_norm,
+        "shared_expert": isinstance(mlp, Experts) and mlp.has_shared_expert,
     }
     return frozenset(name for name, is_set in flags.items() if is_set)

@@ -20,8 +20,11 @@ _STARCODER2 = "starcoder2"
 # What two families may read out of one config.json differently, and the key that says it.
 _COMPUTED = {
     "sliding_window": "sliding_window",
+    "windows": "layer_types",
     "no_rope_interval": "no_rope_layers",
+    "no_rope_layers": "layers without rotary embedding",
     "moe": "num_experts",
+    "moe_layers": "mlp_only_layers",
     "has_qkv_bias": "biases on q, k and v",
     "has_output_bias": "a bias on the attention's output",
     "has_mlp_bias": "biases in the MLP",
@@ -111,13 +114,7 @@ def _keys_read(family: Family) -> set[str]:
         for key in (family.qkv_bias, family.output_bias, family.mlp_bias)
         if isinstance(key, str)
     }
-    if family.window == "plain":
-        keys |= {"sliding_window", "layer_types"}
-    if family.has_no_rope_layers:
-        keys |= {"no_rope_layers", "no_rope_layer_interval"}
-    if family.is_moe:
-        keys |= {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
-    return keys
+    return keys.union(*(quirk.keys for quirk in family.quirks))
 
 
 def _refused(chosen: Family, model_type: str | None, why: str) -> UnsupportedModelError:

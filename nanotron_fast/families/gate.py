@@ -8,7 +8,7 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import like_llama, refusal_of
-from nanotron_fast.formats.nanotron.classes import NanotronClass, classes
+from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
 from nanotron_fast.model.needs import needs
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
@@ -34,20 +34,32 @@ def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelErro
     )
 
 
-def choose_class(family: Family, spec: ModelSpec, option: str) -> NanotronClass:
-    """The Nanotron class to write; `option` is --model-class. Raises UnsupportedModelError."""
+def choose_class(family: Family, spec: ModelSpec, option: str, target: str) -> NanotronClass:
+    """The class to write; `option` is --model-class, `target` --target. UnsupportedModelError.
+
+    For nanotron-fast that is this package's own where Nanotron's cannot hold the model.
+    """
+    _check_target(target)
     default = family.model_class
-    if spec.sliding_window is not None and family.window_class is not None:
+    if any(spec.windows) and family.window_class is not None:
         default = family.window_class
     if option == "auto":
+        if target == "nanotron-fast" and _lacks(default, spec, target):
+            return NANOTRON_FAST_CONFIG
         return default
     by_option = {each.option: each for each in classes()}
     if option not in by_option:
         raise ConfigError(f"--model-class {option}: choose auto, {', '.join(by_option)}")
     wanted = by_option[option]
+    if wanted is NANOTRON_FAST_CONFIG:
+        if target != "nanotron-fast":
+            raise UnsupportedModelError(
+                f"--model-class {option}: Nanotron does not have {wanted}; it goes with --target "
+                "nanotron-fast"
+            )
+        return wanted
     if wanted is default or wanted in family.classes:
-        has_window = spec.sliding_window is not None
-        if has_window and not wanted.can_hold("sliding_window", is_extended=False):
+        if any(spec.windows) and not wanted.can_hold("sliding_window"):
             raise UnsupportedModelError(
                 f"--model-class {option}: {wanted} has no sliding window, and this model has one "
                 f"of {spec.sliding_window}; use --model-class {default.option}"
@@ -56,6 +68,20 @@ def choose_class(family: Family, spec: ModelSpec, option: str) -> NanotronClass:
     raise UnsupportedModelError(
         f"--model-class {option}: {wanted} cannot hold a {family.name} model; use "
         f"--model-class auto ({default})"
+    )
+
+
+def _check_target(target: str) -> None:
+    if target not in TARGETS:
+        raise ConfigError(f"--target {target}: choose {' or '.join(TARGETS)}")
+
+
+def _lacks(model_class: NanotronClass, spec: ModelSpec, target: str) -> str | None:
+    """The first of what a model needs that a class does not hold."""
+    has_drop_in = target == "nanotron-fast"
+    return next(
+        (need for need in needs(spec) if not model_class.can_hold(need, has_drop_in=has_drop_in)),
+        None,
     )
 
 
@@ -102,35 +128,30 @@ def check_model(
     target: str,
     version: str,
     rope_interleaved: bool | None,
-    states_extension: bool = False,
 ) -> None:
     """Refuses a model that the chosen target cannot hold. Raises UnsupportedModelError.
 
     `rope_interleaved` is the layout to write; None for a checkpoint that has one already.
-    `states_extension`: it has fields for what its class lacks, which then need no other target.
     """
-    if target not in TARGETS:
-        raise ConfigError(f"--target {target}: choose {' or '.join(TARGETS)}")
+    _check_target(target)
     if version not in VERSIONS:
         raise ConfigError(f"--checkpoint-version {version}: choose {' or '.join(VERSIONS)}")
-    is_extended = target == "nanotron-fast"
-    has_extension = (is_extended or states_extension) and family.has_extended_target
-    for need in needs(spec):
-        admits = is_extended if need == "rope_scaling" else has_extension
-        if not model_class.can_hold(need, is_extended=admits):
-            raise _refused(need, spec, model_class, family, is_extended)
+    need = _lacks(model_class, spec, target)
+    if need is not None:
+        raise _refused(need, spec, model_class, target)
     if spec.hidden_act not in NANOTRON_ACTIVATIONS:
         raise UnsupportedModelError(
             f"hidden_act {spec.hidden_act!r} is not one of Nanotron's: "
             f"{' '.join(sorted(NANOTRON_ACTIVATIONS))}"
         )
-    if spec.no_rope_interval is not None and spec.sliding_window is not None:
+    is_stock = model_class is not NANOTRON_FAST_CONFIG
+    if is_stock and spec.no_rope_interval is not None and spec.sliding_window is not None:
         raise UnsupportedModelError(
             f"a sliding window of {spec.sliding_window} together with layers without rotary "
             "embedding: Nanotron drops the window on those layers"
         )
     if rope_interleaved and not model_class.can_rotate_neighbours:
-        raise UnsupportedModelError("--rope-interleaved: Starcoder2 rotates halves in Nanotron")
+        raise UnsupportedModelError(rotates_halves(model_class))
     is_old = version == "1.2" and model_class.rotates_neighbours_in_1_2
     if is_old and rope_interleaved is False:
         raise UnsupportedModelError(
@@ -144,41 +165,57 @@ def check_model(
         )
 
 
+def rotates_halves(model_class: NanotronClass) -> str:
+    """What to say to --rope-interleaved for a class that has no option for it."""
+    return f"--rope-interleaved: {model_class.option.title()} rotates halves in Nanotron"
+
+
 def _refused(
-    need: str, spec: ModelSpec, model_class: NanotronClass, family: Family, is_extended: bool
+    need: str, spec: ModelSpec, model_class: NanotronClass, target: str
 ) -> UnsupportedModelError:
-    """Why a class cannot hold a model, and the way out where there is one."""
-    hint = (
-        "; --target nanotron-fast admits it, for conversion and load_into alone: nothing trains "
-        "such a model yet"
-        if family.has_extended_target
-        else ""
-    )
+    """Why a class cannot hold a model, and the way out."""
+    hint = ""
+    if target != "nanotron-fast":
+        hint = (
+            "; --target nanotron-fast admits it, for conversion and load_into alone: nothing "
+            "trains such a model yet"
+        )
     scaling = spec.rope_scaling or {}
+    windowed = sum(window is not None for window in spec.windows)
     reasons = {
+        "rms_norm": f"its norms are RMSNorms, and {model_class} has LayerNorms",
+        "layer_norm": f"its norms are LayerNorms, and {model_class} has RMSNorms",
+        "gated_mlp": f"its MLP has a gate, and that of {model_class} has none",
+        "plain_mlp": f"its MLP has no gate, and that of {model_class} has one",
         "rope_scaling": f"rope_scaling: {model_class} has no field for it"
-        if is_extended
+        if target == "nanotron-fast"
         else f"rope_scaling {scaling.get('rope_type', scaling.get('type'))!r}: Nanotron stores "
         "rope_scaling and ignores it, so the model would run with wrong frequencies. Use --target "
         "nanotron-fast, and train with nanotron-fast run --rope-scaling (the drop-in), which "
         "honours it",
         "head_dim": f"head_dim {spec.head_dim} is not hidden_size / heads = {spec.hidden_size} / "
         f"{spec.num_heads}, the only one that Nanotron has{hint}",
-        "no_bias": "use_bias is false: Nanotron's Starcoder2 always has biases; there is no way to "
-        "leave them out",
-        "untied": "tie_word_embeddings is false: Nanotron's Starcoder2 always ties them",
+        "no_bias": "use_bias is false: Nanotron's Starcoder2 always has biases" + hint,
+        "untied": "tie_word_embeddings is false: Nanotron's Starcoder2 always ties them" + hint,
         "output_bias": "attention_bias puts a bias on the attention's output projection, which "
         f"Nanotron does not have{hint}",
-        "mlp_bias": "mlp_bias: the MLP has biases, and Nanotron's has none; there is no way to "
-        "keep them",
+        "mlp_bias": f"mlp_bias: the MLP has biases, and Nanotron's has none{hint}",
         "qkv_bias": f"biases on q, k and v: Nanotron's {model_class} has none{hint}",
         "qk_norm": "its queries and keys are normalised (qk-norm), which Nanotron's "
-        f"{model_class} does not do",
-        "sliding_window": f"a sliding window of {spec.sliding_window}: Nanotron's {model_class} "
-        "has none",
+        f"{model_class} does not do{hint}",
+        "sliding_window": "a sliding window of "
+        f"{next(filter(None, spec.windows), None)}: Nanotron's {model_class} has none{hint}",
+        "some_windows": f"{windowed} of {spec.num_layers} layers have a sliding window. Nanotron "
+        f"has one on all layers or on none{hint}",
         "no_rope_layers": "layers without rotary embedding: Nanotron's "
-        f"{model_class} rotates in all of them",
-        "moe": f"a mixture of experts: Nanotron's {model_class} has none",
+        f"{model_class} rotates in all of them{hint}",
+        "some_no_rope_layers": "no_rope_layers leaves rotary embeddings out of layers "
+        f"{list(spec.no_rope_layers)} of {spec.num_layers}. Nanotron leaves them out of every n-th "
+        f"layer, where n divides the number of layers (no_rope_layer){hint}",
+        "partial_rotary": f"rotary embeddings turn rows {spec.attention.rotary} of a head of "
+        f"{spec.head_dim}: Nanotron rotates whole heads only{hint}",
+        "moe": f"a mixture of experts: Nanotron's {model_class} has none{hint}",
+        "unlike_layers": "its layers are of different sizes, and Nanotron's are all alike" + hint,
     }
     return UnsupportedModelError(reasons[need])
 
@@ -200,15 +237,27 @@ def check_expressible(family: Family, spec: ModelSpec) -> None:
             "the checkpoint has biases on q, k and v but not on the output projection, and Hugging "
             "Face's class has both or none"
         )
-    if family.window is None and spec.sliding_window is not None:
-        raise refuse(f"Hugging Face's class has no sliding window (here {spec.sliding_window})")
-    if not family.has_no_rope_layers and spec.no_rope_interval is not None:
+    expressed = family.expresses
+    if any(spec.windows) and "sliding_window" not in expressed:
+        window = next(filter(None, spec.windows))
+        raise refuse(f"Hugging Face's class has no sliding window (here {window})")
+    if len({*spec.windows} - {None}) > 1:
+        raise refuse("layers have windows of different sizes, and Hugging Face's class has one")
+    if spec.no_rope_layers and "no_rope_layers" not in expressed:
         raise refuse("every layer has a rotary embedding in Hugging Face's class")
-    if family.is_moe != (spec.moe is not None):
+    if ("moe" in expressed) != (spec.moe is not None):
         raise refuse(
             "the checkpoint has experts"
             if spec.moe is not None
             else "the checkpoint has no experts"
+        )
+    for need in ("partial_rotary", "unlike_layers"):
+        if need in needs(spec):
+            raise refuse(f"Hugging Face's class has a place for nothing like it ({need})")
+    if spec.has_qk_norm != family.has_qk_norm:
+        raise refuse(
+            f"queries and keys are {'' if spec.has_qk_norm else 'not '}normalised in the "
+            "checkpoint, and in Hugging Face's class it is the other way round"
         )
     if spec.moe is not None and not spec.moe.has_shared_expert:
         raise refuse("Hugging Face's class has a shared expert, and the checkpoint has none")

@@ -9,21 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.errors import ConfigError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.layer_kinds import read_no_rope_interval, read_window
+from nanotron_fast.families.windows import check_no_windows, read_kinds
 from nanotron_fast.formats.fields import MAX_COUNT, MAX_SIZE, Fields
 from nanotron_fast.formats.rope import must_agree, read_rope
-from nanotron_fast.model.spec import ModelSpec, MoeSpec
+from nanotron_fast.model.spec import Attention, Dense, Layer, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
-_REQUIRED = ("hidden_size", "num_layers", "num_heads", "intermediate_size", "vocab_size")
-_POSITIVE = (*_REQUIRED, "num_kv_heads", "max_position_embeddings")
-# Other names under which some classes keep what a mixture of experts has.
-_EXPERT_ALIASES = {
-    "num_experts": ("num_local_experts", "n_routed_experts", "moe_num_experts"),
-    "num_experts_per_tok": ("moe_topk", "moe_k"),
-}
+_POSITIVE = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "intermediate_size",
+    "vocab_size",
+    "num_kv_heads",
+    "max_position_embeddings",
+)
+# What ModelSpec keeps for each layer.
+_OF_LAYERS = ("num_layers", "num_heads", "num_kv_heads")
 
 
 class _Reader(Fields):
@@ -70,20 +74,29 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         raise ConfigError(
             f"config.json: {num_heads} heads do not divide by {num_kv_heads} key-value heads"
         )
-    fields["head_dim"] = (
-        hidden_size // num_heads if head_dim is None else reader.positive("head_dim")
-    )
+    head_dim = hidden_size // num_heads if head_dim is None else reader.positive("head_dim")
     fields["rope_theta"], fields["rope_scaling"] = read_rope(reader)
-    fields["has_qkv_bias"] = reader.bias(family.qkv_bias)
-    fields["has_output_bias"] = reader.bias(family.output_bias)
-    fields["has_mlp_bias"] = reader.bias(family.mlp_bias)
-    fields["has_qk_norm"] = family.has_qk_norm
+    attention = Attention(
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        rotary=(0, head_dim),
+        has_qkv_bias=reader.bias(family.qkv_bias),
+        has_output_bias=reader.bias(family.output_bias),
+        has_qk_norm=family.has_qk_norm,
+    )
+    has_bias = reader.bias(family.mlp_bias)
+    mlp = Dense(fields["intermediate_size"], has_bias, is_gated=family.has_gated_mlp)
+    fields["norm"] = family.norm
     num_layers = fields["num_layers"]
-    if family.has_no_rope_layers:
-        fields["no_rope_interval"] = read_no_rope_interval(reader, num_layers)
-    fields["sliding_window"] = read_window(reader, family, num_layers)
-    if family.is_moe:
-        fields["moe"] = _read_moe(reader, num_layers)
+    fields["layers"] = [Layer(attention, mlp)] * num_layers
+    if "sliding_window" not in family.expresses:
+        check_no_windows(read_kinds(reader, num_layers), f"a {family.name} has none")
+    for quirk in family.quirks:
+        quirk.read(reader, fields)
+    fields["layers"] = tuple(fields["layers"])
+    for name in _OF_LAYERS:
+        del fields[name]
     _check_agreement(reader)
     for key in family.extras:
         if reader.get(key) is not None:
@@ -102,51 +115,17 @@ def _check_agreement(reader: _Reader) -> None:
     }
     if dtypes:
         must_agree("config.json", "the dtype", dtypes)
-    if reader.family.is_moe:
-        for key, aliases in _EXPERT_ALIASES.items():
-            others = {name: config[name] for name in aliases if config.get(name) is not None}
-            if others:
-                place = key if key in config else f"{key}, which is absent (its default)"
-                must_agree("config.json", key, {place: reader.get(key), **others})
+    for key, aliases in reader.family.aliases.items():
+        others = {name: config[name] for name in aliases if config.get(name) is not None}
+        if others:
+            place = key if key in config else f"{key}, which is absent (its default)"
+            must_agree("config.json", key, {place: reader.get(key), **others})
     inner = config.get("text_config")
     if isinstance(inner, Mapping):
         for key in sorted({*reader.family.config_keys.values(), *reader.defaults, "head_dim"}):
             if inner.get(key) is not None and key in config:
                 places = {key: config[key], f"text_config.{key}": inner[key]}
                 must_agree("config.json", key, places)
-
-
-def other_names(family: Family, key: str) -> tuple[str, ...]:
-    """Under which a config may say a key's value once more."""
-    return _EXPERT_ALIASES.get(key, ()) if family.is_moe else ()
-
-
-def _read_moe(reader: _Reader, num_layers: int) -> MoeSpec:
-    if reader.flag("norm_topk_prob"):
-        raise UnsupportedModelError(
-            "config.json: norm_topk_prob is true. Nanotron does not renormalise the weights of the "
-            "chosen experts, and would compute something else"
-        )
-    step = reader.positive("decoder_sparse_step")
-    dense = set(reader.indices("mlp_only_layers"))
-    num_experts = reader.positive("num_experts", MAX_COUNT)
-    top_k = reader.positive("num_experts_per_tok")
-    if top_k > num_experts:
-        raise ConfigError(
-            f"config.json: num_experts_per_tok is {top_k}, and num_experts is {num_experts}: no "
-            "token can be sent to more experts than there are"
-        )
-    return MoeSpec(
-        num_experts=num_experts,
-        top_k=top_k,
-        intermediate_size=reader.positive("moe_intermediate_size"),
-        shared_intermediate_size=reader.positive("shared_expert_intermediate_size"),
-        has_shared_expert=True,
-        layers=tuple(
-            layer for layer in range(num_layers) if layer not in dense and (layer + 1) % step == 0
-        ),
-        router_aux_loss_coef=reader.number("router_aux_loss_coef"),
-    )
 
 
 def write_config(family: Family, spec: ModelSpec, dtype: Dtype) -> dict[str, Any]:
@@ -168,39 +147,9 @@ def write_config(family: Family, spec: ModelSpec, dtype: Dtype) -> dict[str, Any
     ):
         if isinstance(bias, str):
             config[bias] = value
-    if spec.head_dim * spec.num_heads != spec.hidden_size or family.name in ("llama", "mistral"):
+    if spec.head_dim * spec.num_heads != spec.hidden_size or family.writes_head_dim:
         config["head_dim"] = spec.head_dim
-    if family.window == "plain":
-        config["sliding_window"] = spec.sliding_window
-    elif family.window == "qwen":
-        config["use_sliding_window"] = spec.sliding_window is not None
-        config["sliding_window"] = spec.sliding_window
-        # Windows start at this layer: at the first, or never.
-        config["max_window_layers"] = 0 if spec.sliding_window is not None else spec.num_layers
-        if spec.sliding_window is not None:
-            # What max_window_layers means is another thing in each class and version.
-            config["layer_types"] = ["sliding_attention"] * spec.num_layers
-    if family.has_no_rope_layers:
-        interval = spec.no_rope_interval
-        config["no_rope_layers"] = [
-            int(interval is None or (layer + 1) % interval != 0) for layer in range(spec.num_layers)
-        ]
-        if interval is not None:
-            config["no_rope_layer_interval"] = interval
-    if spec.moe is not None:
-        config.update(_write_moe(spec.moe, spec.num_layers))
+    for quirk in family.quirks:
+        quirk.write(config, spec)
     config.update({key: spec.extras[key] for key in family.extras if key in spec.extras})
     return config
-
-
-def _write_moe(moe: MoeSpec, num_layers: int) -> dict[str, Any]:
-    return {
-        "num_experts": moe.num_experts,
-        "num_experts_per_tok": moe.top_k,
-        "moe_intermediate_size": moe.intermediate_size,
-        "shared_expert_intermediate_size": moe.shared_intermediate_size,
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer in range(num_layers) if layer not in moe.layers],
-        "norm_topk_prob": False,
-        "router_aux_loss_coef": moe.router_aux_loss_coef,
-    }

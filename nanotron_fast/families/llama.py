@@ -21,6 +21,7 @@ LLAMA = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     mlp_bias="mlp_bias",
-    has_extended_target=True,
+    recognises=lambda model_config: True,
+    writes_head_dim=True,
     extras=("pretraining_tp",),
 )

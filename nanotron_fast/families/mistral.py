@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nanotron_fast.families.decoder import DEFAULTS, DENSE
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.windows import PLAIN
 from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, QWEN2_CONFIG
 
 MISTRAL = Family(
@@ -19,5 +20,7 @@ MISTRAL = Family(
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
     },
-    window="plain",
+    quirks=(PLAIN,),
+    recognises=lambda model_config: model_config.get("sliding_window_size") is not None,
+    writes_head_dim=True,
 )

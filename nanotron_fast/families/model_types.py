@@ -172,8 +172,8 @@ def _same_as(field: str) -> _Rule:
     return lambda value, spec: value is None or value == getattr(spec, field)
 
 
-def _kind(spec: ModelSpec) -> str:
-    return "full_attention" if spec.sliding_window is None else "sliding_attention"
+def _kinds(spec: ModelSpec) -> list[str]:
+    return ["full_attention" if each is None else "sliding_attention" for each in spec.windows]
 
 
 def _words(words: str, rule: _Rule) -> dict[str, _Rule]:
@@ -215,9 +215,7 @@ NEUTRAL: Mapping[str, _Rule] = {
     "no_rope_layers": lambda value, _: (
         not value or (isinstance(value, list) and all(layer == 1 for layer in value))
     ),
-    "layer_types": lambda value, spec: (
-        value is None or (isinstance(value, list) and all(kind == _kind(spec) for kind in value))
-    ),
+    "layer_types": lambda value, spec: value is None or value == _kinds(spec),
     "sliding_window": _same_as("sliding_window"),
     # Other names for what the family reads under its own.
     **_words("attention_out_bias o_bias", _same_as("has_output_bias")),

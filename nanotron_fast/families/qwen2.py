@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from nanotron_fast.families import decoder
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.windows import UPPER_LAYERS
 from nanotron_fast.formats.nanotron.classes import QWEN2_CONFIG
 
 DEFAULTS = {
@@ -25,5 +26,6 @@ QWEN2 = Family(
     rules=decoder.DENSE,
     defaults=DEFAULTS,
     qkv_bias=True,
-    window="qwen",
+    quirks=(UPPER_LAYERS,),
+    recognises=lambda model_config: bool(model_config.get("attention_bias")),
 )

@@ -1,6 +1,6 @@
 """The rules that a family's table is written in.
 
-A rule says which Hugging Face tensors make which Nanotron parameter, and expands to a `Param`.
+A rule says which tensors of the published model make which parameter, and expands to a `Param`.
 Sizes are written as names: "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocab",
 "experts", "moe_intermediate", "shared_intermediate". `{layer}` and `{expert}` in a tensor's name
 stand for their numbers.
@@ -10,24 +10,26 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families.parts import Address, Param, Part
+from nanotron_fast.families.parts import Address, Cut, Param, Part
 
 # A row count as (number of groups, rows a group), so that whole groups go to a rank: heads.
 Rows = tuple[str, str] | str
+# The rows of a head that a rotary embedding turns, by the names of the first and the end.
+Rotary = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a rule may ask about the model it is expanded for."""
+    """What a rule may ask about the model, and the layer, that it is expanded for."""
 
     sizes: Mapping[str, int]
     flags: Container[str]
     # Rotary pairs of a head lie beside each other in Nanotron, instead of half a head apart.
     rope_interleaved: bool
-    # Each half of a head is a part of its own: always so when interleaved.
+    # Each half of a rotary range is a part of its own: always so when interleaved.
     has_rope_pairs: bool
     layer: int | str
 
@@ -65,7 +67,7 @@ class Copy:
     vector. `alias` is another name that the tensor may have in a file that is read.
     """
 
-    hf: str
+    tensor: str
     param: str
     rows: Rows
     columns: Rows | None = None
@@ -78,50 +80,43 @@ class Copy:
 
     def expand(self, name: str, context: Context) -> Param:
         groups, length, unit = context.rows(self.rows)
-        hf_rows = None
+        unpadded = None
         if self.rows == "vocab":
-            hf_rows, groups = groups, context.size("padded_vocab")
+            unpadded, groups = groups, context.size("padded_vocab")
             unit = "rows of the vocabulary"
         rows = groups * length
-        cut: int | None
-        if self.columns is None:
-            shape: tuple[int, ...] = (rows,)
-            sizes, strides = (groups, length, 1), (length, 1, 1)
-            axes, steps = (0, 0, 0), (length, 1, 0)
-            cut = 0 if self.split == "rows" else None
-        else:
+        shape: tuple[int, ...] = (rows,)
+        sizes, axes, steps = (groups, length, 1), (0, 0, 0), (length, 1, 0)
+        cut = Cut(0, unit)
+        if self.columns is not None:
             column_groups, column_length, column_unit = context.rows(self.columns)
             columns = column_groups * column_length
             shape = (rows, columns)
             if self.split == "columns":
-                sizes, strides = (rows, column_groups, column_length), (columns, column_length, 1)
+                sizes = (rows, column_groups, column_length)
                 axes, steps = (0, 1, 1), (1, column_length, 1)
-                cut, unit = 1, column_unit
+                cut = Cut(1, column_unit)
             else:
-                sizes, strides = (groups, length, columns), (length * columns, columns, 1)
-                axes, steps = (0, 0, 1), (length, 1, 1)
-                cut = 0 if self.split == "rows" else None
-        hf_shape = shape if hf_rows is None else (hf_rows, *shape[1:])
+                sizes, axes, steps = (groups, length, columns), (0, 0, 1), (length, 1, 1)
+        start = (0,) * len(shape)
+        tensor_shape = shape if unpadded is None else (unpadded, *shape[1:])
+        names = (self.tensor, *(() if self.alias is None else (self.alias,)))
         part = Part(
-            hf=tuple(
-                Address(hf.format(layer=context.layer), hf_shape, 0, strides)
-                for hf in (self.hf, self.alias)
-                if hf is not None
+            tensors=tuple(
+                Address(each.format(layer=context.layer), tensor_shape, start, axes, steps)
+                for each in names
             ),
+            param=Address(name, shape, start, axes, steps),
             sizes=sizes,
-            start=(0,) * len(shape),
-            axes=axes,
-            steps=steps,
-            cut=cut,
-            cut_unit=unit,
-            hf_rows=hf_rows,
+            cuts={} if self.split is None else {"tp": cut},
+            unpadded_rows=unpadded,
         )
         return Param(
             name,
             shape,
             (part,),
             context.layer,
-            split=None if cut is None else axes[cut],
+            cuts={axis: axes[each.dim] for axis, each in part.cuts.items()},
             is_fp32=self.is_fp32,
         )
 
@@ -130,14 +125,15 @@ class Copy:
 class Fuse:
     """Several tensors one above the other; each is a chunk that is split over ranks on its own.
 
-    `rotary` says which of them hold rows that a rotary embedding turns in pairs.
+    `rotary` says which rows of a head a rotary embedding turns, for each tensor that has heads to
+    turn: names of sizes, the first row and the end.
     """
 
-    hf: tuple[str, ...]
+    tensors: tuple[str, ...]
     param: str
     rows: tuple[Rows, ...]
     columns: str | None = None
-    rotary: tuple[bool, ...] = ()
+    rotary: tuple[Rotary | None, ...] = ()
     block: str = "layer"
     when: str | None = None
     layers: str = "all"
@@ -145,55 +141,74 @@ class Fuse:
     def expand(self, name: str, context: Context) -> Param:
         columns = 1 if self.columns is None else context.size(self.columns)
         tail = () if self.columns is None else (columns,)
+        widths = [groups * length for groups, length, _ in map(context.rows, self.rows)]
+        shape = (sum(widths), *tail)
+        axes = (0, 0, len(tail))
         parts: list[Part] = []
-        chunks: list[int] = []
-        for index, (hf, rows) in enumerate(zip(self.hf, self.rows, strict=True)):
+        chunk_start = 0
+        for index, (tensor, rows) in enumerate(zip(self.tensors, self.rows, strict=True)):
             groups, length, unit = context.rows(rows)
-            is_paired = context.has_rope_pairs and index < len(self.rotary) and self.rotary[index]
-            if is_paired and length % 2:
-                raise UnsupportedModelError(f"{name}: heads of {length} rows have no rotary pairs")
-            is_interleaved = is_paired and context.rope_interleaved
-            # Interleaved, row p * length/2 + i of a head becomes row 2 * i + p: a part for each p.
-            for pair in range(2) if is_paired else range(1):
-                pairs = length // 2 if is_paired else length
+            rotary = self.rotary[index] if index < len(self.rotary) else None
+            for run in _runs(name, context, rotary, length):
                 parts.append(
                     Part(
-                        hf=(
+                        tensors=(
                             Address(
-                                name=hf.format(layer=context.layer),
-                                shape=(groups * length, *tail),
-                                offset=pair * pairs * columns,
-                                strides=(length * columns, columns, 1),
+                                tensor.format(layer=context.layer),
+                                (groups * length, *tail),
+                                (run.first, *(0 for _ in tail)),
+                                axes,
+                                (length, 1, len(tail)),
                             ),
                         ),
-                        sizes=(groups, pairs, columns),
-                        start=(
-                            sum(chunks) + pair * (1 if is_interleaved else pairs),
-                            *(0 for _ in tail),
+                        param=Address(
+                            name,
+                            shape,
+                            (chunk_start + run.param_first, *(0 for _ in tail)),
+                            axes,
+                            (length, run.param_step, len(tail)),
                         ),
-                        axes=(0, 0, len(tail)),
-                        steps=(length, 2 if is_interleaved else 1, len(tail)),
-                        cut=0,
-                        cut_unit=unit,
-                        chunk_start=sum(chunks),
+                        sizes=(groups, run.length, columns),
+                        cuts={"tp": Cut(0, unit, chunk_start)},
                     )
                 )
-            chunks.append(groups * length)
-        return Param(
-            name,
-            (sum(chunks), *tail),
-            tuple(parts),
-            context.layer,
-            split=0,
-            chunks=tuple(chunks),
-        )
+            chunk_start += groups * length
+        return Param(name, shape, tuple(parts), context.layer, cuts={"tp": 0}, chunks=tuple(widths))
+
+
+class _Run(NamedTuple):
+    """Rows of a head, as a tensor has them, and where the parameter has them."""
+
+    first: int
+    length: int
+    param_first: int
+    param_step: int = 1
+
+
+def _runs(name: str, context: Context, rotary: Rotary | None, length: int) -> list[_Run]:
+    """The runs that a head of `length` rows consists of. Raises UnsupportedModelError.
+
+    Interleaved, row p * half + i of a rotary range becomes its row 2 * i + p: a run for each p.
+    """
+    if rotary is None or not context.has_rope_pairs:
+        return [_Run(0, length, 0)]
+    first, end = map(context.size, rotary)
+    if (end - first) % 2:
+        raise UnsupportedModelError(f"{name}: heads of {end - first} rows have no rotary pairs")
+    half = (end - first) // 2
+    if context.rope_interleaved:
+        turned = [_Run(first + pair * half, half, first + pair, 2) for pair in range(2)]
+    else:
+        turned = [_Run(first + pair * half, half, first + pair * half) for pair in range(2)]
+    before, after = _Run(0, first, 0), _Run(end, length - end, end)
+    return [run for run in (before, *turned, after) if run.length]
 
 
 @dataclass(frozen=True, slots=True)
 class FuseByKvHead:
     """q, k and v with the rows of each kv head together: its query heads, its key, its value."""
 
-    hf: tuple[str, str, str]
+    tensors: tuple[str, str, str]
     param: str
     columns: str | None = None
     block: str = "layer"
@@ -206,43 +221,43 @@ class FuseByKvHead:
         kv_heads, head_dim = context.size("kv_heads"), context.size("head_dim")
         query_rows = context.size("heads") // kv_heads * head_dim
         group_rows = query_rows + 2 * head_dim
+        shape = (kv_heads * group_rows, *tail)
+        origin, axes = tuple(0 for _ in tail), (0, 0, len(tail))
         parts = tuple(
             Part(
-                hf=(
+                tensors=(
                     Address(
-                        name=hf.format(layer=context.layer),
-                        shape=(kv_heads * rows, *tail),
-                        offset=0,
-                        strides=(rows * columns, columns, 1),
+                        tensor.format(layer=context.layer),
+                        (kv_heads * rows, *tail),
+                        (0, *origin),
+                        axes,
+                        (rows, 1, len(tail)),
                     ),
                 ),
+                param=Address(name, shape, (first_row, *origin), axes, (group_rows, 1, len(tail))),
                 sizes=(kv_heads, rows, columns),
-                start=(first_row, *(0 for _ in tail)),
-                axes=(0, 0, len(tail)),
-                steps=(group_rows, 1, len(tail)),
-                cut=0,
-                cut_unit="kv heads",
+                cuts={"tp": Cut(0, "kv heads")},
             )
-            for hf, rows, first_row in zip(
-                self.hf,
+            for tensor, rows, first_row in zip(
+                self.tensors,
                 (query_rows, head_dim, head_dim),
                 (0, query_rows, query_rows + head_dim),
                 strict=True,
             )
         )
-        return Param(name, (kv_heads * group_rows, *tail), parts, context.layer, split=0)
+        return Param(name, shape, parts, context.layer, cuts={"tp": 0})
 
 
 @dataclass(frozen=True, slots=True)
 class StackExperts:
     """The matrices of all experts in one parameter, transposed, side by side: (experts, in, out).
 
-    Hugging Face has a tensor for each expert and matrix, (out, in); or `hf_stacked`, all of them
+    A published model has a tensor for each expert and matrix, (out, in); or `stacked`, all of them
     in one, (experts, out, in), which is read where it is there. Experts are not split over ranks.
     """
 
-    hf: tuple[str, ...]
-    hf_stacked: str
+    tensors: tuple[str, ...]
+    stacked: str
     param: str
     rows: str
     columns: str
@@ -253,30 +268,31 @@ class StackExperts:
     def expand(self, name: str, context: Context) -> Param:
         experts = context.size("experts")
         rows, columns = context.size(self.rows), context.size(self.columns)
-        width = rows * len(self.hf)
-        stacked = self.hf_stacked.format(layer=context.layer)
+        width = rows * len(self.tensors)
+        shape = (experts, columns, width)
+        stacked = self.stacked.format(layer=context.layer)
         parts = tuple(
             Part(
-                hf=(
+                tensors=(
                     Address(
-                        name=hf.format(layer=context.layer, expert=expert),
-                        shape=(rows, columns),
-                        offset=0,
-                        strides=(1, columns, 0),
+                        tensor.format(layer=context.layer, expert=expert),
+                        (rows, columns),
+                        (0, 0),
+                        (1, 0, 0),
+                        (1, 1, 0),
                     ),
                     Address(
-                        name=stacked,
-                        shape=(experts, width, columns),
-                        offset=(expert * width + index * rows) * columns,
-                        strides=(1, columns, 0),
+                        stacked,
+                        (experts, width, columns),
+                        (expert, index * rows, 0),
+                        (2, 1, 0),
+                        (1, 1, 0),
                     ),
                 ),
+                param=Address(name, shape, (expert, 0, index * rows), (1, 2, 0), (1, 1, 0)),
                 sizes=(columns, rows, 1),
-                start=(expert, 0, index * rows),
-                axes=(1, 2, 0),
-                steps=(1, 1, 0),
             )
             for expert in range(experts)
-            for index, hf in enumerate(self.hf)
+            for index, tensor in enumerate(self.tensors)
         )
-        return Param(name, (experts, columns, width), parts, context.layer)
+        return Param(name, shape, parts, context.layer)

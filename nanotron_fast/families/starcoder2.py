@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from nanotron_fast.families.decoder import BLOCK, DEFAULTS, LAYER, qkv
+from nanotron_fast.families.decoder import BLOCK, DEFAULTS, LAYER, embeddings, qkv
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.rules import Copy, FuseByKvHead, Rule
+from nanotron_fast.families.windows import PLAIN
 from nanotron_fast.formats.nanotron.classes import STARCODER2_CONFIG
 
 
@@ -16,18 +17,10 @@ def _norm(hf: str, param: str, block: str = "layer") -> tuple[Rule, ...]:
 
 
 RULES: tuple[Rule, ...] = (
-    Copy(
-        "model.embed_tokens.weight",
-        "model.token_embeddings.pp_block.token_embedding.weight",
-        rows="vocab",
-        columns="hidden",
-        split="rows",
-        block="embedding",
-        alias="lm_head.weight",
-    ),
+    *embeddings("model.token_embeddings.pp_block.token_embedding.weight"),
     *_norm(f"{LAYER}input_layernorm", f"{BLOCK}ln_1"),
     FuseByKvHead(qkv("weight"), f"{BLOCK}attn.query_key_value.weight", columns="hidden"),
-    FuseByKvHead(qkv("bias"), f"{BLOCK}attn.query_key_value.bias"),
+    FuseByKvHead(qkv("bias"), f"{BLOCK}attn.query_key_value.bias", when="qkv_bias"),
     Copy(
         f"{LAYER}self_attn.o_proj.weight",
         f"{BLOCK}attn.dense.weight",
@@ -35,7 +28,12 @@ RULES: tuple[Rule, ...] = (
         columns=("heads", "head_dim"),
         split="columns",
     ),
-    Copy(f"{LAYER}self_attn.o_proj.bias", f"{BLOCK}attn.dense.bias", rows="hidden"),
+    Copy(
+        f"{LAYER}self_attn.o_proj.bias",
+        f"{BLOCK}attn.dense.bias",
+        rows="hidden",
+        when="output_bias",
+    ),
     *_norm(f"{LAYER}post_attention_layernorm", f"{BLOCK}ln_2"),
     Copy(
         f"{LAYER}mlp.c_fc.weight",
@@ -44,7 +42,13 @@ RULES: tuple[Rule, ...] = (
         columns="hidden",
         split="rows",
     ),
-    Copy(f"{LAYER}mlp.c_fc.bias", f"{BLOCK}ff.c_fc.bias", rows="intermediate", split="rows"),
+    Copy(
+        f"{LAYER}mlp.c_fc.bias",
+        f"{BLOCK}ff.c_fc.bias",
+        rows="intermediate",
+        split="rows",
+        when="mlp_bias",
+    ),
     Copy(
         f"{LAYER}mlp.c_proj.weight",
         f"{BLOCK}ff.c_proj.weight",
@@ -52,7 +56,7 @@ RULES: tuple[Rule, ...] = (
         columns="intermediate",
         split="columns",
     ),
-    Copy(f"{LAYER}mlp.c_proj.bias", f"{BLOCK}ff.c_proj.bias", rows="hidden"),
+    Copy(f"{LAYER}mlp.c_proj.bias", f"{BLOCK}ff.c_proj.bias", rows="hidden", when="mlp_bias"),
     *_norm("model.norm", "model.final_layer_norm.pp_block", block="norm"),
 )
 
@@ -82,6 +86,9 @@ STARCODER2 = Family(
     qkv_bias="use_bias",
     output_bias="use_bias",
     mlp_bias="use_bias",
-    window="plain",
+    norm="layer_norm",
+    has_gated_mlp=False,
+    quirks=(PLAIN,),
+    recognises=lambda model_config: True,
     extras=("attention_dropout", "embedding_dropout", "residual_dropout"),
 )

@@ -2,12 +2,15 @@
 
 A family reads a `config.json` into a `ModelSpec` and back; a Nanotron model class reads a
 `model_config.json` into one and back. Everything between the two formats goes through it.
+
+A spec speaks layer by layer. Where all layers are alike, as in most models, its properties
+(`num_heads`, `sliding_window`, ...) say what a layer has.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 # Activations that Nanotron's ACT2FN knows (nanotron/nn/activations.py at 2411b022).
@@ -36,27 +39,69 @@ NANOTRON_ACTIVATIONS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
-class MoeSpec:
-    """A mixture of experts, on the layers that have one."""
+class Attention:
+    """Grouped-query attention. Heads are counted over all ranks.
+
+    Args:
+        head_dim: rows of the query, key and value projections for each head.
+        rotary: the rows of a head that the rotary embedding turns, as (first, end); None where the
+            layer has no rotary embedding.
+        window: a query sees its last `window` keys, itself included; None: all of them.
+        has_qkv_bias, has_output_bias: biases on q, k and v; on the output projection.
+        has_qk_norm: queries and keys are normalised, head by head, before the rotary embedding.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotary: tuple[int, int] | None
+    window: int | None = None
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_qk_norm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """An MLP that every token goes through. Gated: act(gate(x)) * up(x), else act(up(x))."""
+
+    intermediate_size: int
+    has_bias: bool = False
+    is_gated: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts, and an expert that all tokens share where there is one."""
 
     num_experts: int
     top_k: int
     intermediate_size: int
     shared_intermediate_size: int
     has_shared_expert: bool
-    layers: tuple[int, ...]
-    router_aux_loss_coef: float
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer of a decoder."""
+
+    attention: Attention
+    mlp: Dense | Experts
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """The architecture of a decoder. Sizes in elements; None where a model has no such thing."""
+    """The architecture of a decoder. Sizes in elements; None where a model has no such thing.
+
+    Args:
+        intermediate_size: that of the dense layers; configurations have one where there are none.
+        norm: of the residual stream, "rms_norm" or "layer_norm" (which has biases).
+        bos_token_id, eos_token_id, pad_token_id: as in config.json: an id, a list, or nothing.
+        extras: kept by both formats, used by neither: `pretraining_tp`, dropout rates.
+    """
 
     hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
+    layers: tuple[Layer, ...]
     intermediate_size: int
     vocab_size: int
     max_position_embeddings: int
@@ -65,32 +110,142 @@ class ModelSpec:
     initializer_range: float
     rope_theta: float
     tie_word_embeddings: bool
+    norm: str = "rms_norm"
     rope_scaling: Mapping[str, Any] | None = None
-    # Biases on q, k and v; on the attention's output; in the MLP.
-    has_qkv_bias: bool = False
-    has_output_bias: bool = False
-    has_mlp_bias: bool = False
-    # Queries and keys are normalised, head by head, before the rotary embedding.
-    has_qk_norm: bool = False
-    # A query sees its last `sliding_window` keys, itself included, on every layer.
-    sliding_window: int | None = None
-    # Layers i with (i + 1) % no_rope_interval == 0 have no rotary embedding.
-    no_rope_interval: int | None = None
-    moe: MoeSpec | None = None
-    # As in config.json: an id, a list of ids, or nothing.
+    router_aux_loss_coef: float | None = None
     bos_token_id: Any = None
     eos_token_id: Any = None
     pad_token_id: Any = None
     use_cache: bool = True
-    # Kept by both formats, used by neither: `pretraining_tp`, dropout rates.
     extras: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def q_size(self) -> int:
-        """Rows of the query projection."""
-        return self.num_heads * self.head_dim
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
-    def kv_size(self) -> int:
-        """Rows of the key projection, and of the value projection."""
-        return self.num_kv_heads * self.head_dim
+    def attention(self) -> Attention:
+        """That of the first layer, which stands for all where `are_alike`."""
+        return self.layers[0].attention
+
+    @property
+    def num_heads(self) -> int:
+        return self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
+
+    @property
+    def has_qkv_bias(self) -> bool:
+        return self.attention.has_qkv_bias
+
+    @property
+    def has_output_bias(self) -> bool:
+        return self.attention.has_output_bias
+
+    @property
+    def has_qk_norm(self) -> bool:
+        return self.attention.has_qk_norm
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """Whether a dense layer has biases in its MLP."""
+        return any(isinstance(each.mlp, Dense) and each.mlp.has_bias for each in self.layers)
+
+    @property
+    def has_gated_mlp(self) -> bool:
+        """Whether every dense layer's MLP is gated."""
+        return all(not isinstance(each.mlp, Dense) or each.mlp.is_gated for each in self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer."""
+        return tuple(each.attention.window for each in self.layers)
+
+    @property
+    def sliding_window(self) -> int | None:
+        """The window that every layer has; None where some layer has none, or another."""
+        return self.windows[0] if len(set(self.windows)) == 1 else None
+
+    @property
+    def no_rope_layers(self) -> tuple[int, ...]:
+        """The layers without rotary embedding."""
+        return tuple(i for i, each in enumerate(self.layers) if each.attention.rotary is None)
+
+    @property
+    def no_rope_interval(self) -> int | None:
+        """n where every n-th layer has no rotary embedding, and n divides the number of layers.
+
+        None where all layers have one, or where those without lie in another order.
+        """
+        without = self.no_rope_layers
+        interval = without[0] + 1 if without else 0
+        is_regular = without and without == tuple(range(interval - 1, self.num_layers, interval))
+        return interval if is_regular and self.num_layers % interval == 0 else None
+
+    @property
+    def moe(self) -> Experts | None:
+        """The experts of the first layer that has some."""
+        return next((each.mlp for each in self.layers if isinstance(each.mlp, Experts)), None)
+
+    @property
+    def moe_layers(self) -> tuple[int, ...]:
+        """The layers with experts."""
+        return tuple(i for i, each in enumerate(self.layers) if isinstance(each.mlp, Experts))
+
+    @property
+    def are_alike(self) -> bool:
+        """Whether layers differ in windows, rotary embedding and experts alone, of one size."""
+        first = replace(self.attention, window=None, rotary=None)
+        attentions = (replace(each.attention, window=None, rotary=None) for each in self.layers)
+        rotaries = {each.attention.rotary for each in self.layers} - {None}
+        mlps = {each.mlp for each in self.layers}
+        kinds = {type(mlp) for mlp in mlps}
+        return (
+            all(each == first for each in attentions)
+            and len(rotaries) <= 1
+            and len(mlps) == len(kinds)
+        )
+
+    def with_attention(self, **changes: Any) -> ModelSpec:
+        """The same with other attributes of Attention on every layer."""
+        layers = (
+            replace(each, attention=replace(each.attention, **changes)) for each in self.layers
+        )
+        return replace(self, layers=tuple(layers))
+
+
+# What can be compared of two specs by name, what decides about tensors first.
+STRUCTURE = (
+    "num_layers",
+    "hidden_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
+    "has_qkv_bias",
+    "has_output_bias",
+    "has_mlp_bias",
+    "has_qk_norm",
+    "has_gated_mlp",
+    "norm",
+    "moe",
+    "moe_layers",
+)
+COMPUTED = (
+    *STRUCTURE,
+    "hidden_act",
+    "norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "sliding_window",
+    "no_rope_interval",
+    "layers",
+)

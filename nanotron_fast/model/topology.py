@@ -25,6 +25,11 @@ class Topology:
                 f"ep={self.ep}: Nanotron cannot start with experts split over ranks"
             )
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each axis that may cut a parameter."""
+        return {"tp": self.tp, "ep": self.ep}
+
     def __str__(self) -> str:
         return f"TP={self.tp} PP={self.pp}"
 

@@ -11,7 +11,7 @@ import nanotron_fast
 from nanotron_fast import Topology
 from nanotron_fast.formats.nanotron.classes import classes
 from nanotron_fast.formats.nanotron.stages import block_costs
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import Attention, Dense, Layer, ModelSpec
 from nanotron_fast.model.topology import assign_stages
 from tests.modelzoo import read_file, read_tensors
 
@@ -104,12 +104,14 @@ def test_way_back_is_bit_identical(case: str, stem: str, tmp_path: Path) -> None
 @pytest.mark.parametrize("number", range(len(STAGES)))
 def test_stage_assignment(number: int) -> None:
     case = STAGES[number]
+    heads = case["num_attention_heads"]
+    head_dim = case["hidden_size"] // heads
+    layer = Layer(
+        Attention(heads, heads, head_dim, rotary=(0, head_dim)), Dense(case["intermediate_size"])
+    )
     spec = ModelSpec(
         hidden_size=case["hidden_size"],
-        num_layers=case["num_hidden_layers"],
-        num_heads=case["num_attention_heads"],
-        num_kv_heads=case["num_attention_heads"],
-        head_dim=case["hidden_size"] // case["num_attention_heads"],
+        layers=(layer,) * case["num_hidden_layers"],
         intermediate_size=case["intermediate_size"],
         vocab_size=case["vocab_size"],
         max_position_embeddings=128,

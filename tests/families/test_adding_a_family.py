@@ -18,6 +18,7 @@ from nanotron_fast.moves.dtypes import Dtype
 
 BLOCK = "model.decoder.{layer}.pp_block."
 HEADS = (("heads", "head_dim"), ("kv_heads", "head_dim"), ("kv_heads", "head_dim"))
+ROTARY = (("rotary_first", "rotary_end"), ("rotary_first", "rotary_end"), None)
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 MADE_UP = families.Family(
     name="madeup",
@@ -41,7 +42,7 @@ MADE_UP = families.Family(
             BLOCK + "attn.qkv_proj.weight",
             rows=HEADS,
             columns="hidden",
-            rotary=(True, True, False),
+            rotary=ROTARY,
         ),
         Copy("norm", "model.final_layer_norm.pp_block.weight", rows="hidden", block="norm"),
     ),

@@ -153,6 +153,14 @@ def test_models(name: str, style: str, tmp_path: Path) -> None:
         ("rope-scaling-yarn", {}),
         ("head-dim", {}),
         ("attention-bias", {}),
+        ("attention-bias-smollm3", {}),
+        ("mlp-bias", {}),
+        ("head-dim-qwen2", {}),
+        ("head-dim-mistral", {}),
+        ("starcoder2-untied", {}),
+        ("window-mixture", {}),
+        ("window-smollm3", {}),
+        ("no-rope-irregular", {}),
     ],
 )
 def test_admitted_by_the_other_target(name: str, options: dict[str, Any], tmp_path: Path) -> None:
@@ -162,8 +170,7 @@ def test_admitted_by_the_other_target(name: str, options: dict[str, Any], tmp_pa
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["mlp-bias", "head-dim-qwen2", "head-dim-mistral", "attention-bias-smollm3", "activation"],
+    "name", ["norm-topk-prob", "window-moe", "activation", "activation-starcoder2"]
 )
 def test_not_admitted_by_the_other_target_either(name: str, tmp_path: Path) -> None:
     family, changes, message = MODELS[name]

@@ -15,33 +15,9 @@ from nanotron_fast.families import Family
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import COMPUTED, STRUCTURE, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.row import FILL
-
-# What a config may say that changes what the model computes. Sizes show in the tensors too.
-_COMPARED = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "intermediate_size",
-    "vocab_size",
-    "tie_word_embeddings",
-    "has_qkv_bias",
-    "has_output_bias",
-    "has_mlp_bias",
-    "moe",
-    "hidden_act",
-    "norm_eps",
-    "rope_theta",
-    "rope_scaling",
-    "sliding_window",
-    "no_rope_interval",
-)
-# With any of the first of them different, there is nothing to compare tensor by tensor.
-_NUM_STRUCTURAL = 12
 
 
 @dataclass(slots=True)
@@ -113,13 +89,13 @@ def plan_comparison(
     """
     first, second = _models(a, b, Options(family=family, rope_interleaved=rope_interleaved))
     plan = ComparisonPlan(warnings=[*first.warnings, *second.warnings])
-    for name in _COMPARED:
-        left, right = (_computed(model.spec, name) for model in (first, second))
-        if left != right:
+    for name in COMPUTED:
+        left, right = (getattr(model.spec, name) for model in (first, second))
+        # Where a property of all layers shows it, that says more than the layers do.
+        if left != right and not (name == "layers" and plan.differing):
             plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
-    structure = [
-        name for name in _COMPARED[:_NUM_STRUCTURAL] if f"config: {name}" in plan.differing
-    ]
+    # With any of these different, there is nothing to compare tensor by tensor.
+    structure = [name for name in STRUCTURE if f"config: {name}" in plan.differing]
     if structure:
         plan.cannot_run = f"the two are of different structure ({', '.join(structure)})"
         return plan
@@ -131,13 +107,6 @@ def plan_comparison(
             plan.differing.setdefault(name, f"is in {model.label} alone, not in {other}")
             plan.cannot_run = plan.cannot_run or f"{name} is in {model.label} alone"
     return plan
-
-
-def _computed(spec: ModelSpec, name: str) -> object:
-    """A field of a spec, without what only training asks for."""
-    if name == "moe" and spec.moe is not None:
-        return replace(spec.moe, router_aux_loss_coef=0.0)
-    return getattr(spec, name)
 
 
 def _models(a: Checkpoint, b: Checkpoint, options: Options) -> tuple[_Model, _Model]:
@@ -193,7 +162,7 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
     compared: set[str] = set()
     for left, right in zip(left_params, right_params, strict=True):
         for left_part, right_part in zip(left.parts, right.parts, strict=True):
-            name = left_part.hf[0].name
+            name = left_part.name
             try:
                 cast = _plan_part(
                     plan,

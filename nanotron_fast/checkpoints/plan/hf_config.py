@@ -15,11 +15,11 @@ from nanotron_fast.checkpoints.plan.like import TOKEN_KEYS
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError, NanotronFastError
 from nanotron_fast.families import family_of_config
-from nanotron_fast.families.hf_config import other_names, read_config, write_config
+from nanotron_fast.families.hf_config import read_config, write_config
 from nanotron_fast.families.unknown_fields import UNKNOWN_FIELDS
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import COMPUTED, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
 # What Nanotron's classes keep otherwise than config.json does: one token id for a list, a default
@@ -78,7 +78,7 @@ def _update(
             f"{was.get(key)!r} in the model that this one was made from"
         )
         config[key] = value
-        for name in other_names(model.family, key):
+        for name in model.family.aliases.get(key, ()):
             if config.get(name) is not None:
                 config[name] = value
         inner = config.get("text_config")
@@ -102,7 +102,9 @@ def _as_nanotron_keeps(spec: ModelSpec, model: NanotronModel) -> ModelSpec:
     A class may lack a field for what a model computes. That stays: the checkpoint does not compute
     it, and so differs.
     """
-    config = model.model_class.write(spec, version="1.5", rope_interleaved=model.is_interleaved)
+    config = model.model_class.write(
+        spec, family=model.family.name, version="1.5", rope_interleaved=model.is_interleaved
+    )
     trip = model.model_class.read(config, head_dim=spec.head_dim)
     return replace(spec, **{name: getattr(trip, name) for name in _KEPT_OTHERWISE})
 
@@ -129,7 +131,7 @@ def _check(config: Mapping[str, Any], model: NanotronModel, expected: ModelSpec)
             f"{root}: what {MODEL_CONFIG} says cannot be written as a {model.family.name}'s: "
             f"{error}"
         ) from None
-    for name in (field.name for field in fields(ModelSpec)):
+    for name in dict.fromkeys((*COMPUTED, *(field.name for field in fields(ModelSpec)))):
         left, right = getattr(found, name), getattr(expected, name)
         # Each side keeps what it has a place for, such as rates of dropout.
         if name != "extras" and left != right:

@@ -46,7 +46,7 @@ def plan_moves(
     """
     for param, source_param in zip(params, source_params or params, strict=True):
         for part, source_part in zip(param.parts, source_param.parts, strict=True):
-            name = part.hf[0].name
+            name = part.name
             places = source.pieces(source_param, source_part)
             for piece in destination.pieces(param, part):
                 for place in places:
@@ -68,11 +68,11 @@ def plan_padding(
             for piece in side.pieces(param, part):
                 padding = _padding(part, places, piece)
                 if padding is not None:
-                    yield NamedMove(padding, part.hf[0].name, param.name)
+                    yield NamedMove(padding, part.name, param.name)
 
 
 def _padding(part: Part, places: Sequence[Piece], piece: Piece) -> Move | None:
     """Rows of a destination that no source has, as a fill. They are vocabulary padding."""
-    if part.hf_rows is None:
+    if part.unpadded_rows is None:
         return None
     return fill_behind(piece, max(place.high[0] for place in places))

@@ -13,22 +13,12 @@ from nanotron_fast.formats.huggingface.files import EXPLICIT
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.side_file import SideFile, read_side_file
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import STRUCTURE, ModelSpec
 from nanotron_fast.version import __version__
 
-# What shows in the shapes of tensors, or in which of them there are. The vocabulary may be padded.
-_SHAPES = (
-    "num_layers",
-    "hidden_size",
-    "num_heads",
-    "num_kv_heads",
-    "head_dim",
-    "intermediate_size",
-    "tie_word_embeddings",
-    "has_qkv_bias",
-    "has_output_bias",
-    "has_mlp_bias",
-)
+# What shows in the shapes of tensors, or in which of them there are. The vocabulary may be padded,
+# and of experts every number is said.
+_SHAPES = tuple(name for name in STRUCTURE if name not in ("vocab_size", "moe", "moe_layers"))
 TOKEN_KEYS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -65,11 +55,11 @@ def read_like(root: Path, family: str | None) -> SideFile:
 def check_shapes(root: Path, like: ModelSpec, stored: ModelSpec) -> None:
     """Refuses a model of other shapes than the checkpoint's. Raises CheckpointError."""
     pairs = {name: (getattr(like, name), getattr(stored, name)) for name in _SHAPES}
+    pairs["layers with experts"] = like.moe_layers, stored.moe_layers
     for name, get in (
         ("experts", lambda moe: moe.num_experts),
         ("moe_intermediate_size", lambda moe: moe.intermediate_size),
         ("shared_expert_intermediate_size", lambda moe: moe.shared_intermediate_size),
-        ("layers with experts", lambda moe: moe.layers),
     ):
         pairs[name] = like.moe and get(like.moe), stored.moe and get(stored.moe)
     differing = [f"{name} {a} and {b}" for name, (a, b) in pairs.items() if a != b]

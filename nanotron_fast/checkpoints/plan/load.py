@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
+from nanotron_fast.checkpoints.plan.sides import piece_of
 from nanotron_fast.checkpoints.stored import Checkpoint, HfModel, check_divides, some, stored_model
 from nanotron_fast.errors import (
     ConfigError,
@@ -15,10 +16,9 @@ from nanotron_fast.errors import (
     UnsupportedModelError,
 )
 from nanotron_fast.families.gate import check_model, choose_class
-from nanotron_fast.families.parts import Param, Part
+from nanotron_fast.families.parts import Param, Part, Sizes
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.moves.boxes import Box
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.pieces import Piece
 from nanotron_fast.moves.plan import MovePlan, OutputFile
@@ -53,23 +53,14 @@ class LoadPlan:
 class MemoryTarget:
     """The tensors of one rank, each from its first byte."""
 
-    def __init__(self, tensors: Mapping[str, TensorSpec], *, tp: int, tp_rank: int) -> None:
-        self.tp = tp
-        self.tp_rank = tp_rank
+    def __init__(self, tensors: Mapping[str, TensorSpec], sizes: Sizes, ranks: Sizes) -> None:
+        self.sizes = sizes
+        self.ranks = ranks
         self._places = {name: (i, spec.dtype) for i, (name, spec) in enumerate(tensors.items())}
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
         file, dtype = self._places[param.name]
-        low, high, offset, strides = param.locate(part, self.tp, self.tp_rank)
-        first, end = [0, 0, 0], list(part.sizes)
-        if part.cut is not None:
-            first[part.cut], end[part.cut] = low, high
-        return [Piece(file, offset * dtype.itemsize, dtype, _box(first), _box(end), strides)]
-
-
-def _box(values: list[int]) -> Box:
-    a, b, c = values
-    return a, b, c
+        return [piece_of(param.share(part, self.sizes, self.ranks), file, 0, dtype)]
 
 
 class _Source:
@@ -85,7 +76,8 @@ class _Source:
                     f"stored_rope_interleaved: {checkpoint.root} is a Hugging Face checkpoint, "
                     "where q and k always lie in halves"
                 )
-            self.model_class = choose_class(model.family, model.spec, options.model_class)
+            target = options.target or "nanotron"
+            self.model_class = choose_class(model.family, model.spec, options.model_class, target)
             version = options.checkpoint_version or "1.5"
             is_old = version == "1.2" and self.model_class.rotates_neighbours_in_1_2
             shall = is_old if rope_interleaved is None else rope_interleaved
@@ -93,7 +85,7 @@ class _Source:
                 model.family,
                 model.spec,
                 self.model_class,
-                target=options.target or "nanotron",
+                target=target,
                 version=version,
                 rope_interleaved=shall,
             )
@@ -142,7 +134,7 @@ def plan_load(
     source.check()
     stage, tp_rank = divmod(rank, topology.tp)
     mine, optional = _params_of_stage(source, topology, stage)
-    shapes = {name: param.local_shape(topology.tp) for name, (param, _) in mine.items()}
+    shapes = {name: param.local_shape(topology.sizes) for name, (param, _) in mine.items()}
     _check_tensors(tensors, shapes, optional, f"rank {rank} of {topology}")
 
     filled = _without_aliases(tensors, optional)
@@ -152,7 +144,7 @@ def plan_load(
         for named in plan_moves(
             [mine[name][0] for name in filled],
             reader,
-            MemoryTarget(filled, tp=topology.tp, tp_rank=tp_rank),
+            MemoryTarget(filled, topology.sizes, {"tp": tp_rank}),
             source_params=[mine[name][1] for name in filled],
         )
     )

@@ -51,8 +51,7 @@ def plan_reshard(source: NanotronCheckpoint, destination: Path, options: Options
     writer = NanotronTarget(
         params,
         {param.name: reader.dtype(param) for param in params},
-        tp=topology.tp,
-        pp=topology.pp,
+        topology,
         stage_of=stages.of,
         version=str(metadata["version"]),
     )

@@ -9,12 +9,12 @@ from pathlib import Path
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
-from nanotron_fast.families.parts import Address, Param, Part
+from nanotron_fast.families.parts import Address, Param, Part, Share
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, StoredTensor
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
 from nanotron_fast.formats.nanotron.slices import check_metadata, shard_metadata
-from nanotron_fast.moves.boxes import Box
+from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.pieces import Piece
@@ -62,48 +62,16 @@ class _Files:
         return self._numbers[path]
 
 
-def _hf_piece(part: Part, address: Address, file: int, begin_bytes: int, dtype: Dtype) -> Piece:
-    rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
+def piece_of(share: Share, file: int, begin_bytes: int, dtype: Dtype) -> Piece:
+    """A share of a part as a piece of a file whose tensor begins at `begin_bytes`."""
     return Piece(
-        file,
-        begin_bytes + address.offset * dtype.itemsize,
-        dtype,
-        (0, 0, 0),
-        (rows, part.sizes[1], part.sizes[2]),
-        address.strides,
+        file=file,
+        offset_bytes=begin_bytes + share.offset * dtype.itemsize,
+        dtype=dtype,
+        low=share.low,
+        high=share.high,
+        strides=share.strides,
     )
-
-
-def _nanotron_pieces(
-    param: Param,
-    part: Part,
-    tp: int,
-    place: Callable[[int], tuple[int, int]],
-    dtype: Dtype,
-) -> list[Piece]:
-    pieces = []
-    for rank in range(tp if param.split is not None else 1):
-        file, begin_bytes = place(rank)
-        low, high, offset, strides = param.locate(part, tp, rank)
-        first, end = [0, 0, 0], list(part.sizes)
-        if part.cut is not None:
-            first[part.cut], end[part.cut] = low, high
-        pieces.append(
-            Piece(
-                file,
-                begin_bytes + offset * dtype.itemsize,
-                dtype,
-                _box(first),
-                _box(end),
-                strides,
-            )
-        )
-    return pieces
-
-
-def _box(values: list[int]) -> Box:
-    a, b, c = values
-    return a, b, c
 
 
 class HfSource:
@@ -116,7 +84,7 @@ class HfSource:
 
     def find(self, part: Part) -> tuple[Address, StoredTensor]:
         """The tensor that holds a part. Raises CheckpointError, naming what is missing."""
-        for address in part.hf:
+        for address in part.tensors:
             tensor = self.checkpoint.tensors.get(address.name)
             if tensor is None:
                 continue
@@ -126,7 +94,7 @@ class HfSource:
                     f"config.json calls for {list(address.shape)}"
                 )
             return address, tensor
-        wanted = [address.name for address in part.hf]
+        wanted = [address.name for address in part.tensors]
         why = explain(self.checkpoint.tensors, wanted, self.checkpoint.ignored)
         raise CheckpointError(
             f"{self.checkpoint.root}: {' or '.join(wanted)} is missing, and config.json calls for "
@@ -143,7 +111,7 @@ class HfSource:
         self.used.add(address.name)
         dtype = float_dtype(address.name, tensor.info.dtype, tensor.path)
         file = self.files.number(tensor.path)
-        return [_hf_piece(part, address, file, tensor.info.begin_bytes, dtype)]
+        return [piece_of(part.whole(address), file, tensor.info.begin_bytes, dtype)]
 
     @property
     def has_tied_copy(self) -> bool:
@@ -186,6 +154,7 @@ class NanotronSource:
 
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         self.checkpoint = checkpoint
+        self.sizes = {"tp": checkpoint.tp}
         self.files = _Files()
         self.used: set[str] = set()
 
@@ -215,37 +184,37 @@ class NanotronSource:
 
     def _check(self, param: Param, shards: tuple[Shard, ...]) -> None:
         is_sharded = param.name in self.checkpoint.sharded
-        if is_sharded != (param.split is not None):
+        if is_sharded != bool(param.cuts):
             kind = "split over ranks" if is_sharded else "not split over ranks"
             raise CheckpointError(
                 f"{shards[0].path}: {param.name} is {kind}, which it is never in Nanotron"
             )
         tp = self.checkpoint.tp
-        shape = param.local_shape(tp)
+        shape = param.local_shape(self.sizes)
         for shard in shards:
             if shard.info.shape != shape:
                 raise CheckpointError(
                     f"{shard.path}: shape {list(shard.info.shape)}, "
                     f"{nanotron.MODEL_CONFIG} at TP={tp} calls for {list(shape)}"
                 )
-            if param.split is not None:
+            if param.cuts:
                 expected = shard_metadata(
-                    param.shape, param.split, param.chunks, tp, shard.tp_rank, ""
+                    param.shape, param.cuts["tp"], param.chunks, tp, shard.tp_rank, ""
                 )
                 check_metadata(shard.path, shard.metadata, expected)
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
+        dtype = self.dtype(param)
         shards = self._shards(param)
-        return _nanotron_pieces(
-            param,
-            part,
-            self.checkpoint.tp,
-            lambda rank: (
-                self.files.number(shards[rank].path),
-                shards[rank].info.begin_bytes,
-            ),
-            self.dtype(param),
-        )
+        return [
+            piece_of(
+                param.share(part, self.sizes, ranks),
+                self.files.number(shard.path),
+                shard.info.begin_bytes,
+                dtype,
+            )
+            for ranks, shard in zip(param.shards(self.sizes), shards, strict=False)
+        ]
 
 
 class HfTarget:
@@ -261,9 +230,9 @@ class HfTarget:
                 self._places[name] = index, offset
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
-        address = part.hf[0]
-        file, begin_bytes = self._places[address.name]
-        return [_hf_piece(part, address, file, begin_bytes, self._dtypes[address.name])]
+        file, begin_bytes = self._places[part.name]
+        whole = part.whole(part.tensors[0])
+        return [piece_of(whole, file, begin_bytes, self._dtypes[part.name])]
 
 
 class NanotronTarget:
@@ -273,41 +242,43 @@ class NanotronTarget:
         self,
         params: Iterable[Param],
         dtypes: dict[str, Dtype],
+        topology: Topology,
         *,
-        tp: int,
-        pp: int,
         stage_of: Callable[[int | str], int],
         version: str,
     ) -> None:
-        self.tp = tp
+        self.sizes = topology.sizes
         self.outputs: list[OutputFile] = []
         self._dtypes = dtypes
-        self._places: dict[tuple[str, int], tuple[int, int]] = {}
+        # Of each shard of a parameter, in the order of Param.shards.
+        self._places: dict[str, list[tuple[int, int]]] = {}
+        tp, pp = topology.tp, topology.pp
         for param in params:
-            shape = param.local_shape(tp)
+            shape = param.local_shape(self.sizes)
             dtype = dtypes[param.name]
-            for rank in range(tp if param.split is not None else 1):
+            places = self._places[param.name] = []
+            for ranks in param.shards(self.sizes):
                 metadata: dict[str, str] = {}
                 shard = None
-                if param.split is not None:
+                if ranks:
+                    rank = ranks["tp"]
                     shard = (stage_of(param.block), pp, rank, tp)
                     metadata = shard_metadata(
-                        param.shape, param.split, param.chunks, tp, rank, version
+                        param.shape, param.cuts["tp"], param.chunks, tp, rank, version
                     )
                 header, start = nanotron.tensor_header(dtype, shape, metadata)
                 size = dtype.itemsize
                 for length in shape:
                     size *= length
-                self._places[param.name, rank] = len(self.outputs), start
+                places.append((len(self.outputs), start))
                 self.outputs.append(
                     OutputFile(nanotron.tensor_path(param.name, shard), header, start + size)
                 )
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
-        return _nanotron_pieces(
-            param,
-            part,
-            self.tp,
-            lambda rank: self._places[param.name, rank],
-            self._dtypes[param.name],
-        )
+        dtype = self._dtypes[param.name]
+        places = zip(param.shards(self.sizes), self._places[param.name], strict=True)
+        return [
+            piece_of(param.share(part, self.sizes, ranks), file, begin_bytes, dtype)
+            for ranks, (file, begin_bytes) in places
+        ]

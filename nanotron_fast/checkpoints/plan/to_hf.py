@@ -44,14 +44,13 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         target=model.target,
         version=options.checkpoint_version or "1.5",
         rope_interleaved=None,
-        states_extension=model.states_extension,
     )
     check_expressible(family, spec)
     params = model.params()
     reader = NanotronSource(source)
     main_dtype = options.cast or main_dtype_of(params, reader)
     dtypes = _hf_dtypes(params, reader, model, options.cast, main_dtype)
-    shapes = {part.hf[0].name: part.hf[0].shape for param in params for part in param.parts}
+    shapes = {part.name: part.tensors[0].shape for param in params for part in param.parts}
     files, index = hf.layout_shards(
         [(name, dtypes[name], shape) for name, shape in shapes.items()],
         options.max_shard_bytes or DEFAULT_SHARD_BYTES,
@@ -114,7 +113,7 @@ def _hf_dtypes(
         if stored is Dtype.F64 and (cast is not None or param.is_fp32):
             raise CheckpointError(f"{param.name} is F64, which is not cast; use --dtype keep")
         for part in param.parts:
-            name = part.hf[0].name
+            name = part.name
             if cast is None and name in originals and stored is not Dtype.F64:
                 dtypes[name] = originals[name]
             else:

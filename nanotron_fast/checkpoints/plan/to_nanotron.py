@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_nanotron
@@ -24,7 +23,7 @@ from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
-from nanotron_fast.formats.nanotron.classes import EXTENSION_FIELDS, NanotronClass
+from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass
 from nanotron_fast.formats.nanotron.side_file import SideFile
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.formats.nanotron.training_config import training_config
@@ -47,7 +46,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     model = HfModel(source, options)
     source, family, spec = model.checkpoint, model.family, model.spec
     warnings = list(model.warnings)
-    model_class = choose_class(family, spec, options.model_class)
+    model_class = choose_class(family, spec, options.model_class, target)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved
     if interleaved is None:
@@ -72,14 +71,15 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     writer = NanotronTarget(
         params,
         dtypes,
-        tp=topology.tp,
-        pp=topology.pp,
+        topology,
         stage_of=stages.of,
         version=version,
     )
     moves = tuple(named.move for named in plan_moves(params, reader, writer))
     duplicates = model.check_leftovers(reader)
-    model_config = model_class.write(padded_spec, version=version, rope_interleaved=interleaved)
+    model_config = model_class.write(
+        padded_spec, family=family.name, version=version, rope_interleaved=interleaved
+    )
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     warnings += kept_warnings
     beside = beside_nanotron(source, options)
@@ -89,7 +89,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
             "model is tied, and needs none"
         )
     warnings += _warnings(model_class, topology, version)
-    warnings += _extension_warnings(spec, model_config)
+    warnings += _target_warnings(spec, model_class)
     side = SideFile(
         tool_version=__version__,
         family=family.name,
@@ -152,7 +152,7 @@ def _stored_dtype(
             counts[dtype] += math.prod(part.sizes)
             if dtype is Dtype.F64 and (cast is not None or param.is_fp32):
                 raise UnsupportedModelError(
-                    f"{source.root}: {part.hf[0].name} is F64, which is not cast; use --dtype keep"
+                    f"{source.root}: {part.name} is F64, which is not cast; use --dtype keep"
                 )
     return counts.most_common(1)[0][0]
 
@@ -190,24 +190,23 @@ def _other_dtypes(
             expected = stored if param.is_fp32 else written[param.name]
             is_cast = cast is not None and not param.is_fp32
             if dtype is not expected and not is_cast:
-                others[part.hf[0].name] = dtype.name
+                others[part.name] = dtype.name
     return others
 
 
-def _extension_warnings(spec: ModelSpec, model_config: Mapping[str, Any]) -> list[str]:
+def _target_warnings(spec: ModelSpec, model_class: NanotronClass) -> list[str]:
     """What runs a model that stock Nanotron does not."""
     warnings: list[str] = []
-    if spec.rope_scaling is not None:
+    if model_class is NANOTRON_FAST_CONFIG:
+        warnings.append(
+            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses: "
+            "its models lack what this one has. Nothing trains such a model yet: it can be "
+            "converted back, compared, and loaded with load_into"
+        )
+    elif spec.rope_scaling is not None:
         warnings.append(
             "Nanotron by itself ignores rope_scaling: train with nanotron-fast run --rope-scaling, "
             "or nanotron_fast.enable(rope_scaling=True)"
-        )
-    extension = [name for name in EXTENSION_FIELDS if name in model_config]
-    if extension:
-        warnings.append(
-            f"model_config.json and config.yaml have {', '.join(extension)}, at which Nanotron "
-            "stops, for its models lack what they say. Nothing trains such a model yet: it can be "
-            "converted back, compared, and loaded with load_into"
         )
     return warnings
 

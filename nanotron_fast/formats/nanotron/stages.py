@@ -34,14 +34,8 @@ class Stages:
 def block_costs(spec: ModelSpec, model_class: NanotronClass) -> list[int]:
     """Compute costs of Nanotron's pipeline blocks in order, by which it assigns stages.
 
-    Source: get_block_compute_costs of llama.py, qwen.py and starcoder2.py at 2411b022: attention's
-    projections as if every head had keys and values, and the dense MLP also where there are
-    experts. Embedding, norm, cast to fp32 and loss count nothing.
+    Embedding, norm, cast to fp32 and loss count nothing.
     """
-    head_dim = spec.hidden_size // spec.num_heads
-    layer = (
-        4 * spec.num_heads * head_dim * spec.hidden_size
-        + model_class.mlp_matrices * spec.intermediate_size * spec.hidden_size
-    )
+    layers = [model_class.layer_cost(spec, layer) for layer in spec.layers]
     tail = [0, 0] if model_class.casts_to_fp32 else [0]
-    return [0, *[layer] * spec.num_layers, 0, spec.vocab_size * spec.hidden_size, *tail]
+    return [0, *layers, 0, spec.vocab_size * spec.hidden_size, *tail]

@@ -14,14 +14,14 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.formats.fields import MAX_COUNT, MAX_SIZE, Fields
 from nanotron_fast.formats.rope import read_rope
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import Attention, Layer, ModelSpec
 
 FILE = "model_config.json"
 
-# What no class of Nanotron's has, and --target nanotron-fast writes after its fields where a model
-# differs from what they can say. Stock Nanotron stops at them, as it should: it would compute
-# something else.
-EXTENSION_FIELDS = ("head_dim", "attention_output_bias", "mlp_bias")
+# Both take what is not kept under a plain field: the latter gets what was read so far, "attention"
+# and "num_layers" among it.
+WriteRest = Callable[[dict[str, Any], ModelSpec, bool], None]
+ReadRest = Callable[[Fields, dict[str, Any], Mapping[str, Any]], ModelSpec]
 
 _PLAIN = (
     "hidden_size",
@@ -38,6 +38,24 @@ _PLAIN = (
 )
 
 
+LayerCost = Callable[[ModelSpec, Layer], int]
+
+
+def layer_cost(*, mlp_matrices: int) -> LayerCost:
+    """What a layer costs by Nanotron's own count, for a class whose MLP has so many matrices.
+
+    Source: get_block_compute_costs of llama.py, qwen.py and starcoder2.py at 2411b022: attention's
+    projections as if every head had keys and values, and the dense MLP also where there are
+    experts.
+    """
+
+    def cost(spec: ModelSpec, layer: Layer) -> int:
+        heads = spec.num_heads * (spec.hidden_size // spec.num_heads)
+        return (4 * heads + mlp_matrices * spec.intermediate_size) * spec.hidden_size
+
+    return cost
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class NanotronClass:
     """One class: its fields, what a model of it computes, and its ways in every version.
@@ -50,12 +68,9 @@ class NanotronClass:
         marker: the field that says which class a model_config.json is of.
         fields: every field in its order, with its default.
         fields_1_2: those of checkpoint version 1.2 (PyPI's 0.4); None where it lacks the class.
-        keys: where a field of ModelSpec has another name.
         holds: what a model of the class can have of `model.needs`.
-        extension: what --target nanotron-fast adds to that.
-        write_rest, read_rest: of what is not kept under a plain field, between a ModelSpec and the
-            class; the latter gets the fields that were read so far.
-        mlp_matrices: by which Nanotron counts what a layer costs.
+        drop_in_holds: what the drop-in adds to that, for --target nanotron-fast.
+        layer_cost: what a layer counts when Nanotron assigns layers to pipeline stages.
         casts_to_fp32: the model ends with a pipeline block that casts logits.
         ignores_attention_bias: it has the field, and stock models of it no bias whatever it says.
         rotates_neighbours_in_1_2: before September 2024 there was no other way, and no field.
@@ -69,12 +84,9 @@ class NanotronClass:
     marker: str
     fields: Mapping[str, Any]
     fields_1_2: tuple[str, ...] | None
-    keys: Mapping[str, str]
     holds: frozenset[str]
-    extension: frozenset[str] = frozenset()
-    write_rest: Callable[[dict[str, Any], ModelSpec, bool], None]
-    read_rest: Callable[[Fields, dict[str, Any], Mapping[str, Any]], ModelSpec]
-    mlp_matrices: int = 3
+    drop_in_holds: frozenset[str] = frozenset()
+    layer_cost: LayerCost
     casts_to_fp32: bool = False
     ignores_attention_bias: bool = False
     rotates_neighbours_in_1_2: bool = False
@@ -85,43 +97,26 @@ class NanotronClass:
     def __str__(self) -> str:
         return self.name
 
-    def key(self, name: str) -> str:
-        """Where the class keeps a field of ModelSpec."""
-        return self.keys.get(name, name)
-
-    def can_hold(self, need: str, *, is_extended: bool) -> bool:
+    def can_hold(self, need: str, *, has_drop_in: bool = False) -> bool:
         """Whether a model of the class can have something of `model.needs`."""
-        return need in self.holds or (is_extended and need in self.extension)
+        return need in self.holds or (has_drop_in and need in self.drop_in_holds)
 
-    def first_token(self, value: Any, name: str) -> int | None:
-        """The one id that Nanotron keeps: the first of a list; for null, the class's default."""
-        if isinstance(value, list):
-            value = value[0] if value else None
-        return self.fields.get(name) if value is None else value
+    def check_version(self, version: str) -> None:
+        """Raises UnsupportedModelError where Nanotron lacked the class then."""
+        if version == "1.2" and self.fields_1_2 is None:
+            raise UnsupportedModelError(
+                f"checkpoint version 1.2 (Nanotron 0.4) has no {self}: only LlamaConfig and "
+                "Starcoder2Config"
+            )
 
-    def write(self, spec: ModelSpec, *, version: str, rope_interleaved: bool) -> dict[str, Any]:
-        """Every field of the class, in its order, and the extension's where it is needed.
+    def write(
+        self, spec: ModelSpec, *, family: str, version: str, rope_interleaved: bool
+    ) -> dict[str, Any]:
+        """Every field of the class, in its order. `family` is the name of the model's.
 
         Raises UnsupportedModelError where the version lacks the class.
         """
-        config = dict(self.fields)
-        for name in _PLAIN:
-            config[self.key(name)] = getattr(spec, name)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if name in config:
-                config[name] = self.first_token(getattr(spec, name), name)
-        self.write_rest(config, spec, rope_interleaved)
-        if version == "1.2":
-            if self.fields_1_2 is None:
-                raise UnsupportedModelError(
-                    f"checkpoint version 1.2 (Nanotron 0.4) has no {self}: only LlamaConfig and "
-                    "Starcoder2Config"
-                )
-            config = {name: config[name] for name in self.fields_1_2}
-        if self.extension & {"head_dim"} and _is_extended(spec):
-            values = (spec.head_dim, spec.has_output_bias, spec.has_mlp_bias)
-            config.update(zip(EXTENSION_FIELDS, values, strict=True))
-        return config
+        raise NotImplementedError
 
     def read(
         self,
@@ -135,38 +130,7 @@ class NanotronClass:
         `head_dim` and `moe_sizes`, which tensors show, stand in for fields that the config lacks.
         Raises ConfigError, UnsupportedModelError.
         """
-        full = Fields(FILE, config, self.fields)
-        head_dim = full.positive_or_none("head_dim") or head_dim
-        fields: dict[str, Any] = {}
-        for name in (
-            "hidden_size",
-            "num_layers",
-            "num_heads",
-            "vocab_size",
-            "max_position_embeddings",
-        ):
-            limit = MAX_COUNT if name == "num_layers" else MAX_SIZE
-            fields[name] = full.positive(self.key(name), limit)
-        for name in ("initializer_range", "norm_eps"):
-            fields[name] = full.number(self.key(name))
-        fields["rope_theta"], fields["rope_scaling"] = read_rope(full)
-        fields["hidden_act"] = full.text(self.key("hidden_act"))
-        num_kv_heads = full.positive_or_none(self.key("num_kv_heads"))
-        if num_kv_heads is None:
-            num_kv_heads = 1 if full.get("multi_query") else fields["num_heads"]
-        if fields["num_heads"] % num_kv_heads:
-            raise full.error(
-                self.key("num_kv_heads"), f"a divisor of the {fields['num_heads']} heads"
-            )
-        if head_dim is None and fields["hidden_size"] < fields["num_heads"]:
-            raise full.error("hidden_size", f"at least the {fields['num_heads']} heads")
-        fields["num_kv_heads"] = num_kv_heads
-        intermediate_size = full.positive_or_none("intermediate_size")
-        fields["intermediate_size"] = intermediate_size or 4 * fields["hidden_size"]
-        fields["head_dim"] = head_dim or fields["hidden_size"] // fields["num_heads"]
-        for name in ("bos_token_id", "eos_token_id"):
-            fields[name] = full.token_ids(name)
-        return self.read_rest(full, fields, moe_sizes or {})
+        raise NotImplementedError
 
     def rope_is_interleaved(self, config: Mapping[str, Any]) -> bool:
         """Whether rotary pairs lie beside each other. Raises ConfigError.
@@ -179,14 +143,78 @@ class NanotronClass:
         return Fields(FILE, config, defaults).flag("rope_interleaved")
 
 
-def _is_extended(spec: ModelSpec) -> bool:
-    """Whether a LlamaConfig's own fields leave something about a model out."""
-    return (
-        spec.head_dim * spec.num_heads != spec.hidden_size
-        or spec.has_qkv_bias
-        or spec.has_output_bias
-        or spec.has_mlp_bias
-    )
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class StockClass(NanotronClass):
+    """A class of Nanotron's own, which keeps most of a ModelSpec under plain fields.
+
+    Args:
+        keys: where a field of ModelSpec has another name.
+        write_rest, read_rest: of what is not kept under a plain field, between a ModelSpec and the
+            class; the latter gets the fields that were read so far.
+    """
+
+    keys: Mapping[str, str]
+    write_rest: WriteRest
+    read_rest: ReadRest
+
+    def key(self, name: str) -> str:
+        """Where the class keeps a field of ModelSpec."""
+        return self.keys.get(name, name)
+
+    def first_token(self, value: Any, name: str) -> int | None:
+        """The one id that Nanotron keeps: the first of a list; for null, the class's default."""
+        if isinstance(value, list):
+            value = value[0] if value else None
+        return self.fields.get(name) if value is None else value
+
+    def write(
+        self, spec: ModelSpec, *, family: str, version: str, rope_interleaved: bool
+    ) -> dict[str, Any]:
+        """See NanotronClass."""
+        config = dict(self.fields)
+        for name in _PLAIN:
+            config[self.key(name)] = getattr(spec, name)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            if name in config:
+                config[name] = self.first_token(getattr(spec, name), name)
+        self.write_rest(config, spec, rope_interleaved)
+        self.check_version(version)
+        if version == "1.2" and self.fields_1_2 is not None:
+            config = {name: config[name] for name in self.fields_1_2}
+        return config
+
+    def read(
+        self,
+        config: Mapping[str, Any],
+        *,
+        head_dim: int | None = None,
+        moe_sizes: Mapping[str, Any] | None = None,
+    ) -> ModelSpec:
+        """See NanotronClass."""
+        full = Fields(FILE, config, self.fields)
+        fields: dict[str, Any] = {}
+        for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
+            fields[name] = full.positive(self.key(name), MAX_SIZE)
+        fields["num_layers"] = full.positive(self.key("num_layers"), MAX_COUNT)
+        num_heads = full.positive(self.key("num_heads"), MAX_SIZE)
+        for name in ("initializer_range", "norm_eps"):
+            fields[name] = full.number(self.key(name))
+        fields["rope_theta"], fields["rope_scaling"] = read_rope(full)
+        fields["hidden_act"] = full.text(self.key("hidden_act"))
+        num_kv_heads = full.positive_or_none(self.key("num_kv_heads"))
+        if num_kv_heads is None:
+            num_kv_heads = 1 if full.get("multi_query") else num_heads
+        if num_heads % num_kv_heads:
+            raise full.error(self.key("num_kv_heads"), f"a divisor of the {num_heads} heads")
+        if head_dim is None and fields["hidden_size"] < num_heads:
+            raise full.error("hidden_size", f"at least the {num_heads} heads")
+        head_dim = head_dim or fields["hidden_size"] // num_heads
+        fields["attention"] = Attention(num_heads, num_kv_heads, head_dim, (0, head_dim))
+        intermediate_size = full.positive_or_none("intermediate_size")
+        fields["intermediate_size"] = intermediate_size or 4 * fields["hidden_size"]
+        for name in ("bos_token_id", "eos_token_id"):
+            fields[name] = full.token_ids(name)
+        return self.read_rest(full, fields, moe_sizes or {})
 
 
 _CLASSES: dict[str, NanotronClass] = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.formats.fields import Fields
-from nanotron_fast.formats.nanotron.classes.base import NanotronClass, register
+from nanotron_fast.formats.nanotron.classes.base import StockClass, layer_cost, register
 from nanotron_fast.formats.nanotron.classes.moe import read_moe, write_moe
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import Dense, Layer, ModelSpec
 
 _KEYS = {
     "num_layers": "num_hidden_layers",
@@ -103,7 +104,7 @@ def _write_qwen2(config: dict[str, Any], spec: ModelSpec, rope_interleaved: bool
     _write_llama(config, spec, rope_interleaved)
     config["sliding_window_size"] = spec.sliding_window
     config["no_rope_layer"] = spec.no_rope_interval
-    config["moe_config"] = None if spec.moe is None else write_moe(spec.moe)
+    config["moe_config"] = write_moe(spec)
 
 
 def _read(full: Fields, fields: dict[str, Any], moe_sizes: Mapping[str, Any]) -> ModelSpec:
@@ -113,33 +114,49 @@ def _read(full: Fields, fields: dict[str, Any], moe_sizes: Mapping[str, Any]) ->
             f"model_config.json: rope_seq_len_interpolation_factor is {factor!r}: Nanotron divides "
             "positions by it, and the way to Hugging Face has no place for that"
         )
+    num_layers, attention = fields.pop("num_layers"), fields.pop("attention")
+    attention = replace(
+        attention,
+        window=full.positive_or_none("sliding_window_size"),
+        has_qkv_bias=full.flag("attention_bias"),
+    )
+    dense = Dense(fields["intermediate_size"])
+    interval = full.positive_or_none("no_rope_layer")
+    moe = read_moe(full.mapping("moe_config"), num_layers, moe_sizes)
+    experts, moe_layers, router_aux_loss_coef = moe or (None, (), None)
+    layers = (
+        Layer(
+            replace(attention, rotary=None)
+            if interval is not None and (layer + 1) % interval == 0
+            else attention,
+            experts if experts is not None and layer in moe_layers else dense,
+        )
+        for layer in range(num_layers)
+    )
     return ModelSpec(
         **fields,
+        layers=tuple(layers),
+        router_aux_loss_coef=router_aux_loss_coef,
         pad_token_id=full.token_ids("pad_token_id"),
         tie_word_embeddings=full.flag("tie_word_embeddings"),
         use_cache=full.flag("use_cache"),
-        has_qkv_bias=full.flag("attention_bias"),
-        has_output_bias=full.flag_or_false("attention_output_bias"),
-        has_mlp_bias=full.flag_or_false("mlp_bias"),
-        sliding_window=full.positive_or_none("sliding_window_size"),
-        no_rope_interval=full.positive_or_none("no_rope_layer"),
-        moe=read_moe(full.mapping("moe_config"), fields["num_layers"], moe_sizes),
         extras={"pretraining_tp": full.integer("pretraining_tp")},
     )
 
 
 LLAMA_CONFIG = register(
-    NanotronClass(
+    StockClass(
         name="LlamaConfig",
         option="llama",
         marker="is_llama_config",
         fields=_LLAMA_FIELDS,
         fields_1_2=tuple(name for name in _LLAMA_FIELDS if name not in _SINCE_1_5),
         keys=_KEYS,
-        holds=frozenset({"no_bias", "untied"}),
-        extension=frozenset({"rope_scaling", "head_dim", "qkv_bias", "output_bias"}),
+        holds=frozenset({"rms_norm", "gated_mlp", "no_bias", "untied"}),
+        drop_in_holds=frozenset({"rope_scaling"}),
         write_rest=_write_llama,
         read_rest=_read,
+        layer_cost=layer_cost(mlp_matrices=3),
         casts_to_fp32=True,
         ignores_attention_bias=True,
         rotates_neighbours_in_1_2=True,
@@ -150,7 +167,7 @@ LLAMA_CONFIG = register(
     )
 )
 QWEN2_CONFIG = register(
-    NanotronClass(
+    StockClass(
         name="Qwen2Config",
         option="qwen2",
         marker="is_qwen2_config",
@@ -158,11 +175,21 @@ QWEN2_CONFIG = register(
         fields_1_2=None,
         keys=_KEYS,
         holds=frozenset(
-            {"no_bias", "untied", "qkv_bias", "sliding_window", "no_rope_layers", "moe"}
+            {
+                "rms_norm",
+                "gated_mlp",
+                "no_bias",
+                "untied",
+                "qkv_bias",
+                "sliding_window",
+                "no_rope_layers",
+                "moe",
+            }
         ),
-        extension=frozenset({"rope_scaling"}),
+        drop_in_holds=frozenset({"rope_scaling"}),
         write_rest=_write_qwen2,
         read_rest=_read,
+        layer_cost=layer_cost(mlp_matrices=3),
         pp_warning={
             "1.5": "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
             "pp={pp}); the weights load"

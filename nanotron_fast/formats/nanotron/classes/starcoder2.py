@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.formats.fields import Fields
-from nanotron_fast.formats.nanotron.classes.base import FILE, NanotronClass, register
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.formats.nanotron.classes.base import FILE, StockClass, layer_cost, register
+from nanotron_fast.model.spec import Dense, Layer, ModelSpec
 
 _KEYS = {
     "num_layers": "num_hidden_layers",
@@ -71,6 +72,7 @@ def _write(config: dict[str, Any], spec: ModelSpec, rope_interleaved: bool) -> N
 
 
 def _read(full: Fields, fields: dict[str, Any], moe_sizes: Mapping[str, Any]) -> ModelSpec:
+    num_layers = fields.pop("num_layers")
     if not full.flag("grouped_query"):
         raise UnsupportedModelError(
             f"{FILE}: a Starcoder2 with multi_query keeps query and key-value "
@@ -82,13 +84,21 @@ def _read(full: Fields, fields: dict[str, Any], moe_sizes: Mapping[str, Any]) ->
                 f"{FILE}: {name} is {full.get(name)!r}: Hugging Face's Starcoder2 "
                 f"computes as if it were {value!r}"
             )
+    attention = fields.pop("attention")
+    layer = Layer(
+        replace(
+            attention,
+            window=full.positive_or_none("sliding_window_size"),
+            has_qkv_bias=True,
+            has_output_bias=True,
+        ),
+        Dense(fields["intermediate_size"], has_bias=True, is_gated=False),
+    )
     return ModelSpec(
         **fields,
+        layers=(layer,) * num_layers,
         tie_word_embeddings=True,
-        has_qkv_bias=True,
-        has_output_bias=True,
-        has_mlp_bias=True,
-        sliding_window=full.positive_or_none("sliding_window_size"),
+        norm="layer_norm",
         extras={
             "attention_dropout": full.number("attn_pdrop"),
             "embedding_dropout": full.number("embd_pdrop"),
@@ -98,17 +108,19 @@ def _read(full: Fields, fields: dict[str, Any], moe_sizes: Mapping[str, Any]) ->
 
 
 STARCODER2_CONFIG = register(
-    NanotronClass(
+    StockClass(
         name="Starcoder2Config",
         option="starcoder2",
         marker="is_starcoder2_config",
         fields=_FIELDS,
         fields_1_2=tuple(name for name in _FIELDS if name != "_attn_implementation"),
         keys=_KEYS,
-        holds=frozenset({"qkv_bias", "output_bias", "mlp_bias", "sliding_window"}),
+        holds=frozenset(
+            {"layer_norm", "plain_mlp", "qkv_bias", "output_bias", "mlp_bias", "sliding_window"}
+        ),
         write_rest=_write,
         read_rest=_read,
-        mlp_matrices=2,
+        layer_cost=layer_cost(mlp_matrices=2),
         can_rotate_neighbours=False,
         # It asks for num_key_value_heads, which the class lacks.
         starts_from_yaml=False,
