@@ -64,7 +64,16 @@ class MemoryTarget:
         first, end = [0, 0, 0], list(part.sizes)
         if part.cut is not None:
             first[part.cut], end[part.cut] = low, high
-        return [Piece(file, offset * dtype.itemsize, dtype, _box(first), _box(end), strides)]
+        return [
+            Piece(
+                file=file,
+                offset_bytes=offset * dtype.itemsize,
+                dtype=dtype,
+                low=_box(first),
+                high=_box(end),
+                strides=strides,
+            )
+        ]
 
 
 def _box(values: list[int]) -> Box:

@@ -65,12 +65,12 @@ class _Files:
 def _hf_piece(part: Part, address: Address, file: int, begin_bytes: int, dtype: Dtype) -> Piece:
     rows = part.sizes[0] if part.hf_rows is None else part.hf_rows
     return Piece(
-        file,
-        begin_bytes + address.offset * dtype.itemsize,
-        dtype,
-        (0, 0, 0),
-        (rows, part.sizes[1], part.sizes[2]),
-        address.strides,
+        file=file,
+        offset_bytes=begin_bytes + address.offset * dtype.itemsize,
+        dtype=dtype,
+        low=(0, 0, 0),
+        high=(rows, part.sizes[1], part.sizes[2]),
+        strides=address.strides,
     )
 
 
@@ -90,12 +90,12 @@ def _nanotron_pieces(
             first[part.cut], end[part.cut] = low, high
         pieces.append(
             Piece(
-                file,
-                begin_bytes + offset * dtype.itemsize,
-                dtype,
-                _box(first),
-                _box(end),
-                strides,
+                file=file,
+                offset_bytes=begin_bytes + offset * dtype.itemsize,
+                dtype=dtype,
+                low=_box(first),
+                high=_box(end),
+                strides=strides,
             )
         )
     return pieces
@@ -168,15 +168,15 @@ class HfSource:
             )
         dtype = float_dtype(first, a.info.dtype, a.path)
         move = Move(
-            self.files.number(a.path),
-            a.info.begin_bytes,
-            self.files.number(b.path),
-            b.info.begin_bytes,
-            (a.info.num_elements, 1, 1),
-            (1, 1, 1),
-            (1, 1, 1),
-            dtype,
-            dtype,
+            source=self.files.number(a.path),
+            source_offset=a.info.begin_bytes,
+            destination=self.files.number(b.path),
+            destination_offset=b.info.begin_bytes,
+            sizes=(a.info.num_elements, 1, 1),
+            source_strides=(1, 1, 1),
+            destination_strides=(1, 1, 1),
+            source_dtype=dtype,
+            destination_dtype=dtype,
         )
         return NamedMove(move, first, second)
 
@@ -230,7 +230,12 @@ class NanotronSource:
                 )
             if param.split is not None:
                 expected = shard_metadata(
-                    param.shape, param.split, param.chunks, tp, shard.tp_rank, ""
+                    param.shape,
+                    split=param.split,
+                    chunks=param.chunks,
+                    tp=tp,
+                    rank=shard.tp_rank,
+                    version="",
                 )
                 check_metadata(shard.path, shard.metadata, expected)
 
@@ -292,7 +297,12 @@ class NanotronTarget:
                 if param.split is not None:
                     shard = (stage_of(param.block), pp, rank, tp)
                     metadata = shard_metadata(
-                        param.shape, param.split, param.chunks, tp, rank, version
+                        param.shape,
+                        split=param.split,
+                        chunks=param.chunks,
+                        tp=tp,
+                        rank=rank,
+                        version=version,
                     )
                 header, start = nanotron.tensor_header(dtype, shape, metadata)
                 size = dtype.itemsize
