@@ -9,6 +9,10 @@ class CheckpointError(NanotronFastError, ValueError):
     """A checkpoint's files are missing, malformed, or contradict each other."""
 
 
+class UnmovableError(CheckpointError):
+    """Shards make sense, but moves cannot join them: slices have steps, or shards overlap."""
+
+
 class ConfigError(NanotronFastError, ValueError):
     """A model's configuration lacks a key, or has a value that makes no sense."""
 

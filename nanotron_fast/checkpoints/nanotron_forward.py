@@ -27,7 +27,7 @@ from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
-from nanotron_fast.formats.nanotron.slices import read_slices
+from nanotron_fast.formats.nanotron.slices import parse_metadata
 from nanotron_fast.kernels.rope.tables import rope_frequencies
 from nanotron_fast.model.spec import Attention, Experts
 
@@ -104,11 +104,16 @@ class NanotronForward:
                 tensors.append(file.get_tensor(TENSOR).float())
         if f"model.{name}" not in self.checkpoint.sharded:
             return tensors[0]
-        shape, _ = read_slices(shards[0].path, shards[0].metadata)
-        whole = torch.full(shape, math.nan)  # what no shard fills shows
-        for shard, tensor in zip(shards, tensors, strict=True):
-            for local, place in read_slices(shard.path, shard.metadata)[1]:
-                whole[place] = tensor[local]
+        said = [parse_metadata(each.path, each.metadata, each.info.shape) for each in shards]
+        whole = torch.full(said[0].whole_shape, math.nan)  # what no shard fills shows
+        for shard, metadata, tensor in zip(shards, said, tensors, strict=True):
+            if metadata.whole_shape != said[0].whole_shape:
+                raise CheckpointError(
+                    f"{shard.path}: it is a shard of a tensor of {list(metadata.whole_shape)}, and "
+                    f"{shards[0].path.name} of {list(said[0].whole_shape)}"
+                )
+            for pair in metadata.pairs:
+                whole[pair.whole] = tensor[pair.local]
         return whole
 
     def _linear(self, x: Tensor, name: str) -> Tensor:

@@ -12,7 +12,11 @@ from nanotron_fast.moves.row import FILL
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """The share of a part that one file holds: a box of it, and where its first element lies."""
+    """The share of a part that one file holds: a box of it, and where its first element lies.
+
+    The box has the elements from index `low` up to `high`, which is not in it; `strides` are those
+    of the file, in elements.
+    """
 
     file: int
     offset_bytes: int
@@ -22,30 +26,39 @@ class Piece:
     strides: Box
 
 
+def common_box(one: Piece, other: Piece) -> tuple[Box, Box] | None:
+    """The box that two pieces of one tensor share, as its `low` and `high`; None without one."""
+    low = (
+        max(one.low[0], other.low[0]),
+        max(one.low[1], other.low[1]),
+        max(one.low[2], other.low[2]),
+    )
+    high = (
+        min(one.high[0], other.high[0]),
+        min(one.high[1], other.high[1]),
+        min(one.high[2], other.high[2]),
+    )
+    if low[0] >= high[0] or low[1] >= high[1] or low[2] >= high[2]:
+        return None
+    return low, high
+
+
 def intersect(source: Piece, destination: Piece) -> Move | None:
     """The move of what two pieces of one tensor share, or None."""
-    low = (
-        max(source.low[0], destination.low[0]),
-        max(source.low[1], destination.low[1]),
-        max(source.low[2], destination.low[2]),
-    )
-    sizes = (
-        min(source.high[0], destination.high[0]) - low[0],
-        min(source.high[1], destination.high[1]) - low[1],
-        min(source.high[2], destination.high[2]) - low[2],
-    )
-    if min(sizes) <= 0:
+    box = common_box(source, destination)
+    if box is None:
         return None
+    low, high = box
     return Move(
-        source.file,
-        _offset(source, low),
-        destination.file,
-        _offset(destination, low),
-        sizes,
-        source.strides,
-        destination.strides,
-        source.dtype,
-        destination.dtype,
+        source=source.file,
+        source_offset=_offset(source, low),
+        destination=destination.file,
+        destination_offset=_offset(destination, low),
+        sizes=(high[0] - low[0], high[1] - low[1], high[2] - low[2]),
+        source_strides=source.strides,
+        destination_strides=destination.strides,
+        source_dtype=source.dtype,
+        destination_dtype=destination.dtype,
     )
 
 
@@ -64,13 +77,13 @@ def fill_behind(piece: Piece, end: int) -> Move | None:
     low = (max(piece.low[0], end), piece.low[1], piece.low[2])
     sizes = (piece.high[0] - low[0], piece.high[1] - low[1], piece.high[2] - low[2])
     return Move(
-        FILL,
-        0,
-        piece.file,
-        _offset(piece, low),
-        sizes,
-        (0, 0, 0),
-        piece.strides,
-        piece.dtype,
-        piece.dtype,
+        source=FILL,
+        source_offset=0,
+        destination=piece.file,
+        destination_offset=_offset(piece, low),
+        sizes=sizes,
+        source_strides=(0, 0, 0),
+        destination_strides=piece.strides,
+        source_dtype=piece.dtype,
+        destination_dtype=piece.dtype,
     )

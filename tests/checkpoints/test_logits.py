@@ -15,11 +15,11 @@ import nanotron_fast as nf
 from nanotron_fast.checkpoints.logits import compare_logits
 from nanotron_fast.checkpoints.nanotron_forward import _ACTIVATIONS, NanotronForward
 from nanotron_fast.cli.commands import app
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.nanotron.checkpoint import read_nanotron
 from nanotron_fast.formats.safetensors import read_header
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS
-from tests.modelzoo import make
+from tests.modelzoo import make, read_file, safetensors_bytes
 
 LAYER = "model/model/decoder/{}/pp_block"
 SCALING = {
@@ -161,6 +161,25 @@ def test_the_command_states_tolerance_difference_and_argmax(
         else:
             assert "is allowed); the largest logit is at the same place for 64 of 64" in said
             assert "A by transformers, B by Nanotron's LlamaConfig in plain torch" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("unsharded_shape", "(64, 96)", r"a shard of a tensor of \[64, 96\], and .* of \[64, 64\]"),
+        ("unsharded_shape", "(64, 48)", r"of shape \[64, 32\], and .* of a tensor of \[64, 48\]"),
+        ("local_global_slices_pairs", "nonsense", "holds 'nonsense', which is not a pair"),
+    ],
+)
+def test_shards_that_cannot_be_put_together(
+    key: str, text: str, message: str, tmp_path: Path, golden_hf: Path
+) -> None:
+    nf.convert(golden_hf, tmp_path / "out", topology=nf.Topology(tp=2))
+    path = next((tmp_path / "out" / LAYER.format(0) / "attn" / "o_proj").glob("*tp-rank-1-of-2*"))
+    tensors, metadata = read_file(path)
+    path.write_bytes(safetensors_bytes(tensors.items(), {**(metadata or {}), key: text}))
+    with pytest.raises(CheckpointError, match=f"{path.name}: .*{message}"):
+        NanotronForward(read_nanotron(tmp_path / "out"))(torch.zeros(1, 4, dtype=torch.int64))
 
 
 def test_every_activation_of_nanotron_is_there() -> None:

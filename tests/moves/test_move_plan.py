@@ -1,5 +1,6 @@
 """MovePlan.check and MovePlan.share on random plans."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.plan import MovePlan, OutputFile
 from nanotron_fast.moves.row import FILL
 from tests.plans import builders
+from tests.strides import permuted
 
 FOLDER = Path("anywhere")
 
@@ -46,6 +48,51 @@ def test_check_accepts_what_tiles_and_nothing_else(build, data):
         assert path in rejected(changed(sizes=longer))
     elsewhere = (move.destination + 1) % len(plan.outputs)
     rejected(changed(destination=elsewhere))
+
+
+@st.composite
+def partitions(draw, low, high, depth=4):
+    """A box cut in two, and these again, anywhere: boxes beside each other of any sizes."""
+    dims = [dim for dim in range(3) if high[dim] - low[dim] > 1]
+    if not dims or not depth or draw(st.integers(0, 3)) == 0:
+        return [(low, high)]
+    dim = draw(st.sampled_from(dims))
+    at = draw(st.integers(low[dim] + 1, high[dim] - 1))
+    end, start = list(high), list(low)
+    end[dim] = start[dim] = at
+    first = draw(partitions(low, tuple(end), depth - 1))
+    return first + draw(partitions(tuple(start), high, depth - 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_check_accepts_any_boxes_that_make_up_a_tensor(data):
+    shape = tuple(data.draw(st.integers(1, 6)) for _ in range(3))
+    strides = permuted(shape, data.draw(st.permutations(range(3))))
+    moves = [
+        Move(
+            source=FILL,
+            source_offset=0,
+            destination=0,
+            destination_offset=4 + 2 * sum(i * s for i, s in zip(low, strides, strict=True)),
+            sizes=tuple(b - a for a, b in zip(low, high, strict=True)),
+            source_strides=(0, 0, 0),
+            destination_strides=strides,
+            source_dtype=Dtype.BF16,
+            destination_dtype=Dtype.BF16,
+        )
+        for low, high in data.draw(partitions((0, 0, 0), shape))
+    ]
+    output = OutputFile("name", b"head", 4 + 2 * math.prod(shape))
+    plan = MovePlan((), (output,), tuple(moves))
+    plan.check()
+    index = data.draw(st.integers(0, len(moves) - 1))
+    others = moves[:index] + moves[index + 1 :]
+    rejected(replace(plan, moves=tuple(others)))
+    rejected(replace(plan, moves=(*moves, moves[index])))
+    for shift in (-2, -1, 1, 2):
+        moved = replace(moves[index], destination_offset=moves[index].destination_offset + shift)
+        rejected(replace(plan, moves=(*others, moved)))
 
 
 @pytest.mark.parametrize("grown", [-1, 1])

@@ -136,15 +136,15 @@ class HfSource:
             )
         dtype = float_dtype(first, a.info.dtype, a.path)
         move = Move(
-            self.files.number(a.path),
-            a.info.begin_bytes,
-            self.files.number(b.path),
-            b.info.begin_bytes,
-            (a.info.num_elements, 1, 1),
-            (1, 1, 1),
-            (1, 1, 1),
-            dtype,
-            dtype,
+            source=self.files.number(a.path),
+            source_offset=a.info.begin_bytes,
+            destination=self.files.number(b.path),
+            destination_offset=b.info.begin_bytes,
+            sizes=(a.info.num_elements, 1, 1),
+            source_strides=(1, 1, 1),
+            destination_strides=(1, 1, 1),
+            source_dtype=dtype,
+            destination_dtype=dtype,
         )
         return NamedMove(move, first, second)
 
@@ -199,7 +199,12 @@ class NanotronSource:
                 )
             if param.cuts:
                 expected = shard_metadata(
-                    param.shape, param.cuts["tp"], param.chunks, tp, shard.tp_rank, ""
+                    param.shape,
+                    split=param.cuts["tp"],
+                    chunks=param.chunks,
+                    tp=tp,
+                    rank=shard.tp_rank,
+                    version="",
                 )
                 check_metadata(shard.path, shard.metadata, expected)
 
@@ -264,7 +269,12 @@ class NanotronTarget:
                     rank = ranks["tp"]
                     shard = (stage_of(param.block), pp, rank, tp)
                     metadata = shard_metadata(
-                        param.shape, param.cuts["tp"], param.chunks, tp, rank, version
+                        param.shape,
+                        split=param.cuts["tp"],
+                        chunks=param.chunks,
+                        tp=tp,
+                        rank=rank,
+                        version=version,
                     )
                 header, start = nanotron.tensor_header(dtype, shape, metadata)
                 size = dtype.itemsize

@@ -17,23 +17,26 @@ from torch import Tensor
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.checkpoint import WEIGHTS
-from nanotron_fast.formats.nanotron.slices import METADATA_KEYS
+from nanotron_fast.formats.nanotron.slices import check_keys
 from nanotron_fast.formats.safetensors import Header
 
 
 class Unserved(Exception):
-    """The call is Nanotron's own to answer; why is the message."""
+    """The call is left to Nanotron itself. The message says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """A tensor of this rank, and the file that holds it at this topology.
 
-    Args:
-        name: as the state dict has it.
-        stored_name: of a tied parameter, the one that all of its group share.
+    Attributes:
+        name: the tensor's name in the state dict.
+        tensor: the tensor itself.
+        parameter: the NanotronParameter that it belongs to.
+        stored_name: the name that its file goes by; tied parameters share one.
         owner: the rank that writes the file.
         sharded: Nanotron's ShardedInfo; None where every rank has the whole tensor.
+        path: the file.
     """
 
     name: str
@@ -45,7 +48,7 @@ class Place:
     path: Path
 
     def other_shards(self) -> list[Path]:
-        """What another topology has left in its folder, in the folder's own order."""
+        """The shards that another topology has left in its folder, in the folder's own order."""
         leaf = self.stored_name.rpartition(".")[2]
         return list(self.path.parent.glob(f"model_{leaf}*.safetensors"))
 
@@ -53,9 +56,9 @@ class Place:
 def places(
     model: torch.nn.Module, context: Any, root: Path, tensors: Mapping[str, Tensor]
 ) -> Iterator[Place]:
-    """Of each tensor of a state dict, in its order.
+    """The place of each tensor of a state dict, in its order.
 
-    Raises NotImplementedError, as Nanotron does, for what is not one of its parameters.
+    Raises NotImplementedError, as Nanotron does, for a tensor that is not one of its parameters.
     """
     from nanotron.parallel.parameters import NanotronParameter
 
@@ -106,7 +109,7 @@ def is_replica(context: Any) -> bool:
 
 
 def metadata_to_write(place: Place) -> dict[str, str]:
-    """What a shard's header says of itself; nothing for a whole tensor."""
+    """What a file's header says of its shard; nothing for a whole tensor."""
     if place.sharded is None:
         return {}
     from nanotron.constants import CHECKPOINT_VERSION
@@ -121,9 +124,9 @@ def metadata_to_write(place: Place) -> dict[str, str]:
 
 
 def read_metadata(header: Header) -> tuple[tuple[str, str], Any]:
-    """A shard's pipeline and tensor rank, by its file's name, and its TensorMetadata.
+    """The pipeline and tensor rank that a shard's file is called after, and its TensorMetadata.
 
-    Raises CheckpointError where it lacks them, or was written by a Nanotron that is newer.
+    Raises CheckpointError where the file lacks them, or was written by a Nanotron that is newer.
     """
     import dacite
     from nanotron.constants import CHECKPOINT_VERSION
@@ -131,9 +134,7 @@ def read_metadata(header: Header) -> tuple[tuple[str, str], Any]:
     from nanotron.serialize.utils import extract_tp_pp_rank_from_shard_path
 
     path = header.path
-    missing = [key for key in METADATA_KEYS if key not in header.metadata]
-    if missing:
-        raise CheckpointError(f"{path}: __metadata__ of a sharded tensor lacks {missing[0]!r}")
+    check_keys(path, header.metadata)
     try:
         metadata = TensorMetadata.from_str_dict(header.metadata)
     except (dacite.DaciteError, ValueError) as error:

@@ -1,28 +1,26 @@
-"""From the shards that a checkpoint has to the shards that this rank wants, as moves.
+"""The moves that fill this rank's tensors from the files that Nanotron has written.
 
-Both sides say by pairs of slices which part of the whole tensor each of their parts is. What two
-of these parts share is one move; the moves of a tensor fill it, or nothing is read.
+What is Nanotron's or torch's stays here: what a file holds, what a tensor is, and which calls are
+left to Nanotron itself. Shards are joined by `checkpoints.plan.shards`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from nanotron_fast.checkpoints.load import DTYPES
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.checkpoints.plan.shards import Share, plan_shards
+from nanotron_fast.errors import CheckpointError, UnmovableError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR
+from nanotron_fast.formats.nanotron.slices import SlicesPair
 from nanotron_fast.formats.safetensors import Header, TensorInfo
-from nanotron_fast.moves.boxes import Box, row_major
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
-from nanotron_fast.moves.pieces import Piece, intersect
 from nanotron_fast.patch.nanotron.replacements.checkpoint_files import Unserved
-
-_NUM_DIMS = 3
 
 
 def stored_tensor(header: Header) -> TensorInfo:
@@ -30,15 +28,15 @@ def stored_tensor(header: Header) -> TensorInfo:
     if TENSOR not in header.tensors:
         names = ", ".join(header.tensors) or "nothing"
         raise CheckpointError(f"{header.path}: it holds {names}; a Nanotron file holds {TENSOR!r}")
-    if len(header.tensors) > 1:  # of Mamba in 0.4: what weight decay leaves out
+    if len(header.tensors) > 1:  # 0.4 writes what weight decay leaves out beside Mamba's tensors
         raise Unserved(f"{header.path} holds {', '.join(header.tensors)}")
     return header.tensors[TENSOR]
 
 
 def whole_move(name: str, tensor: Tensor, index: int, header: Header, file: int) -> list[Move]:
-    """Of a file that holds just what a tensor wants; none for an empty tensor.
+    """The one move from a file that holds just what a tensor wants; none for an empty tensor.
 
-    Raises CheckpointError where the shapes differ.
+    Raises CheckpointError where the shapes differ, Unserved where the dtypes are not cast.
     """
     info = stored_tensor(header)
     if info.shape != tuple(tensor.shape):
@@ -46,8 +44,17 @@ def whole_move(name: str, tensor: Tensor, index: int, header: Header, file: int)
             f"{header.path}: its shape is {list(info.shape)}, and {name} is {list(tensor.shape)}"
         )
     stored, wanted = _dtypes(name, tensor, header)
-    sizes, strides = (info.num_elements, 1, 1), (1, 1, 1)
-    move = Move(file, info.begin_bytes, index, 0, sizes, strides, strides, stored, wanted)
+    move = Move(
+        source=file,
+        source_offset=info.begin_bytes,
+        destination=index,
+        destination_offset=0,
+        sizes=(info.num_elements, 1, 1),
+        source_strides=(1, 1, 1),
+        destination_strides=(1, 1, 1),
+        source_dtype=stored,
+        destination_dtype=wanted,
+    )
     return [move] if info.num_elements else []
 
 
@@ -58,110 +65,57 @@ def shard_moves(
     pairs: Sequence[Any],
     shards: Mapping[Path, tuple[int, Header, Any]],
 ) -> list[Move]:
-    """Of the shards that another topology has left, what this rank's shard shares with each.
+    """The moves that fill this rank's shard from the shards that another topology has left.
 
     Args:
-        name, tensor, index: of what is filled; the moves' destination.
-        pairs: the SlicesPairs of the tensor.
+        name: the name of the tensor that is filled.
+        tensor: the tensor itself, contiguous.
+        index: the tensor's number among the destinations of the moves.
+        pairs: Nanotron's SlicesPairs of the tensor.
         shards: for each file its number among the sources, its header and its TensorMetadata.
 
     Raises:
-        CheckpointError: they contradict each other or the tensor, or some of them are missing.
+        CheckpointError: the shards contradict each other or the tensor, or some are missing.
         Unserved: they overlap, or are cut in a way that moves cannot say.
     """
-    if tensor.dim() > _NUM_DIMS:
-        raise Unserved(f"{name} has {tensor.dim()} dimensions")
-    first, (_, _, any_shard) = next(iter(shards.items()))
-    whole = tuple(any_shard.unsharded_shape)
-    wanted = list(_pieces(name, index, 0, _dtype(tensor), tuple(tensor.shape), pairs, whole))
-    if sum(map(_num_elements, wanted)) != tensor.numel():
-        raise Unserved(f"the slices of {name} do not make it up")
-    moves: list[Move] = []
+    first, (_, _, metadata_of_first) = next(iter(shards.items()))
+    wanted = Share(
+        name=name,
+        file=index,
+        offset_bytes=0,
+        dtype=DTYPES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        pairs=_pairs(pairs),
+        whole_shape=tuple(metadata_of_first.unsharded_shape),
+    )
+    stored: list[Share] = []
     for path, (file, header, metadata) in shards.items():
-        if tuple(metadata.unsharded_shape) != whole:
-            raise CheckpointError(
-                f"{path}: it is a shard of a tensor of {list(metadata.unsharded_shape)}, and "
-                f"{first.name} of {list(whole)}"
-            )
         info = stored_tensor(header)
         dtype, _ = _dtypes(name, tensor, header)
-        pieces = _pieces(
-            str(path),
-            file,
-            info.begin_bytes,
-            dtype,
-            info.shape,
-            metadata.local_global_slices_pairs,
-            whole,
+        stored.append(
+            Share(
+                name=str(path),
+                file=file,
+                offset_bytes=info.begin_bytes,
+                dtype=dtype,
+                shape=info.shape,
+                pairs=_pairs(metadata.local_global_slices_pairs),
+                whole_shape=tuple(metadata.unsharded_shape),
+            )
         )
-        for piece in pieces:
-            moves += filter(None, (intersect(piece, each) for each in wanted))
-    found = sum(move.num_elements for move in moves)
-    if found < tensor.numel():
-        raise CheckpointError(
-            f"{name}: the {len(shards)} shards in {first.parent} hold {found} of the "
-            f"{tensor.numel()} elements that this rank needs; some are missing"
-        )
-    if found > tensor.numel():
-        raise Unserved(f"the shards in {first.parent} overlap")
-    return moves
+    try:
+        return plan_shards(stored, [wanted], place=str(first.parent))
+    except UnmovableError as reason:
+        raise Unserved(str(reason)) from reason
 
 
-def _dtype(tensor: Tensor) -> Dtype:
-    return DTYPES[tensor.dtype]
+def _pairs(pairs: Sequence[Any]) -> list[SlicesPair]:
+    return [SlicesPair(tuple(each.local_slices), tuple(each.global_slices)) for each in pairs]
 
 
 def _dtypes(name: str, tensor: Tensor, header: Header) -> tuple[Dtype, Dtype]:
-    """Stored and wanted. Raises Unserved for what is not cast."""
-    stored, wanted = stored_tensor(header).dtype, _dtype(tensor)
+    """The dtypes of what is stored and of what is wanted. Raises Unserved for what is not cast."""
+    stored, wanted = stored_tensor(header).dtype, DTYPES[tensor.dtype]
     if stored not in Dtype.__members__ or Dtype.F64.name in (stored, wanted.name):
         raise Unserved(f"{name} is {wanted.name}, and {stored} in {header.path}")
     return Dtype[stored], wanted
-
-
-def _pieces(
-    where: str,
-    file: int,
-    begin_bytes: int,
-    dtype: Dtype,
-    shape: tuple[int, ...],
-    pairs: Sequence[Any],
-    whole: tuple[int, ...],
-) -> Iterator[Piece]:
-    """The parts of one shard, by their boxes in the whole tensor. Raises as `shard_moves`."""
-    strides = row_major(shape)
-    for pair in pairs:
-        local = _ranges(where, pair.local_slices, shape)
-        part = _ranges(where, pair.global_slices, whole)
-        if list(map(len, local)) != list(map(len, part)):
-            raise CheckpointError(
-                f"{where}: of shape {list(shape)}, and {pair} of a tensor of {list(whole)} is not"
-            )
-        first = sum(each.start * stride for each, stride in zip(local, strides, strict=True))
-        yield Piece(
-            file,
-            begin_bytes + first * dtype.itemsize,
-            dtype,
-            _box([each.start for each in part], 0),
-            _box([each.stop for each in part], 1),
-            _box(strides, 0),
-        )
-
-
-def _ranges(where: str, slices: Sequence[slice], shape: Sequence[int]) -> list[range]:
-    if len(slices) != len(shape):
-        raise CheckpointError(f"{where}: {len(slices)} slices of {len(shape)} dimensions")
-    ranges = [range(size)[each] for each, size in zip(slices, shape, strict=True)]
-    if any(each.step != 1 for each in ranges):
-        raise Unserved(f"the slices of {where} have steps")
-    return ranges
-
-
-def _box(values: Sequence[int], fill: int) -> Box:
-    a, b, c = [fill] * (_NUM_DIMS - len(values)) + [int(value) for value in values]
-    return a, b, c
-
-
-def _num_elements(piece: Piece) -> int:
-    a, b, c = (high - low for low, high in zip(piece.low, piece.high, strict=True))
-    return a * b * c

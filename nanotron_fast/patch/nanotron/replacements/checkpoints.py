@@ -40,7 +40,7 @@ from nanotron_fast.patch.nanotron.targets import Options
 
 logger = logging.getLogger(__name__)
 
-# Of each pinned buffer that a thread copies a GPU's tensor through.
+# The size of each pinned buffer that a thread copies a GPU's tensor through.
 _PINNED_BYTES = 16 << 20
 
 
@@ -51,8 +51,8 @@ _PINNED_BYTES = 16 << 20
 class LoadPlan:
     """How a rank's tensors are filled, and how those of another topology were sharded there.
 
-    `metadata` maps a parameter to its shards' (pp_rank, tp_rank) and TensorMetadata; to nothing
-    where its own file was found. A tensor that has two names is filled under one.
+    `metadata` maps a parameter's name to the TensorMetadata of its shards by (pp_rank, tp_rank);
+    to none where its own file was found. A tensor that has two names is filled under one.
     """
 
     transfer: MovePlan
@@ -64,8 +64,8 @@ class LoadPlan:
 def load(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`load_weights`: reads the ranges of bytes that this rank needs, and no others.
 
-    What moves cannot say (strided slices, tensors that are not contiguous, other dtypes than bf16,
-    fp16 and fp32) is left to the original, with a warning.
+    What moves cannot do (slices with steps, tensors that are not contiguous, other dtypes than
+    bf16, fp16 and fp32) is left to the original, with a warning.
     """
 
     def replacement(
@@ -92,8 +92,8 @@ def plan_load(wanted: tuple[Place, ...]) -> LoadPlan:
     """Reads the headers of all files that hold something of these tensors, and plans the moves.
 
     Raises:
-        CheckpointError: files are missing, malformed, or do not fit the model; by its name.
-        Unserved: the call is the original's to answer.
+        CheckpointError: a file, which is named, is missing, malformed, or does not fit the model.
+        Unserved: the call is left to the original.
     """
     device = _device_of(wanted)
     own = {place.name for place in wanted if place.path.exists()}
@@ -106,7 +106,7 @@ def plan_load(wanted: tuple[Place, ...]) -> LoadPlan:
     metadata: dict[str, dict[tuple[str, str], Any]] = {place.name: {} for place in wanted}
     versions: dict[Any, Path] = {}
     moves: list[Move] = []
-    # Of names that share memory, the last: that is whose values Nanotron leaves there.
+    # Where two names share memory, Nanotron leaves the values of the last there.
     memories = {(each.tensor.data_ptr(), each.tensor.nbytes): each for each in wanted}
     filled = list(memories.values())
     indices = {place.name: index for index, place in enumerate(filled)}
@@ -146,7 +146,7 @@ def _device_of(wanted: Iterable[Place]) -> torch.device:
 
 
 def _shards(place: Place) -> list[Path]:
-    """What there is of a parameter whose own file is not there. Raises CheckpointError."""
+    """The shards of a parameter whose own file is not there. Raises CheckpointError for none."""
     path = place.path
     if not path.parent.exists():
         raise CheckpointError(
@@ -166,7 +166,7 @@ def _shards(place: Place) -> list[Path]:
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """A file to be written. `partial` is where, until it is complete."""
+    """A file to be written. It is called `partial` until it is complete."""
 
     path: Path
     partial: Path
@@ -177,7 +177,7 @@ class File:
 def save(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """`save_weights`: several files at a time, each of them whole or not there.
 
-    What moves cannot say (see `load`) is left to the original, with a warning.
+    What moves cannot do (see `load`) is left to the original, with a warning.
     """
 
     def replacement(model: torch.nn.Module, parallel_context: Any, root_folder: Path) -> Any:
@@ -201,13 +201,17 @@ def save(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
 
 
 def _files(wanted: list[Place]) -> Iterator[File]:
-    """Of two names for one file the last, as Nanotron leaves it."""
+    """The files to be written. Where two names share a file, the last is written, as by Nanotron.
+
+    Raises Unserved where Nanotron itself has to write them.
+    """
     _device_of(wanted)
     for place in {place.path: place for place in wanted}.values():
         path = place.path
         if hasattr(place.parameter, "_no_weight_decay"):
             raise Unserved(f"the released Nanotron saves _no_weight_decay with {place.name}")
-        # The rank: on a shared disk, processes of several machines may have one number.
+        # The rank is in the name, because on a shared disk the processes of several machines may
+        # have the same number.
         partial = path.with_name(f".{path.name}.rank-{place.owner}.partial")
         yield File(path, partial, place.tensor, metadata_to_write(place))
 
@@ -215,7 +219,7 @@ def _files(wanted: list[Place]) -> Iterator[File]:
 def write_files(files: list[File]) -> int:
     """Writes files, the largest first, and returns their bytes without headers.
 
-    After an error none is half-written: those that were complete are there. Raises OSError.
+    Raises OSError. After an error no file is half-written: those that were complete are there.
     """
     for folder in {file.path.parent for file in files}:
         folder.mkdir(parents=True, exist_ok=True)
@@ -245,13 +249,13 @@ def _write(file: File) -> None:
         os.replace(file.partial, file.path)
     except BaseException as error:
         file.partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:  # of a write, the disk is full
+        if isinstance(error, OSError) and error.filename is None:  # a write to a full disk
             raise OSError(error.errno, error.strerror, str(file.path)) from error
         raise
 
 
 def _on_host(tensor: Tensor) -> Iterator[Tensor]:
-    """The bytes of a tensor, a part after the other; each is valid until the next is asked for."""
+    """The bytes of a tensor in parts, each of which is valid until the next is asked for."""
     if not tensor.is_cuda:
         yield tensor
         return
