@@ -70,7 +70,7 @@ def plan(
     Args:
         src: a directory, or the id of a model on the Hugging Face Hub.
         dst: the directory that `convert` would write.
-        choices: fields of `checkpoints.options.Options`.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, ConfigError, TopologyError, UnsupportedModelError: all ValueError, each

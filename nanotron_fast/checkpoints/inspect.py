@@ -89,7 +89,7 @@ def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
 
     Args:
         path: a directory in either format, or a Hub id.
-        choices: fields of `checkpoints.options.Options`.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.

@@ -89,7 +89,7 @@ def load_into(
         workers: threads that read; by default one for each core, 16 at most.
         staging_bytes: of each buffer; by default 256 MiB for a GPU, and 32 MiB on a CPU.
         on_progress: called now and then with the bytes read so far.
-        choices: fields of `checkpoints.options.Options`.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `plan`. Whether the copy of a tied

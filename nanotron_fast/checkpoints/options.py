@@ -311,6 +311,8 @@ def described(among: type = Choices) -> dict[str, Option]:
 
 def takes(among: type) -> Callable[[_Function], _Function]:
     """Shows options in the signature and the docstring of a function whose `**choices` they are."""
+    from textwrap import fill
+
     types = get_type_hints(among)
 
     def show(function: _Function) -> _Function:
@@ -329,7 +331,10 @@ def takes(among: type) -> Callable[[_Function], _Function]:
         function.__signature__ = shown  # type: ignore[attr-defined]
         function.__annotations__.pop(choices.name)
         function.__annotations__.update(types)
-        helps = [f"    {name}: {option.help}" for name, option in described(among).items()]
+        helps = [
+            fill(f"{name}: {option.help}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
+            for name, option in described(among).items()
+        ]
         text = inspect.cleandoc(function.__doc__ or "")
         function.__doc__ = "\n".join((text, "", "Options:", *helps))
         return function

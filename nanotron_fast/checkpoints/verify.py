@@ -103,7 +103,7 @@ def verify(
         workers: threads; by default one for each core, 16 at most.
         on_plan: called with the number of bytes to compare.
         on_progress: called now and then with the bytes compared so far.
-        choices: fields of `checkpoints.options.Options`.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.

@@ -101,12 +101,13 @@ def test_a_function_shows_its_options(name: str) -> None:
     ]
     assert inspect.Parameter.VAR_KEYWORD not in {each.kind for each in parameters.values()}
     types = get_type_hints(function)
+    text = " ".join((function.__doc__ or "").partition("\nOptions:")[2].split())
     for option in TAKEN[name]:
         parameter = parameters[option]
         assert parameter.kind is inspect.Parameter.KEYWORD_ONLY
         assert parameter.annotation == types[option] == get_type_hints(Choices)[option]
         assert Options.of({option: parameter.default}) == Options()
-        assert f"    {option}: {described()[option].help}\n" in f"{function.__doc__}\n"
+        assert f" {option}: {described()[option].help} " in f" {text} "
 
 
 @pytest.mark.parametrize("name", TAKEN)
