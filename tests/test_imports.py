@@ -147,8 +147,6 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.version",
         "nanotron_fast.errors",
         "nanotron_fast.interruption",
-        "nanotron_fast.moves",
-        "nanotron_fast.moves.dtypes",
         "nanotron_fast.model",
         "nanotron_fast.model.topology",
         "nanotron_fast.checkpoints",
@@ -160,10 +158,10 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.cli.streams",
     }
     run(
-        "import contextlib, io\n"
+        "import contextlib\n"
         "from nanotron_fast.cli.commands import main\n"
         "sys.argv = ['nanotron-fast', 'convert', '--help']\n"
-        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):\n"
+        "with contextlib.suppress(SystemExit):\n"
         "    main()\n"
         "found = {name for name in sys.modules if name.partition('.')[0] == 'nanotron_fast'}\n"
         f"assert found == {wanted!r}, found ^ {wanted!r}\n"
