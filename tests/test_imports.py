@@ -141,6 +141,34 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     )
 
 
+def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
+    wanted = {
+        "nanotron_fast",
+        "nanotron_fast.version",
+        "nanotron_fast.errors",
+        "nanotron_fast.interruption",
+        "nanotron_fast.model",
+        "nanotron_fast.model.topology",
+        "nanotron_fast.checkpoints",
+        "nanotron_fast.checkpoints.options",
+        "nanotron_fast.cli",
+        "nanotron_fast.cli.commands",
+        "nanotron_fast.cli.entry",
+        "nanotron_fast.cli.flags",
+        "nanotron_fast.cli.streams",
+    }
+    run(
+        "import contextlib\n"
+        "from nanotron_fast.cli.commands import main\n"
+        "sys.argv = ['nanotron-fast', 'convert', '--help']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "found = {name for name in sys.modules if name.partition('.')[0] == 'nanotron_fast'}\n"
+        f"assert found == {wanted!r}, found ^ {wanted!r}\n"
+        f"assert not set({HEAVY!r}) & set(sys.modules), set({HEAVY!r}) & set(sys.modules)"
+    )
+
+
 def test_a_conversion_there_and_back_imports_nothing_heavy(tmp_path: Path, golden_hf: Path) -> None:
     run(
         "import nanotron_fast as nf\n"

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.destination import Destination
-from nanotron_fast.checkpoints.options import DIRECTIONS, Options
+from nanotron_fast.checkpoints.options import Choices, Options, takes
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.plan.sides import UNTIE
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
-from nanotron_fast.checkpoints.source import read, resolve, resolve_companions, tensor_names
+from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import CheckpointError, ConfigError
-from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, parse_shard_size
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.interruption import Interrupted
-from nanotron_fast.model.topology import Topology, topology_wanted
 from nanotron_fast.moves import engine
-from nanotron_fast.moves.dtypes import parse_cast
 from nanotron_fast.moves.engine import ProgressCallback
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # Room for each of the small files whose contents are not made yet.
 _DOCUMENT_BYTES = 64 << 10
@@ -58,90 +59,38 @@ class Report:
         }
 
 
+@takes(Choices)
 def plan(
     src: str | Path,
     dst: str | Path,
-    *,
-    to: str | None = None,
-    topology: Topology | None = None,
-    dtype: str = "keep",
-    model_class: str = "auto",
-    family: str | None = None,
-    target: str | None = None,
-    rope_interleaved: bool | None = None,
-    checkpoint_version: str | None = None,
-    pad_vocab_to_multiple_of: int | None = None,
-    vocab_size: int | None = None,
-    max_shard_size: str | int | None = None,
-    tokenizer: str | Path | None = None,
-    like: str | Path | None = None,
-    ignore_tensors: Sequence[str] = (),
+    **choices: Unpack[Choices],
 ) -> Plan:
     """Plans the conversion of `src` to `dst` from headers alone; writes nothing.
 
     Args:
         src: a directory, or the id of a model on the Hugging Face Hub.
         dst: the directory that `convert` would write.
-        to: "nanotron" or "hf"; by default the format that `src` is not in. A Nanotron checkpoint
-            can be written to "nanotron" at another topology.
-        topology: sizes of the tensor- and pipeline-parallel groups, for Nanotron.
-        dtype: "keep", "bf16", "fp16" or "fp32". A router stays fp32 in Nanotron.
-        model_class: "auto", "llama", "qwen2" or "starcoder2": Nanotron's configuration class.
-        family: overrules the family that the configuration speaks of.
-        target: "nanotron" refuses what stock Nanotron would compute wrongly; "nanotron-fast"
-            admits rope_scaling, which the drop-in honours, and a llama's own head_dim and biases,
-            which can be converted and loaded; nothing trains those yet.
-        rope_interleaved: to Nanotron, lay the rows of q and k out for interleaved rotary pairs
-            (by default for halves); to Hugging Face, how they lie in the checkpoint (by default
-            as its configuration says).
-        checkpoint_version: "1.5" (Nanotron main) or "1.2" (PyPI's 0.4).
-        pad_vocab_to_multiple_of: adds zero rows to the embedding and the head.
-        vocab_size: rows to keep of a padded vocabulary, for Hugging Face.
-        max_shard_size: of a Hugging Face file, such as "5GB" (decimal) or a number of bytes.
-        tokenizer: a directory or Hub id whose tokenizer goes beside the model, not the source's.
-        like: for Hugging Face: a directory or Hub id of the model that the checkpoint was made
-            from, whose configuration, vocabulary size and small files are taken where they agree.
-        ignore_tensors: shell patterns of tensors' names that are left out, such as "v_head.*".
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, ConfigError, TopologyError, UnsupportedModelError: all ValueError, each
             naming the file, tensor or option and the numbers.
         OSError: a file cannot be read.
     """
-    if topology is not None and not isinstance(topology, Topology):
-        raise ConfigError(topology_wanted(topology))
-    options = Options(
-        topology=topology or Topology(),
-        cast=parse_cast(dtype),
-        model_class=model_class,
-        family=family,
-        target=target,
-        rope_interleaved=rope_interleaved,
-        checkpoint_version=checkpoint_version,
-        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
-        vocab_size=vocab_size,
-        max_shard_bytes=None if max_shard_size is None else parse_shard_size(max_shard_size),
-        tokenizer=None if tokenizer is None else resolve_companions(tokenizer),
-        like=None if like is None else resolve_companions(like),
-        ignore_tensors=(ignore_tensors,)
-        if isinstance(ignore_tensors, str)
-        else tuple(ignore_tensors),
-    )
+    options = Options.of(choices)
     if not str(dst):
         raise ConfigError("the destination has no name")
-    if to is not None and to not in DIRECTIONS:
-        raise ConfigError(f"--to {to}: choose {' or '.join(DIRECTIONS)}")
     # What a direction does not need is not even imported: it counts in the time to start.
     whole = read(resolve(src))
     warnings = unmatched(tensor_names(whole), options.ignore_tensors)
     checkpoint = whole.without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
-        if to == "hf":
+        if options.to == "hf":
             raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
         from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
 
         ready = plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
-    elif to == "nanotron":
+    elif options.to == "nanotron":
         from nanotron_fast.checkpoints.plan.reshard import plan_reshard
 
         ready = plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
@@ -152,25 +101,25 @@ def plan(
     return replace(ready, warnings=(*ready.warnings, *warnings))
 
 
+@takes(Choices)
 def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    topology: Topology | None = None,
     overwrite: bool = False,
     workers: int | None = None,
     fsync: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_progress: ProgressCallback | None = None,
     processes: Processes | None = None,
-    **choices: Any,
+    **choices: Unpack[Choices],
 ) -> Report:
     """Converts `src` to `dst`: Hugging Face to Nanotron or back, by what `src` is.
 
     `dst` appears when it is whole; on any error, and when interrupted, it is as it was before.
 
     Args:
-        src, dst, topology, and `choices`: see `plan`.
+        src, dst, choices: as for `plan`.
         overwrite: replace a `dst` that is not empty, once the new one is whole.
         workers: threads; by default one for each core, 16 at most.
         fsync: return only when files, directories and the rename are on the device.
@@ -190,7 +139,7 @@ def convert(
     destination: Destination | None = None
     try:
         with processes.step():
-            ready = plan(src, dst, topology=topology, **choices)
+            ready = plan(src, dst, **choices)
             destination = Destination(
                 Path(dst), source=ready.source, overwrite=overwrite, inputs=_inputs(ready)
             )

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.bounds import check_counts
-from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.options import InspectChoices, Options, takes
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import NanotronFastError
-from nanotron_fast.families import family_named, family_of_config, warnings_about
+from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
@@ -20,6 +20,9 @@ from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,32 +83,29 @@ class Inspection:
         }
 
 
-def inspect(
-    path: str | Path, *, family: str | None = None, rope_interleaved: bool | None = None
-) -> Inspection:
+@takes(InspectChoices)
+def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
     """Reads a checkpoint's headers and configuration.
 
     Args:
         path: a directory in either format, or a Hub id.
-        family: overrules what the configuration says.
-        rope_interleaved: overrules what a Nanotron checkpoint's configuration says of q and k.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
     """
-    if family is not None:
-        family_named(family)
+    options = Options.of(choices, InspectChoices)
     checkpoint = read(resolve(path))
     if isinstance(checkpoint, HfCheckpoint):
-        return _inspect_hf(checkpoint, family)
-    return _inspect_nanotron(checkpoint, Options(family=family, rope_interleaved=rope_interleaved))
+        return _inspect_hf(checkpoint, options)
+    return _inspect_nanotron(checkpoint, options)
 
 
-def _inspect_hf(checkpoint: HfCheckpoint, family: str | None) -> Inspection:
+def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
     name, spec, problem = None, None, None
     warnings: list[str] = []
     try:
-        found = family_of_config(checkpoint.config, family)
+        found = family_of_config(checkpoint.config, options.family)
         warnings = warnings_about(found, checkpoint.config)
         name, spec = found.name, read_config(found, checkpoint.config)
         check_counts(spec, checkpoint)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from nanotron_fast import _C
-from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.options import LoadChoices, Options, takes
 from nanotron_fast.checkpoints.plan.load import TensorSpec, plan_load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.errors import ConfigError
@@ -26,6 +26,9 @@ from nanotron_fast.moves.engine import ProgressCallback, default_workers
 from nanotron_fast.moves.move import table_of
 from nanotron_fast.moves.plan import MovePlan
 from nanotron_fast.moves.staging import chunks_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # What tensors may be of, in torch's words.
 DTYPES = {getattr(torch, dtype.torch_name): dtype for dtype in Dtype}
@@ -48,6 +51,7 @@ class LoadReport:
         return self.bytes_read / 1e9 / self.seconds if self.seconds else 0.0
 
 
+@takes(LoadChoices)
 def load_into(
     tensors: Mapping[str, torch.Tensor] | torch.nn.Module,
     path: str | Path,
@@ -55,17 +59,11 @@ def load_into(
     topology: Topology,
     rank: int,
     device: torch.device | str | None = None,
-    family: str | None = None,
-    model_class: str = "auto",
-    target: str | None = None,
-    rope_interleaved: bool | None = None,
     stored_rope_interleaved: bool | None = None,
-    checkpoint_version: str | None = None,
-    pad_vocab_to_multiple_of: int | None = None,
-    ignore_tensors: Sequence[str] = (),
     workers: int | None = None,
     staging_bytes: int | None = None,
     on_progress: ProgressCallback | None = None,
+    **choices: Unpack[LoadChoices],
 ) -> LoadReport:
     """Fills the tensors of one rank from a checkpoint, reading only the bytes that it needs.
 
@@ -84,15 +82,14 @@ def load_into(
         topology: of the ranks that are loading.
         rank: in the tensor- and pipeline-parallel grid, tp fastest: pp_rank * tp + tp_rank.
         device: where the tensors are said to be; by default where they are.
-        family, model_class, target, checkpoint_version, pad_vocab_to_multiple_of: as for `plan`.
-        ignore_tensors: shell patterns of names of the checkpoint that are left out.
-        rope_interleaved: lay rows of q and k out for interleaved pairs, or for halves; by default
-            as a Nanotron checkpoint has them, and in halves from Hugging Face.
-        stored_rope_interleaved: how they lie in a Nanotron checkpoint, whatever its configuration
-            says. A Llama's that says nothing is taken for interleaved, with a warning.
+        stored_rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
+            configuration says. A Llama's that says nothing is taken for interleaved, with a
+            warning. `rope_interleaved` is how they shall lie in `tensors`: by default as a Nanotron
+            checkpoint has them, and in halves from Hugging Face.
         workers: threads that read; by default one for each core, 16 at most.
         staging_bytes: of each buffer; by default 256 MiB for a GPU, and 32 MiB on a CPU.
         on_progress: called now and then with the bytes read so far.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError: as `plan`. Whether the copy of a tied
@@ -110,23 +107,16 @@ def load_into(
     _check_arguments(tensors, topology, rank)
     named = dict(tensors.named_parameters() if isinstance(tensors, torch.nn.Module) else tensors)
     where = check_tensors(named, None if device is None else torch.device(device))
-    options = Options(
-        topology=topology,
-        model_class=model_class,
-        family=family,
-        target=target,
-        rope_interleaved=stored_rope_interleaved,
-        checkpoint_version=checkpoint_version,
-        pad_vocab_to_multiple_of=pad_vocab_to_multiple_of,
-    )
+    wanted = Options.of(choices, LoadChoices)
+    options = replace(wanted, topology=topology, rope_interleaved=stored_rope_interleaved)
     specs = {
         name: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype], tensor.data_ptr())
         for name, tensor in named.items()
     }
-    checkpoint = read(resolve(path)).without(ignore_tensors)
+    checkpoint = read(resolve(path)).without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
         check_rival_bytes(checkpoint)
-    plan = plan_load(checkpoint, specs, rank, options, rope_interleaved=rope_interleaved)
+    plan = plan_load(checkpoint, specs, rank, options, rope_interleaved=wanted.rope_interleaved)
     for warning in plan.warnings:
         warnings.warn(f"{path}: {warning}", stacklevel=2)
     bytes_read = read_moves(

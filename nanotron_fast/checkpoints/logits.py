@@ -69,10 +69,9 @@ class _Side:
 def compare_logits(
     a: Path,
     b: Path,
+    options: Options,
     *,
-    family: str | None,
     has_casts: bool,
-    rope_interleaved: bool | None = None,
 ) -> LogitsReport:
     """Runs both models on the same random tokens, and compares their outputs.
 
@@ -85,7 +84,6 @@ def compare_logits(
     except ImportError as error:
         raise ConfigError(f"--logits: it needs torch and transformers: {error}") from None
 
-    options = Options(family=family, rope_interleaved=rope_interleaved)
     sides = [_side(root, options) for root in (a, b)]
     vocab_size = min(side.vocab_size for side in sides)
     windows = [side.window for side in sides if side.window and side.window <= _MAX_WINDOW]

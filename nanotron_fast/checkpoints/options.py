@@ -1,78 +1,342 @@
-"""What a caller may choose about a conversion."""
+"""What a caller may choose about a conversion: each option is one field of `Options`.
+
+The command line makes a flag of each field, the functions take it as a keyword, and both hand what
+they were given to `Options.of`, which checks it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.model.topology import Topology
-from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.model.topology import Topology, topology_wanted
 
-DIRECTIONS = ("nanotron", "hf")
+if TYPE_CHECKING:
+    from nanotron_fast.moves.dtypes import Dtype
+
 DEFAULT_SHARD_BYTES = 5 * 10**9
 # Said where there are more tensors than a model has.
 IGNORE_HINT = "--ignore-tensors GLOB leaves out what is not wanted"
 _MAX_ROWS = 2**31
+_SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+Way = Literal["nanotron", "hf", "resharding"]
+# What a conversion may do, in the words of a message.
+WAYS: Mapping[Way, str] = {
+    "nanotron": "writing a Nanotron checkpoint",
+    "hf": "writing a Hugging Face checkpoint",
+    "resharding": "writing a Nanotron checkpoint at another topology",
+}
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def spelled(name: str) -> str:
+    """An option's name as the command line has it: "--vocab-size"."""
+    return f"--{name.replace('_', '-')}"
+
+
+def _as_given(flag: str, given: Any) -> Any:
+    return given
+
+
+class Option(NamedTuple):
+    """What is said of an option beside its name and type.
+
+    Args:
+        default: of the field, checked. None means: decided from the source.
+        help: for the command line and for the functions.
+        written: the default as a caller writes it, where that is something else.
+        check: from the flag's name and what a caller gives to what the field holds. Raises
+            ConfigError or CheckpointError.
+        ways: of converting, in which it has a meaning.
+        metavar: what the command line calls the value; by default its type.
+        parts: attributes of the value that are flags of their own, and the help of each.
+    """
+
+    default: Any
+    help: str
+    written: str | None = None
+    check: Callable[[str, Any], Any] = _as_given
+    ways: tuple[Way, ...] = tuple(WAYS)
+    metavar: str | None = None
+    parts: Mapping[str, str] = MappingProxyType({})
+
+
+class InspectChoices(TypedDict, total=False):
+    """The options of `inspect`, as a caller gives them. The first type of a union is a flag's."""
+
+    family: str | None
+    rope_interleaved: bool | None
+
+
+class VerifyChoices(InspectChoices, total=False):
+    """Those of `verify`."""
+
+    ignore_tensors: Sequence[str]
+
+
+class LoadChoices(VerifyChoices, total=False):
+    """Those of `load_into`."""
+
+    model_class: str
+    target: str | None
+    checkpoint_version: str | None
+    pad_vocab_to_multiple_of: int | None
+
+
+class Choices(LoadChoices, total=False):
+    """Those of `convert` and `plan`: all of them."""
+
+    to: str | None
+    topology: Topology | None
+    dtype: str
+    vocab_size: int | None
+    max_shard_size: str | int | None
+    tokenizer: str | Path | None
+    like: str | Path | None
+
+
+def _one_of(flag: str, given: str, allowed: Sequence[str]) -> str:
+    if given not in allowed:
+        raise ConfigError(f"{flag} {given}: choose {' or '.join(allowed)}")
+    return given
+
+
+def _direction(flag: str, given: str) -> str:
+    return _one_of(flag, given, ("nanotron", "hf"))
+
+
+def _topology(flag: str, given: object) -> Topology:
+    if not isinstance(given, Topology):
+        raise ConfigError(topology_wanted(given))
+    return given
+
+
+def _dtype(flag: str, given: str) -> Dtype | None:
+    from nanotron_fast.moves.dtypes import parse_cast
+
+    return parse_cast(given)
+
+
+def _family(flag: str, given: str) -> str:
+    from nanotron_fast.families import family_named
+
+    return family_named(given).name
+
+
+def _target(flag: str, given: str) -> str:
+    from nanotron_fast.families.gate import TARGETS
+
+    return _one_of(flag, given, TARGETS)
+
+
+def _version(flag: str, given: str) -> str:
+    from nanotron_fast.families.gate import VERSIONS
+
+    return _one_of(flag, given, VERSIONS)
+
+
+def _rows(flag: str, given: int) -> int:
+    if not 1 <= given <= _MAX_ROWS:
+        bound = "at least 1" if given < 1 else f"at most {_MAX_ROWS}"
+        raise ConfigError(f"{flag} {given}: it should be {bound}")
+    return given
+
+
+def _shard_bytes(flag: str, given: str | int) -> int:
+    """Bytes, from a number or a decimal size such as "5GB"."""
+    if isinstance(given, int):
+        size = given
+    else:
+        number, unit = given.strip().upper(), 1
+        for suffix, factor in _SHARD_UNITS.items():
+            if number.endswith(suffix):
+                number, unit = number[: -len(suffix)].strip(), factor
+                break
+        try:
+            size = int(float(number) * unit)
+        except (ValueError, OverflowError):
+            raise ConfigError(f"{flag} {given}: write it like 5GB or 500MB") from None
+    if size < 1:
+        raise ConfigError(f"{flag} {given}: a shard has at least one byte")
+    return size
+
+
+def _folder(flag: str, given: str | Path) -> Path:
+    from nanotron_fast.checkpoints.source import resolve_companions
+
+    return resolve_companions(given)
+
+
+def _patterns(flag: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _option(default: Any, help: str, **more: Any) -> Any:
+    """A field of `Options`, described as `Option` says."""
+    return field(default=default, metadata={"option": Option(default, help, **more)})
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The choices of `convert` and `plan`, checked. None means: decided from the source."""
+    """The choices of a caller, checked, in the order in which the command line lists them."""
 
-    topology: Topology = field(default_factory=Topology)
-    cast: Dtype | None = None
-    model_class: str = "auto"
-    family: str | None = None
-    target: str | None = None
+    to: str | None = _option(
+        None,
+        "nanotron or hf; a Nanotron SRC can be written to nanotron at another topology. "
+        "(default: what SRC is not)",
+        check=_direction,
+    )
+    topology: Topology = _option(
+        Topology(),
+        "Sizes of the tensor- and pipeline-parallel groups to write for.",
+        check=_topology,
+        ways=("nanotron", "resharding"),
+        parts={
+            "tp": "Tensor-parallel ranks to write for.",
+            "pp": "Pipeline stages to write for.",
+        },
+    )
+    # What values are cast to.
+    dtype: Dtype | None = _option(
+        None,
+        "keep, bf16, fp16 or fp32; a router stays fp32 in Nanotron.",
+        written="keep",
+        check=_dtype,
+        ways=("nanotron", "hf"),
+    )
+    model_class: str = _option(
+        "auto", "Nanotron's class: auto, llama, qwen2 or starcoder2.", ways=("nanotron",)
+    )
+    family: str | None = _option(None, "Overrule the family that the config names.", check=_family)
+    target: str | None = _option(
+        None,
+        "nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
+        "rope_scaling, for the drop-in, and a llama's own head_dim and biases, for conversion "
+        "and loading alone. (default: nanotron)",
+        check=_target,
+    )
     # To Nanotron: the layout to write. From it: the layout that is there, whatever its config says.
-    rope_interleaved: bool | None = None
-    checkpoint_version: str | None = None
-    pad_vocab_to_multiple_of: int | None = None
-    vocab_size: int | None = None
-    max_shard_bytes: int | None = None
-    # Folders whose tokenizer, and whose configuration too, take the place of the source's.
-    tokenizer: Path | None = None
-    like: Path | None = None
-    ignore_tensors: tuple[str, ...] = ()
+    rope_interleaved: bool | None = _option(
+        None,
+        "Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
+        "for Nanotron, and what to read from it. (default: halves; what its config says)",
+    )
+    checkpoint_version: str | None = _option(
+        None,
+        "1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)",
+        check=_version,
+        ways=("nanotron", "hf"),
+    )
+    pad_vocab_to_multiple_of: int | None = _option(
+        None, "Add zero rows to embedding and head.", check=_rows, ways=("nanotron",)
+    )
+    vocab_size: int | None = _option(
+        None, "Rows of a padded vocabulary to keep for Hugging Face.", check=_rows, ways=("hf",)
+    )
+    # In bytes.
+    max_shard_size: int | None = _option(
+        None, "Of a Hugging Face file, decimal. (default: 5GB)", check=_shard_bytes, ways=("hf",)
+    )
+    tokenizer: Path | None = _option(
+        None,
+        "Take the tokenizer from this directory or Hub id, not from SRC.",
+        check=_folder,
+        metavar="DIR_OR_ID",
+    )
+    like: Path | None = _option(
+        None,
+        "The Hugging Face model that SRC was made from: its configuration, vocabulary size, "
+        "generation_config and tokenizer are taken.",
+        check=_folder,
+        ways=("hf",),
+        metavar="DIR_OR_ID",
+    )
+    ignore_tensors: tuple[str, ...] = _option(
+        (),
+        "Leave out tensors with such names, as 'v_head.*'. May be given several times.",
+        check=_patterns,
+        metavar="GLOB",
+    )
 
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("--pad-vocab-to-multiple-of", self.pad_vocab_to_multiple_of),
-            ("--vocab-size", self.vocab_size),
-        ):
-            if value is not None and not 1 <= value <= _MAX_ROWS:
-                bound = "at least 1" if value < 1 else f"at most {_MAX_ROWS}"
-                raise ConfigError(f"{name} {value}: it should be {bound}")
+    @classmethod
+    def of(cls, given: Mapping[str, object], among: type = Choices) -> Options:
+        """Checks what a caller gives for the options `among`; None stands for the default.
 
-    def reject_for(self, direction: str) -> None:
-        """Refuses choices that mean nothing in a direction. Raises ConfigError."""
-        if direction == "hf":
-            given = {
-                "--tp": self.topology.tp != 1,
-                "--pp": self.topology.pp != 1,
-                "--model-class": self.model_class != "auto",
-                "--pad-vocab-to-multiple-of": self.pad_vocab_to_multiple_of is not None,
+        Raises ConfigError, CheckpointError; TypeError where an option is not among them.
+        """
+        known = described(among)
+        for name in given:
+            if name not in known:
+                raise TypeError(
+                    f"unexpected keyword argument {name!r}: the options are {', '.join(known)}"
+                )
+        return cls(
+            **{
+                name: known[name].check(spelled(name), value)
+                for name, value in given.items()
+                if value is not None
             }
-            what = "writing a Hugging Face checkpoint"
-        elif direction == "resharding":
-            given = {
-                "--dtype": self.cast is not None,
-                "--model-class": self.model_class != "auto",
-                "--checkpoint-version": self.checkpoint_version is not None,
-                "--pad-vocab-to-multiple-of": self.pad_vocab_to_multiple_of is not None,
-                "--vocab-size": self.vocab_size is not None,
-                "--max-shard-size": self.max_shard_bytes is not None,
-                "--like": self.like is not None,
-            }
-            what = "writing a Nanotron checkpoint at another topology"
-        else:
-            given = {
-                "--vocab-size": self.vocab_size is not None,
-                "--max-shard-size": self.max_shard_bytes is not None,
-                "--like": self.like is not None,
-            }
-            what = "writing a Nanotron checkpoint"
-        for name, is_given in given.items():
-            if is_given:
-                raise ConfigError(f"{name}: it has no meaning when {what}")
+        )
+
+    def reject_for(self, way: Way) -> None:
+        """Refuses choices that mean nothing in a way of converting. Raises ConfigError."""
+        for name, option in described().items():
+            value = getattr(self, name)
+            if option.parts:
+                given = [
+                    part
+                    for part in option.parts
+                    if getattr(value, part) != getattr(option.default, part)
+                ]
+            else:
+                given = [name] if value != option.default else []
+            if given and way not in option.ways:
+                raise ConfigError(f"{spelled(given[0])}: it has no meaning when {WAYS[way]}")
+
+
+def described(among: type = Choices) -> dict[str, Option]:
+    """The options of a class such as `VerifyChoices`, by name, in the order of the fields."""
+    return {
+        each.name: each.metadata["option"]
+        for each in fields(Options)
+        if each.name in among.__annotations__
+    }
+
+
+def takes(among: type) -> Callable[[_Function], _Function]:
+    """Shows options in the signature and the docstring of a function whose `**choices` they are."""
+    from textwrap import fill
+
+    types = get_type_hints(among)
+
+    def show(function: _Function) -> _Function:
+        signature = inspect.signature(function)
+        *parameters, choices = signature.parameters.values()
+        options = [
+            choices.replace(
+                name=name,
+                kind=choices.KEYWORD_ONLY,
+                default=option.written or option.default,
+                annotation=types[name],
+            )
+            for name, option in described(among).items()
+        ]
+        shown = signature.replace(parameters=[*parameters, *options])
+        function.__signature__ = shown  # type: ignore[attr-defined]
+        function.__annotations__.pop(choices.name)
+        function.__annotations__.update(types)
+        helps = [
+            fill(f"{name}: {option.help}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
+            for name, option in described(among).items()
+        ]
+        text = inspect.cleandoc(function.__doc__ or "")
+        function.__doc__ = "\n".join((text, "", "Options:", *helps))
+        return function
+
+    return show

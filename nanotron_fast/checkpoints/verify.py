@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.logits import LogitsReport, compare_logits
+from nanotron_fast.checkpoints.options import Options, VerifyChoices, takes
 from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
@@ -16,6 +17,9 @@ from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.moves.row import FILL
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,46 +79,45 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
+@takes(VerifyChoices)
 def verify(
     a: str | Path,
     b: str | Path,
     *,
     logits: bool = False,
-    family: str | None = None,
-    rope_interleaved: bool | None = None,
-    ignore_tensors: Sequence[str] = (),
     workers: int | None = None,
     on_plan: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
+    **choices: Unpack[VerifyChoices],
 ) -> Verification:
     """Compares every tensor of two checkpoints, and what their configurations say of the model.
 
     Where dtypes differ, the wider side's values are cast to the other's dtype first. Vocabulary
-    padding counts as equal when it is zero.
+    padding counts as equal when it is zero. Of two Nanotron checkpoints, `rope_interleaved` speaks
+    of those whose configuration does not.
 
     Args:
         a, b: directories or Hub ids, each in either format.
         logits: also run both, a Hugging Face side in transformers and a Nanotron side by Nanotron's
             own rules in plain torch, and compare what they compute.
-        family: overrules what the configurations say.
-        rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
-            configuration says; of two, in those whose configuration does not say.
-        ignore_tensors: shell patterns of tensors' names that are left out, such as "v_head.*".
         workers: threads; by default one for each core, 16 at most.
         on_plan: called with the number of bytes to compare.
         on_progress: called now and then with the bytes compared so far.
+        choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
     """
+    options = Options.of(choices, VerifyChoices)
     roots = resolve(a), resolve(b)
     whole = [read(root) for root in roots]
-    unused = unmatched([name for each in whole for name in tensor_names(each)], ignore_tensors)
-    first, second = (each.without(ignore_tensors) for each in whole)
+    names = [name for each in whole for name in tensor_names(each)]
+    unused = unmatched(names, options.ignore_tensors)
+    first, second = (each.without(options.ignore_tensors) for each in whole)
     for side in (first, second):
         if isinstance(side, HfCheckpoint):
             check_rival_bytes(side)
-    plan = plan_comparison(first, second, family=family, rope_interleaved=rope_interleaved)
+    plan = plan_comparison(first, second, options)
     if on_plan is not None:
         on_plan(plan.num_bytes)
     found = engine.compare(
@@ -127,12 +130,7 @@ def verify(
     differing = {**plan.differing, **_reasons(plan, found)}
     report = None
     if logits and plan.cannot_run is None:
-        report = compare_logits(
-            *roots,
-            family=family,
-            has_casts=plan.has_lossy_casts,
-            rope_interleaved=rope_interleaved,
-        )
+        report = compare_logits(*roots, options, has_casts=plan.has_lossy_casts)
     return Verification(
         equal=not differing and (report is None or report.equal),
         tensors_compared=plan.num_tensors,

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from functools import wraps
 from typing import Annotated, Any
 
 import typer
 
 from nanotron_fast import interruption
+from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyChoices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
+from nanotron_fast.cli.flags import with_flags
+from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.version import __version__
 
 app = typer.Typer(
@@ -28,27 +31,31 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-FamilyName = Annotated[
-    str | None, typer.Option("--family", help="Overrule the family that the config names.")
-]
-RopeInterleaved = Annotated[
-    bool | None,
-    typer.Option(
-        "--rope-interleaved/--no-rope-interleaved",
-        help="Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
-        "for Nanotron, and what to read from it. (default: halves; what its config says)",
-    ),
-]
-IgnoreTensors = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="Leave out tensors with such names, as 'v_head.*'. May be given several times.",
-    ),
-]
 Workers = Annotated[
     int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
 ]
+
+
+def _command(body: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command whose expected errors are one message and an exit code.
+
+    A parameter of a type such as `Choices` stands for its flags; see `with_flags`.
+    """
+    command = with_flags(body)
+
+    @wraps(command)
+    def run(**given: Any) -> None:
+        if given["json"] or given.get("quiet"):
+            # Before the Hub's library is imported: it draws bars of its own on stderr.
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        try:
+            command(**given)
+        except (NanotronFastError, OSError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(EXIT_BAD_INPUT) from None
+
+    app.command()(run)
+    return body
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -69,56 +76,12 @@ def _options(
     pass
 
 
-@app.command()
+@_command
 def convert(
     src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
     dst: Annotated[str, typer.Argument(help="The directory to write.")],
-    to: Annotated[
-        str | None,
-        typer.Option(help="nanotron or hf. (default: what SRC is not)"),
-    ] = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks to write for.")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages to write for.")] = 1,
-    dtype: Annotated[str, typer.Option(help="keep, bf16, fp16 or fp32.")] = "keep",
-    model_class: Annotated[
-        str, typer.Option(help="Nanotron's class: auto, llama, qwen2 or starcoder2.")
-    ] = "auto",
-    family: FamilyName = None,
-    target: Annotated[
-        str | None,
-        typer.Option(
-            help="nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
-            "rope_scaling, for the drop-in, and a llama's own head_dim and biases, for conversion "
-            "and loading alone. (default: nanotron)"
-        ),
-    ] = None,
-    rope_interleaved: RopeInterleaved = None,
-    checkpoint_version: Annotated[
-        str | None,
-        typer.Option(help="1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)"),
-    ] = None,
-    pad_vocab_to_multiple_of: Annotated[
-        int | None, typer.Option(help="Add zero rows to embedding and head.")
-    ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Rows of a padded vocabulary to keep for Hugging Face.")
-    ] = None,
-    max_shard_size: Annotated[
-        str | None, typer.Option(help="Of a Hugging Face file, decimal. (default: 5GB)")
-    ] = None,
-    tokenizer: Annotated[
-        str | None,
-        typer.Option(metavar="DIR_OR_ID", help="Take the tokenizer from there."),
-    ] = None,
-    like: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR_OR_ID",
-            help="The Hugging Face model that SRC was made from: its configuration, vocabulary "
-            "size, generation_config and tokenizer are taken.",
-        ),
-    ] = None,
-    ignore_tensors: IgnoreTensors = None,
+    *,
+    choices: Choices,
     workers: Workers = None,
     fsync: Annotated[
         bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
@@ -136,79 +99,60 @@ def convert(
 
     DST appears when it is whole; on an error it is as it was before.
     """
-    with _errors(is_silent=json or quiet):
-        from nanotron_fast.checkpoints import convert as conversion
-        from nanotron_fast.checkpoints.processes import connect
-        from nanotron_fast.cli import reporting
-        from nanotron_fast.model.topology import Topology
-        from nanotron_fast.moves import engine
+    from nanotron_fast.checkpoints import convert as conversion
+    from nanotron_fast.checkpoints.processes import connect
+    from nanotron_fast.cli import reporting
+    from nanotron_fast.moves import engine
 
-        choices: dict[str, Any] = {
-            "to": to,
-            "topology": Topology(tp=tp, pp=pp),
-            "dtype": dtype,
-            "model_class": model_class,
-            "family": family,
-            "target": target,
-            "rope_interleaved": rope_interleaved,
-            "checkpoint_version": checkpoint_version,
-            "pad_vocab_to_multiple_of": pad_vocab_to_multiple_of,
-            "vocab_size": vocab_size,
-            "max_shard_size": max_shard_size,
-            "tokenizer": tokenizer,
-            "like": like,
-            "ignore_tensors": ignore_tensors or (),
-        }
-        num_workers = workers or engine.default_workers()
-        if dry_run:
-            plan = conversion.plan(src, dst, **choices)
-            if json:
-                _print_json(plan.to_json(num_workers))
-            elif not quiet:
-                _print(reporting.plan_lines(plan, num_workers))
-                _warn(plan.warnings)
-            return
-        processes = connect()
-        is_silent = quiet or json or processes.rank != 0
-        progress = reporting.Progress(is_quiet=is_silent)
+    num_workers = workers or engine.default_workers()
+    if dry_run:
+        plan = conversion.plan(src, dst, **choices)
+        if json:
+            _print_json(plan.to_json(num_workers))
+        elif not quiet:
+            _print(reporting.plan_lines(plan, num_workers))
+            _warn(plan.warnings)
+        return
+    processes = connect()
+    is_silent = quiet or json or processes.rank != 0
+    progress = reporting.Progress(is_quiet=is_silent)
 
-        def on_plan(plan: Any) -> None:
-            progress.total_bytes = plan.bytes_written // processes.world_size
-            if not is_silent:
-                _warn(plan.warnings)
+    def on_plan(plan: Any) -> None:
+        progress.total_bytes = plan.bytes_written // processes.world_size
+        if not is_silent:
+            _warn(plan.warnings)
 
-        try:
-            with progress.running("converting") as on_progress:
-                report = conversion.convert(
-                    src,
-                    dst,
-                    overwrite=overwrite,
-                    workers=num_workers,
-                    fsync=fsync,
-                    on_plan=on_plan,
-                    on_progress=on_progress,
-                    processes=processes,
-                    **choices,
-                )
-        finally:
-            processes.close()
-        with interruption.telling(lambda: f"{report.destination} is whole"):
-            if json and processes.rank == 0:
-                _print_json(report.to_json(num_workers))
-            elif not is_silent:
-                _print(reporting.report_lines(report))
+    try:
+        with progress.running("converting") as on_progress:
+            report = conversion.convert(
+                src,
+                dst,
+                overwrite=overwrite,
+                workers=num_workers,
+                fsync=fsync,
+                on_plan=on_plan,
+                on_progress=on_progress,
+                processes=processes,
+                **choices,
+            )
+    finally:
+        processes.close()
+    with interruption.telling(lambda: f"{report.destination} is whole"):
+        if json and processes.rank == 0:
+            _print_json(report.to_json(num_workers))
+        elif not is_silent:
+            _print(reporting.report_lines(report))
 
 
-@app.command()
+@_command
 def verify(
     a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
     b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
+    *,
     logits: Annotated[
         bool, typer.Option("--logits", help="Also run both and compare logits.")
     ] = False,
-    family: FamilyName = None,
-    rope_interleaved: RopeInterleaved = None,
-    ignore_tensors: IgnoreTensors = None,
+    choices: VerifyChoices,
     workers: Workers = None,
     json: Json = False,
 ) -> None:
@@ -216,67 +160,62 @@ def verify(
 
     Exit code 1 says that something differs.
     """
-    with _errors(is_silent=json):
-        from nanotron_fast.checkpoints import verify as verification
-        from nanotron_fast.cli import reporting
+    from nanotron_fast.checkpoints import verify as verification
+    from nanotron_fast.cli import reporting
 
-        progress = reporting.Progress(is_quiet=json)
+    progress = reporting.Progress(is_quiet=json)
 
-        def on_plan(num_bytes: int) -> None:
-            progress.total_bytes = num_bytes
+    def on_plan(num_bytes: int) -> None:
+        progress.total_bytes = num_bytes
 
-        with progress.running("comparing") as on_progress:
-            result = verification.verify(
-                a,
-                b,
-                logits=logits,
-                family=family,
-                rope_interleaved=rope_interleaved,
-                ignore_tensors=ignore_tensors or (),
-                workers=workers,
-                on_plan=on_plan,
-                on_progress=on_progress,
-            )
-        if json:
-            _print_json(result.to_json())
-        else:
-            _warn(result.warnings)
-            _print(reporting.verification_lines(result))
-        if not result.equal:
-            raise typer.Exit(EXIT_DIFFERENT)
+    with progress.running("comparing") as on_progress:
+        result = verification.verify(
+            a,
+            b,
+            logits=logits,
+            workers=workers,
+            on_plan=on_plan,
+            on_progress=on_progress,
+            **choices,
+        )
+    if json:
+        _print_json(result.to_json())
+    else:
+        _warn(result.warnings)
+        _print(reporting.verification_lines(result))
+    if not result.equal:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
-@app.command()
+@_command
 def inspect(
     path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
-    family: FamilyName = None,
-    rope_interleaved: RopeInterleaved = None,
+    *,
+    choices: InspectChoices,
     json: Json = False,
 ) -> None:
     """Say what a checkpoint is, from its headers."""
-    with _errors(is_silent=json):
-        from nanotron_fast.checkpoints import inspect as inspection
-        from nanotron_fast.cli import reporting
+    from nanotron_fast.checkpoints import inspect as inspection
+    from nanotron_fast.cli import reporting
 
-        found = inspection.inspect(path, family=family, rope_interleaved=rope_interleaved)
-        if json:
-            _print_json(found.to_json())
-        else:
-            _print(reporting.inspection_lines(found))
-            _warn(found.warnings)
+    found = inspection.inspect(path, **choices)
+    if json:
+        _print_json(found.to_json())
+    else:
+        _print(reporting.inspection_lines(found))
+        _warn(found.warnings)
 
 
-@app.command()
+@_command
 def env(json: Json = False) -> None:
     """Print versions, devices, what was built, and which path each operation takes."""
-    with _errors(is_silent=json):
-        from nanotron_fast.cli import environment
+    from nanotron_fast.cli import environment
 
-        found = environment.environment()
-        if json:
-            _print_json(found.to_json())
-        else:
-            _print(environment.lines(found))
+    found = environment.environment()
+    if json:
+        _print_json(found.to_json())
+    else:
+        _print(environment.lines(found))
 
 
 @app.command(
@@ -307,8 +246,6 @@ def run(
 
     Under torchrun: torchrun --nproc_per_node=8 -m nanotron_fast run run_train.py --config-file ...
     """
-    from nanotron_fast.errors import NanotronFastError
-
     interruption.restore()
     try:
         from nanotron_fast.patch import launcher
@@ -329,21 +266,6 @@ def run(
         # The script's own: it ends as `python script` does.
         sys.excepthook(*sys.exc_info())
         raise typer.Exit(1) from None
-
-
-@contextmanager
-def _errors(*, is_silent: bool) -> Iterator[None]:
-    """Turns an expected error into one message and an exit code."""
-    if is_silent:
-        # Before the Hub's library is imported: it draws bars of its own on stderr.
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    from nanotron_fast.errors import NanotronFastError
-
-    try:
-        yield
-    except (NanotronFastError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
 
 
 def _print(lines: Iterable[str]) -> None:

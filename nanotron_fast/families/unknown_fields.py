@@ -11,7 +11,7 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.model_types import NEUTRAL
-from nanotron_fast.formats.nanotron.classes import MOE_FIELDS, class_of, classes
+from nanotron_fast.formats.nanotron.classes import HEAD_DIM, MOE_FIELDS, class_of, classes
 from nanotron_fast.model.spec import ModelSpec
 
 # The key of config.json that holds them.
@@ -29,7 +29,7 @@ _MOE_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 def unknown_fields(config: Mapping[str, Any], spec: ModelSpec) -> dict[str, Any]:
     """Those of a model_config.json; of its moe_config, under that name. UnsupportedModelError."""
-    known = {*class_of(config).fields, _MOE}
+    known = {*class_of(config).fields, HEAD_DIM, _MOE}
     unknown = {key: value for key, value in config.items() if key not in known}
     moe = config.get(_MOE)
     inner: dict[str, Any] = {}
@@ -74,7 +74,7 @@ def with_unknown_fields(
     if not isinstance(kept, Mapping) or not isinstance(moe, (Mapping, type(None))):
         raise ConfigError(f"config.json: {UNKNOWN_FIELDS} is {kept!r}, and should be an object")
     # What some class of main's has is decided by the model, not by what lies beside it.
-    known = {name for each in classes() for name in each.fields}
+    known = {HEAD_DIM, *(name for each in classes() for name in each.fields)}
     added = {key: kept[key] for key in kept if key not in known}
     result = {**model_config, **added}
     names = list(added)

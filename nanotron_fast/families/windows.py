@@ -57,7 +57,9 @@ class Windows:
         if self.has_switch:
             config["use_sliding_window"] = any(windowed)
             # Windows start at this layer; after the last, there are none.
-            config["max_window_layers"] = [*windowed, True].index(True)
+            first = [*windowed, True].index(True)
+            if all(windowed[first:]):
+                config["max_window_layers"] = first
         if any(windowed) and (self.has_switch or not all(windowed)):
             # What max_window_layers means is another thing in each class and version.
             config["layer_types"] = [_KINDS[has_window] for has_window in windowed]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families import family_of_config
 from nanotron_fast.families.hf_config import read_config
 from tests.modelzoo import make, write_json
@@ -154,12 +154,12 @@ def test_experts_under_two_names(tmp_path: Path) -> None:
     assert (config["num_experts_per_tok"], config["moe_topk"]) == (3, 3)
 
 
-def test_what_no_config_can_say_is_an_error(tmp_path: Path) -> None:
+def test_layers_that_nanotron_does_not_have_are_refused(tmp_path: Path) -> None:
     source = make("smollm3").save(tmp_path / "hf")
     nf.convert(source, tmp_path / "there")
     edit(tmp_path / "there" / "model_config.json", no_rope_layer=4)
-    message = "cannot be written as a smollm3's: config.json: no_rope_layers leaves .* of 6"
-    refused(tmp_path / "there", tmp_path, CheckpointError, message)
+    message = r"no_rope_layers leaves rotary embeddings out of layers \[3\] of 6"
+    refused(tmp_path / "there", tmp_path, UnsupportedModelError, message)
 
 
 def test_more_experts_for_a_token_than_there_are(tmp_path: Path) -> None:

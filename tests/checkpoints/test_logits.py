@@ -14,6 +14,7 @@ import torch
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.logits import compare_logits
 from nanotron_fast.checkpoints.nanotron_forward import _ACTIVATIONS, NanotronForward
+from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.nanotron.checkpoint import read_nanotron
@@ -89,7 +90,7 @@ def test_rows_laid_for_neighbours_under_a_config_of_halves(tmp_path: Path) -> No
     hf, out = make("llama").save(tmp_path / "hf"), tmp_path / "out"
     nf.convert(hf, out, rope_interleaved=True)
     edit(out / "model_config.json", rope_interleaved=False)
-    logits = compare_logits(hf, out, family=None, has_casts=False)
+    logits = compare_logits(hf, out, Options(), has_casts=False)
     assert not logits.equal
     assert logits.max_difference > 10 * logits.tolerance
     assert not nf.verify(hf, out, logits=True).equal
@@ -106,7 +107,7 @@ def test_two_halves_of_a_packed_matrix_swapped(name: str, tmp_path: Path) -> Non
     half = len(rows) // 2
     data[info.begin_bytes : info.end_bytes] = np.concatenate((rows[half:], rows[:half])).tobytes()
     path.write_bytes(data)
-    assert not compare_logits(hf, out, family=None, has_casts=False).equal
+    assert not compare_logits(hf, out, Options(), has_casts=False).equal
 
 
 def test_shards_are_pasted_where_they_say_they_belong(tmp_path: Path) -> None:
@@ -117,7 +118,7 @@ def test_shards_are_pasted_where_they_say_they_belong(tmp_path: Path) -> None:
     one, two = first.read_bytes(), second.read_bytes()
     first.write_bytes(two)
     second.write_bytes(one)
-    assert compare_logits(hf, out, family=None, has_casts=False).equal
+    assert compare_logits(hf, out, Options(), has_casts=False).equal
 
 
 def test_two_sides_of_one_format(tmp_path: Path) -> None:
@@ -139,7 +140,7 @@ def test_what_transformers_cannot_run_is_one_clear_error(
     shutil.copytree(hf, tmp_path / "odd")
     edit(tmp_path / "odd" / "config.json", dtype="float7", torch_dtype="float7")
     with pytest.raises(ConfigError, match=r"--logits: transformers cannot run .*odd"):
-        compare_logits(tmp_path / "odd", out, family=None, has_casts=False)
+        compare_logits(tmp_path / "odd", out, Options(), has_casts=False)
     capsys.readouterr()
 
 

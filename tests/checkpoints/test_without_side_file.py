@@ -146,8 +146,17 @@ def test_special_tokens_reach_generation_config(tmp_path: Path) -> None:
     assert (generation["bos_token_id"], generation["eos_token_id"]) == (8, 5)
 
 
-def test_what_the_extended_target_wrote_needs_it_again(tmp_path: Path) -> None:
+def test_what_our_own_class_holds_needs_no_option(tmp_path: Path) -> None:
     model, there = saved_by_nanotron(tmp_path, "llama", EXTENDED, target="nanotron-fast")
+    nanotron_fast.convert(there, tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == model.tensors
+    config = read_json(tmp_path / "back" / "config.json")
+    assert {key: config[key] for key in EXTENDED} == EXTENDED
+
+
+def test_what_the_drop_in_honours_needs_its_target_again(tmp_path: Path) -> None:
+    scaled = {"rope_scaling": EXTENDED["rope_scaling"]}
+    model, there = saved_by_nanotron(tmp_path, "llama", scaled, target="nanotron-fast")
     with pytest.raises(
         UnsupportedModelError, match=r"rope_scaling 'linear'.*--target nanotron-fast"
     ):
@@ -155,7 +164,7 @@ def test_what_the_extended_target_wrote_needs_it_again(tmp_path: Path) -> None:
     nanotron_fast.convert(there, tmp_path / "back", target="nanotron-fast")
     assert read_tensors(tmp_path / "back") == model.tensors
     config = read_json(tmp_path / "back" / "config.json")
-    assert {key: config[key] for key in EXTENDED} == EXTENDED
+    assert config["rope_scaling"] == scaled["rope_scaling"]
 
 
 def test_rope_interleaved_by_version_option(tmp_path: Path) -> None:

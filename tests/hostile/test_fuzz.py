@@ -50,7 +50,7 @@ def use(root: Path, other: Path) -> None:
     for call in (
         lambda: nanotron_fast.plan(root, root.parent / "out"),
         lambda: nanotron_fast.inspect(root),
-        lambda: plan_comparison(read(resolve(root)), read(other), family=None),
+        lambda: plan_comparison(read(resolve(root)), read(other), Options()),
         lambda: plan_load(read(resolve(root)), {}, 0, Options()),
     ):
         with suppress(NanotronFastError, OSError):

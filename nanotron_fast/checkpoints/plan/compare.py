@@ -77,17 +77,15 @@ class _Model:
 def plan_comparison(
     a: Checkpoint,
     b: Checkpoint,
-    *,
-    family: str | None = None,
-    rope_interleaved: bool | None = None,
+    options: Options,
 ) -> ComparisonPlan:
     """Plans the comparison of every tensor.
 
-    `rope_interleaved` overrules what the configuration of a Nanotron side says; where both are
-    Nanotron's, it holds for those whose configuration says nothing.
+    `options.rope_interleaved` overrules what the configuration of a Nanotron side says; where both
+    are Nanotron's, it holds for those whose configuration says nothing.
     Raises CheckpointError, ConfigError, UnsupportedModelError where a checkpoint makes no sense.
     """
-    first, second = _models(a, b, Options(family=family, rope_interleaved=rope_interleaved))
+    first, second = _models(a, b, options)
     plan = ComparisonPlan(warnings=[*first.warnings, *second.warnings])
     for name in COMPUTED:
         left, right = (getattr(model.spec, name) for model in (first, second))

@@ -48,12 +48,12 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     check_expressible(family, spec)
     params = model.params()
     reader = NanotronSource(source)
-    main_dtype = options.cast or main_dtype_of(params, reader)
-    dtypes = _hf_dtypes(params, reader, model, options.cast, main_dtype)
+    main_dtype = options.dtype or main_dtype_of(params, reader)
+    dtypes = _hf_dtypes(params, reader, model, options.dtype, main_dtype)
     shapes = {part.name: part.tensors[0].shape for param in params for part in param.parts}
     files, index = hf.layout_shards(
         [(name, dtypes[name], shape) for name, shape in shapes.items()],
-        options.max_shard_bytes or DEFAULT_SHARD_BYTES,
+        options.max_shard_size or DEFAULT_SHARD_BYTES,
     )
     writer = HfTarget(files, dtypes)
     moves = tuple(named.move for named in plan_moves(params, reader, writer))

@@ -61,11 +61,13 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
     check_divides(params, topology)
     reader = HfSource(source)
-    stored_dtype = _stored_dtype(source, params, reader, options.cast)
-    main_dtype = options.cast or stored_dtype
+    stored_dtype = _stored_dtype(source, params, reader, options.dtype)
+    main_dtype = options.dtype or stored_dtype
     warnings += source.warnings
     dtypes = {
-        param.name: Dtype.F32 if param.is_fp32 else options.cast or _widest(param, reader, warnings)
+        param.name: Dtype.F32
+        if param.is_fp32
+        else options.dtype or _widest(param, reader, warnings)
         for param in params
     }
     writer = NanotronTarget(
@@ -98,7 +100,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         vocab_size=spec.vocab_size,
         config=source.config,
         generation_config=source.generation_config,
-        dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.cast),
+        dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.dtype),
         carried=sorted(beside.copies),
     )
     metadata = nanotron.metadata_document(version, topology.tp)

@@ -3,56 +3,50 @@
 from __future__ import annotations
 
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, BooleanOptionalAction
 from typing import Any
 
+from nanotron_fast.checkpoints.options import Choices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, run_command
+from nanotron_fast.cli.flags import flags, gather
 from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.interruption import telling
 
 
-def add_ignore_tensors(parser: ArgumentParser) -> None:
-    """Adds the flag that leaves tensors out."""
-    parser.add_argument(
-        "--ignore_tensors",
-        action="append",
-        default=[],
-        metavar="GLOB",
-        help="Leave out tensors with such names; may be given several times",
-    )
+def add_flags(parser: ArgumentParser, **spellings: str) -> None:
+    """Adds flags of `nanotron-fast convert`, each as these commands have always spelled it."""
+    for flag in flags(Choices):
+        if flag.name not in spellings:
+            continue
+        how: dict[str, Any] = {"metavar": flag.metavar, "type": flag.kind}
+        if flag.kind is bool:
+            how = {"action": BooleanOptionalAction}
+        elif flag.kind is list:
+            how = {"metavar": flag.metavar, "action": "append"}
+        spelling = spellings[flag.name]
+        parser.add_argument(spelling, dest=flag.name, default=flag.default, help=flag.help, **how)
 
 
-def run(source: str, destination: str, **choices: Any) -> None:
-    """Converts and says so, and ends the process; `choices` are those of `_convert`."""
-    run_command(lambda: _convert(source, destination, **choices))
+def run(parser: ArgumentParser, *, to: str) -> None:
+    """Reads the command line, converts, says so, and ends the process."""
+    given = vars(parser.parse_args())
+    run_command(lambda: _convert(given, to))
 
 
-def _convert(
-    source: str,
-    destination: str,
-    *,
-    direction: str,
-    overwrite: bool,
-    tp: int = 1,
-    pp: int = 1,
-    **choices: Any,
-) -> None:
+def _convert(given: dict[str, Any], to: str) -> None:
     """Converts and says so, or exits with code 2 and one message."""
     from nanotron_fast.checkpoints.convert import convert
     from nanotron_fast.checkpoints.processes import Processes, connect
     from nanotron_fast.cli.reporting import report_lines
-    from nanotron_fast.model.topology import Topology
 
     processes = Processes()
     try:
-        topology = Topology(tp=tp, pp=pp)
+        choices: Choices = gather(Choices, {**given, "to": to})
         processes = connect()
         report = convert(
-            source,
-            destination,
-            to=direction,
-            topology=topology,
-            overwrite=overwrite,
+            given["checkpoint_path"],
+            given["save_path"],
+            overwrite=given["overwrite"],
             processes=processes,
             **choices,
         )
@@ -67,4 +61,4 @@ def _convert(
                 print(f"warning: {warning}", file=sys.stderr)
             for line in report_lines(report):
                 print(line)
-            print(f"Model saved to {destination}")
+            print(f"Model saved to {given['save_path']}")

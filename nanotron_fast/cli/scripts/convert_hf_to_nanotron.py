@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser
 
-from nanotron_fast.cli.scripts.common import add_ignore_tensors, run
+from nanotron_fast.cli.scripts.common import add_flags, run
 
 
 def main() -> None:
@@ -18,24 +18,15 @@ def main() -> None:
     parser = ArgumentParser(description="Convert HF weights to nanotron format")
     parser.add_argument("--checkpoint_path", default="llama-7b", help="A directory, or a Hub id")
     parser.add_argument("--save_path", default="llama-7b-hf", help="The directory to write")
-    parser.add_argument("--tp", type=int, default=1, help="Tensor-parallel ranks to write for")
-    parser.add_argument("--pp", type=int, default=1, help="Pipeline stages to write for")
-    parser.add_argument(
-        "--tokenizer_name", help="A directory or Hub id with a tokenizer to put beside the model"
+    add_flags(
+        parser,
+        tp="--tp",
+        pp="--pp",
+        tokenizer="--tokenizer_name",
+        ignore_tensors="--ignore_tensors",
     )
-    add_ignore_tensors(parser)
     parser.add_argument("--overwrite", action="store_true", help="Replace a non-empty save_path")
-    args = parser.parse_args()
-    run(
-        args.checkpoint_path,
-        args.save_path,
-        direction="nanotron",
-        overwrite=args.overwrite,
-        tp=args.tp,
-        pp=args.pp,
-        tokenizer=args.tokenizer_name,
-        ignore_tensors=args.ignore_tensors,
-    )
+    run(parser, to="nanotron")
 
 
 if __name__ == "__main__":

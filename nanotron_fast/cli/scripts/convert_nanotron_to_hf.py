@@ -8,9 +8,9 @@ needed. Text is not generated at the end: `nanotron-fast verify --logits` compar
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, BooleanOptionalAction
+from argparse import ArgumentParser
 
-from nanotron_fast.cli.scripts.common import add_ignore_tensors, run
+from nanotron_fast.cli.scripts.common import add_flags, run
 
 
 def main() -> None:
@@ -18,35 +18,20 @@ def main() -> None:
     parser = ArgumentParser(description="Convert Nanotron weights to HF format")
     parser.add_argument("--checkpoint_path", default="llama-7b", help="A Nanotron checkpoint")
     parser.add_argument("--save_path", default="llama-7b-hf", help="The directory to write")
-    parser.add_argument(
-        "--tokenizer_name", help="A directory or Hub id with a tokenizer to put beside the model"
+    add_flags(
+        parser,
+        tokenizer="--tokenizer_name",
+        like="--like",
+        rope_interleaved="--rope-interleaved",
+        ignore_tensors="--ignore_tensors",
     )
-    parser.add_argument(
-        "--like", help="A directory or Hub id of the model that the checkpoint was made from"
-    )
-    add_ignore_tensors(parser)
     parser.add_argument(
         "--config_cls",
         choices=("LlamaConfig", "Qwen2Config"),
         help="Accepted for compatibility; model_config.json says which it is",
     )
-    parser.add_argument(
-        "--rope-interleaved",
-        action=BooleanOptionalAction,
-        help="How q and k lie in the checkpoint, whatever its configuration says",
-    )
     parser.add_argument("--overwrite", action="store_true", help="Replace a non-empty save_path")
-    args = parser.parse_args()
-    run(
-        args.checkpoint_path,
-        args.save_path,
-        direction="hf",
-        overwrite=args.overwrite,
-        tokenizer=args.tokenizer_name,
-        rope_interleaved=args.rope_interleaved,
-        like=args.like,
-        ignore_tensors=args.ignore_tensors,
-    )
+    run(parser, to="hf")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.huggingface.files import (
     EXPLICIT,
     HEAD,
@@ -31,8 +31,6 @@ __all__ = ["INDEX", "SINGLE"]
 
 _ADAPTER_CONFIG = "adapter_config.json"
 _BLOCK_BYTES = 1 << 20
-
-_SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,25 +177,6 @@ def two_sets(root: Path, difference: str) -> CheckpointError:
         f"not the same: {difference}. transformers loads {SINGLE}; move away the one that is not "
         "meant"
     )
-
-
-def parse_shard_size(text: str | int) -> int:
-    """Bytes, from a number or a decimal size such as "5GB". Raises ConfigError."""
-    if isinstance(text, int):
-        size = text
-    else:
-        number, unit = text.strip().upper(), 1
-        for suffix, factor in _SHARD_UNITS.items():
-            if number.endswith(suffix):
-                number, unit = number[: -len(suffix)].strip(), factor
-                break
-        try:
-            size = int(float(number) * unit)
-        except (ValueError, OverflowError):
-            raise ConfigError(f"--max-shard-size {text}: write it like 5GB or 500MB") from None
-    if size < 1:
-        raise ConfigError(f"--max-shard-size {text}: a shard has at least one byte")
-    return size
 
 
 @dataclass(frozen=True, slots=True)

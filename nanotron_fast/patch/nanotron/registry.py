@@ -26,7 +26,7 @@ from nanotron_fast.patch.nanotron.targets import (
     ON_DISABLE,
     OPS,
     TARGETS,
-    Options,
+    DropInOptions,
     Target,
     installed_version,
 )
@@ -59,7 +59,7 @@ class _Replaced:
 @dataclass(slots=True)
 class _State:
     # Operations, options, and whether to insist.
-    asked: tuple[frozenset[str], Options, bool] | None = None
+    asked: tuple[frozenset[str], DropInOptions, bool] | None = None
     status: tuple[Status, ...] = ()
     replaced: list[_Replaced] = field(default_factory=list)
     # id of an original function -> its replacement
@@ -87,13 +87,13 @@ def enable(
     in this and in `disable`.
 
     Args:
-        ops: names of `patch.targets.OPS`, or "all".
+        ops: names of `patch.nanotron.targets.OPS`, or "all".
         model: a model that exists already. Its modules have the replaced methods anyway; this
             reaches functions that its modules have bound to themselves, and tells its attention
             which `rope_scaling` it has.
         force: replace what somebody else has replaced before us, too.
-        options: fields of `patch.targets.Options`: z_loss_mode, ignore_index, rope_scaling,
-            padding_idx, assume_full_masks.
+        options: fields of `patch.nanotron.targets.DropInOptions`: z_loss_mode, ignore_index,
+            rope_scaling, padding_idx, assume_full_masks.
 
     Returns:
         The status of every target that the installed Nanotron has.
@@ -179,8 +179,8 @@ def _checked_ops(ops: Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _checked_options(options: dict[str, Any]) -> Options:
-    known = Options.__dataclass_fields__
+def _checked_options(options: dict[str, Any]) -> DropInOptions:
+    known = DropInOptions.__dataclass_fields__
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name}: choose from {', '.join(known)}")
@@ -188,10 +188,10 @@ def _checked_options(options: dict[str, Any]) -> Options:
     for name, allowed in choices.items():
         if options.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"{name} is {options[name]!r}: choose from {', '.join(allowed)}")
-    return Options(**options)
+    return DropInOptions(**options)
 
 
-def _replace_all(ops: frozenset[str], options: Options, force: bool) -> Iterator[Status]:
+def _replace_all(ops: frozenset[str], options: DropInOptions, force: bool) -> Iterator[Status]:
     version = installed_version()
     for target in TARGETS:
         if version not in target.versions:
@@ -258,7 +258,9 @@ def _torch_decorators() -> Iterator[str]:
         yield decorated.__code__.co_filename
 
 
-def _make(target: Target, original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def _make(
+    target: Target, original: Callable[..., Any], options: DropInOptions
+) -> Callable[..., Any]:
     home, name = target.factory.rsplit(".", 1)
     module = importlib.import_module(f"nanotron_fast.patch.nanotron.replacements.{home}")
     replacement: Callable[..., Any] = getattr(module, name)(original, options)

@@ -20,7 +20,7 @@ ON_DISABLE: list[Callable[[], None]] = []
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class DropInOptions:
     """How replacements behave where Nanotron's own way is wrong; the default is Nanotron's.
 
     Args:

@@ -17,6 +17,8 @@ from nanotron_fast.formats.rope import read_rope
 from nanotron_fast.model.spec import Attention, Layer, ModelSpec
 
 FILE = "model_config.json"
+# Main has no such field, and some of Nanotron's branches do.
+HEAD_DIM = "head_dim"
 
 # Both take what is not kept under a plain field: the latter gets what was read so far, "attention"
 # and "num_layers" among it.
@@ -190,8 +192,9 @@ class StockClass(NanotronClass):
         head_dim: int | None = None,
         moe_sizes: Mapping[str, Any] | None = None,
     ) -> ModelSpec:
-        """See NanotronClass."""
+        """See NanotronClass. `head_dim` is read where a branch of Nanotron's wrote it."""
         full = Fields(FILE, config, self.fields)
+        head_dim = full.positive_or_none(HEAD_DIM) or head_dim
         fields: dict[str, Any] = {}
         for name in ("hidden_size", "vocab_size", "max_position_embeddings"):
             fields[name] = full.positive(self.key(name), MAX_SIZE)

@@ -36,7 +36,7 @@ from nanotron_fast.patch.nanotron.replacements.checkpoint_files import (
     writes,
 )
 from nanotron_fast.patch.nanotron.replacements.checkpoint_moves import shard_moves, whole_move
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class LoadPlan:
     metadata: dict[str, dict[tuple[str, str], Any]]
 
 
-def load(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def load(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`load_weights`: reads the ranges of bytes that this rank needs, and no others.
 
     What moves cannot do (slices with steps, tensors that are not contiguous, other dtypes than
@@ -174,7 +174,7 @@ class File:
     metadata: dict[str, str]
 
 
-def save(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def save(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`save_weights`: several files at a time, each of them whole or not there.
 
     What moves cannot do (see `load`) is left to the original, with a warning.
