@@ -1,4 +1,4 @@
-"""The Triton kernels of the vocabulary-parallel cross entropy; formulas stand in `cross_entropy`.
+"""The Triton kernels of the vocabulary-parallel cross entropy; its formulas are in `cross_entropy`.
 
 Shapes: logits (rows, vocab/ranks); target, loss, z (rows,); statistics (3, rows) of a rank,
 (ranks, 3, rows) of all; M and s, `maximum_and_sum`, (2, rows).

@@ -26,9 +26,9 @@ from nanotron_fast.kernels.optimizer.grad_norm import (
 )
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
+    bundles_of,
     check_lists,
-    groups_of,
-    locate,
+    find_segment,
     pointer,
     takes_reference,
 )
@@ -56,7 +56,7 @@ def accumulate_reference_(
 
 @triton.jit(do_not_specialize=["num_tensors"])
 def _accumulate_kernel(
-    chunk_tensors_ptr,
+    segment_tensors_ptr,
     extents_ptr,
     addresses_ptr,
     num_tensors,
@@ -65,7 +65,9 @@ def _accumulate_kernel(
     VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR)
+    tensor, start, numel = find_segment(
+        segment_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR
+    )
     main_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, tl.float32, VECTOR)
     grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 1, GRAD, VECTOR)
     offsets = start + tl.arange(0, BLOCK)
@@ -77,12 +79,12 @@ def _accumulate_kernel(
 
 @operator("nanotron_fast::accumulate_", mutates_args=("mains",))
 def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    for group in groups_of((mains, grads), _BLOCK):
-        on_grid(_accumulate_kernel, (group.num_chunks,))(
-            *group.tables,
+    for bundle in bundles_of((mains, grads), _BLOCK):
+        on_grid(_accumulate_kernel, (bundle.num_segments,))(
+            *bundle.tables,
             scale,
-            GRAD=TRITON_DTYPES[group.dtypes[1]],
-            VECTOR=group.vector,
+            GRAD=TRITON_DTYPES[bundle.dtypes[1]],
+            VECTOR=bundle.vector,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )

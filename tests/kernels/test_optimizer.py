@@ -222,16 +222,16 @@ def test_tables_are_made_once(triton_path) -> None:
     mains, _ = make([FP32], triton_path)
     grads, _ = make([BF16], triton_path)
     accumulate_(mains, grads)
-    before = multi_tensor._groups.cache_info().misses
+    before = multi_tensor._bundles.cache_info().misses
     for _ in range(3):
         accumulate_(mains, grads)
-    assert multi_tensor._groups.cache_info().misses == before
+    assert multi_tensor._bundles.cache_info().misses == before
     # The same sizes at other addresses: only addresses are new, and the result is right.
     layouts = multi_tensor._layout.cache_info().misses
     moved = [grad.clone() for grad in grads]
     expected = [wide(main) + wide(grad) for main, grad in zip(mains, moved, strict=True)]
     accumulate_(mains, moved)
-    assert multi_tensor._groups.cache_info().misses == before + 1
+    assert multi_tensor._bundles.cache_info().misses == before + 1
     assert multi_tensor._layout.cache_info().misses == layouts
     for main, reference in zip(mains, expected, strict=True):
         assert_close(main, reference)
@@ -241,7 +241,7 @@ def test_wide_accesses_where_every_list_allows_them(device) -> None:
     wide_buffer, half_buffer = torch.zeros(64, device=device), torch.zeros(64, device=device).half()
 
     def vectors(*lists):
-        return [group.vector for group in multi_tensor.groups_of([[t] for t in lists], 2048)]
+        return [bundle.vector for bundle in multi_tensor.bundles_of([[t] for t in lists], 2048)]
 
     assert vectors(wide_buffer, half_buffer) == [4]
     assert vectors(half_buffer) == vectors(half_buffer, half_buffer[8:]) == [8]

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from nanotron_fast.kernels.attention.configs import DKV, DKV_DOCUMENTS, DKV_OPTIONS, tuned
 from nanotron_fast.kernels.attention.kernels.tiles import (
+    find_block,
     is_visible,
     load_rows,
-    locate,
     query_range,
     store_rows,
     tanh_of,
@@ -153,7 +153,7 @@ def dkv_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    block, start, num_k, document = locate(
+    block, start, num_k, document = find_block(
         cu_seqlens_ptr, num_documents, seq_k, BLOCK_N, VARLEN, False
     )
     row = block * BLOCK_N

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(
+def find_block(
     cu_seqlens_ptr,
     num_documents,
     num_tokens,
