@@ -27,7 +27,7 @@ import nanotron_fast as nf
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
 from nanotron_fast.patch.nanotron.replacements import checkpoints
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 from tests.nanotron.installed import has_qwen2
 from tests.nanotron.training import SIZES, fill, join_environment
 from tests.parallel.ranks import run_cases
@@ -65,8 +65,8 @@ class Ranks:
         self.folder = folder
         self.contexts = {name: ParallelContext(*sizes) for name, sizes in GRIDS.items()}
         self.stock_save, self.stock_load = weights.save_weights, weights.load_weights
-        self.save = checkpoints.save(_not_called, Options())
-        self.load = checkpoints.load(_not_called, Options())
+        self.save = checkpoints.save(_not_called, DropInOptions())
+        self.load = checkpoints.load(_not_called, DropInOptions())
         self.models: dict[tuple[str, str, str], Any] = {}
 
     def model(self, family: str, dtype: str, grid: str) -> Any:
@@ -234,7 +234,7 @@ def load_state_dict(ranks: Ranks) -> None:
         own = {name: torch.empty_like(model.get_parameter(name)) for name in names}
         if not is_served:
             own[names[0]] = own[names[0]].new_empty(own[names[0]].shape[::-1]).t()
-        metadata = checkpoints.load(original, Options())(model, context, root, own)
+        metadata = checkpoints.load(original, DropInOptions())(model, context, root, own)
         assert original.called is not is_served
         theirs = {name: torch.empty_like(model.get_parameter(name)) for name in names}
         assert metadata == ranks.stock_load(model, context, root, theirs)
@@ -250,7 +250,7 @@ def mixed_topologies(ranks: Ranks) -> None:
     original = mock.Mock(side_effect=ranks.stock_load)
     model = ranks.model("llama", BF16, "pp")
     wanted = {name: each.clone() for name, each in model.state_dict().items()}
-    load = checkpoints.load(original, Options())
+    load = checkpoints.load(original, DropInOptions())
     check_equal(loaded_by(load, model, ranks.contexts["pp"], root)[0], wanted)
     assert original.called
 
@@ -263,7 +263,7 @@ def not_contiguous(ranks: Ranks) -> None:
     parameter.data = parameter.data.t()
     try:
         with pytest.raises(ValueError, match="non contiguous"):
-            checkpoints.save(ranks.stock_save, Options())(
+            checkpoints.save(ranks.stock_save, DropInOptions())(
                 model, ranks.contexts["tp"], ranks.folder / "refused"
             )
     finally:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.replacements import attention, loss, mlp, norm
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 
 class SiLUActivation(nn.Module):
@@ -82,7 +82,7 @@ def test_an_activation(way: str) -> None:
     x = torch.randn(3, 8, requires_grad=True)
     for kind, factory in ((GLUActivation, mlp.glu_activation), (Qwen2MLP, mlp.qwen2_mlp)):
         module, seen = kind(), []  # type: ignore[var-annotated]
-        forward = factory(kind.forward, Options())
+        forward = factory(kind.forward, DropInOptions())
         expected = module.forward(x)
         WAYS[way](module.act, seen)
         found = forward(module, x)
@@ -101,7 +101,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.rand(4))
         self.eps = 1e-6
 
-    forward = norm.llama_rms_norm(None, Options())  # type: ignore[arg-type]
+    forward = norm.llama_rms_norm(None, DropInOptions())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -145,7 +145,7 @@ def test_the_cast_of_the_logits(way: str) -> None:
     setattr(ours, loss._TAKES_ANY, True)
     scope = {"sharded_cross_entropy": ours}
     original = type(original)(original.__code__, scope)
-    forward, model = loss.without_cast(original, Options()), LlamaModel()
+    forward, model = loss.without_cast(original, DropInOptions()), LlamaModel()
     x = torch.randn(3, dtype=torch.bfloat16, requires_grad=True)
     assert forward(model, x).dtype == torch.bfloat16
     seen: list[Any] = []
@@ -168,22 +168,22 @@ def test_a_rotary_embedding(way: str) -> None:
     rotary = nn.Identity()
     WAYS[way](rotary, [])
     llama = SimpleNamespace(flash_rotary_embedding=rotary, get_local_store=lambda: None)
-    assert attention.llama_forward(original, Options())(llama, None, None) == "stock"
+    assert attention.llama_forward(original, DropInOptions())(llama, None, None) == "stock"
     config = SimpleNamespace(rope_scaling={"rope_type": "linear", "factor": 2.0})
     qwen2 = SimpleNamespace(rotary_emb=rotary, config=config)
     starts = torch.tensor([0, 4], dtype=torch.int32)
     arguments = (qwen2, None, 4, None, starts)
-    assert attention.qwen2_forward(original, Options())(*arguments) == "stock"
+    assert attention.qwen2_forward(original, DropInOptions())(*arguments) == "stock"
     assert calls == ["original"] * 2
     with pytest.raises(NotImplementedError, match="has hooks or a forward of its own"):
-        attention.qwen2_forward(original, Options(rope_scaling=True))(*arguments)
+        attention.qwen2_forward(original, DropInOptions(rope_scaling=True))(*arguments)
 
 
 def test_a_watched_core_attention_sees_nanotrons_shapes() -> None:
     """(batch * seq, heads, d), and not the batch that ours passes between themselves."""
 
     class CoreAttention(nn.Module):
-        forward = attention.core_attention(None, Options())  # type: ignore[arg-type]
+        forward = attention.core_attention(None, DropInOptions())  # type: ignore[arg-type]
 
     class Rotary(nn.Module):
         base, interleaved = 10000.0, False
@@ -200,7 +200,7 @@ def test_a_watched_core_attention_sees_nanotrons_shapes() -> None:
         n_local_q_heads=2,
         n_local_kv_heads=1,
     )
-    forward = attention.llama_forward(None, Options())  # type: ignore[arg-type]
+    forward = attention.llama_forward(None, DropInOptions())  # type: ignore[arg-type]
     arguments = (torch.randn(5, 3, 32), torch.ones(3, 5, dtype=torch.bool))
     expected = forward(llama, *arguments)["hidden_states"]
     core.register_forward_hook(

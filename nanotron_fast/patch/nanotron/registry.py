@@ -26,7 +26,7 @@ from nanotron_fast.patch.nanotron.targets import (
     ON_DISABLE,
     OPS,
     TARGETS,
-    Options,
+    DropInOptions,
     Target,
     installed_version,
 )
@@ -39,7 +39,7 @@ State = Literal["on", "off", "missing", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Of one target: whether it is replaced, and why not."""
+    """Whether a target is replaced, and why it is not."""
 
     target: Target
     state: State
@@ -59,13 +59,13 @@ class _Replaced:
 @dataclass(slots=True)
 class _State:
     # Operations, options, and whether to insist.
-    asked: tuple[frozenset[str], Options, bool] | None = None
+    asked: tuple[frozenset[str], DropInOptions, bool] | None = None
     status: tuple[Status, ...] = ()
     replaced: list[_Replaced] = field(default_factory=list)
     # id of an original function -> its replacement
     functions: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    # Of those in modules, also by names that were bound while the drop-in was on: id of a
-    # replacement -> it and its original.
+    # id of a replacement of a module's function -> the replacement and its original. Names that
+    # were bound while the drop-in was on are put back by it.
     homes: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
 
@@ -87,13 +87,13 @@ def enable(
     in this and in `disable`.
 
     Args:
-        ops: names of `patch.targets.OPS`, or "all".
+        ops: names of `patch.nanotron.targets.OPS`, or "all".
         model: a model that exists already. Its modules have the replaced methods anyway; this
             reaches functions that its modules have bound to themselves, and tells its attention
             which `rope_scaling` it has.
         force: replace what somebody else has replaced before us, too.
-        options: fields of `patch.targets.Options`: z_loss_mode, ignore_index, rope_scaling,
-            padding_idx, assume_full_masks.
+        options: fields of `patch.nanotron.targets.DropInOptions`: z_loss_mode, ignore_index,
+            rope_scaling, padding_idx, assume_full_masks.
 
     Returns:
         The status of every target that the installed Nanotron has.
@@ -157,7 +157,7 @@ def requested_ops() -> frozenset[str]:
 
 @one_at_a_time
 def status() -> tuple[Status, ...]:
-    """Of every target of the installed Nanotron; nothing while the drop-in is off."""
+    """The status of every target of the installed Nanotron; nothing while the drop-in is off."""
     return _state.status
 
 
@@ -179,8 +179,8 @@ def _checked_ops(ops: Iterable[str]) -> frozenset[str]:
     return wanted
 
 
-def _checked_options(options: dict[str, Any]) -> Options:
-    known = Options.__dataclass_fields__
+def _checked_options(options: dict[str, Any]) -> DropInOptions:
+    known = DropInOptions.__dataclass_fields__
     for name in options:
         if name not in known:
             raise ConfigError(f"unknown option {name}: choose from {', '.join(known)}")
@@ -188,10 +188,10 @@ def _checked_options(options: dict[str, Any]) -> Options:
     for name, allowed in choices.items():
         if options.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"{name} is {options[name]!r}: choose from {', '.join(allowed)}")
-    return Options(**options)
+    return DropInOptions(**options)
 
 
-def _replace_all(ops: frozenset[str], options: Options, force: bool) -> Iterator[Status]:
+def _replace_all(ops: frozenset[str], options: DropInOptions, force: bool) -> Iterator[Status]:
     version = installed_version()
     for target in TARGETS:
         if version not in target.versions:
@@ -258,7 +258,9 @@ def _torch_decorators() -> Iterator[str]:
         yield decorated.__code__.co_filename
 
 
-def _make(target: Target, original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def _make(
+    target: Target, original: Callable[..., Any], options: DropInOptions
+) -> Callable[..., Any]:
     home, name = target.factory.rsplit(".", 1)
     module = importlib.import_module(f"nanotron_fast.patch.nanotron.replacements.{home}")
     replacement: Callable[..., Any] = getattr(module, name)(original, options)
@@ -281,7 +283,7 @@ def _bindings() -> Iterator[tuple[types.ModuleType, str, Any]]:
 
 
 def _replace_where_bound() -> None:
-    """In modules that have the function under whatever name."""
+    """Replaces functions in every module that has bound them, under whatever name."""
     replacements = {id(original): replacement for replacement, original in _state.homes.values()}
     for module, name, value in _bindings():
         if id(value) in replacements:
@@ -289,7 +291,7 @@ def _replace_where_bound() -> None:
 
 
 def _reach(model: torch.nn.Module) -> None:
-    """What the modules of a model hold for themselves: functions, and their rope scaling."""
+    """Replaces functions that modules of a model hold themselves, and marks their rope scaling."""
     for module in model.modules():
         for name, value in [*vars(module).items()]:
             function = value.__func__ if inspect.ismethod(value) else value

@@ -20,11 +20,12 @@ from nanotron_fast.kernels.rope import rope_qkv
 from nanotron_fast.kernels.rope.tables import rope_frequencies, rope_tables
 from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.attention_with_lse import attention_with_lse
-from nanotron_fast.patch.nanotron.targets import ON_DISABLE, Options
+from nanotron_fast.patch.nanotron.targets import ON_DISABLE, DropInOptions
 
-# On an attention of Llama's: `rope_scaling` and `max_position_embeddings` of its configuration.
+# An attention of Llama's holds by this name `rope_scaling` and `max_position_embeddings` of its
+# configuration.
 _SCALING = "_nanotron_fast_rope_scaling"
-# On a replacement of a core attention: it takes (batch, seq, heads, d) besides.
+# A replacement of a core attention that takes (batch, seq, heads, d) too has this attribute.
 _TAKES_BATCH = "__nanotron_fast_batch__"
 
 
@@ -40,7 +41,7 @@ def _tables(
     max_position_embeddings: int | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Shared by all layers. `scaling` is JSON, so that it can be a key."""
+    """The tables that all layers share. `scaling` is JSON, so that it can be a key."""
     with torch.inference_mode(False):  # autograd may save them, whoever asks first
         return rope_tables(
             head_dim,
@@ -54,7 +55,7 @@ def _tables(
 
 @lru_cache(maxsize=16)
 def _positions(seq: int, batch: int, first: int, device: torch.device, by_batch: bool) -> Tensor:
-    """(seq * batch,): where each token stands, tokens going through the batch first or last."""
+    """(seq * batch,): each token's place in its row, whose tokens are neighbours if `by_batch`."""
     with torch.inference_mode(False):
         row = torch.arange(first, first + seq, device=device)
         return row.repeat(batch) if by_batch else row.repeat_interleave(batch)
@@ -78,7 +79,7 @@ def _mark(module: nn.Module, config: Any) -> None:
     )
 
 
-def llama_init(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def llama_init(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`CausalSelfAttention.__init__`: keeps what the configuration says of rope scaling."""
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
@@ -88,7 +89,9 @@ def llama_init(original: Callable[..., Any], options: Options) -> Callable[..., 
     return __init__
 
 
-def _llama_scaling(self: Any, options: Options) -> tuple[Mapping[str, Any] | None, int | None]:
+def _llama_scaling(
+    self: Any, options: DropInOptions
+) -> tuple[Mapping[str, Any] | None, int | None]:
     if not options.rope_scaling:
         return None, None
     if _SCALING not in vars(self):
@@ -103,7 +106,7 @@ def _llama_scaling(self: Any, options: Options) -> tuple[Mapping[str, Any] | Non
 # --- Llama
 
 
-def llama_forward(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def llama_forward(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`CausalSelfAttention.forward` in training; generation is the original's.
 
     hidden_states (seq, batch, hidden), sequence_mask (batch, seq).
@@ -144,7 +147,7 @@ def llama_forward(original: Callable[..., Any], options: Options) -> Callable[..
 
 
 def _refuse_scaling(scaling: Mapping[str, Any] | None) -> None:
-    """Where the original has to turn: Nanotron's own embedding knows no scaling."""
+    """Raises where the original has to turn: Nanotron's own embedding knows no scaling."""
     if scaling:
         raise NotImplementedError(
             f"rope_scaling {dict(scaling)}: this attention's rotary embedding has hooks or a "
@@ -214,7 +217,7 @@ _documents = _Documents()
 ON_DISABLE.append(_documents.forget)
 
 
-def core_attention(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def core_attention(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """Llama's `CoreAttention.forward`.
 
     Queries (batch * seq, H, d) or (batch, seq, H, d), keys and values likewise, and masks (batch,
@@ -258,7 +261,7 @@ def core_attention(original: Callable[..., Any], options: Options) -> Callable[.
 # --- Qwen2
 
 
-def qwen2_forward(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def qwen2_forward(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`Qwen2Attention._forward_packed`; ring attention is the original's.
 
     qkv (batch * seq, (H + 2K) * d), position_ids (batch * seq,), cu_seqlens (documents + 1,) int32.
@@ -299,7 +302,7 @@ def qwen2_forward(original: Callable[..., Any], options: Options) -> Callable[..
 
 
 def _qwen2_tables(
-    self: Any, qkv: Tensor, seq: int, options: Options
+    self: Any, qkv: Tensor, seq: int, options: DropInOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     config, rotary = self.config, self.rotary_emb
     scaling = getattr(config, "rope_scaling", None) if options.rope_scaling else None

@@ -36,7 +36,7 @@ from nanotron_fast.patch.nanotron.replacements.checkpoint_files import (
     writes,
 )
 from nanotron_fast.patch.nanotron.replacements.checkpoint_moves import shard_moves, whole_move
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 logger = logging.getLogger(__name__)
 
@@ -44,11 +44,8 @@ logger = logging.getLogger(__name__)
 _PINNED_BYTES = 16 << 20
 
 
-# --- Loading
-
-
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
+class FillPlan:
     """How a rank's tensors are filled, and how those of another topology were sharded there.
 
     `metadata` maps a parameter to its shards' (pp_rank, tp_rank) and TensorMetadata; to nothing
@@ -61,7 +58,7 @@ class LoadPlan:
     metadata: dict[str, dict[tuple[str, str], Any]]
 
 
-def load(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def load(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`load_weights`: reads the ranges of bytes that this rank needs, and no others.
 
     What moves cannot say (strided slices, tensors that are not contiguous, other dtypes than bf16,
@@ -77,7 +74,7 @@ def load(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
         started = time.perf_counter()
         tensors = model.state_dict() if filtered_state_dict is None else filtered_state_dict
         try:
-            plan = plan_load(tuple(places(model, parallel_context, root_folder, tensors)))
+            plan = plan_filling(tuple(places(model, parallel_context, root_folder, tensors)))
         except Unserved as reason:
             logger.warning("nanotron_fast: Nanotron itself loads the weights: %s", reason)
             return original(model, parallel_context, root_folder, filtered_state_dict)
@@ -88,7 +85,7 @@ def load(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
     return replacement
 
 
-def plan_load(wanted: tuple[Place, ...]) -> LoadPlan:
+def plan_filling(wanted: tuple[Place, ...]) -> FillPlan:
     """Reads the headers of all files that hold something of these tensors, and plans the moves.
 
     Raises:
@@ -134,7 +131,7 @@ def plan_load(wanted: tuple[Place, ...]) -> LoadPlan:
     outputs = tuple(OutputFile(place.name, b"", place.tensor.nbytes) for place in filled)
     transfer = MovePlan(tuple(paths), outputs, tuple(moves))
     transfer.check()
-    return LoadPlan(transfer, tuple(place.tensor for place in filled), device, metadata)
+    return FillPlan(transfer, tuple(place.tensor for place in filled), device, metadata)
 
 
 def _device_of(wanted: Iterable[Place]) -> torch.device:
@@ -161,9 +158,6 @@ def _shards(place: Place) -> list[Path]:
     return shards
 
 
-# --- Saving
-
-
 @dataclass(frozen=True, slots=True)
 class File:
     """A file to be written. `partial` is where, until it is complete."""
@@ -174,7 +168,7 @@ class File:
     metadata: dict[str, str]
 
 
-def save(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def save(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`save_weights`: several files at a time, each of them whole or not there.
 
     What moves cannot say (see `load`) is left to the original, with a warning.

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 
-def embedding(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def embedding(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`TensorParallelEmbedding.forward`; what torch.nn.Embedding alone can do is left to it."""
 
     def forward(self: Any, input_ids: Tensor) -> Tensor:

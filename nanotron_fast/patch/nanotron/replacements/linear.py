@@ -8,17 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from nanotron_fast.parallel.linear import column_linear, row_linear
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 # `async_communication` is not passed on: ours overlaps what is worth it, and counts the same.
 
 
 def _mode(tp_mode: Any) -> str:
-    """Of Nanotron's TensorParallelLinearMode: ALL_REDUCE or REDUCE_SCATTER."""
+    """Our name of a TensorParallelLinearMode of Nanotron's, ALL_REDUCE or REDUCE_SCATTER."""
     return str(tp_mode.name).lower()
 
 
-def column(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def column(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`column_linear`."""
 
     def replacement(
@@ -42,7 +42,7 @@ def column(original: Callable[..., Any], options: Options) -> Callable[..., Any]
     return replacement
 
 
-def row(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def row(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`row_linear`."""
 
     def replacement(

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.patch.hooks import may_go_past
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
-# On a loss that takes logits of any dtype.
+# A loss that takes logits of any dtype has this attribute.
 _TAKES_ANY = "__nanotron_fast_any_dtype__"
 
 
-def cross_entropy(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def cross_entropy(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`sharded_cross_entropy`: statistics in fp32 whatever the logits' dtype, so nothing is cast.
 
     Logits (..., vocab/tp), target (...); the loss (...) has `dtype`, or the logits' where that is
@@ -45,7 +45,7 @@ def cross_entropy(original: Callable[..., Any], options: Options) -> Callable[..
     return sharded_cross_entropy
 
 
-def without_cast(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def without_cast(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`LlamaModel.forward` without its cast of the logits to fp32, which the loss does not need.
 
     Only under autograd, and under our loss: generation, validation and the loss of somebody else

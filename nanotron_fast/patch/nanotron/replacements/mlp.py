@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nanotron_fast.kernels.glu import glu
 from nanotron_fast.patch.hooks import may_go_past
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 # Nanotron's activations, by the name of their class, that are one of ours.
 _ACTIVATIONS = {
@@ -27,7 +27,7 @@ def _activation(act: Any) -> str | None:
     return _ACTIVATIONS.get(type(act).__name__)
 
 
-def glu_activation(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def glu_activation(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`GLUActivation.forward`; other activations than silu and gelu, and those
     that somebody watches, are left to the original.
     """
@@ -41,7 +41,7 @@ def glu_activation(original: Callable[..., Any], options: Options) -> Callable[.
     return forward
 
 
-def qwen2_mlp(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def qwen2_mlp(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`Qwen2MLP.forward`."""
 
     def forward(self: Any, hidden_states: Tensor) -> dict[str, Tensor]:

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.patch.hooks import may_go_past
-from nanotron_fast.patch.nanotron.targets import Options
+from nanotron_fast.patch.nanotron.targets import DropInOptions
 
-# On a replacement of a norm's forward: it takes `residual` and `prenorm`.
+# A replacement of a norm's forward that takes `residual` and `prenorm` has this attribute.
 _TAKES_RESIDUAL = "__nanotron_fast_residual__"
 
 
-def triton_rms_norm(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def triton_rms_norm(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`TritonRMSNorm.forward`; dropout, and a residual kept in fp32, are left to the original."""
 
     def forward(
@@ -38,7 +38,7 @@ def triton_rms_norm(original: Callable[..., Any], options: Options) -> Callable[
     return forward
 
 
-def llama_rms_norm(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def llama_rms_norm(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`LlamaRMSNorm.forward`, with a residual besides."""
 
     def forward(
@@ -59,7 +59,7 @@ def _norm(self: Any, x: Tensor, residual: Tensor | None, prenorm: bool) -> Any:
 
 
 def _add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x + residual) and the sum. What watches the norm sees that go in, and one tensor out."""
+    """norm(x + residual) and the sum. Who watches the norm sees the sum go in, one tensor out."""
     takes = getattr(type(norm).forward, _TAKES_RESIDUAL, False)
     if takes and may_go_past(norm) and norm.weight.dtype == x.dtype == residual.dtype:
         y, h = norm(x, residual=residual, prenorm=True)
@@ -68,7 +68,7 @@ def _add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tenso
     return norm(h), h
 
 
-def llama_layer(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def llama_layer(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`LlamaDecoderLayer._core_forward`."""
 
     def core_forward(self: Any, hidden_states: Tensor, sequence_mask: Tensor) -> Any:
@@ -80,7 +80,7 @@ def llama_layer(original: Callable[..., Any], options: Options) -> Callable[...,
     return core_forward
 
 
-def llama_layer_0_4(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def llama_layer_0_4(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`LlamaDecoderLayer.forward` of the released 0.4."""
     core_forward = llama_layer(original, options)
 
@@ -91,7 +91,7 @@ def llama_layer_0_4(original: Callable[..., Any], options: Options) -> Callable[
     return forward
 
 
-def qwen2_layer(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def qwen2_layer(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`Qwen2DecoderLayer._core_forward`."""
 
     def core_forward(

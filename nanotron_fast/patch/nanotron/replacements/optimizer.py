@@ -15,7 +15,7 @@ from torch.optim import AdamW
 
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_
 from nanotron_fast.kernels.optimizer.grad_norm import clip_grads_with_norm_, get_total_norm
-from nanotron_fast.patch.nanotron.targets import ON_DISABLE, Options
+from nanotron_fast.patch.nanotron.targets import ON_DISABLE, DropInOptions
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ def _is_plain(tensor: Tensor) -> bool:
 # --- Accumulation
 
 
-def backward(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def backward(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`FP32GradientAccumulator.backward`: all gradients are added in one launch."""
 
     def replacement(self: Any, loss: Tensor) -> Any:
@@ -62,7 +62,7 @@ def _assign(self: Any, name: str, buffer: Tensor) -> None:
     self.parameters[name]["fp32"].grad = gradient
 
 
-def copy_back(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def copy_back(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`FP32GradientAccumulator.step`: masters to the model's own dtype, in one call.
 
     What AdamW has written already in its pass is left out.
@@ -90,7 +90,7 @@ def copy_back(original: Callable[..., Any], options: Options) -> Callable[..., A
 # --- Clipping
 
 
-def clip(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def clip(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`clip_grad_norm`: the norm over the model-parallel group and the scaling, a launch each."""
 
     def clip_grad_norm(
@@ -121,7 +121,7 @@ def clip(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
 
 # --- AdamW
 
-# On an accumulator: ids of the masters whose copies the last step of AdamW has written.
+# An accumulator holds by this name the ids of the masters whose copies AdamW has just written.
 _WRITTEN = "_nanotron_fast_written"
 _made: weakref.WeakSet[AdamW] = weakref.WeakSet()
 
@@ -205,7 +205,7 @@ class FusedAdamW(AdamW):
             adamw_step_(*map(list, zip(*without, strict=True)), **options)
 
 
-def named(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def named(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`NamedOptimizer.__init__`: an AdamW of torch's that it builds becomes ours.
 
     So do those that were ours before. One that was built while the drop-in was off stays torch's:
@@ -242,7 +242,7 @@ def _say_once(what: str) -> None:
 ON_DISABLE.append(_turn_back)
 
 
-def step(original: Callable[..., Any], options: Options) -> Callable[..., Any]:
+def step(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """`OptimizerFromGradientAccumulator.step`: the step writes the model's own weights too."""
 
     def replacement(self: Any, closure: Callable[[], float] | None = None) -> float | None:
