@@ -64,7 +64,8 @@ DKV_OPTIONS: Table = {
     128: [_tma(32, 128, 8, 2), _plain(32, 64, 8, 2)],
     256: [_tma(32, 32, 8, 2), _plain(32, 32, 8, 2)],
 }
-# fp32 products are exact, on the ordinary cores: correct, not fast, and too much above 128.
+# Products of fp32 are exact and run on the ordinary cores. They are slow, and with a head_dim above
+# 128 take more registers than there are.
 _FP32 = _plain(16, 16, 8, 1)
 # For the interpreter: blocks of unequal sides, and short, so that few rows cross many edges.
 INTERPRETED = _plain(32, 16, 1, 1)

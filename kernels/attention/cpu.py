@@ -103,7 +103,7 @@ def _attend(
 
 
 def _scores_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The kernels add a mask to the scores: 0 or -inf."""
+    """The mask as the kernels take it, who add it to the scores: 0 or -inf."""
     if mask is None:
         return None
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))

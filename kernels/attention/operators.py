@@ -27,7 +27,7 @@ _LOG2_E = math.log2(math.e)
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Of batch, row and head, in elements."""
+    """The strides of batch, row and head, in elements."""
     strides = tensor.stride()[:-1]
     return strides if len(strides) == 3 else (0, *strides)
 

@@ -81,7 +81,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """(..., vocab/ranks) -> (rows, vocab/ranks): elements side by side, no two rows the same."""
+    """(..., vocab/ranks) -> (rows, vocab/ranks), rows without gaps that do not overlap."""
     rows = as_rows(logits)
     is_apart = rows.stride(0) >= rows.shape[1] or rows.shape[0] <= 1
     return rows if is_apart else rows.contiguous()
@@ -94,7 +94,7 @@ def _is_leaf(tensor: Tensor) -> bool:
 
 
 def check_options(name: str, z_loss: float, z_loss_mode: str) -> None:
-    """Raises ValueError for a z-loss that is none."""
+    """Raises ValueError for a mode that is not there and for a weight below 0."""
     if z_loss_mode not in Z_LOSS_MODES:
         raise ValueError(f"{name}: z_loss_mode={z_loss_mode!r}: choose {', '.join(Z_LOSS_MODES)}")
     if not z_loss >= 0:

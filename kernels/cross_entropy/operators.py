@@ -104,7 +104,7 @@ def _gradient_torch(
     if terms.z_loss > 0:
         log_z = total.log() + maximum if terms.add_maximum else total.log()
         scale = scale * (1 + 2 * terms.z_loss * log_z)
-    # Where the dtypes allow it, in the result itself: no copy, and none back.
+    # Where the dtypes allow it, values are computed in the result itself, with no copy to and fro.
     is_wide = gradient.dtype == maximum.dtype
     out = gradient if is_wide else torch.empty_like(logits, dtype=maximum.dtype)
     values = torch.sub(logits, maximum.unsqueeze(-1), out=out).exp_()
@@ -159,7 +159,7 @@ def combine(
     z_loss: float,
     add_maximum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss + z (rows,), z (rows,), which is empty without a z-loss, and M and s (2, rows)."""
+    """loss + z and z, both (rows,), and M and s (2, rows). z is empty without a z-loss."""
     if not _launches(of_all):
         return _combine_torch(of_all, target, shard_cols, ignore_index, z_loss, add_maximum)
     num_ranks, _, num_rows = of_all.shape

@@ -15,7 +15,7 @@ from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, st
 from nanotron_fast.kernels.runtime.backend import operator
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 
-# 1 GiB of bf16.
+# How many logits a chunk has at most: 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29
 
 
@@ -124,9 +124,9 @@ def forward_in_chunks(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss + z and z (tokens,), M and s (2, tokens), and dhidden and dweight of the sum, or empty.
+    """Loss + z and z (tokens,), M and s (2, tokens), and dhidden and dweight of the sum.
 
-    z is empty where there is no z-loss; dweight is in fp32.
+    z is empty where there is no z-loss, and a gradient where it is not asked for. dweight is fp32.
     """
     ranks, num_cols = Ranks(group_name, rank, size), weight.shape[0]
     first_col = rank * num_cols

@@ -60,7 +60,7 @@ def decided(key: Key) -> bool | None:
 
 def tokens_bucket(tokens: int) -> int:
     """The power of two that stands for so many tokens where something is timed or tuned."""
-    # Comparisons alone: under torch.compile they leave a number of tokens that varies, variable.
+    # By comparisons alone: torch.compile then keeps a number of tokens that varies variable.
     bucket = 16
     while bucket < tokens and bucket < _MAX_TOKENS:
         bucket *= 2

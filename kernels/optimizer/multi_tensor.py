@@ -86,7 +86,7 @@ def _layout(
     device: torch.device,
     stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """segment_tensors and extents: gradients that move to new addresses keep theirs."""
+    """segment_tensors and extents, which tensors that move to new addresses keep."""
     sizes = torch.tensor(numels, dtype=torch.int64)
     counts = (sizes + (segment - 1)) // segment
     extents = torch.stack((sizes, counts.cumsum(0) - counts, torch.tensor(places)))

@@ -23,7 +23,7 @@ TILE_INNER = 29
 TILES_MIDDLE = 30
 TILES_INNER = 31
 
-# Of int64, and twice as many of int32.
+# The size of an item in int64; in int32 it is twice that.
 NUM_COLUMNS = 16
 
 # Dimensions of the box.

@@ -16,7 +16,7 @@ from nanotron_fast.kernels.runtime.backend import compiled
 _REGISTER_UNIT = 256
 _SCHEDULERS = 4
 _WARP = 32
-# What the driver keeps of shared memory for each program.
+# Shared memory that the driver keeps for each program.
 _RESERVED_BYTES = 1024
 # Kilobytes of shared memory that a program may ask for, by capability. Others give 99 at least.
 _SHARED_KILOBYTES = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}

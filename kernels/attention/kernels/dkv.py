@@ -78,7 +78,7 @@ def _visit_queries(
             dout = load_rows(
                 dout_head, dout_row_stride, start, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True
             )
-        # Past the end: the one more row of each head, of weights 0.
+        # Rows past the end read the extra row of each head, whose weights are 0.
         at = head * (seq_q + 1) + tl.where(rows < num_q, rows, seq_q - first_row)
         lse = tl.load(lse_ptr + at)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")

@@ -157,7 +157,7 @@ def dq_kernel(
     # Rows that see nothing, whose lse is -inf or (flash-attn) inf, have weights of 0.
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634
     tl.store(log2_lse_ptr + rows, lse, mask=rows < num_q)
-    # One more row for each head, which the second kernel reads past the end: of weights 0.
+    # Each head has an extra row, which the second kernel reads past the end: its weights are 0.
     tl.store(log2_lse_ptr + seq_q - first_row, float("inf"))
     tl.store(delta_ptr + seq_q - first_row, 0.0)
     if TMA:
