@@ -10,7 +10,7 @@ All of it in fp32 and rounded once into each result; 1 - beta^t in fp64, once a 
 torch.optim.AdamW(fused=True) computes (Loshchilov and Hutter, 2019).
 Bytes an element, with masters and state in fp32 and bf16 gradients (fp32 ones): 12 + 2 (4) read,
 12 written, and 2 for the copy: 28 (30). A small launch counts the steps, then follows one for each
-combination of dtypes; nothing waits for the device. The tables of a launch: see `multi_tensor`.
+combination of dtypes; nothing waits for the device. `multi_tensor` explains the tables of a launch.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 All of it in fp32 and rounded once. Sums are taken in a fixed order, a segment at a time and then a
 tensor at a time, so a norm is the same in every run. Bytes an element, with bf16 (fp32) gradients:
 the norm 2 (4) read; clipping 2 (4) read and as many written, and nothing where the norm is within
-its bound. Nothing waits for the device. The tables of a launch: see `multi_tensor`.
+its bound. Nothing waits for the device. `multi_tensor` explains the tables of a launch.
 """
 
 from __future__ import annotations

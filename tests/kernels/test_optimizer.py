@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from nanotron_fast.kernels import optimizer
 from nanotron_fast.kernels.optimizer import (
+    accumulate,
     accumulate_,
     adamw,
     adamw_step_,
@@ -273,7 +273,7 @@ def test_offsets_past_two_to_the_31(triton_path) -> None:
     main = torch.zeros(2048, device=triton_path)
     grad = torch.ones(2048, device=triton_path).bfloat16()
     before = 2**32
-    optimizer._accumulate_kernel[(1,)](
+    accumulate._accumulate_kernel[(1,)](
         torch.zeros(1, dtype=torch.int32, device=triton_path),
         torch.tensor([before + 2000, -before // 2048, 0], device=triton_path),
         torch.tensor([main.data_ptr() - 4 * before, grad.data_ptr() - 2 * before]).to(triton_path),
@@ -304,7 +304,7 @@ def test_operators_are_what_torch_expects(triton_path) -> None:
     mains, grads, params, copies, exp_avgs, _ = lists
     exp_avg_sqs = [tensor.square() for tensor in exp_avgs]
     norm = torch.tensor(3.0, device=triton_path)
-    torch.library.opcheck(optimizer._accumulate, (mains, grads, 0.5))
+    torch.library.opcheck(accumulate._accumulate, (mains, grads, 0.5))
     torch.library.opcheck(grad_norm._power_sums, (grads, 2.0))
     torch.library.opcheck(grad_norm._clip, (grads, 1.0, norm))
     steps = [torch.ones((), device=triton_path) for _ in range(2)]
