@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <cerrno>
+#include <cstddef>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,6 +39,44 @@ class Table {
  private:
   py::buffer_info info_;
 };
+
+// The columns of a row by the names of nanotron_fast/moves/row.py.
+py::dict move_columns() {
+  py::dict columns;
+  columns["SOURCE"] = Column::kSource;
+  columns["SOURCE_OFFSET"] = Column::kSourceOffset;
+  columns["DESTINATION"] = Column::kDestination;
+  columns["DESTINATION_OFFSET"] = Column::kDestinationOffset;
+  columns["SIZES"] = Column::kSizes;
+  columns["SOURCE_STRIDES"] = Column::kSourceStrides;
+  columns["DESTINATION_STRIDES"] = Column::kDestinationStrides;
+  columns["SOURCE_DTYPE"] = Column::kSourceDtype;
+  columns["DESTINATION_DTYPE"] = Column::kDestinationDtype;
+  return columns;
+}
+
+// Where a tile item has what, by the names of kernels/pack/item.py: in units of int64, and behind
+// the first of them, kind, in units of int32.
+py::dict tile_columns() {
+  constexpr auto kWide = sizeof(int64_t), kNarrow = sizeof(int32_t);
+  py::dict columns;
+  columns["SOURCE"] = offsetof(TileItem, source) / kWide;
+  columns["DESTINATION"] = offsetof(TileItem, destination) / kWide;
+  columns["SIZES"] = offsetof(TileItem, sizes) / kWide;
+  columns["SOURCE_STRIDES"] = offsetof(TileItem, source_strides) / kWide;
+  columns["DESTINATION_STRIDES"] = offsetof(TileItem, destination_strides) / kWide;
+  columns["FIRST_TILE"] = offsetof(TileItem, first_tile) / kWide;
+  columns["KIND"] = offsetof(TileItem, kind) / kNarrow;
+  columns["SOURCE_DTYPE"] = offsetof(TileItem, source_dtype) / kNarrow;
+  columns["DESTINATION_DTYPE"] = offsetof(TileItem, destination_dtype) / kNarrow;
+  columns["WIDTH"] = offsetof(TileItem, width) / kNarrow;
+  columns["TILE_MIDDLE"] = offsetof(TileItem, tile_middle) / kNarrow;
+  columns["TILE_INNER"] = offsetof(TileItem, tile_inner) / kNarrow;
+  columns["TILES_MIDDLE"] = offsetof(TileItem, tiles_middle) / kNarrow;
+  columns["TILES_INNER"] = offsetof(TileItem, tiles_inner) / kNarrow;
+  columns["NUM_COLUMNS"] = sizeof(TileItem) / kWide;
+  return columns;
+}
 
 // (path, header, size in bytes) of a file to be written.
 using OutputTuple = std::tuple<std::string, py::bytes, int64_t>;
@@ -170,7 +209,11 @@ PYBIND11_MODULE(_C, module) {
       .def_property_readonly("bytes_done", [](const Progress& p) { return p.bytes_done.load(); })
       .def("cancel", [](Progress& p) { p.is_cancelled = true; });
 
+  // Read by the tests, which hold Python's names of the columns to these.
   module.attr("NUM_COLUMNS") = Move::kNumColumns;
+  module.attr("FILL") = Move::kFill;
+  module.attr("COLUMNS") = move_columns();
+  module.attr("TILE_COLUMNS") = tile_columns();
   module.def("execute", &execute_binding, py::arg("sources"), py::arg("outputs"), py::arg("moves"),
              py::kw_only(), py::arg("workers"), py::arg("fsync"), py::arg("progress"));
   module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),

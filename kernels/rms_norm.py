@@ -9,8 +9,8 @@ and g = dy * w:
     dh = (g - n * mean(g * n)) * r + dh_out        dx = dresidual = dh
     dw = sum over rows of dy * n
 
-Bytes for (rows, hidden) of two-byte elements: forward 4 a element, 8 with the residual; backward 6,
-8 with the residual. Saved for backward: h, the weight and r (4 bytes a row).
+Bytes for (rows, hidden) of two-byte elements: forward 4 an element, 8 with the residual; backward
+6, 8 with the residual. Saved for backward: h, the weight and r (4 bytes a row).
 Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 """
 
@@ -33,7 +33,7 @@ _BLOCK_ELEMENTS = 4096
 _MAX_KEPT = 8192
 # Two blocks are on their way while one is computed.
 _MAX_STAGES = 3
-# Shared memory beside the copies: r of the rows, and what the warps of a sum exchange.
+# Shared memory that the copies leave for r of the rows, and for what the warps of a sum exchange.
 _SCRATCH_BYTES = 1024
 
 
@@ -156,7 +156,8 @@ def _block(hidden: int) -> tuple[int, int, int]:
     rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
     if cols > _MAX_KEPT:
         return rows, cols, 32
-    # Of several rows a thread has fewer values: their numbers and masks take registers too.
+    # Where a block has several rows, a thread holds fewer values: the rows' numbers and masks take
+    # registers too.
     return rows, cols, max(rows * cols // (512 if rows > 1 else 1024), 4)
 
 
@@ -164,7 +165,7 @@ def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.
     """Stages of the loop of the backward pass: all but one are copies under way.
 
     Args:
-        block_bytes: of the tensors that an iteration reads, together.
+        block_bytes: of all that an iteration reads.
         cols: of a block. Past _MAX_KEPT all registers are taken, and its 32 warps wait in turns.
         widths: elements from row to row, and of a row. Copies of less than 16 bytes cost more
             registers than they save time, and Triton makes long ones of multiples of 16 alone.
@@ -236,14 +237,14 @@ def _backward(
     numbers = (*widths, num_rows, hidden)
     stages = _stages(block_bytes, cols, (*widths, hidden), h.device)
     if cols <= _MAX_KEPT and stages == 1:
-        # Rows that are read a value at a time take more registers a value.
+        # Rows that are read value by value take more registers for each.
         num_warps = max(rows * cols // 512, 4)
     constants = {
         "HAS_DH_OUT": dh_out is not None,
         "ZERO_CENTERED": zero_centered,
         "ROWS": rows,
         "COLS": cols,
-        # Of wide rows it does not fit in registers beside the rest; it stays in the cache.
+        # The weight of wide rows does not fit in registers beside the rest; it stays in the cache.
         "KEEP_WEIGHT": cols <= _MAX_KEPT,
         "STAGES": stages,
         "num_warps": num_warps,

@@ -4,6 +4,10 @@ from array import array
 from collections.abc import Sequence
 
 NUM_COLUMNS: int
+FILL: int
+# Where a row of a table, and an item of a launch, have what.
+COLUMNS: dict[str, int]
+TILE_COLUMNS: dict[str, int]
 
 class Progress:
     def __init__(self) -> None: ...

@@ -22,9 +22,9 @@ using CastFunction = void (*)(const std::byte* source, std::byte* destination,
 
 enum class SimdLevel { kScalar, kAvx2, kAvx512 };
 
-// What this processor can run, weakest first.
+// The levels that this processor can run, weakest first.
 std::vector<SimdLevel> supported_simd_levels();
-// The strongest, or the one that NANOTRON_FAST_SIMD=scalar|avx2|avx512 names.
+// The strongest of them, or the one that NANOTRON_FAST_SIMD=scalar|avx2|avx512 names.
 SimdLevel default_simd_level();
 const char* name_of(SimdLevel level);
 // Throws std::invalid_argument on an unknown name or one that this processor cannot run.

@@ -7,7 +7,7 @@ namespace nanotron_fast {
 
 namespace {
 
-const CastTable& table_of([[maybe_unused]] SimdLevel level) {
+const CastTable& casts_of([[maybe_unused]] SimdLevel level) {
 #if defined(__x86_64__)
   if (level == SimdLevel::kAvx512) return kAvx512Casts;
   if (level == SimdLevel::kAvx2) return kAvx2Casts;
@@ -62,7 +62,7 @@ bool can_cast(Dtype source, Dtype destination) {
 }
 
 CastFunction find_cast(Dtype source, Dtype destination, SimdLevel level) {
-  const CastTable& table = table_of(level);
+  const CastTable& table = casts_of(level);
   switch (source) {
     case Dtype::kBFloat16:
       return destination == Dtype::kFloat16 ? table.bfloat16_to_float16 : table.bfloat16_to_float32;

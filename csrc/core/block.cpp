@@ -56,8 +56,8 @@ const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t 
     next += view.block_bytes(num_rows);
   }
 
-  const Part& only = job.parts.front();
-  const bool is_plain_copy = job.parts.size() == 1 && only.source_view == 0 &&
+  const PlacedMove& only = job.moves.front();
+  const bool is_plain_copy = job.moves.size() == 1 && only.source_view == 0 &&
                              only.move.source_dtype == only.move.destination_dtype &&
                              only.move.source_strides == only.move.destination_strides;
   if (is_plain_copy) {
@@ -67,10 +67,10 @@ const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t 
     return out;
   }
   if (job.reads_runs) {
-    for (const Part& part : job.parts) {
-      std::byte* to =
-          destinations[static_cast<size_t>(part.destination_view)] + part.destination_delta_bytes;
-      build_part_from_runs(job, part, first_row, num_rows, to);
+    for (const PlacedMove& placed : job.moves) {
+      std::byte* to = destinations[static_cast<size_t>(placed.destination_view)] +
+                      placed.destination_delta_bytes;
+      build_from_runs(job, placed, first_row, num_rows, to);
     }
     return out;
   }
@@ -83,20 +83,21 @@ const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t 
     loaded.push_back(in);
     in += num_bytes;
   }
-  for (const Part& part : job.parts) {
-    const std::byte* from = part.source_view < 0 ? nullptr
-                                                 : loaded[static_cast<size_t>(part.source_view)] +
-                                                       part.source_delta_bytes;
+  for (const PlacedMove& placed : job.moves) {
+    const std::byte* from =
+        placed.source_view < 0
+            ? nullptr
+            : loaded[static_cast<size_t>(placed.source_view)] + placed.source_delta_bytes;
     std::byte* to =
-        destinations[static_cast<size_t>(part.destination_view)] + part.destination_delta_bytes;
-    build_part(part, num_rows, from, to);
+        destinations[static_cast<size_t>(placed.destination_view)] + placed.destination_delta_bytes;
+    build_move(placed, num_rows, from, to);
   }
   return out;
 }
 
-void BlockBuilder::build_part(const Part& part, int64_t num_rows, const std::byte* view_data,
-                              std::byte* destination) {
-  const Move& move = part.move;
+void BlockBuilder::build_move(const PlacedMove& placed, int64_t num_rows,
+                              const std::byte* view_data, std::byte* destination) {
+  const Move& move = placed.move;
   if (move.is_fill()) {
     fill_zeros(move, num_rows, destination);
     return;
@@ -109,16 +110,16 @@ void BlockBuilder::build_part(const Part& part, int64_t num_rows, const std::byt
   copy_strided(copy, view_data, destination, level_);
 }
 
-void BlockBuilder::build_part_from_runs(const Job& job, const Part& part, int64_t first_row,
-                                        int64_t num_rows, std::byte* destination) {
-  const Move& move = part.move;
+void BlockBuilder::build_from_runs(const Job& job, const PlacedMove& placed, int64_t first_row,
+                                   int64_t num_rows, std::byte* destination) {
+  const Move& move = placed.move;
   if (move.is_fill()) {
-    build_part(part, num_rows, nullptr, destination);
+    build_move(placed, num_rows, nullptr, destination);
     return;
   }
   const int64_t item = item_size(move.source_dtype);
   const std::array<int64_t, 3> sizes{num_rows, move.sizes[1], move.sizes[2]};
-  // Dimensions from the one that runs on in the source outwards; packed strides in that order.
+  // The dimensions by their source strides, smallest first. Packed strides grow in this order.
   std::array<int, 3> order{0, 1, 2};
   std::stable_sort(order.begin(), order.end(), [&](int a, int b) {
     if ((sizes[a] == 1) != (sizes[b] == 1)) return sizes[b] == 1;

@@ -44,10 +44,10 @@ class BlockBuilder {
   const std::byte* build(const Job& job, int64_t first_row, int64_t num_rows);
 
  private:
-  void build_part(const Part& part, int64_t num_rows, const std::byte* view_data,
+  void build_move(const PlacedMove& placed, int64_t num_rows, const std::byte* view_data,
                   std::byte* destination);
-  void build_part_from_runs(const Job& job, const Part& part, int64_t first_row, int64_t num_rows,
-                            std::byte* destination);
+  void build_from_runs(const Job& job, const PlacedMove& placed, int64_t first_row,
+                       int64_t num_rows, std::byte* destination);
 
   SourceFiles sources_;
   SimdLevel level_;

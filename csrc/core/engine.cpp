@@ -17,7 +17,7 @@ namespace nanotron_fast {
 
 namespace {
 
-// What a device should take in well under a second.
+// Bytes that a device should take in well under a second.
 constexpr int64_t kSyncBytes = int64_t{64} << 20;
 
 // What happens to a block once it is built: (job, first row, number of rows, the built bytes).
@@ -77,7 +77,7 @@ class Outputs {
     }
   }
 
-  // Files that hold a header alone.
+  // Files that hold a header alone have no move, and are created here.
   void create_empty() {
     for (size_t i = 0; i < files_.size(); ++i) {
       if (states_[i].blocks_left != 0) continue;
@@ -100,7 +100,7 @@ class Outputs {
     if (state.blocks_left.fetch_sub(1) == 1) finish(i);
   }
 
-  // In pieces, so that a run can be cancelled while a slow device takes a large file.
+  // Bytes are synced in pieces, so that a run can be cancelled while a device is slow.
   void sync_all(int num_workers, const Progress& progress) {
     std::atomic<size_t> next{0};
     run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
@@ -162,7 +162,7 @@ std::vector<int64_t> sizes_of(const std::vector<std::string>& paths) {
   return sizes;
 }
 
-// Counts the elements of one part that differ between two images of the same block.
+// Counts the elements of each move that differ between two images of the same block.
 class DifferenceCounter {
  public:
   explicit DifferenceCounter(size_t num_moves) : by_move_(num_moves) {}
@@ -170,22 +170,22 @@ class DifferenceCounter {
   void count(const Job& job, int view_index, int64_t first_row, int64_t num_rows,
              const std::byte* wanted, const std::byte* found) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (const Part& part : job.parts) {
-      if (part.destination_view != view_index) continue;
-      const Move& move = part.move;
+    for (const PlacedMove& placed : job.moves) {
+      if (placed.destination_view != view_index) continue;
+      const Move& move = placed.move;
       const int64_t item = item_size(move.destination_dtype);
       for (int64_t i = 0; i < num_rows; ++i) {
         for (int64_t j = 0; j < move.sizes[1]; ++j) {
           for (int64_t k = 0; k < move.sizes[2]; ++k) {
             const int64_t at =
-                part.destination_delta_bytes +
+                placed.destination_delta_bytes +
                 item * (i * move.destination_strides[0] + j * move.destination_strides[1] +
                         k * move.destination_strides[2]);
             if (std::memcmp(wanted + at, found + at, static_cast<size_t>(item)) == 0) continue;
             const int64_t offset_bytes =
                 job.destinations[static_cast<size_t>(view_index)].offset_bytes +
                 first_row * job.destinations[static_cast<size_t>(view_index)].row_stride_bytes + at;
-            add(part.index, offset_bytes);
+            add(placed.index, offset_bytes);
           }
         }
       }

@@ -88,8 +88,8 @@ void File::write_back(int64_t offset_bytes, int64_t num_bytes) const {
   constexpr unsigned kAll =
       SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
   if (::sync_file_range(descriptor_, offset_bytes, num_bytes, kAll) == 0) return;
-  // An error of the device is told once: sync() would not see it again. Where the call is not known
-  // there is nothing to tell.
+  // The system tells of a device's error once, so that sync() would not see it again. A system that
+  // does not know this call has told of nothing.
   if (errno != ENOSYS && errno != EINVAL && errno != ESPIPE) throw IoError(errno, path_);
 #else
   (void)offset_bytes;

@@ -40,14 +40,15 @@ std::vector<Candidate> make_candidates(const std::vector<Move>& moves) {
 }
 
 // Candidates of one destination file whose rows interleave, in order of offset, are a group when
-// together they leave no gap. Rows too large to hold are cut first. Those left over come back in
-// rest.
-std::vector<Group> gather_groups(std::vector<Candidate> candidates, std::vector<Candidate>& rest) {
+// together they leave no gap. Rows too large to hold are cut first. Candidates that are in no group
+// come back in `rest`.
+std::vector<MoveGroup> gather_groups(std::vector<Candidate> candidates,
+                                     std::vector<Candidate>& rest) {
   std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
     return std::tie(a.move.destination_file, a.move.destination_offset_bytes) <
            std::tie(b.move.destination_file, b.move.destination_offset_bytes);
   });
-  std::vector<Group> groups;
+  std::vector<MoveGroup> groups;
   std::vector<Candidate> rows_of_large;
   for (size_t i = 0; i < candidates.size();) {
     const Candidate& first = candidates[i];
@@ -79,15 +80,15 @@ std::vector<Group> gather_groups(std::vector<Candidate> candidates, std::vector<
     }
   }
   if (!rows_of_large.empty()) {
-    for (Group& group : gather_groups(std::move(rows_of_large), rest)) {
+    for (MoveGroup& group : gather_groups(std::move(rows_of_large), rest)) {
       groups.push_back(std::move(group));
     }
   }
   return groups;
 }
 
-// What one block holds of a candidate if it is to read well: a row, but all of a transposed matrix,
-// since the fewer of its rows, the shorter the runs in the source.
+// The bytes that a block should hold of a candidate to read well: one row; but all of a transposed
+// matrix, because the runs in the source are the shorter, the fewer rows a block holds.
 int64_t held_bytes(const Candidate& candidate) {
   const bool is_transposed = candidate.source_row_stride() < candidate.source_row_span();
   const int64_t item = std::max(candidate.source_item(), candidate.destination_item());
@@ -95,12 +96,12 @@ int64_t held_bytes(const Candidate& candidate) {
 }
 
 // Candidates with dense destinations that read interleaved rows of one source region.
-std::vector<Group> scatter_groups(std::vector<Candidate> candidates) {
+std::vector<MoveGroup> scatter_groups(std::vector<Candidate> candidates) {
   std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) {
     return std::tie(a.move.source_file, a.move.source_offset_bytes, a.index) <
            std::tie(b.move.source_file, b.move.source_offset_bytes, b.index);
   });
-  std::vector<Group> groups;
+  std::vector<MoveGroup> groups;
   int64_t region_end = 0, group_bytes = 0;
   for (const Candidate& candidate : candidates) {
     const Move& move = candidate.move;
@@ -126,9 +127,9 @@ std::vector<Group> scatter_groups(std::vector<Candidate> candidates) {
 
 }  // namespace
 
-std::vector<Group> group_moves(const std::vector<Move>& moves) {
+std::vector<MoveGroup> group_moves(const std::vector<Move>& moves) {
   std::vector<Candidate> dense;
-  std::vector<Group> groups = gather_groups(make_candidates(moves), dense);
+  std::vector<MoveGroup> groups = gather_groups(make_candidates(moves), dense);
   // What is neither dense nor part of a group is cut until every piece is dense.
   for (size_t i = 0; i < dense.size();) {
     if (dense[i].has_dense_destination()) {
@@ -140,7 +141,7 @@ std::vector<Group> group_moves(const std::vector<Move>& moves) {
     dense.pop_back();
     split_rows(candidate, dense);
   }
-  for (Group& group : scatter_groups(std::move(dense))) groups.push_back(std::move(group));
+  for (MoveGroup& group : scatter_groups(std::move(dense))) groups.push_back(std::move(group));
   return groups;
 }
 

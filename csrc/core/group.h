@@ -7,7 +7,7 @@
 
 namespace nanotron_fast {
 
-// A move on its way into a job, with what grouping asks for again and again.
+// A move on its way into a job, and the quantities that grouping asks for again and again.
 struct Candidate {
   Move move;
   int64_t index;
@@ -33,8 +33,8 @@ struct Candidate {
   }
 };
 
-// Moves with the same number of rows that are worth executing together.
-using Group = std::vector<Candidate>;
+// Moves with the same number of rows that one job executes together.
+using MoveGroup = std::vector<Candidate>;
 
 // A transposed matrix is taken whole up to this size, and in strips beyond.
 constexpr int64_t kMaxTransposeBytes = int64_t{24} << 20;
@@ -42,6 +42,6 @@ constexpr int64_t kMaxTransposeBytes = int64_t{24} << 20;
 // Groups moves: the columns of one source matrix that go to many files, or those of many files that
 // make up one destination matrix. What a group writes has no gaps. Moves are cut where their rows
 // are too large to hold.
-std::vector<Group> group_moves(const std::vector<Move>& moves);
+std::vector<MoveGroup> group_moves(const std::vector<Move>& moves);
 
 }  // namespace nanotron_fast

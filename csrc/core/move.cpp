@@ -67,15 +67,19 @@ std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
   moves.reserve(num_moves);
   for (int64_t index = 0; index < num_moves; ++index) {
     const int64_t* row = table + index * Move::kNumColumns;
-    Move move{row[0],
-              row[1],
-              row[2],
-              row[3],
-              {row[4], row[5], row[6]},
-              {row[7], row[8], row[9]},
-              {row[10], row[11], row[12]},
-              parse_dtype(row[13], index),
-              parse_dtype(row[14], index)};
+    const auto three_from = [row](int column) {
+      return std::array<int64_t, 3>{row[column], row[column + 1], row[column + 2]};
+    };
+    Move move{};
+    move.source_file = row[Column::kSource];
+    move.source_offset_bytes = row[Column::kSourceOffset];
+    move.destination_file = row[Column::kDestination];
+    move.destination_offset_bytes = row[Column::kDestinationOffset];
+    move.sizes = three_from(Column::kSizes);
+    move.source_strides = three_from(Column::kSourceStrides);
+    move.destination_strides = three_from(Column::kDestinationStrides);
+    move.source_dtype = parse_dtype(row[Column::kSourceDtype], index);
+    move.destination_dtype = parse_dtype(row[Column::kDestinationDtype], index);
     int64_t elements = 1;
     for (const int64_t size : move.sizes) {
       if (size < 1 || __builtin_mul_overflow(elements, size, &elements)) {

@@ -8,6 +8,21 @@
 
 namespace nanotron_fast {
 
+// What stands in which column of a table's row. nanotron_fast/moves/row.py names the same columns,
+// and a test holds the two to each other.
+struct Column {
+  static constexpr int kSource = 0;
+  static constexpr int kSourceOffset = 1;
+  static constexpr int kDestination = 2;
+  static constexpr int kDestinationOffset = 3;
+  // The first of three, one for each dimension.
+  static constexpr int kSizes = 4;
+  static constexpr int kSourceStrides = 7;
+  static constexpr int kDestinationStrides = 10;
+  static constexpr int kSourceDtype = 13;
+  static constexpr int kDestinationDtype = 14;
+};
+
 // One 3-D strided copy between two files, or a fill with zero bytes where source_file is kFill.
 // Offsets are absolute and in bytes; sizes and strides are in elements. Both sides may be cast.
 struct Move {
@@ -28,7 +43,7 @@ struct Move {
   int64_t num_elements() const { return sizes[0] * sizes[1] * sizes[2]; }
 };
 
-// Reads a row-major (num_moves, kNumColumns) table, the fields in the order they have above.
+// Reads a row-major (num_moves, kNumColumns) table.
 // Throws PlanError on an unknown file, dtype, a negative number, or a move that leaves its file.
 std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
                               const std::vector<int64_t>& source_sizes_bytes,

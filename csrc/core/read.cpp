@@ -11,7 +11,7 @@ namespace nanotron_fast {
 
 namespace {
 
-// What a worker takes at a time: a piece of a run, or as many short runs.
+// The bytes that a worker takes at a time: of one run a piece, or as many short runs.
 constexpr int64_t kTaskBytes = int64_t{1} << 20;
 
 // Runs of a move: outer x middle of them, each run_bytes long.
@@ -105,7 +105,7 @@ int64_t read_ranges(const std::vector<std::string>& paths, const int64_t* table,
     add_tasks(runs.back(), index, tasks);
     num_bytes += runs.back().num_bytes();
   }
-  // In the order of the files, so that a disk reads ahead.
+  // Work is taken in the order of the files, so that a disk reads ahead.
   std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
     const Runs &left = runs[a.runs], &right = runs[b.runs];
     return left.file != right.file ? left.file < right.file

@@ -8,9 +8,10 @@
 
 namespace nanotron_fast {
 
-// Reads byte ranges of files into memory. The moves' sources are the files, their destinations the
-// memories; they copy only: each runs on along the same dimension on both sides, in one dtype.
-// Nothing is read but what the moves name. Returns the bytes read; throws PlanError or IoError.
+// Reads byte ranges of files into memory. The sources of the moves are the files, and their
+// destinations are the memories. A move only copies: both of its sides run on along the same
+// dimension and have the same dtype. Nothing is read but what the moves name. Returns the bytes
+// read; throws PlanError or IoError.
 int64_t read_ranges(const std::vector<std::string>& paths, const int64_t* table, int64_t num_moves,
                     const std::vector<Memory>& destinations, int num_workers);
 

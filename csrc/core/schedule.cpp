@@ -14,7 +14,7 @@ namespace {
 
 constexpr int64_t kPageBytes = 4096;
 
-// The view that holds both, or none where they have different files or row strides.
+// The view that holds both of two views; none where their files or row strides differ.
 bool merge_views(const View& a, const View& b, View& merged) {
   if (a.file != b.file || a.row_stride_bytes != b.row_stride_bytes) return false;
   merged = a;
@@ -48,7 +48,8 @@ int add_source(std::vector<View>& views, const View& wanted, int64_t num_rows) {
   return static_cast<int>(views.size()) - 1;
 }
 
-// Stricter than for sources: a block of a destination view must be dense.
+// Adds a view, or widens one. It is stricter than for sources: a block of a destination must be
+// dense.
 int add_destination(std::vector<View>& views, const View& wanted) {
   for (size_t i = 0; i < views.size(); ++i) {
     View merged;
@@ -70,9 +71,10 @@ int64_t buffer_bytes(const std::vector<View>& views, int64_t num_rows) {
 // Bytes of a block's elements alone, packed without gaps.
 int64_t packed_source_bytes(const Job& job, int64_t num_rows) {
   int64_t total = 0;
-  for (const Part& part : job.parts) {
-    if (part.source_view < 0) continue;
-    total += num_rows * part.move.sizes[1] * part.move.sizes[2] * item_size(part.move.source_dtype);
+  for (const PlacedMove& placed : job.moves) {
+    if (placed.source_view < 0) continue;
+    total += num_rows * placed.move.sizes[1] * placed.move.sizes[2] *
+             item_size(placed.move.source_dtype);
   }
   return total;
 }
@@ -113,7 +115,7 @@ void choose_blocks(Job& job) {
   job.rows_per_block = rows;
   job.first_block_rows = rows;
   const View& destination = job.destinations.front();
-  if (job.parts.size() == 1 && rows < job.num_rows) {
+  if (job.moves.size() == 1 && rows < job.num_rows) {
     const int64_t aligned_bytes = rows * destination.row_stride_bytes;
     const int64_t past_boundary = destination.offset_bytes % aligned_bytes;
     job.first_block_rows =
@@ -125,30 +127,30 @@ void choose_blocks(Job& job) {
   job.destination_buffer_bytes = buffer_bytes(job.destinations, rows);
 }
 
-Job make_job(const Group& group) {
+Job make_job(const MoveGroup& group) {
   Job job{};
   job.num_rows = group.front().move.sizes[0];
   for (const Candidate& candidate : group) {
     const Move& move = candidate.move;
-    Part part{move, candidate.index, -1, 0, 0, 0};
+    PlacedMove placed{move, candidate.index, -1, 0, 0, 0};
     if (!move.is_fill()) {
-      part.source_view = add_source(job.sources,
-                                    {move.source_file, move.source_offset_bytes,
-                                     candidate.source_row_stride(), candidate.source_row_span()},
-                                    job.num_rows);
+      placed.source_view = add_source(job.sources,
+                                      {move.source_file, move.source_offset_bytes,
+                                       candidate.source_row_stride(), candidate.source_row_span()},
+                                      job.num_rows);
     }
-    part.destination_view = add_destination(
+    placed.destination_view = add_destination(
         job.destinations, {move.destination_file, move.destination_offset_bytes,
                            candidate.destination_row_stride(), candidate.destination_row_span()});
-    job.parts.push_back(part);
+    job.moves.push_back(placed);
   }
-  for (Part& part : job.parts) {
-    if (part.source_view >= 0) {
-      part.source_delta_bytes =
-          part.move.source_offset_bytes - job.sources[part.source_view].offset_bytes;
+  for (PlacedMove& placed : job.moves) {
+    if (placed.source_view >= 0) {
+      placed.source_delta_bytes =
+          placed.move.source_offset_bytes - job.sources[placed.source_view].offset_bytes;
     }
-    part.destination_delta_bytes =
-        part.move.destination_offset_bytes - job.destinations[part.destination_view].offset_bytes;
+    placed.destination_delta_bytes = placed.move.destination_offset_bytes -
+                                     job.destinations[placed.destination_view].offset_bytes;
   }
   choose_blocks(job);
   return job;
@@ -201,10 +203,10 @@ int64_t Schedule::max_destination_buffer_bytes() const {
 
 Schedule make_schedule(const std::vector<Move>& moves) {
   Schedule schedule;
-  for (const Group& group : group_moves(moves)) schedule.jobs.push_back(make_job(group));
+  for (const MoveGroup& group : group_moves(moves)) schedule.jobs.push_back(make_job(group));
   std::stable_sort(schedule.jobs.begin(), schedule.jobs.end(), [](const Job& a, const Job& b) {
-    const Move& left = a.parts.front().move;
-    const Move& right = b.parts.front().move;
+    const Move& left = a.moves.front().move;
+    const Move& right = b.moves.front().move;
     return std::tie(left.source_file, left.source_offset_bytes) <
            std::tie(right.source_file, right.source_offset_bytes);
   });

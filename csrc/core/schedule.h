@@ -19,8 +19,8 @@ struct View {
   }
 };
 
-// A move's share in a job: where its row 0 lies inside the views it reads and writes.
-struct Part {
+// A move in a job, and where its row 0 lies inside the views that it reads and writes.
+struct PlacedMove {
   Move move;        // normalised
   int64_t index;    // in the caller's table, or of the move it was cut from
   int source_view;  // -1 for a fill
@@ -45,15 +45,15 @@ struct Job {
   int64_t destination_buffer_bytes;  // likewise
   std::vector<View> sources;
   std::vector<View> destinations;
-  std::vector<Part> parts;
+  std::vector<PlacedMove> moves;
 
   int64_t first_row(int64_t block) const {
     return block == 0 ? 0 : first_block_rows + (block - 1) * rows_per_block;
   }
 };
 
-// Jobs that write to the same files, taken by one worker as long as there are enough of them:
-// writes to one file wait for each other in the kernel.
+// Jobs that write to the same files. One worker takes them all as long as there are units enough,
+// because writes to one file wait for each other in the kernel.
 struct Unit {
   size_t first_job;
   size_t end_job;

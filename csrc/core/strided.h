@@ -8,7 +8,7 @@
 
 namespace nanotron_fast {
 
-// A box of elements seen from both sides; strides in elements of the side's own dtype.
+// A box of elements as both sides see it. Strides are in elements of the side's own dtype.
 struct StridedCopy {
   std::array<int64_t, 3> sizes;
   std::array<int64_t, 3> source_strides;

@@ -17,7 +17,8 @@ enum class TileKind : int32_t {
 };
 
 // One move as a device takes it: addresses, a box (outer, middle, inner), and its tiles, which are
-// numbered through all items with inner tiles first. csrc/cuda and kernels/pack/kernels.py read it.
+// numbered through all items with inner tiles first. csrc/cuda reads it, and
+// kernels/pack/kernels.py by the columns that kernels/pack/item.py names.
 struct alignas(16) TileItem {
   int64_t source;  // an address; 0 for a fill
   int64_t destination;
@@ -28,16 +29,16 @@ struct alignas(16) TileItem {
   int32_t kind;
   int32_t source_dtype;
   int32_t destination_dtype;
-  // How wide an access both sides are aligned for. Fill, copy: bytes, from 16 down to 1; a single
-  // row may start anywhere, if both sides start equally far behind a multiple of it. Others:
-  // elements; 0 where not even single ones are aligned.
+  // How wide an access both sides are aligned for. Of a fill or a copy it is in bytes, from 16 down
+  // to 1; a single row may start anywhere, if both sides start equally far behind a multiple of it.
+  // Of the other kinds it is in elements, and 0 where not even single elements are aligned.
   int32_t width;
   int32_t tile_middle;
   int32_t tile_inner;
   int32_t tiles_middle;
   int32_t tiles_inner;
 };
-static_assert(sizeof(TileItem) == 128, "kernels/pack/kernels.py reads 16 columns of int64");
+static_assert(sizeof(TileItem) == 128, "kernels/pack/item.py says so too");
 
 struct TileTable {
   std::vector<TileItem> items;

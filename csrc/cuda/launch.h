@@ -21,7 +21,7 @@ __device__ __forceinline__ void run_tiles(const TileItem* items, int32_t num_ite
   __shared__ alignas(16) std::byte shared[kSharedBytes];
   for (uint32_t number = blockIdx.x; number < num_tiles; number += gridDim.x) {
     const TileItem& item = items[find_item(items, num_items, number)];
-    const Tile tile = locate(item, static_cast<uint32_t>(number - item.first_tile));
+    const Tile tile = tile_of(item, static_cast<uint32_t>(number - item.first_tile));
     begin_tile(item, tile, threadIdx.x, shared);
     if (item.kind == static_cast<int32_t>(TileKind::kTranspose)) {
       __syncthreads();
@@ -37,7 +37,8 @@ inline void check(cudaError_t error, const char* what) {
   }
 }
 
-// As many as are resident at once, and no more than there are tiles. Makes `device` the current.
+// Blocks of a launch: as many as the device holds at once, and no more than there are tiles. Makes
+// `device` the current one.
 inline unsigned num_blocks(const void* kernel, int64_t num_tiles, int device) {
   check(cudaSetDevice(device), "cudaSetDevice");
   int multiprocessors = 0, resident = 0;

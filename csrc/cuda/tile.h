@@ -22,7 +22,8 @@ struct alignas(16) Vector16 {
   uint32_t words[4];
 };
 
-// Of the device's memory; and the host checks what a device would trap on.
+// Accesses of the device's memory. On the host they check the alignment that a device would trap
+// on.
 template <typename T>
 NANOTRON_FAST_DEVICE T load(const std::byte* address) {
 #if defined(__CUDA_ARCH__)
@@ -87,7 +88,7 @@ NANOTRON_FAST_DEVICE int32_t find_item(const TileItem* items, int32_t num_items,
   return low;
 }
 
-NANOTRON_FAST_DEVICE Tile locate(const TileItem& item, uint32_t number) {
+NANOTRON_FAST_DEVICE Tile tile_of(const TileItem& item, uint32_t number) {
   const auto tiles_inner = static_cast<uint32_t>(item.tiles_inner);
   const auto tiles_middle = static_cast<uint32_t>(item.tiles_middle);
   const uint32_t line = number / tiles_inner;

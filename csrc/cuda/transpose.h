@@ -115,8 +115,8 @@ struct StoreTransposed {
   }
 };
 
-// A thread's work on a tile; of a transposed one, the first half. `shared` has kSharedBytes,
-// aligned to 16, and is used by transposed tiles alone.
+// A thread's work on a tile, or the first half of it where the tile is transposed. `shared` has
+// kSharedBytes, aligned to 16, and is used by transposed tiles alone.
 NANOTRON_FAST_DEVICE void begin_tile(const TileItem& item, const Tile& tile, uint32_t thread,
                                      std::byte* shared) {
   switch (static_cast<TileKind>(item.kind)) {

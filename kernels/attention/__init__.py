@@ -7,12 +7,13 @@ Causal: the last query stands at the last key, and sees those before. A window o
 its last W keys, itself included. Documents (cu_seqlens) do not see each other. A row that sees no
 key has out = 0 and lse = -inf.
 
-FLOPs for each visible pair of a query and a key of a head: 4 * d forward, 10 * d backward (ours 14:
-scores and dout v^T a second time, in place of atomics, and so the sums are always the same).
-Bytes: q, k, v and out once, were the cache endless: far below what the FLOPs take from some
-hundreds of rows on. Saved for backward: q, k, v, out, and lse (4 bytes for each row of a head).
+FLOPs for each visible pair of a query and a key of a head: 4 * d forward, 10 * d backward. Ours are
+14 * d backward: it computes the scores and dout v^T a second time instead of adding atomically, so
+that its sums are always the same. Bytes: q, k, v and out once, if the cache held everything; from
+some hundreds of rows on that takes far less time than the FLOPs. Saved for backward: q, k, v, out,
+and lse (4 bytes for each row of a head).
 
-Which implementation runs, a library's or ours, is attention_choice.py's table to say.
+The table in `choice` says which implementation runs, a library's or ours.
 Shapes: q, out (batch, seq_q, H, d); k, v (batch, seq_k, K, d), K a divisor of H; lse
 (batch, H, seq_q) fp32. With cu_seqlens (documents + 1,) int32: q, k, v, out (tokens, heads, d); lse
 (H, tokens).
@@ -26,9 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.attention import cpu as attention_cpu
-from nanotron_fast.kernels.attention import library as attention_library
-from nanotron_fast.kernels.attention import operators as attention_triton
+from nanotron_fast.kernels.attention import cpu, library, operators
 from nanotron_fast.kernels.attention.choice import (
     EQUAL,
     FEWER_QUERIES,
@@ -55,6 +54,7 @@ __all__ = [
 # torch.compile keeps what it reads while it traces: the choice is made once per compiled graph.
 @torch.compiler.assume_constant_result
 def _choose(
+    *,
     device: torch.device,
     dtype: torch.dtype,
     head_dim: int,
@@ -88,7 +88,7 @@ def _choose(
         environment=requested_backend(),
         is_interpreting=is_interpreting(),
     )
-    return choose_backend(request, attention_library.missing)
+    return choose_backend(request, library.missing)
 
 
 def explain(
@@ -105,34 +105,35 @@ def explain(
 ) -> tuple[str, str]:
     """What attention() runs for such tensors in training, a name of the table, and why.
 
-    wants_lse: for attention_forward() and attention_backward() in its place.
+    With wants_lse, what attention_forward() and attention_backward() run.
     """
     return _choose(
-        torch.device(device),
-        dtype,
-        head_dim,
-        causal,
-        has_documents,
-        has_window,
-        has_softcap,
-        EQUAL,
-        True,
-        wants_lse,
-        backend,
+        device=torch.device(device),
+        dtype=dtype,
+        head_dim=head_dim,
+        causal=causal,
+        has_documents=has_documents,
+        has_window=has_window,
+        has_softcap=has_softcap,
+        lengths=EQUAL,
+        is_training=True,
+        wants_lse=wants_lse,
+        backend=backend,
     )
 
 
-def _check(
+def _checked(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     causal: bool,
     cu_seqlens: Tensor | None,
     window: int | None,
     scale: float | None,
     softcap: float | None,
 ) -> dict[str, Any]:
-    """The options, in the order of attention_triton.forward(), defaults filled in.
+    """The options by their names, with the defaults filled in, as every implementation takes them.
 
     A window that hides nothing is None. Raises ValueError.
     """
@@ -179,29 +180,36 @@ def _lengths(q: Tensor, k: Tensor) -> str:
 
 
 def _name(
-    q: Tensor, k: Tensor, options: dict[str, Any], is_training: bool, wants_lse: bool, backend: str
+    q: Tensor,
+    k: Tensor,
+    options: dict[str, Any],
+    *,
+    is_training: bool,
+    wants_lse: bool,
+    backend: str,
 ) -> str:
+    """The implementation that a call gets."""
     name, _ = _choose(
-        q.device,
-        q.dtype,
-        operator.index(q.shape[-1]),
-        options["causal"],
-        options["cu_seqlens"] is not None,
-        options["window"] is not None,
-        options["softcap"] is not None,
-        _lengths(q, k),
-        is_training,
-        wants_lse,
-        backend,
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=operator.index(q.shape[-1]),
+        causal=options["causal"],
+        has_documents=options["cu_seqlens"] is not None,
+        has_window=options["window"] is not None,
+        has_softcap=options["softcap"] is not None,
+        lengths=_lengths(q, k),
+        is_training=is_training,
+        wants_lse=wants_lse,
+        backend=backend,
     )
     # The libraries differ in what they make of no rows at all.
     is_empty = q.numel() == 0 or k.numel() == 0
     return "torch" if is_empty else name
 
 
-def _without_softcap(options: dict[str, Any]) -> list[Any]:
-    """For an implementation that is not chosen where there is one."""
-    return [value for name, value in options.items() if name != "softcap"]
+def _for_cpu(options: dict[str, Any]) -> dict[str, Any]:
+    """Without a softcap: where there is one, torch's kernels for the CPU are not chosen."""
+    return {name: value for name, value in options.items() if name != "softcap"}
 
 
 def attention(
@@ -232,7 +240,7 @@ def attention(
         scale: of the scores; d ** -0.5 by default.
         softcap: softcap * tanh(s / softcap) in place of the scores s, as Gemma 2 has it.
         backend: "auto"; "sdpa" or "flash_attn" (the libraries); "triton" (ours); "torch" (the
-            reference); or a name of attention_choice's table. NANOTRON_FAST_BACKEND=triton|torch
+            reference); or a name of the table in `choice`. NANOTRON_FAST_BACKEND=triton|torch
             overrules "auto".
 
     Returns:
@@ -242,16 +250,18 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or options do not fit, or `backend` cannot serve them.
     """
-    options = _check(q, k, v, causal, cu_seqlens, window, scale, softcap)
+    options = _checked(
+        q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, scale=scale, softcap=softcap
+    )
     is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    name = _name(q, k, options, is_training, False, backend)
+    name = _name(q, k, options, is_training=is_training, wants_lse=False, backend=backend)
     if name == "torch":
         return attention_reference(q, k, v, **options)
     if name == "sdpa_cpu":
-        return attention_cpu.attend(q, k, v, *_without_softcap(options))
+        return cpu.attend(q, k, v, **_for_cpu(options))
     if name == "triton":
-        return attention_triton.attend(q, k, v, *options.values())
-    return attention_library.attend(name, q, k, v, max_seqlen=max_seqlen, **options)
+        return operators.attend(q, k, v, **options)
+    return library.attend(name, q, k, v, max_seqlen=max_seqlen, **options)
 
 
 def attention_forward(
@@ -275,16 +285,18 @@ def attention_forward(
         out in q's shape and dtype; lse, natural logarithms in fp32, (batch, H, seq_q), or
         (H, tokens) with cu_seqlens.
     """
-    options = _check(q, k, v, causal, cu_seqlens, window, scale, softcap)
-    name = _name(q, k, options, True, True, backend)
+    options = _checked(
+        q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, scale=scale, softcap=softcap
+    )
+    name = _name(q, k, options, is_training=True, wants_lse=True, backend=backend)
     with torch.no_grad():
         if name == "torch":
             return attention_forward_reference(q, k, v, **options)
         if name == "sdpa_cpu":
-            return attention_cpu.forward(q, k, v, *_without_softcap(options))
+            return cpu.forward(q, k, v, **_for_cpu(options))
         if name == "triton":
-            return attention_triton.forward(q, k, v, *options.values())
-        return attention_library.forward(name, q, k, v, max_seqlen=max_seqlen, **options)
+            return operators.forward(q, k, v, **options)
+        return library.forward(name, q, k, v, max_seqlen=max_seqlen, **options)
 
 
 def attention_backward(
@@ -312,19 +324,21 @@ def attention_backward(
     Raises:
         ValueError: as attention(), and where dout, out or lse do not fit q.
     """
-    options = _check(q, k, v, causal, cu_seqlens, window, scale, softcap)
-    if not dout.shape == out.shape == q.shape or lse.shape != attention_triton.lse_shape(q):
+    options = _checked(
+        q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, scale=scale, softcap=softcap
+    )
+    if not dout.shape == out.shape == q.shape or lse.shape != operators.lse_shape(q):
         raise ValueError(
             f"attention_backward: dout {tuple(dout.shape)}, out {tuple(out.shape)} and "
             f"lse {tuple(lse.shape)} for q {tuple(q.shape)}"
         )
-    name = _name(q, k, options, True, True, backend)
+    name = _name(q, k, options, is_training=True, wants_lse=True, backend=backend)
     tensors = (dout, q, k, v, out, lse)
     with torch.no_grad():
         if name == "torch":
             return attention_backward_reference(*tensors, **options)
         if name == "sdpa_cpu":
-            return attention_cpu.backward(*tensors, *_without_softcap(options))
+            return cpu.backward(*tensors, **_for_cpu(options))
         if name == "triton":
-            return attention_triton.backward(*tensors, *options.values())
-        return attention_library.backward(name, *tensors, max_seqlen=max_seqlen, **options)
+            return operators.backward(*tensors, **options)
+        return library.backward(name, *tensors, max_seqlen=max_seqlen, **options)

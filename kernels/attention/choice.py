@@ -59,7 +59,8 @@ class Capability:
     documents: bool = True
     window: bool = True
     softcap: bool = True
-    # Under a causal mask aligned to the last key; with more queries than keys some see nothing.
+    # What it can do under a causal mask that ends at the last key. Where there are more queries
+    # than keys, some of them see nothing.
     lengths: tuple[str, ...] = (EQUAL, FEWER_QUERIES, MORE_QUERIES)
     deterministic: bool = True
     # Whether attention_forward and attention_backward can call it.

@@ -1,9 +1,9 @@
 """Block sizes of the attention kernels, and which of them a launch tries.
 
-The first call of a kind times the few that its GPU can run, and keeps the fastest. All of them are
-held to no register spills on sm_80, sm_90 and sm_100 (tests/kernels/gate); those with TMA, the bulk
-copy engine, need sm_90. On the H100 a block of 64 x 128 or more keeps its matrix units busy from
-shared memory: narrower ones are here for what needs more registers.
+The first call of a kind times the few that its GPU can run, and keeps the fastest. None of them
+spills registers on sm_80, sm_90 or sm_100, which tests/kernels/compiling holds them to; those with
+TMA, the bulk copy engine, need sm_90. On the H100 a block of 64 x 128 or more keeps its matrix
+units busy from shared memory; narrower ones are here for what needs more registers.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ DKV_OPTIONS: Table = {
     128: [_tma(32, 128, 8, 2), _plain(32, 64, 8, 2)],
     256: [_tma(32, 32, 8, 2), _plain(32, 32, 8, 2)],
 }
-# fp32 products are exact, on the ordinary cores: correct, not fast, and too much above 128.
+# Products of fp32 are exact and run on the ordinary cores. They are slow, and with a head_dim above
+# 128 take more registers than there are.
 _FP32 = _plain(16, 16, 8, 1)
 # For the interpreter: blocks of unequal sides, and short, so that few rows cross many edges.
 INTERPRETED = _plain(32, 16, 1, 1)
@@ -83,7 +84,7 @@ def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
         choices = table[max(arguments["BLOCK_D"], 64)]
         if not arguments["CAN_TMA"]:
             return [config for config in choices if not config.kwargs["TMA"]]
-        # Off the GPU this is the compile gate, which wants all that could run somewhere.
+        # Off the GPU launches are only compiled, and all that could run somewhere are wanted.
         return [config for config in choices if config.kwargs["TMA"] or not q.is_cuda]
 
     early_prune: Callable[..., list[Config]] = prune

@@ -5,13 +5,14 @@ documents are computed; what the kernels have no word for (a window, fewer or mo
 keys under a causal mask) is a mask. Under torch.compile, which must not look at the numbers in
 cu_seqlens, documents are a mask too.
 
-Shapes as in attention.py; lse (batch, H, seq_q), or (H, tokens) with cu_seqlens.
+Shapes are those of `attention`; lse (batch, H, seq_q), or (H, tokens) with cu_seqlens.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,13 @@ from nanotron_fast.kernels.attention.reference import visible_keys
 
 _FORWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Rows of a packed tensor, and how many documents of one length they are.
-Run = tuple[slice, int]
+
+
+class Run(NamedTuple):
+    """Rows of a packed tensor, and how many documents of one length they are."""
+
+    rows: slice
+    documents: int
 
 
 def _runs(cu_seqlens: Tensor) -> Iterator[Run]:
@@ -31,14 +37,13 @@ def _runs(cu_seqlens: Tensor) -> Iterator[Run]:
     for length, documents in itertools.groupby(cu_seqlens.diff().tolist()):
         count = sum(1 for _ in documents)
         if length:
-            yield slice(start, start + count * length), count
+            yield Run(slice(start, start + count * length), count)
         start += count * length
 
 
 def _batched(run: Run, *tensors: Tensor) -> list[Tensor]:
     """(tokens, heads, d) -> (documents, length, heads, d)."""
-    rows, count = run
-    return [tensor[rows].unflatten(0, (count, -1)) for tensor in tensors]
+    return [tensor[run.rows].unflatten(0, (run.documents, -1)) for tensor in tensors]
 
 
 def _mask(
@@ -55,20 +60,22 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
 ) -> Tensor:
     """out, for autograd. A query that sees no key has 0."""
+    plain = {"causal": causal, "window": window, "scale": scale}
     if cu_seqlens is None:
-        return _attend(q, k, v, None, causal, window, scale)
+        return _attend(q, k, v, cu_seqlens=None, **plain)
     runs = [] if torch.compiler.is_compiling() else [*_runs(cu_seqlens)]
     if not runs:
         q, k, v = (t.unsqueeze(0) for t in (q, k, v))
-        return _attend(q, k, v, cu_seqlens, causal, window, scale).squeeze(0)
+        return _attend(q, k, v, cu_seqlens=cu_seqlens, **plain).squeeze(0)
     outs = [
-        _attend(*_batched(run, q, k, v), None, causal, window, scale).flatten(0, 1) for run in runs
+        _attend(*_batched(run, q, k, v), cu_seqlens=None, **plain).flatten(0, 1) for run in runs
     ]
     num_rows = sum(len(out) for out in outs)
     return torch.cat([*outs, torch.zeros_like(q[num_rows:])])
@@ -78,6 +85,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     causal: bool,
     window: int | None,
@@ -95,7 +103,7 @@ def _attend(
 
 
 def _scores_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The kernels add a mask to the scores: 0 or -inf."""
+    """The mask as the kernels take it, who add it to the scores: 0 or -inf."""
     if mask is None:
         return None
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, float("-inf"))
@@ -105,6 +113,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     causal: bool,
     window: int | None,
@@ -114,9 +123,11 @@ def forward(
     if cu_seqlens is not None:
         out, lse = torch.zeros_like(q), q.new_full(q.shape[1::-1], float("-inf"), dtype=_wide(q))
         for run in _runs(cu_seqlens):
-            part, part_lse = forward(*_batched(run, q, k, v), None, causal, window, scale)
-            out[run[0]] = part.flatten(0, 1)
-            lse[:, run[0]] = part_lse.transpose(0, 1).flatten(1)
+            part, part_lse = forward(
+                *_batched(run, q, k, v), cu_seqlens=None, causal=causal, window=window, scale=scale
+            )
+            out[run.rows] = part.flatten(0, 1)
+            lse[:, run.rows] = part_lse.transpose(0, 1).flatten(1)
         return out, lse
     mask = _mask(q, k, causal, None, window)
     out, lse = _FORWARD(
@@ -142,6 +153,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     causal: bool,
     window: int | None,
@@ -151,17 +163,23 @@ def backward(
     if cu_seqlens is not None:
         gradients = tuple(torch.zeros_like(t) for t in (q, k, v))
         for run in _runs(cu_seqlens):
-            rows, count = run
-            part_lse = lse[:, rows].unflatten(1, (count, -1)).transpose(0, 1)
-            batched = _batched(run, dout, q, k, v, out)
-            parts = backward(*batched, part_lse, None, causal, window, scale)
+            part_lse = lse[:, run.rows].unflatten(1, (run.documents, -1)).transpose(0, 1)
+            parts = backward(
+                *_batched(run, dout, q, k, v, out),
+                part_lse,
+                cu_seqlens=None,
+                causal=causal,
+                window=window,
+                scale=scale,
+            )
             for gradient, part in zip(gradients, parts, strict=True):
-                gradient[rows] = part.flatten(0, 1)
+                gradient[run.rows] = part.flatten(0, 1)
         dq, dk, dv = gradients
         return dq, dk, dv
     mask = _mask(q, k, causal, None, window)
     dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
-    # Of a row that sees nothing all scores are -inf: 0 keeps their weights 0, and no numbers.
+    # A row that sees nothing has scores and a lse of -inf, whose difference would be NaN. With 0 as
+    # its lse, its weights are 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0).contiguous()
     found = _BACKWARD(
         dout,

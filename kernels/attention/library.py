@@ -2,7 +2,7 @@
 
 `attend` is differentiable, by the library's own autograd. `forward` and `backward` call torch's
 flash and cuDNN kernels directly, for blocks that keep out and lse themselves.
-Shapes as in attention.py; lse (batch, H, seq_q), or (H, tokens) with cu_seqlens.
+Shapes are those of `attention`; lse (batch, H, seq_q), or (H, tokens) with cu_seqlens.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _varlen_parameters() -> tuple[str, ...]:
 
 @cache
 def missing(name: str) -> str:
-    """Why a library of attention_choice's table is not there to be used; empty where it is."""
+    """Why a library of the table in `choice` cannot be used here; empty where it can."""
     if name in _FLASH_MODULES:
         return _missing_flash(name)
     if name in ("sdpa_flash", "sdpa_varlen"):
@@ -97,7 +97,9 @@ def _window_size(causal: bool, window: int | None) -> tuple[int, int]:
     return -1, 0 if causal else -1
 
 
-def _attend_sdpa(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+def _attend_sdpa(
+    name: str, q: Tensor, k: Tensor, v: Tensor, *, causal: bool, scale: float
+) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     has_groups = q.shape[1] != k.shape[1]
     with sdpa_kernel(_SDPA_KERNELS[name], set_priority=True):
@@ -111,6 +113,7 @@ def _attend_varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     causal: bool,
@@ -138,6 +141,7 @@ def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     causal: bool,
@@ -148,9 +152,18 @@ def attend(
     """out, by the library of that name, for autograd."""
     q, k, v = (_vectors(t) for t in (q, k, v))
     if name in _SDPA_KERNELS:
-        return _attend_sdpa(name, q, k, v, causal, scale)
+        return _attend_sdpa(name, q, k, v, causal=causal, scale=scale)
     if name == "sdpa_varlen":
-        return _attend_varlen(q, k, v, cu_seqlens, max_seqlen, causal, window, scale)
+        return _attend_varlen(
+            q,
+            k,
+            v,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            causal=causal,
+            window=window,
+            scale=scale,
+        )
     options = {
         "softmax_scale": scale,
         "causal": causal,
@@ -176,7 +189,10 @@ def attend(
     return out[0] if isinstance(out, tuple) else out  # early FlashAttention 3 returns lse too
 
 
-def _longest(q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None):
+def _longest(
+    q: Tensor, k: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None
+) -> tuple[int, int]:
+    """The most queries and keys of a sequence or document."""
     if cu_seqlens is None:
         return q.shape[1], k.shape[1]
     longest = max_seqlen or q.shape[0]
@@ -188,6 +204,7 @@ def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     causal: bool,
@@ -229,6 +246,7 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
+    *,
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     causal: bool,

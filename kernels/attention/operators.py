@@ -23,12 +23,11 @@ from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
 from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
 from nanotron_fast.kernels.runtime.backend import is_interpreting, on_grid, operator
 
-MAX_HEAD_DIM = 256
 _LOG2_E = math.log2(math.e)
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
-    """Of batch, row and head, in elements."""
+    """The strides of batch, row and head, in elements."""
     strides = tensor.stride()[:-1]
     return strides if len(strides) == 3 else (0, *strides)
 
@@ -73,17 +72,22 @@ def _launch(
     kernel: Any,
     tensors: tuple[Tensor, ...],
     strided: tuple[Tensor, ...],
+    *,
     cu_seqlens: Tensor | None,
     causal: bool,
     window: int | None,
     scale: float,
     softcap: float | None,
-    *numbers: float,
-    **constants: Any,
+    can_tma: bool,
+    out_scale: float | None = None,
 ) -> None:
     """One program for each block of rows of each head, of queries or (dkv) of keys.
 
-    strided: those of `tensors`, q and k first, whose strides the kernel is given.
+    Args:
+        tensors: the first arguments of the kernel.
+        strided: those of `tensors`, q and k first, whose strides the kernel is given.
+        can_tma: whether the bulk copy engine can read them.
+        out_scale: what the backward kernels multiply their gradient by; forward takes none.
     """
     q, k = strided[:2]
     num_heads, head_dim = q.shape[-2:]
@@ -97,7 +101,7 @@ def _launch(
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
         block = meta["BLOCK_N" if walks_keys else "BLOCK_M"]
-        # With documents, as locate() hands the programs out.
+        # With documents, as find_block() hands the programs out.
         is_dense = cu_seqlens is None
         blocks = triton.cdiv(rows, block) if is_dense else rows // block + num_documents + 1
         return blocks, heads, batch
@@ -112,21 +116,22 @@ def _launch(
         num_heads // num_kv_heads,
         window or 0,
         *_units(scale, softcap),
-        *numbers,
+        *(() if out_scale is None else (out_scale,)),
         (max(seq_q, seq_k) > 1024) + (max(seq_q, seq_k) > 4096),
     )
-    constants |= {
+    constants = {
         "HEAD_DIM": head_dim,
         "BLOCK_D": _block_d(q),
         "CAUSAL": causal,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
         "VARLEN": cu_seqlens is not None,
+        "CAN_TMA": can_tma,
     }
     if is_interpreting():  # nothing to tune, and no clock to tune by
         on_grid(kernel.fn, grid)(*arguments, **constants, **INTERPRETED.all_kwargs())
     else:
-        if constants["CAN_TMA"]:
+        if can_tma:
             triton.set_allocator(_scratch)
         on_grid(kernel, grid)(*arguments, **constants)
 
@@ -149,12 +154,12 @@ def _forward(
         forward_kernel,
         (q, k, v, out, lse),
         (q, k, v),
-        cu_seqlens,
-        causal,
-        window,
-        scale,
-        softcap,
-        CAN_TMA=_can_tma(q, k, v),
+        cu_seqlens=cu_seqlens,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        can_tma=_can_tma(q, k, v),
     )
     return out, lse
 
@@ -183,21 +188,28 @@ def _backward(
     shape = (*lse.shape[:-1], lse.shape[-1] + 1)
     log2_lse, delta = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
     is_power_of_two = _block_d(q) == q.shape[-1]
-    options = (cu_seqlens, causal, window, scale, softcap, scale)
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "causal": causal,
+        "window": window,
+        "scale": scale,
+        "softcap": softcap,
+        "out_scale": scale,
+    }
     _launch(
         dq_kernel,
         (q, k, v, out, dout, lse, log2_lse, delta, dq),
         (q, k, v, out, dout),
-        *options,
-        CAN_TMA=_can_tma(q, k, v),
+        **options,
+        can_tma=_can_tma(q, k, v),
     )
     _launch(
         dkv_kernel,
         (q, k, v, dout, log2_lse, delta, dk, dv),
         (q, k, v, dout),
-        *options,
+        **options,
         # It reads whole rows of heads: no padding between one and the next.
-        CAN_TMA=_can_tma(q, dout) and is_power_of_two,
+        can_tma=_can_tma(q, dout) and is_power_of_two,
     )
     return dq, dk, dv
 
@@ -215,24 +227,60 @@ def _dense_heads(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
-    """out and lse. options: cu_seqlens, causal, window, scale, softcap, all resolved."""
-    return _forward(*(_dense_heads(t) for t in (q, k, v)), *options)
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """out and lse, with options as attention() has resolved them."""
+    return _forward(
+        *(_dense_heads(t) for t in (q, k, v)),
+        cu_seqlens=cu_seqlens,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *options: Any
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, with the options of forward()."""
-    strided = (_dense_heads(t) for t in (dout, q, k, v, out))
-    return _backward(*strided, lse.contiguous(), *options)
+    return _backward(
+        *(_dense_heads(t) for t in (dout, q, k, v, out)),
+        lse.contiguous(),
+        cu_seqlens=cu_seqlens,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+    )
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, *options):
+    def forward(ctx, q, k, v, cu_seqlens, causal, window, scale, softcap):
+        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
         q, k, v = (_dense_heads(t) for t in (q, k, v))
-        out, lse = _forward(q, k, v, cu_seqlens, *options)
+        out, lse = _forward(q, k, v, cu_seqlens=cu_seqlens, **options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.options = options
         return out
@@ -240,10 +288,22 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        grads = _backward(_dense_heads(dout), q, k, v, out, lse, cu_seqlens, *ctx.options)
+        grads = _backward(
+            _dense_heads(dout), q, k, v, out, lse, cu_seqlens=cu_seqlens, **ctx.options
+        )
         return *grads, None, None, None, None, None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None,
+    causal: bool,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
     """out alone, for autograd, with the options of forward()."""
-    return _Attention.apply(q, k, v, *options)
+    return _Attention.apply(q, k, v, cu_seqlens, causal, window, scale, softcap)

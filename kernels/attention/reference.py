@@ -1,4 +1,4 @@
-"""Attention in plain torch: what the kernels are held to, and what a softcap off the GPU takes.
+"""Attention in plain torch: what the kernels are held to, and what runs a softcap off the GPU.
 
     s = scale * q k^T          s = softcap * tanh(s / softcap) where a softcap is given
     lse = log(sum over visible keys of e^s)      out = e^(s - lse) v
@@ -81,7 +81,8 @@ def attention_forward_reference(
     wide_q = _grouped(wide_q, wide_k.shape[2])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores, visible, _ = _scores(wide_q, wide_k, causal, cu_seqlens, window, scale, softcap)
-    # The lowest number in place of -inf: a row that sees nothing stays finite, and is zeroed after.
+    # Hidden scores are the lowest number, not -inf: a row that sees nothing stays finite so, and is
+    # zeroed afterwards.
     scores = scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, -1).masked_fill(~visible, 0.0)
     out = torch.einsum("bhgqk,bkhd->bqhgd", weights, wide_v).reshape(*q.shape)

@@ -6,10 +6,10 @@ With M the largest logit of a row, s = sum exp(l - M), both over all ranks, and 
     returned: loss + z, z           z = z_loss * (M + log s)^2   "correct": log-sum-exp itself
     dl = dloss * (exp(l - M) / s * (1 + 2 * z_loss * log s) - [l is the target's])
 
-with M + log s for log s in the last line too where "correct". All of it is fp32. z carries no
-gradient: it is in the loss already, and returned to be looked at. So it is in Nanotron, which
-drops what flows into the returned z, and whose gradient of z takes M for a constant though its z
-depends on it.
+In "correct" mode the last line has M + log s in the place of log s too. All of it is fp32. z
+carries no gradient: it is in the loss already, and is returned to be looked at. Nanotron does the
+same: it drops what flows into the returned z, and its gradient of z takes M for a constant although
+its z depends on it.
 
 A target outside the vocabulary, -100 say, has t = M as in Nanotron: its loss is log s. With
 `ignore_index` the loss and the gradient of such a token are 0 and its logits are not read.
@@ -19,7 +19,8 @@ written over the logits. Saved: the logits, the targets, M and s (8 bytes a row)
 all-gather of three numbers a row: each rank's largest logit, its sum, the target's logit.
 Shapes: logits (rows, vocab/ranks); target, loss, z (rows,).
 
-CPU tensors take the same three steps in plain torch; the reference below is for tests alone.
+CPU tensors take the same three steps in plain torch, which stand beside the kernels in `operators`;
+the reference in `reference` is for tests alone.
 """
 
 from __future__ import annotations
@@ -28,50 +29,32 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient, gradient_, statistics
-from nanotron_fast.kernels.runtime.collectives import Group, Ranks, all_gather, resolve
+from nanotron_fast.kernels.cross_entropy.reference import vocab_parallel_cross_entropy_reference
+from nanotron_fast.kernels.runtime.collectives import Group, all_gather, resolve
 from nanotron_fast.kernels.runtime.rows import as_rows
+
+__all__ = [
+    "Z_LOSS_MODES",
+    "check_options",
+    "check_target",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_cross_entropy_reference",
+]
 
 Z_LOSS_MODES = ("nanotron", "correct")
 
 
-def vocab_parallel_cross_entropy_reference(
-    logits: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int | None = None,
-    z_loss: float = 0.0,
-    z_loss_mode: str = "nanotron",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The same for a whole vocabulary on one rank: plain torch, and torch's own gradient."""
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    maximum = values.detach().amax(-1, keepdim=True)
-    shifted = values - maximum
-    log_sum = shifted.exp().sum(-1).log()
-    inside = (target >= 0) & (target < logits.shape[-1])
-    index = torch.where(inside, target, 0).long().unsqueeze(-1)
-    loss = log_sum - torch.where(inside, shifted.gather(-1, index).squeeze(-1), 0.0)
-    log_z = log_sum + maximum.squeeze(-1) if z_loss_mode == "correct" else log_sum
-    z = z_loss * log_z.square()
-    loss = loss + z
-    if ignore_index is not None:
-        loss, z = (torch.where(target == ignore_index, 0.0, t) for t in (loss, z))
-    return (loss, z.detach()) if z_loss > 0 else loss
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, logits, target, group_name, rank, size, ignore_index, z_loss, add_maximum, inplace
-    ):
+    def forward(ctx, logits, target, ranks, ignore_index, z_loss, add_maximum, inplace):
         num_cols = logits.shape[1]
-        first_col = rank * num_cols
-        ours = statistics(logits, target, first_col, ignore_index)
-        of_all = all_gather(ours, Ranks(group_name, rank, size))
-        loss, z, maximum_and_sum = combine(
-            of_all, target, num_cols, ignore_index, z_loss, add_maximum
-        )
+        first_col = ranks.rank * num_cols
+        terms = {"ignore_index": ignore_index, "z_loss": z_loss, "add_maximum": add_maximum}
+        ours = statistics(logits, target, first_col=first_col, ignore_index=ignore_index)
+        of_all = all_gather(ours, ranks)
+        loss, z, maximum_and_sum = combine(of_all, target, shard_cols=num_cols, **terms)
         ctx.save_for_backward(logits, target, maximum_and_sum)
-        ctx.options = (first_col, ignore_index, z_loss, add_maximum)
+        ctx.first_col, ctx.terms = first_col, terms
         ctx.inplace = inplace
         ctx.is_spent = False
         ctx.mark_non_differentiable(z)
@@ -86,18 +69,19 @@ class _CrossEntropy(torch.autograd.Function):
             )
         logits, target, maximum_and_sum = ctx.saved_tensors
         dloss = dloss.to(maximum_and_sum.dtype).contiguous()
-        nothing = (None,) * 8
+        named = {"first_col": ctx.first_col, **ctx.terms}
+        nothing = (None,) * 6
         # Under create_graph the logits may be needed once more.
         if not ctx.inplace or torch.is_grad_enabled():
-            return gradient(logits, target, maximum_and_sum, dloss, *ctx.options), *nothing
+            return gradient(logits, target, maximum_and_sum, dloss, **named), *nothing
         ctx.is_spent = True
         logits = logits.detach()
-        gradient_(logits, target, maximum_and_sum, dloss, *ctx.options)
+        gradient_(logits, target, maximum_and_sum, dloss, **named)
         return logits, *nothing
 
 
 def _as_rows(logits: Tensor) -> Tensor:
-    """(..., vocab/ranks) -> (rows, vocab/ranks): elements side by side, no two rows the same."""
+    """(..., vocab/ranks) -> (rows, vocab/ranks), rows without gaps that do not overlap."""
     rows = as_rows(logits)
     is_apart = rows.stride(0) >= rows.shape[1] or rows.shape[0] <= 1
     return rows if is_apart else rows.contiguous()
@@ -110,7 +94,7 @@ def _is_leaf(tensor: Tensor) -> bool:
 
 
 def check_options(name: str, z_loss: float, z_loss_mode: str) -> None:
-    """Raises ValueError for a z-loss that is none."""
+    """Raises ValueError for a mode that is not there and for a weight below 0."""
     if z_loss_mode not in Z_LOSS_MODES:
         raise ValueError(f"{name}: z_loss_mode={z_loss_mode!r}: choose {', '.join(Z_LOSS_MODES)}")
     if not z_loss >= 0:
@@ -169,7 +153,7 @@ def vocab_parallel_cross_entropy(
     loss, z = _CrossEntropy.apply(
         rows,
         target.reshape(-1).contiguous(),
-        *resolve(group),
+        resolve(group),
         ignore_index,
         float(z_loss),
         z_loss_mode == "correct",

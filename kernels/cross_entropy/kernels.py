@@ -1,4 +1,4 @@
-"""The Triton kernels of the vocabulary-parallel cross entropy; formulas stand in `cross_entropy`.
+"""The Triton kernels of the vocabulary-parallel cross entropy; its formulas are in `cross_entropy`.
 
 Shapes: logits (rows, vocab/ranks); target, loss, z (rows,); statistics (3, rows) of a rank,
 (ranks, 3, rows) of all; M and s, `maximum_and_sum`, (2, rows).
@@ -140,7 +140,7 @@ def gradient_kernel(
     dloss = tl.load(dloss_ptr + row)
     end = num_cols
     if HAS_IGNORE:
-        # Of an ignored row nothing is read: it may hold what is not finite.
+        # Nothing is read of an ignored row, which may hold what is not finite.
         end = tl.where(target == ignore_index, 0, num_cols)
         dloss = tl.where(target == ignore_index, 0.0, dloss)
     scale = dloss / total

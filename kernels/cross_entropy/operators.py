@@ -1,14 +1,17 @@
-"""The three steps of the vocabulary-parallel cross entropy as operators: a kernel each, and a twin.
+"""The three steps of the vocabulary-parallel cross entropy as operators.
 
     statistics   logits of a rank -> largest logit, sum of exp(l - largest), the target's logit
     combine      those of all ranks -> loss, z, and M and s of the whole row
     gradient     logits, M, s and the gradient of the loss -> the gradient, or over the logits
 
-The formulas stand in `cross_entropy`, the shapes in `cross_entropy_kernels`. The twins, for CPU
-tensors and fp64, work through a temporary copy of the logits in fp32 (or fp64).
+The formulas are in `cross_entropy`, the shapes in `kernels`. Each step is a kernel, and the same in
+plain torch for CPU tensors and fp64, which works through a temporary copy of the logits in fp32 (or
+fp64).
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -20,6 +23,15 @@ from nanotron_fast.kernels.cross_entropy.kernels import (
     statistics_kernel,
 )
 from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+
+
+class _Terms(NamedTuple):
+    """What the gradient depends on beside tensors; the names are those of the operators."""
+
+    first_col: int
+    ignore_index: int | None
+    z_loss: float
+    add_maximum: bool
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,26 +96,23 @@ def _gradient_torch(
     target: Tensor,
     maximum_and_sum: Tensor,
     dloss: Tensor,
-    first_col: int,
-    ignore_index: int | None,
-    z_loss: float,
-    add_maximum: bool,
+    terms: _Terms,
     gradient: Tensor,
 ) -> None:
     maximum, total = maximum_and_sum
     scale = dloss / total
-    if z_loss > 0:
-        log_z = total.log() + maximum if add_maximum else total.log()
-        scale = scale * (1 + 2 * z_loss * log_z)
-    # Where the dtypes allow it, in the result itself: no copy, and none back.
+    if terms.z_loss > 0:
+        log_z = total.log() + maximum if terms.add_maximum else total.log()
+        scale = scale * (1 + 2 * terms.z_loss * log_z)
+    # Where the dtypes allow it, values are computed in the result itself, with no copy to and fro.
     is_wide = gradient.dtype == maximum.dtype
     out = gradient if is_wide else torch.empty_like(logits, dtype=maximum.dtype)
     values = torch.sub(logits, maximum.unsqueeze(-1), out=out).exp_()
     values.mul_(scale.unsqueeze(-1))
-    col, here = _where_local(target, logits.shape[-1], first_col)
+    col, here = _where_local(target, logits.shape[-1], terms.first_col)
     values.scatter_add_(-1, col.unsqueeze(-1), torch.where(here, -dloss, 0.0).unsqueeze(-1))
-    if ignore_index is not None:
-        values.masked_fill_((target == ignore_index).unsqueeze(-1), 0.0)
+    if terms.ignore_index is not None:
+        values.masked_fill_((target == terms.ignore_index).unsqueeze(-1), 0.0)
     if not is_wide:
         gradient.copy_(values)
 
@@ -150,7 +159,7 @@ def combine(
     z_loss: float,
     add_maximum: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """loss + z (rows,), z (rows,) or empty where there is no z-loss, M and s (2, rows)."""
+    """loss + z and z, both (rows,), and M and s (2, rows). z is empty without a z-loss."""
     if not _launches(of_all):
         return _combine_torch(of_all, target, shard_cols, ignore_index, z_loss, add_maximum)
     num_ranks, _, num_rows = of_all.shape
@@ -190,24 +199,11 @@ def _write_gradient(
     target: Tensor,
     maximum_and_sum: Tensor,
     dloss: Tensor,
-    first_col: int,
-    ignore_index: int | None,
-    z_loss: float,
-    add_maximum: bool,
+    terms: _Terms,
     gradient: Tensor,
 ) -> None:
     if not _launches(logits):
-        _gradient_torch(
-            logits,
-            target,
-            maximum_and_sum,
-            dloss,
-            first_col,
-            ignore_index,
-            z_loss,
-            add_maximum,
-            gradient,
-        )
+        _gradient_torch(logits, target, maximum_and_sum, dloss, terms, gradient)
         return
     num_rows, num_cols = logits.shape
     block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
@@ -224,12 +220,12 @@ def _write_gradient(
             num_rows,
             num_cols,
             num_blocks,
-            first_col,
-            ignore_index or 0,
-            z_loss,
-            HAS_IGNORE=ignore_index is not None,
-            HAS_Z=z_loss > 0,
-            ADD_MAXIMUM=add_maximum,
+            terms.first_col,
+            terms.ignore_index or 0,
+            terms.z_loss,
+            HAS_IGNORE=terms.ignore_index is not None,
+            HAS_Z=terms.z_loss > 0,
+            ADD_MAXIMUM=terms.add_maximum,
             BLOCK=block,
             num_warps=num_warps,
         )
@@ -248,17 +244,8 @@ def gradient(
 ) -> Tensor:
     """The gradient of the logits, in their dtype. dloss is (rows,), fp32."""
     result = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(
-        logits,
-        target,
-        maximum_and_sum,
-        dloss,
-        first_col,
-        ignore_index,
-        z_loss,
-        add_maximum,
-        result,
-    )
+    terms = _Terms(first_col, ignore_index, z_loss, add_maximum)
+    _write_gradient(logits, target, maximum_and_sum, dloss, terms, gradient=result)
     return result
 
 
@@ -279,17 +266,8 @@ def gradient_(
     add_maximum: bool,
 ) -> None:
     """The same, written over the logits."""
-    _write_gradient(
-        logits,
-        target,
-        maximum_and_sum,
-        dloss,
-        first_col,
-        ignore_index,
-        z_loss,
-        add_maximum,
-        logits,
-    )
+    terms = _Terms(first_col, ignore_index, z_loss, add_maximum)
+    _write_gradient(logits, target, maximum_and_sum, dloss, terms, gradient=logits)
 
 
 @gradient_.register_fake

@@ -58,7 +58,8 @@ def sum_kernel(
     mask = cols < num_cols
     row = tl.load(rows_ptr + first)
     before = tl.load(rows_ptr + first - 1, mask=first > 0, other=-1)
-    # A program for every token; those begin a sum that begin an id, or a piece of the tokens.
+    # There is a program for every token. It sums from there on if its token is the first of an id,
+    # or the first of a piece of the tokens.
     if (row < num_rows) & ((row != before) | (first % PIECE == 0)):
         end = tl.minimum((first // PIECE + 1) * PIECE, num_tokens)
         total = tl.zeros((COLS,), dtype=tl.float32)
@@ -100,7 +101,8 @@ def join_kernel(
     PIECE: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    # A program for every end of a piece; those act whose last id goes on, and began in this piece.
+    # There is a program for every piece. It acts if the last id of its piece goes on in the next
+    # one, and began in this one.
     program = tl.program_id(0)
     piece = program // num_col_blocks
     cols = (program % num_col_blocks) * COLS + tl.arange(0, COLS)

@@ -1,7 +1,7 @@
 """The language-model head and its loss together: cross entropy of hidden @ weight^T, in chunks.
 
     logits = hidden @ weight^T, rounded to hidden's dtype as a linear layer of its own would
-    loss   = cross_entropy(logits, target), formulas in `cross_entropy`
+    loss   = cross_entropy(logits, target), by the formulas in `cross_entropy`
     dhidden = dlogits @ weight        dweight = dlogits^T @ hidden
 
 The tokens pass in chunks, each through the vendor's matrix product, the kernels of the cross
@@ -20,8 +20,8 @@ factor: forward keeps M and s of each row, and backward computes the logits a se
 
 With a group, rank r holds rows r * vocab/ranks and on of the weight, hidden is the same on every
 rank, and dhidden is summed over the group here, in hidden's dtype, while the next chunk computes:
-the backward of Nanotron's column linear in its ALL_REDUCE mode. One all-gather of three numbers a
-token per chunk besides.
+the backward of Nanotron's column linear in its ALL_REDUCE mode. Besides, every chunk takes one
+all-gather of three numbers a token.
 Shapes: hidden, dhidden (tokens, hidden); weight, dweight (vocab/ranks, hidden); target, loss, z
 (tokens,); M and s (2, tokens).
 """
@@ -31,53 +31,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.cross_entropy import (
-    check_options,
-    check_target,
-    vocab_parallel_cross_entropy_reference,
+from nanotron_fast.kernels.cross_entropy import check_options, check_target
+from nanotron_fast.kernels.linear_cross_entropy.operators import Settings, backward, forward
+from nanotron_fast.kernels.linear_cross_entropy.reference import (
+    linear_cross_entropy_reference,
+    scale_sum,
 )
-from nanotron_fast.kernels.linear_cross_entropy.operators import backward, forward
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
 
+__all__ = ["REDUCTIONS", "linear_cross_entropy", "linear_cross_entropy_reference"]
+
 REDUCTIONS = ("none", "mean", "sum")
-
-
-def linear_cross_entropy_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    ignore_index: int | None = None,
-    reduction: str = "mean",
-    z_loss: float = 0.0,
-    z_loss_mode: str = "nanotron",
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The same for a whole vocabulary on one rank: plain torch, the logits whole."""
-    out = vocab_parallel_cross_entropy_reference(
-        hidden @ weight.t(),
-        target,
-        ignore_index=ignore_index,
-        z_loss=z_loss,
-        z_loss_mode=z_loss_mode,
-    )
-    losses = out if isinstance(out, tuple) else (out,)
-    reduced = tuple(_reduce(loss, target, ignore_index, reduction) for loss in losses)
-    return reduced if z_loss > 0 else reduced[0]
-
-
-def _reduce(loss: Tensor, target: Tensor, ignore_index: int | None, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return _scale_sum(loss.sum(), target, ignore_index, reduction)
-
-
-def _scale_sum(total: Tensor, target: Tensor, ignore_index: int | None, reduction: str) -> Tensor:
-    """The sum itself, or over the tokens that count: 0 where there are none."""
-    if reduction == "sum":
-        return total
-    if ignore_index is None:
-        return total / max(target.numel(), 1)
-    return total / (target != ignore_index).sum().clamp(min=1)
 
 
 def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -92,9 +56,9 @@ class _SummedLoss(torch.autograd.Function):
     """The sum over tokens, whose gradients forward computes."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, options, of_hidden, of_weight):
+    def forward(ctx, hidden, weight, target, settings, of_hidden, of_weight):
         loss, z, _, dhidden, dweight = forward(
-            hidden, weight, target, *options, of_hidden, of_weight
+            hidden, weight, target, **settings.named(), of_hidden=of_hidden, of_weight=of_weight
         )
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -118,10 +82,12 @@ class _TokenLosses(torch.autograd.Function):
     """The loss of every token, whose logits backward computes again."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, target, options, of_hidden, of_weight):
-        loss, z, maximum_and_sum, _, _ = forward(hidden, weight, target, *options, False, False)
+    def forward(ctx, hidden, weight, target, settings, of_hidden, of_weight):
+        loss, z, maximum_and_sum, _, _ = forward(
+            hidden, weight, target, **settings.named(), of_hidden=False, of_weight=False
+        )
         ctx.save_for_backward(hidden, weight, target, maximum_and_sum)
-        ctx.options, ctx.needed = options, (of_hidden, of_weight)
+        ctx.settings, ctx.needed = settings, (of_hidden, of_weight)
         ctx.mark_non_differentiable(z)
         return loss, z
 
@@ -129,10 +95,17 @@ class _TokenLosses(torch.autograd.Function):
     def backward(ctx, dloss, _):
         hidden, weight, target, maximum_and_sum = ctx.saved_tensors
         dloss = dloss.to(maximum_and_sum.dtype).contiguous()
-        dhidden, dweight = backward(
-            hidden, weight, target, maximum_and_sum, dloss, *ctx.options, *ctx.needed
-        )
         of_hidden, of_weight = ctx.needed
+        dhidden, dweight = backward(
+            hidden,
+            weight,
+            target,
+            maximum_and_sum,
+            dloss,
+            **ctx.settings.named(),
+            of_hidden=of_hidden,
+            of_weight=of_weight,
+        )
         return (
             dhidden if of_hidden else None,
             dweight.to(weight.dtype) if of_weight else None,
@@ -187,18 +160,18 @@ def linear_cross_entropy(
             f"for hidden {tuple(hidden.shape)} {hidden.dtype}"
         )
     check_target(name, target, hidden.shape[:1])
-    options = (
-        *resolve(group),
-        ignore_index,
-        float(z_loss),
-        z_loss_mode == "correct",
-        chunk_tokens or 0,
+    settings = Settings(
+        ranks=resolve(group),
+        ignore_index=ignore_index,
+        z_loss=float(z_loss),
+        add_maximum=z_loss_mode == "correct",
+        chunk_tokens=chunk_tokens or 0,
     )
     of_hidden, of_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
     function = _TokenLosses if reduction == "none" else _SummedLoss
     loss, z = function.apply(
-        hidden, weight.contiguous(), target.contiguous(), options, of_hidden, of_weight
+        hidden, weight.contiguous(), target.contiguous(), settings, of_hidden, of_weight
     )
     if reduction != "none":
-        loss, z = (_scale_sum(t, target, ignore_index, reduction) for t in (loss, z))
+        loss, z = (scale_sum(t, target, ignore_index, reduction) for t in (loss, z))
     return (loss, z) if z_loss > 0 else loss

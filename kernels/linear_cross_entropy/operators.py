@@ -6,7 +6,7 @@ mode and under torch.compile alike.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,8 +15,30 @@ from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, st
 from nanotron_fast.kernels.runtime.backend import operator
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 
-# 1 GiB of bf16.
+# How many logits a chunk has at most: 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29
+
+
+class Settings(NamedTuple):
+    """What both operators are given beside tensors. `chunk_tokens` is 0 where they choose."""
+
+    ranks: Ranks
+    ignore_index: int | None
+    z_loss: float
+    add_maximum: bool
+    chunk_tokens: int
+
+    def named(self) -> dict[str, Any]:
+        """The operators' arguments of these names."""
+        return {
+            "group_name": self.ranks.name,
+            "rank": self.ranks.rank,
+            "size": self.ranks.size,
+            "ignore_index": self.ignore_index,
+            "z_loss": self.z_loss,
+            "add_maximum": self.add_maximum,
+            "chunk_tokens": self.chunk_tokens,
+        }
 
 
 def default_chunk_tokens(num_tokens: int, num_cols: int) -> int:
@@ -102,11 +124,13 @@ def forward_in_chunks(
     of_hidden: bool,
     of_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Loss + z and z (tokens,), M and s (2, tokens), and dhidden and dweight of the sum, or empty.
+    """Loss + z and z (tokens,), M and s (2, tokens), and dhidden and dweight of the sum.
 
-    z is empty where there is no z-loss; dweight is in fp32.
+    z is empty where there is no z-loss, and a gradient where it is not asked for. dweight is fp32.
     """
     ranks, num_cols = Ranks(group_name, rank, size), weight.shape[0]
+    first_col = rank * num_cols
+    terms = {"ignore_index": ignore_index, "z_loss": z_loss, "add_maximum": add_maximum}
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(hidden.shape[0], dtype=wide)
     z = torch.empty_like(loss if z_loss > 0 else loss[:0])
@@ -117,15 +141,14 @@ def forward_in_chunks(
     for part in parts:
         labels = target[part]
         logits = torch.mm(hidden[part], weight.t(), out=buffer[: labels.shape[0]])
-        of_all = all_gather(statistics(logits, labels, rank * num_cols, ignore_index), ranks)
-        loss[part], z_part, maximum_and_sum[:, part] = combined = combine(
-            of_all, labels, num_cols, ignore_index, z_loss, add_maximum
-        )
+        ours = statistics(logits, labels, first_col=first_col, ignore_index=ignore_index)
+        of_all = all_gather(ours, ranks)
+        loss[part], z_part, rows = combine(of_all, labels, shard_cols=num_cols, **terms)
+        maximum_and_sum[:, part] = rows
         if z_loss > 0:
             z[part] = z_part
         if ones is not None:
-            options = (rank * num_cols, ignore_index, z_loss, add_maximum)
-            gradient_(logits, labels, combined[2], ones[part], *options)
+            gradient_(logits, labels, rows, ones[part], first_col=first_col, **terms)
             gradients.add(part, logits)
     return loss, z, maximum_and_sum, *gradients.finish()
 
@@ -147,15 +170,15 @@ def backward_in_chunks(
     of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dhidden and, in fp32, dweight, with a factor dloss (tokens,) of each token's own."""
-    ranks = Ranks(group_name, rank, size)
-    options = (rank * weight.shape[0], ignore_index, z_loss, add_maximum)
+    ranks, first_col = Ranks(group_name, rank, size), rank * weight.shape[0]
+    terms = {"ignore_index": ignore_index, "z_loss": z_loss, "add_maximum": add_maximum}
     gradients = _Gradients(hidden, weight, ranks, of_hidden, of_weight)
     parts, buffer = _chunks(hidden, weight, chunk_tokens)
     for part in parts:
         labels = target[part]
         logits = torch.mm(hidden[part], weight.t(), out=buffer[: labels.shape[0]])
         rows = maximum_and_sum[:, part].contiguous()
-        gradient_(logits, labels, rows, dloss[part], *options)
+        gradient_(logits, labels, rows, dloss[part], first_col=first_col, **terms)
         gradients.add(part, logits)
     return gradients.finish()
 
@@ -165,7 +188,20 @@ backward = operator("nanotron_fast::linear_cross_entropy_backward")(backward_in_
 
 
 @forward.register_fake
-def _(hidden, weight, target, _n, _r, _s, _i, z_loss, _a, _c, of_hidden, of_weight):
+def _(
+    hidden,
+    weight,
+    target,
+    group_name,
+    rank,
+    size,
+    ignore_index,
+    z_loss,
+    add_maximum,
+    chunk_tokens,
+    of_hidden,
+    of_weight,
+):
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(hidden.shape[0], dtype=wide)
     z = torch.empty_like(loss) if z_loss > 0 else loss.new_empty(0)
@@ -174,5 +210,20 @@ def _(hidden, weight, target, _n, _r, _s, _i, z_loss, _a, _c, of_hidden, of_weig
 
 
 @backward.register_fake
-def _(hidden, weight, target, _m, _d, _n, _r, _s, _i, _z, _a, _c, of_hidden, of_weight):
+def _(
+    hidden,
+    weight,
+    target,
+    maximum_and_sum,
+    dloss,
+    group_name,
+    rank,
+    size,
+    ignore_index,
+    z_loss,
+    add_maximum,
+    chunk_tokens,
+    of_hidden,
+    of_weight,
+):
     return _empty_gradients(hidden, weight, of_hidden, of_weight)

@@ -18,144 +18,26 @@ Shapes: x (tokens, hidden); gate_up_weight (2 * inter, hidden), h (tokens, inter
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 from torch.nn.functional import linear
 
-from nanotron_fast.kernels.glu import ACTIVATIONS, glu_forward, glu_reference
-from nanotron_fast.kernels.matmul.choice import Candidates, choose, tokens_bucket
-from nanotron_fast.kernels.matmul.kernels import GROUP, MAX_BLOCK_K, glu_kernel, rope_kernel
-from nanotron_fast.kernels.rope import check_arguments, rope_qkv_, rope_qkv_reference
-from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+from nanotron_fast.kernels.glu import ACTIVATIONS, glu_forward
+from nanotron_fast.kernels.matmul.choice import Candidates, Key, choose, tokens_bucket
+from nanotron_fast.kernels.matmul.operators import glu_product, rope_product
+from nanotron_fast.kernels.matmul.reference import matmul_glu_reference, matmul_rope_reference
+from nanotron_fast.kernels.rope import check_arguments, rope_qkv_
+from nanotron_fast.kernels.runtime.backend import uses_triton
+
+__all__ = [
+    "KINDS",
+    "matmul_glu",
+    "matmul_glu_reference",
+    "matmul_rope",
+    "matmul_rope_reference",
+    "prefers_fused",
+]
 
 KINDS = ("glu", "glu_save", "rope")
-
-
-def matmul_glu_reference(
-    x: Tensor, gate_up_weight: Tensor, activation: str = "silu", *, save_gate_up: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
-    """The same in plain torch, at least in fp32; what CPU tensors take."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    gate_up = linear(x.to(wide), gate_up_weight.to(wide))
-    h = glu_reference(gate_up, activation).to(x.dtype)
-    return (h, gate_up.to(x.dtype)) if save_gate_up else h
-
-
-def matmul_rope_reference(
-    x: Tensor,
-    qkv_weight: Tensor,
-    bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    position_ids: Tensor | None = None,
-    interleaved: bool = False,
-) -> Tensor:
-    """The same in plain torch, at least in fp32; what CPU tensors take."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    qkv = linear(x.to(wide), qkv_weight.to(wide), None if bias is None else bias.to(wide))
-    sizes = (num_q_heads, num_kv_heads, head_dim)
-    parts = rope_qkv_reference(qkv, cos, sin, *sizes, position_ids, interleaved)
-    return torch.cat(parts, dim=1).flatten(1).to(x.dtype)
-
-
-def _grid(num_rows: int, num_pairs: int):
-    def size(constants: dict[str, int]) -> tuple[int]:
-        row_blocks = triton.cdiv(num_rows, constants["BLOCK_M"])
-        return (row_blocks * triton.cdiv(num_pairs, constants["BLOCK_N"] // 2),)
-
-    return size
-
-
-def _is_wide(weight: Tensor) -> bool:
-    """Whether offsets into it need more than 32 bits."""
-    return weight.shape[0] * weight.stride(0) >= 2**31
-
-
-@operator("nanotron_fast::matmul_glu")
-def _matmul_glu(
-    x: Tensor, gate_up_weight: Tensor, activation: str, save_gate_up: bool
-) -> tuple[Tensor, Tensor]:
-    """h and gate_up, which is empty where it is not asked for."""
-    (num_rows, hidden), num_cols = x.shape, gate_up_weight.shape[0] // 2
-    h = x.new_empty(num_rows, num_cols)
-    gate_up = x.new_empty((num_rows, 2 * num_cols) if save_gate_up else (0,))
-    if h.numel():
-        on_grid(glu_kernel, _grid(num_rows, num_cols))(
-            x,
-            gate_up_weight,
-            h,
-            gate_up if save_gate_up else None,
-            x.stride(0),
-            gate_up_weight.stride(0),
-            num_rows,
-            num_cols,
-            hidden,
-            tokens_bucket(num_rows),
-            ACTIVATION=activation,
-            EVEN_K=hidden % MAX_BLOCK_K == 0,
-            WIDE=_is_wide(gate_up_weight),
-            GROUP=GROUP,
-        )
-    return h, gate_up
-
-
-@_matmul_glu.register_fake
-def _(x, gate_up_weight, activation, save_gate_up):
-    shape = (x.shape[0], gate_up_weight.shape[0])
-    return x.new_empty(shape[0], shape[1] // 2), x.new_empty(shape if save_gate_up else (0,))
-
-
-@operator("nanotron_fast::matmul_rope")
-def _matmul_rope(
-    x: Tensor,
-    qkv_weight: Tensor,
-    bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    num_q_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    position_ids: Tensor | None,
-    interleaved: bool,
-) -> Tensor:
-    """qkv; bias, tables and positions are contiguous."""
-    (num_rows, hidden), num_cols = x.shape, qkv_weight.shape[0]
-    qkv = x.new_empty(num_rows, num_cols)
-    if qkv.numel():
-        on_grid(rope_kernel, _grid(num_rows, num_cols // 2))(
-            x,
-            qkv_weight,
-            bias,
-            cos,
-            sin,
-            position_ids,
-            qkv,
-            x.stride(0),
-            qkv_weight.stride(0),
-            num_rows,
-            num_cols,
-            hidden,
-            num_q_heads + num_kv_heads,
-            cos.shape[0],
-            tokens_bucket(num_rows),
-            HEAD_DIM=head_dim,
-            HALF=cos.shape[1],
-            INTERLEAVED=interleaved,
-            EVEN_K=hidden % MAX_BLOCK_K == 0,
-            WIDE=_is_wide(qkv_weight),
-            GROUP=GROUP,
-        )
-    return qkv
-
-
-@_matmul_rope.register_fake
-def _(
-    x, qkv_weight, bias, cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids, interleaved
-):
-    return x.new_empty(x.shape[0], qkv_weight.shape[0])
 
 
 def _check_product(name: str, x: Tensor, weight: Tensor) -> None:
@@ -180,7 +62,7 @@ def matmul_glu(
         x: (tokens, hidden), bf16, fp16 or fp32.
         gate_up_weight: (2 * inter, hidden) as [gate | up], x's dtype.
         activation: "silu", "gelu" (with erf) or "gelu_tanh".
-        save_gate_up: give the product itself too, for a backward that does not compute it again.
+        save_gate_up: return the product itself too, for a backward that does not compute it again.
 
     Returns:
         h (tokens, inter) in x's dtype, or (h, gate_up).
@@ -196,7 +78,7 @@ def matmul_glu(
     if not uses_triton(x) or x.dtype == torch.float64:
         return matmul_glu_reference(x, gate_up_weight, activation, save_gate_up=save_gate_up)
     x, gate_up_weight = _with_aligned_rows(x), _with_aligned_rows(gate_up_weight)
-    h, gate_up = _matmul_glu(x, gate_up_weight, activation, save_gate_up)
+    h, gate_up = glu_product(x, gate_up_weight, activation, save_gate_up)
     return (h, gate_up) if save_gate_up else h
 
 
@@ -227,27 +109,44 @@ def matmul_rope(
         ValueError: shapes or dtypes do not fit, or a position is outside the tables.
     """
     _check_product("matmul_rope", x, qkv_weight)
-    rest = (cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids)
-    check_arguments("matmul_rope", torch.Size((x.shape[0], qkv_weight.shape[0])), *rest)
+    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = torch.Size((x.shape[0], qkv_weight.shape[0]))
+    check_arguments("matmul_rope", shape, cos, sin, position_ids=position_ids, **heads)
     if bias is not None and bias.shape != qkv_weight.shape[:1]:
         raise ValueError(
             f"matmul_rope: bias {tuple(bias.shape)} for a weight {tuple(qkv_weight.shape)}"
         )
     is_double = torch.float64 in (x.dtype, cos.dtype)
     if not uses_triton(x) or is_double or head_dim % 2:
-        return matmul_rope_reference(x, qkv_weight, bias, *rest, interleaved)
+        return matmul_rope_reference(
+            x,
+            qkv_weight,
+            bias,
+            cos,
+            sin,
+            **heads,
+            position_ids=position_ids,
+            interleaved=interleaved,
+        )
     x, qkv_weight = _with_aligned_rows(x), _with_aligned_rows(qkv_weight)
     bias, cos, sin, position_ids = (
         None if tensor is None else tensor.contiguous() for tensor in (bias, cos, sin, position_ids)
     )
-    sizes = (num_q_heads, num_kv_heads, head_dim)
-    return _matmul_rope(x, qkv_weight, bias, cos, sin, *sizes, position_ids, interleaved)
+    return rope_product(
+        x,
+        qkv_weight,
+        bias,
+        cos,
+        sin,
+        **heads,
+        position_ids=position_ids,
+        interleaved=interleaved,
+    )
 
 
-def _candidates(
-    kind: str, tokens: int, hidden: int, out: int, dtype: torch.dtype, device: torch.device
-) -> Candidates:
+def _candidates(key: Key) -> Candidates:
     """Both ways to compute a product of this shape, on random values."""
+    kind, tokens, hidden, out, dtype, device = key
     # A generator of its own: a measurement must not move the dropout of a training run.
     generator = torch.Generator(device).manual_seed(0)
     x, weight = (
@@ -258,11 +157,15 @@ def _candidates(
         head_dim = next((size for size in (128, 64, 32) if out % size == 0 and out > 2 * size), 2)
         num_heads = out // head_dim
         num_kv_heads = max(1, num_heads // 6)
-        sizes = (num_heads - 2 * num_kv_heads, num_kv_heads, head_dim)
+        heads = {
+            "num_q_heads": num_heads - 2 * num_kv_heads,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
         cos, sin = (torch.ones(tokens, head_dim // 2, device=device) for _ in range(2))
         return (
-            lambda: rope_qkv_(linear(x, weight), cos, sin, *sizes),
-            lambda: matmul_rope(x, weight, None, cos, sin, *sizes),
+            lambda: rope_qkv_(linear(x, weight), cos, sin, **heads),
+            lambda: matmul_rope(x, weight, None, cos, sin, **heads),
         )
     saves = kind == "glu_save"
     return (
@@ -282,10 +185,10 @@ def prefers_fused(
         out: rows of the weight.
         dtype, device: of x and the weight.
 
-    NANOTRON_FAST_FUSED_MATMUL=auto|always|never forces it; `matmul_choice` says when auto measures.
+    NANOTRON_FAST_FUSED_MATMUL=auto|always|never forces it; `choice` says when auto measures.
     Raises ValueError for another kind or mode.
     """
     if kind not in KINDS:
         raise ValueError(f"prefers_fused: {kind!r}: choose {', '.join(KINDS)}")
-    key = (kind, tokens_bucket(tokens), hidden, out, dtype, device)
-    return choose(key, lambda: _candidates(*key))
+    key = Key(kind, tokens_bucket(tokens), hidden, out, dtype, device)
+    return choose(key, lambda: _candidates(key))

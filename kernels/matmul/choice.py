@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -24,8 +25,19 @@ MODES = ("auto", "always", "never")
 _MAX_TOKENS = 8192
 _WARMUPS, _ROUNDS = 2, 7
 
-Key = tuple[str, int, int, int, torch.dtype, torch.device]
-# Vendor's product and our kernel, then the fused kernel.
+
+class Key(NamedTuple):
+    """What a decision is made for. `tokens` is a number that `tokens_bucket` gives."""
+
+    kind: str
+    tokens: int
+    hidden: int
+    out: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+# The vendor's product followed by our kernel, and then the fused kernel.
 Candidates = tuple[Callable[[], object], Callable[[], object]]
 _decisions: dict[Key, bool] = {}
 
@@ -48,7 +60,7 @@ def decided(key: Key) -> bool | None:
 
 def tokens_bucket(tokens: int) -> int:
     """The power of two that stands for so many tokens where something is timed or tuned."""
-    # Comparisons alone: under torch.compile they leave a number of tokens that varies, variable.
+    # By comparisons alone: torch.compile then keeps a number of tokens that varies variable.
     bucket = 16
     while bucket < tokens and bucket < _MAX_TOKENS:
         bucket *= 2
@@ -91,7 +103,7 @@ def choose(key: Key, make_candidates: Callable[[], Candidates]) -> bool:
     mode = requested_mode()
     if mode != "auto":
         return mode == "always"
-    if not _is_measured_on(key[-1]):
+    if not _is_measured_on(key.device):
         return False
     known = decided(key)
     if known is not None:

@@ -21,7 +21,7 @@ import triton.language as tl
 from nanotron_fast.kernels.glu import activate
 from nanotron_fast.kernels.runtime.backend import is_interpreting
 
-# Rows of blocks whose programs run side by side.
+# How many rows of blocks have programs that run side by side.
 GROUP = 8
 # The largest BLOCK_K: the kernels leave out a mask where it divides the depth of the product.
 MAX_BLOCK_K = 64

@@ -1,6 +1,6 @@
-"""The optimizer step on lists of tensors: accumulation, clipping, AdamW.
+"""The optimizer step on lists of tensors: accumulation, clipping, AdamW. A file for each.
 
-    accumulate_        main += scale * grad                     (main in fp32), here
+    accumulate_        main += scale * grad                     (main in fp32), in `accumulate`
     clip_grad_norm_    the total norm, and scaling to it        in `grad_norm`
     adamw_step_        AdamW on fp32 masters, and their copy    in `adamw`
 
@@ -9,30 +9,13 @@ written of main; the norm 2 (4); clipping 4 (8), or none; AdamW with a bf16 copy
 launch or two for all tensors of a combination of dtypes, see `multi_tensor`.
 """
 
-from __future__ import annotations
-
-from collections.abc import Sequence
-
-import torch
-import triton
-import triton.language as tl
-from torch import Tensor
-
+from nanotron_fast.kernels.optimizer.accumulate import accumulate_, accumulate_reference_
 from nanotron_fast.kernels.optimizer.adamw import adamw_step_
 from nanotron_fast.kernels.optimizer.grad_norm import (
     clip_grad_norm_,
     clip_grads_with_norm_,
     get_total_norm,
 )
-from nanotron_fast.kernels.optimizer.multi_tensor import (
-    TRITON_DTYPES,
-    check_lists,
-    groups_of,
-    locate,
-    pointer,
-    takes_reference,
-)
-from nanotron_fast.kernels.runtime.backend import on_grid, operator
 
 __all__ = [
     "accumulate_",
@@ -42,72 +25,3 @@ __all__ = [
     "clip_grads_with_norm_",
     "get_total_norm",
 ]
-
-_BLOCK = 2048
-_NUM_WARPS = 4
-
-
-def accumulate_reference_(
-    mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0
-) -> None:
-    """The same in plain torch; what CPU tensors take."""
-    torch._foreach_add_(mains, grads, alpha=scale)
-
-
-@triton.jit(do_not_specialize=["num_tensors"])
-def _accumulate_kernel(
-    chunk_tensors_ptr,
-    extents_ptr,
-    addresses_ptr,
-    num_tensors,
-    scale,
-    GRAD: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR)
-    main_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, tl.float32, VECTOR)
-    grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 1, GRAD, VECTOR)
-    offsets = start + tl.arange(0, BLOCK)
-    mask = offsets < numel
-    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-    main = tl.load(main_ptr + offsets, mask=mask, other=0.0)
-    tl.store(main_ptr + offsets, main + scale * grad, mask=mask)
-
-
-@operator("nanotron_fast::accumulate_", mutates_args=("mains",))
-def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    for group in groups_of((mains, grads), _BLOCK):
-        on_grid(_accumulate_kernel, (group.num_chunks,))(
-            *group.tables,
-            scale,
-            GRAD=TRITON_DTYPES[group.dtypes[1]],
-            VECTOR=group.vector,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-        )
-
-
-@torch.no_grad()
-def accumulate_(mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
-    """Adds gradients into main gradients: main += scale * grad.
-
-    Args:
-        mains: fp32, contiguous, written in place.
-        grads: the shapes of mains, bf16, fp16 or fp32 in any mixture, contiguous.
-        scale: a factor on the gradients, 1 / accumulation steps for instance.
-
-    Raises:
-        ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
-    """
-    mains, grads = list(mains), list(grads)
-    check_lists("accumulate_", "mains", mains=mains, grads=grads)
-    for place, main in enumerate(mains):
-        if main.dtype != torch.float32:
-            raise ValueError(f"accumulate_: mains[{place}] is {main.dtype}, not torch.float32")
-    if not mains:
-        return
-    if takes_reference(mains + grads):
-        accumulate_reference_(mains, grads, scale)
-    else:
-        _accumulate(mains, grads, float(scale))

@@ -10,7 +10,7 @@ All of it in fp32 and rounded once into each result; 1 - beta^t in fp64, once a 
 torch.optim.AdamW(fused=True) computes (Loshchilov and Hutter, 2019).
 Bytes an element, with masters and state in fp32 and bf16 gradients (fp32 ones): 12 + 2 (4) read,
 12 written, and 2 for the copy: 28 (30). A small launch counts the steps, then follows one for each
-combination of dtypes; nothing waits for the device. The tables of a launch: see `multi_tensor`.
+combination of dtypes; nothing waits for the device. `multi_tensor` explains the tables of a launch.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from torch import Tensor
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
     addresses_of,
+    bundles_of,
     check_lists,
-    groups_of,
-    locate,
+    find_segment,
     pointer,
     takes_reference,
 )
@@ -101,7 +101,8 @@ def _adamw_step_cpu(
     """The same by torch's fused step, in one call for all that it takes as they are.
 
     It wants one dtype for a parameter and all that belongs to it, and leaves gradients divided by
-    grad_scale: others pass through tensors of their own, a parameter at a time.
+    grad_scale. What it does not take as it is passes through temporary tensors, one parameter at a
+    time.
     """
     options |= {"beta1": betas[0], "beta2": betas[1], "amsgrad": False}
     is_applied = None
@@ -115,7 +116,7 @@ def _adamw_step_cpu(
     for place, row in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
         *tensors, step = row
         wide = torch.promote_types(row[0].dtype, torch.float32)
-        # A copy of another dtype is of the parameter before that is rounded.
+        # A copy of another dtype is made from the parameter before the parameter is rounded.
         same = [*tensors, *copies[place : place + 1]] if row[0].dtype != wide else tensors
         is_one = len({tensor.dtype for tensor in same}) == 1
         if is_one and grad_scale is None:
@@ -145,7 +146,7 @@ def _where(is_applied: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
 def _fused(lists: tuple[list[Tensor], ...], options: dict[str, Any]) -> None:
     *tensors, steps = lists
     torch._fused_adamw_(*tensors, [], steps, **options)
-    # It does not tell autograd, which may have saved them.
+    # torch's step does not tell autograd, which may have saved what it has written.
     params, _, *states = tensors
     changed = (tensor for each in (params, *states) for tensor in each)
     torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
@@ -181,7 +182,7 @@ def _count_steps_kernel(
 
 @triton.jit(do_not_specialize=["num_tensors"])
 def _adamw_kernel(
-    chunk_tensors_ptr,
+    segment_tensors_ptr,
     extents_ptr,
     addresses_ptr,
     num_tensors,
@@ -208,7 +209,9 @@ def _adamw_kernel(
     if found_inf_ptr is not None:  # noqa: SIM102 (`and` would load where there is nothing)
         if tl.load(found_inf_ptr) != 0.0:
             return
-    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR)
+    tensor, start, numel = find_segment(
+        segment_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR
+    )
     param_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, PARAM, VECTOR)
     grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 1, GRAD, VECTOR)
     exp_avg_ptr = pointer(addresses_ptr, num_tensors, tensor, 2, EXP_AVG, VECTOR)
@@ -277,10 +280,10 @@ def _adamw_step(
         num_warps=_NUM_WARPS,
     )
     lists = (params, grads, exp_avgs, exp_avg_sqs, *((copies,) if copies else ()))
-    for group in groups_of(lists, _BLOCK):
-        dtypes = [TRITON_DTYPES[dtype] for dtype in group.dtypes]
-        on_grid(_adamw_kernel, (group.num_chunks,))(
-            *group.tables,
+    for bundle in bundles_of(lists, _BLOCK):
+        dtypes = [TRITON_DTYPES[dtype] for dtype in bundle.dtypes]
+        on_grid(_adamw_kernel, (bundle.num_segments,))(
+            *bundle.tables,
             corrections,
             lr_tensor,
             grad_scale,
@@ -298,14 +301,14 @@ def _adamw_step(
             COPY=dtypes[4] if copies else None,
             HAS_ONE_STEP=len(steps) == 1,
             MAXIMIZE=maximize,
-            VECTOR=group.vector,
+            VECTOR=bundle.vector,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
 
 
 def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | None:
-    """A number on the device, in fp32."""
+    """One number, on the device and in fp32."""
     if value is None:
         return None
     if value.numel() != 1:
@@ -414,12 +417,13 @@ def adamw_step_(
         exp_avg_sqs,
         steps,
         copies,
-        lr_tensor,
-        grad_scale,
-        found_inf,
-        0.0 if lr_tensor is not None else float(lr),
-        *betas,
-        eps,
-        weight_decay,
-        maximize,
+        lr_tensor=lr_tensor,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        lr=0.0 if lr_tensor is not None else float(lr),
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
     )

@@ -3,10 +3,10 @@
     get_total_norm            norm = (sum |g|^p)^(1/p) over all elements, max |g| for p = inf
     clip_grads_with_norm_     g *= min(max_norm / (norm + 1e-6), 1)
 
-All of it in fp32 and rounded once. Sums are taken in a fixed order, a chunk at a time and then a
+All of it in fp32 and rounded once. Sums are taken in a fixed order, a segment at a time and then a
 tensor at a time, so a norm is the same in every run. Bytes an element, with bf16 (fp32) gradients:
 the norm 2 (4) read; clipping 2 (4) read and as many written, and nothing where the norm is within
-its bound. Nothing waits for the device. The tables of a launch: see `multi_tensor`.
+its bound. Nothing waits for the device. `multi_tensor` explains the tables of a launch.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from torch import Tensor
 
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
+    bundles_of,
     check_lists,
-    groups_of,
-    locate,
+    find_segment,
     pointer,
     takes_reference,
 )
@@ -33,8 +33,9 @@ from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_red
 
 _BLOCK = 2048
 _NUM_WARPS = 4
-# A program of the norm leaves one number; one that need not clip ends at once. So: few of them.
-_LONG_CHUNK = 8 * _BLOCK
+# A program of the norm writes one number, and one that need not clip ends at once: a few programs
+# with long segments are better than many.
+_LONG_SEGMENT = 8 * _BLOCK
 _PARTIALS_BLOCK = 1024
 
 
@@ -60,7 +61,7 @@ def clip_reference_(grads: Sequence[Tensor], max_norm: float, total_norm: Tensor
 
 @triton.jit(do_not_specialize=["num_tensors"])
 def _power_sums_kernel(
-    chunk_tensors_ptr,
+    segment_tensors_ptr,
     extents_ptr,
     addresses_ptr,
     num_tensors,
@@ -69,14 +70,16 @@ def _power_sums_kernel(
     NORM: tl.constexpr,
     GRAD: tl.constexpr,
     VECTOR: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, CHUNK, VECTOR)
+    tensor, start, numel = find_segment(
+        segment_tensors_ptr, extents_ptr, num_tensors, SEGMENT, VECTOR
+    )
     grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, GRAD, VECTOR)
     # Magnitudes are compared as integers, which order like them, with NaN above infinity.
     total = tl.zeros((BLOCK,), dtype=tl.int32 if NORM == "inf" else tl.float32)
-    for block_start in tl.range(0, CHUNK, BLOCK):
+    for block_start in tl.range(0, SEGMENT, BLOCK):
         offsets = start + block_start + tl.arange(0, BLOCK)
         grad = tl.load(grad_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
         if NORM == "inf":
@@ -101,18 +104,18 @@ def _reduce_kernel(
     sums_ptr,
     num_tensors,
     NORM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     tensor = tl.program_id(0)
-    num_chunks = tl.cdiv(tl.load(extents_ptr + tensor), CHUNK)
-    first_chunk = tl.load(extents_ptr + num_tensors + tensor)
+    num_segments = tl.cdiv(tl.load(extents_ptr + tensor), SEGMENT)
+    first_segment = tl.load(extents_ptr + num_tensors + tensor)
     place = tl.load(extents_ptr + 2 * num_tensors + tensor)
     total = tl.zeros((BLOCK,), dtype=tl.int32 if NORM == "inf" else tl.float32)
-    for block_start in tl.range(0, num_chunks, BLOCK):
+    for block_start in tl.range(0, num_segments, BLOCK):
         offsets = block_start + tl.arange(0, BLOCK)
         partial = tl.load(
-            partials_ptr + first_chunk + offsets, mask=offsets < num_chunks, other=0.0
+            partials_ptr + first_segment + offsets, mask=offsets < num_segments, other=0.0
         )
         if NORM == "inf":
             total = tl.maximum(total, partial.to(tl.int32, bitcast=True))
@@ -127,7 +130,7 @@ def _reduce_kernel(
 
 @triton.jit(do_not_specialize=["num_tensors"])
 def _clip_kernel(
-    chunk_tensors_ptr,
+    segment_tensors_ptr,
     extents_ptr,
     addresses_ptr,
     num_tensors,
@@ -135,16 +138,18 @@ def _clip_kernel(
     max_norm,
     GRAD: tl.constexpr,
     VECTOR: tl.constexpr,
-    CHUNK: tl.constexpr,
+    SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     coefficient = max_norm / (tl.load(total_norm_ptr) + 1e-6)
     # NaN is not above one: it goes into the gradients, as torch has it.
     if coefficient >= 1.0:
         return
-    tensor, start, numel = locate(chunk_tensors_ptr, extents_ptr, num_tensors, CHUNK, VECTOR)
+    tensor, start, numel = find_segment(
+        segment_tensors_ptr, extents_ptr, num_tensors, SEGMENT, VECTOR
+    )
     grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, GRAD, VECTOR)
-    for block_start in tl.range(0, CHUNK, BLOCK):
+    for block_start in tl.range(0, SEGMENT, BLOCK):
         offsets = start + block_start + tl.arange(0, BLOCK)
         mask = offsets < numel
         grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -156,26 +161,26 @@ def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
     """(tensors,) fp32 sums of |g|^p, or max |g| for p = inf; 0 for an empty tensor."""
     sums = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
     norm = {1.0: "1", 2.0: "2", math.inf: "inf"}.get(norm_type, "p")
-    for group in groups_of((grads,), _LONG_CHUNK):
-        partials = torch.empty(group.num_chunks, dtype=torch.float32, device=sums.device)
-        on_grid(_power_sums_kernel, (group.num_chunks,))(
-            *group.tables,
+    for bundle in bundles_of((grads,), _LONG_SEGMENT):
+        partials = torch.empty(bundle.num_segments, dtype=torch.float32, device=sums.device)
+        on_grid(_power_sums_kernel, (bundle.num_segments,))(
+            *bundle.tables,
             partials,
             norm_type,
             NORM=norm,
-            GRAD=TRITON_DTYPES[group.dtypes[0]],
-            VECTOR=group.vector,
-            CHUNK=_LONG_CHUNK,
+            GRAD=TRITON_DTYPES[bundle.dtypes[0]],
+            VECTOR=bundle.vector,
+            SEGMENT=_LONG_SEGMENT,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
-        on_grid(_reduce_kernel, (group.num_tensors,))(
+        on_grid(_reduce_kernel, (bundle.num_tensors,))(
             partials,
-            group.extents,
+            bundle.extents,
             sums,
-            group.num_tensors,
+            bundle.num_tensors,
             NORM=norm,
-            CHUNK=_LONG_CHUNK,
+            SEGMENT=_LONG_SEGMENT,
             BLOCK=_PARTIALS_BLOCK,
             num_warps=_NUM_WARPS,
         )
@@ -189,14 +194,14 @@ def _(grads, norm_type):
 
 @operator("nanotron_fast::clip_grads_", mutates_args=("grads",))
 def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    for group in groups_of((grads,), _LONG_CHUNK):
-        on_grid(_clip_kernel, (group.num_chunks,))(
-            *group.tables,
+    for bundle in bundles_of((grads,), _LONG_SEGMENT):
+        on_grid(_clip_kernel, (bundle.num_segments,))(
+            *bundle.tables,
             total_norm,
             max_norm,
-            GRAD=TRITON_DTYPES[group.dtypes[0]],
-            VECTOR=group.vector,
-            CHUNK=_LONG_CHUNK,
+            GRAD=TRITON_DTYPES[bundle.dtypes[0]],
+            VECTOR=bundle.vector,
+            SEGMENT=_LONG_SEGMENT,
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )

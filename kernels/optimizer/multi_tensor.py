@@ -1,14 +1,14 @@
 """Tables on the device that let one launch work on lists of tensors.
 
 Lists of equal length (parameters, gradients, ...) are read side by side: row i of each belongs to
-tensor i. A tensor is cut into chunks; a program handles one chunk of one tensor, in all lists:
+tensor i. A tensor is cut into segments; a program handles one segment of one tensor, in all lists:
 
-    chunk_tensors (chunks,) int32        which tensor a chunk belongs to
-    extents (3, tensors) int64           elements; first chunk; place in the caller's lists
+    segment_tensors (segments,) int32    which tensor a segment belongs to
+    extents (3, tensors) int64           elements; first segment; place in the caller's lists
     addresses (lists, tensors) int64     where each tensor starts
 
-One launch takes one combination of dtypes, and either only tensors that allow wide accesses or
-only others: a `Group`. Wide is 16 bytes of the widest dtype, and the same number of elements of the
+One launch takes one combination of dtypes, and either only tensors that allow wide accesses or only
+others: a `Bundle`. Wide is 16 bytes of the widest dtype, and the same number of elements of the
 others: four of fp32 and of bf16 beside it, so that a warp's accesses lie side by side in each list.
 Tables are kept, keyed by addresses, sizes and dtypes, so that a step on the tensors of the last one
 looks up a dictionary and copies nothing to the device. A table holds no tensor alive; an address
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.runtime.backend import is_interpreting, uses_triton
 
-# Sets of lists that are remembered: a training step uses three or four.
+# How many sets of lists are remembered; a training step uses three or four.
 _NUM_REMEMBERED = 64
 _ACCESS_BYTES = 16
 
@@ -42,22 +42,22 @@ TRITON_DTYPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Bundle:
     """What one launch works on."""
 
     dtypes: tuple[torch.dtype, ...]
-    # Elements of an access: every address and size in the group is a multiple of it.
+    # Elements of an access: every address and size in the bundle is a multiple of it.
     vector: int
     num_tensors: int
-    num_chunks: int
-    chunk_tensors: Tensor
+    num_segments: int
+    segment_tensors: Tensor
     extents: Tensor
     addresses: Tensor
 
     @property
     def tables(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The first arguments of a kernel, for `locate` and `pointer`."""
-        return self.chunk_tensors, self.extents, self.addresses, self.num_tensors
+        """The first arguments of a kernel, for `find_segment` and `pointer`."""
+        return self.segment_tensors, self.extents, self.addresses, self.num_tensors
 
 
 # The stream on which each device was last asked for tables outside a capture.
@@ -80,14 +80,18 @@ def _to_device(table: Tensor, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=_NUM_REMEMBERED)
 def _layout(
-    numels: tuple[int, ...], places: tuple[int, ...], chunk: int, device: torch.device, stream: int
+    numels: tuple[int, ...],
+    places: tuple[int, ...],
+    segment: int,
+    device: torch.device,
+    stream: int,
 ) -> tuple[Tensor, Tensor]:
-    """chunk_tensors and extents: gradients that move to new addresses keep theirs."""
+    """segment_tensors and extents, which tensors that move to new addresses keep."""
     sizes = torch.tensor(numels, dtype=torch.int64)
-    counts = (sizes + (chunk - 1)) // chunk
+    counts = (sizes + (segment - 1)) // segment
     extents = torch.stack((sizes, counts.cumsum(0) - counts, torch.tensor(places)))
-    chunk_tensors = torch.arange(len(numels), dtype=torch.int32).repeat_interleave(counts)
-    return _to_device(chunk_tensors, device), _to_device(extents, device)
+    segment_tensors = torch.arange(len(numels), dtype=torch.int32).repeat_interleave(counts)
+    return _to_device(segment_tensors, device), _to_device(extents, device)
 
 
 def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> int:
@@ -100,14 +104,14 @@ def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> i
 
 
 @lru_cache(maxsize=_NUM_REMEMBERED)
-def _groups(
+def _bundles(
     addresses: tuple[tuple[int, ...], ...],
     dtypes: tuple[tuple[torch.dtype, ...], ...],
     numels: tuple[int, ...],
-    chunk: int,
+    segment: int,
     device: torch.device,
     stream: int,
-) -> tuple[Group, ...]:
+) -> tuple[Bundle, ...]:
     if is_interpreting() and device.type != "cpu":
         raise RuntimeError(f"Triton's interpreter cannot follow addresses on {device}")
     members: dict[tuple[tuple[torch.dtype, ...], int], list[int]] = {}
@@ -117,23 +121,23 @@ def _groups(
             starts = [column[place] for column in addresses]
             vector = _vector(combination, starts, numel)
             members.setdefault((combination, vector), []).append(place)
-    groups = []
+    bundles = []
     for (combination, vector), places in members.items():
         sizes = tuple(numels[place] for place in places)
-        chunk_tensors, extents = _layout(sizes, tuple(places), chunk, device, stream)
+        segment_tensors, extents = _layout(sizes, tuple(places), segment, device, stream)
         table = torch.tensor([[column[place] for place in places] for column in addresses])
-        groups.append(
-            Group(
+        bundles.append(
+            Bundle(
                 dtypes=combination,
                 vector=vector,
                 num_tensors=len(places),
-                num_chunks=chunk_tensors.numel(),
-                chunk_tensors=chunk_tensors,
+                num_segments=segment_tensors.numel(),
+                segment_tensors=segment_tensors,
                 extents=extents,
                 addresses=_to_device(table, device),
             )
         )
-    return tuple(groups)
+    return tuple(bundles)
 
 
 @lru_cache(maxsize=_NUM_REMEMBERED)
@@ -153,19 +157,19 @@ def _stream(device: torch.device) -> int:
     return current
 
 
-def groups_of(lists: Sequence[Sequence[Tensor]], chunk: int) -> tuple[Group, ...]:
-    """The launches that cover all elements of these lists, `chunk` elements a program.
+def bundles_of(lists: Sequence[Sequence[Tensor]], segment: int) -> tuple[Bundle, ...]:
+    """What the launches take that cover these lists, with `segment` elements to a program.
 
     All tensors are contiguous, on one device, and of equal size along the lists.
     """
     first = lists[0]
     if not first:
         return ()
-    return _groups(
+    return _bundles(
         tuple(tuple([tensor.data_ptr() for tensor in tensors]) for tensors in lists),
         tuple(tuple([tensor.dtype for tensor in tensors]) for tensors in lists),
         tuple([tensor.numel() for tensor in first]),
-        chunk,
+        segment,
         first[0].device,
         _stream(first[0].device),
     )
@@ -212,13 +216,15 @@ def check_lists(name: str, first: str, **lists: Sequence[Tensor]) -> None:
 
 
 @triton.jit
-def locate(chunk_tensors_ptr, extents_ptr, num_tensors, CHUNK: tl.constexpr, VECTOR: tl.constexpr):
-    """This program's tensor, the first element of its chunk and the tensor's elements."""
-    chunk = tl.program_id(0)
-    tensor = tl.load(chunk_tensors_ptr + chunk)
+def find_segment(
+    segment_tensors_ptr, extents_ptr, num_tensors, SEGMENT: tl.constexpr, VECTOR: tl.constexpr
+):
+    """This program's tensor, the first element of its segment and the tensor's elements."""
+    segment = tl.program_id(0)
+    tensor = tl.load(segment_tensors_ptr + segment)
     numel = tl.load(extents_ptr + tensor)
-    first_chunk = tl.load(extents_ptr + num_tensors + tensor)
-    return tensor, (chunk - first_chunk) * CHUNK, tl.multiple_of(numel, VECTOR)
+    first_segment = tl.load(extents_ptr + num_tensors + tensor)
+    return tensor, (segment - first_segment) * SEGMENT, tl.multiple_of(numel, VECTOR)
 
 
 @triton.jit

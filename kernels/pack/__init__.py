@@ -2,15 +2,16 @@
 
 A move is one 3-D strided copy between two tensors seen as bytes, or a fill with zeros: source,
 destination, an offset in bytes into each, sizes and strides in elements, a dtype on each side. A
-table has a row of 15 int64 for each (`nanotron_fast.moves.move.table_of` makes one). Everything
-that lies between Hugging Face's tensors and Nanotron's shards is a handful of moves.
+table has a row of int64 for each, whose columns `nanotron_fast.moves.row` names
+(`nanotron_fast.moves.move.table_of` makes one). Everything that lies between Hugging Face's tensors
+and Nanotron's shards is a handful of moves.
 
 On a GPU csrc/cuda carries out all of them in one kernel, or a Triton kernel does where the
 extension was built without CUDA; native code does on a CPU. Each of them gives the same bytes.
 
 Bytes: every element is read once and written once, in accesses of 16 bytes where both sides are
 aligned alike. The floor is that of a device copy of the same size.
-Not differentiable: what is written into is not part of any graph.
+It has no gradient: tensors that are written into are part of no graph.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.pack import choice as pack_backends
-from nanotron_fast.kernels.pack.choice import DTYPES, explain, pack_reference, table_of
-from nanotron_fast.kernels.runtime.backend import operator
+from nanotron_fast.kernels.pack.choice import explain
+from nanotron_fast.kernels.pack.operators import pack
+from nanotron_fast.kernels.pack.reference import pack_reference
+from nanotron_fast.kernels.pack.table import DTYPES, as_table
+from nanotron_fast.moves.row import Row, columns_of
 
 __all__ = [
     "explain",
@@ -39,16 +42,6 @@ __all__ = [
 ]
 
 
-@operator("nanotron_fast::pack", mutates_args=("destinations",))
-def _pack(table: Tensor, sources: list[Tensor], destinations: list[Tensor]) -> None:
-    pack_backends.run(table, sources, destinations)
-
-
-@_pack.register_fake
-def _(table, sources, destinations):
-    return None
-
-
 def run(
     moves: Iterable[Any] | Tensor, sources: Sequence[Tensor], destinations: Sequence[Tensor]
 ) -> None:
@@ -57,7 +50,7 @@ def run(
     Args:
         moves: objects with the fields of `nanotron_fast.moves.move.Move`, or a table of int64
             (moves, 15), flat or not: a tensor on the CPU, a numpy array or an array.array. Sources
-            and destinations are positions in the lists, -1 as a source fills with zeros.
+            and destinations are positions in the lists; -1 as a source fills with zeros.
         sources: contiguous tensors of any dtype and shape: their bytes are what counts.
         destinations: likewise, written in place. What moves write must not overlap, neither among
             themselves nor with what others read; this is not checked.
@@ -66,7 +59,7 @@ def run(
         PlanError: a move leaves its tensor, or makes no sense; nothing was written then.
         ValueError: a tensor is not contiguous, or they are on several devices.
     """
-    table = table_of(moves)
+    table = as_table(moves)
     for kind, tensors in (("source", sources), ("destination", destinations)):
         for index, tensor in enumerate(tensors):
             if not tensor.is_contiguous():
@@ -77,11 +70,14 @@ def run(
     devices = {tensor.device for tensor in (*sources, *destinations)}
     if len(devices) > 1:
         raise ValueError(f"pack: tensors on {', '.join(sorted(map(str, devices)))}")
-    _pack(table, [t.detach() for t in sources], [t.detach() for t in destinations])
+    pack(table, [t.detach() for t in sources], [t.detach() for t in destinations])
 
 
-class _Chunk(NamedTuple):
-    """Rows [start, start + size) of one of the whole tensors, `length` rows long."""
+class _Section(NamedTuple):
+    """Rows [start, start + size) of one of the whole tensors, `length` rows long.
+
+    They are split over the ranks on their own; the `contiguous_chunks` of Nanotron's are such.
+    """
 
     tensor: int
     start: int
@@ -89,42 +85,67 @@ class _Chunk(NamedTuple):
     length: int
 
 
+class _Side(NamedTuple):
+    """Where a move reads or writes, in a tensor that is `length` rows long."""
+
+    tensor: int
+    first_element: int
+    length: int
+    dtype: torch.dtype
+
+
 def _shard_moves(
     name: str,
-    chunks: Sequence[_Chunk],
+    sections: Sequence[_Section],
     tp: int,
     ranks: Sequence[int],
-    box: tuple[int, int],
-    dtypes: tuple[torch.dtype, torch.dtype],
     *,
+    repeats: int,
+    row_elements: int,
+    whole_dtype: torch.dtype,
+    shard_dtype: torch.dtype,
     joins: bool,
-) -> list[list[int]]:
-    """Rows of a table between whole tensors and shards, each chunk split on its own.
+) -> list[Row]:
+    """The moves between whole tensors and the shards of these ranks, each section split on its own.
 
-    `box`: elements around a row: how many times rows repeat, and elements of one. `dtypes`: of the
-    whole tensors, of the shards.
+    Args:
+        repeats: how many times the rows repeat, for the dimensions before theirs.
+        row_elements: elements of a row, in the dimensions after theirs.
+        joins: from shards to whole tensors, rather than the other way.
     """
-    outer, inner = box
-    local = sum(chunk.size for chunk in chunks) // tp
-    table: list[list[int]] = []
+    shard_length = sum(section.size for section in sections) // tp
+    moves: list[Row] = []
     first = 0
-    for number, chunk in enumerate(chunks):
-        if chunk.size % tp:
-            raise ValueError(f"{name}: chunk {number} of {chunk.size} does not split over tp={tp}")
-        share = chunk.size // tp
+    for number, section in enumerate(sections):
+        if section.size % tp:
+            raise ValueError(
+                f"{name}: chunk {number} of {section.size} does not split over tp={tp}"
+            )
+        share = section.size // tp
         for place, rank in enumerate(ranks):
-            whole = (chunk.tensor, (chunk.start + rank * share) * inner, chunk.length, dtypes[0])
-            part = (place, first * inner, local, dtypes[1])
-            a, b = (part, whole) if joins else (whole, part)
-            if outer * share * inner == 0:
-                continue
-            table.append([
-                a[0], a[1] * a[3].itemsize, b[0], b[1] * b[3].itemsize, outer, share, inner,
-                a[2] * inner, inner, 1, b[2] * inner, inner, 1, DTYPES.index(a[3]),
-                DTYPES.index(b[3]),
-            ])  # fmt: skip
+            start = section.start + rank * share
+            whole = _Side(section.tensor, start * row_elements, section.length, whole_dtype)
+            part = _Side(place, first * row_elements, shard_length, shard_dtype)
+            source, destination = (part, whole) if joins else (whole, part)
+            if repeats * share * row_elements:
+                moves.append(_row(source, destination, (repeats, share, row_elements)))
         first += share
-    return table
+    return moves
+
+
+def _row(source: _Side, destination: _Side, sizes: tuple[int, int, int]) -> Row:
+    row_elements = sizes[2]
+    return Row(
+        source=source.tensor,
+        source_offset=source.first_element * source.dtype.itemsize,
+        destination=destination.tensor,
+        destination_offset=destination.first_element * destination.dtype.itemsize,
+        sizes=sizes,
+        source_strides=(source.length * row_elements, row_elements, 1),
+        destination_strides=(destination.length * row_elements, row_elements, 1),
+        source_dtype=DTYPES.index(source.dtype),
+        destination_dtype=DTYPES.index(destination.dtype),
+    )
 
 
 def _check(name: str, tensors: Sequence[Tensor], dim: int, dtype: torch.dtype | None) -> None:
@@ -146,7 +167,7 @@ def _check(name: str, tensors: Sequence[Tensor], dim: int, dtype: torch.dtype | 
 def _split(
     name: str,
     wholes: Sequence[Tensor],
-    chunks: Sequence[_Chunk],
+    sections: Sequence[_Section],
     dim: int,
     tp: int,
     rank: int | None,
@@ -158,17 +179,30 @@ def _split(
         raise ValueError(f"{name}: rank {rank} of tp={tp}")
     first, ranks = wholes[0], range(tp) if rank is None else (rank,)
     before, after = first.shape[:dim], first.shape[dim + 1 :]
-    dtypes = first.dtype, dtype or first.dtype
-    box = math.prod(before), math.prod(after)
-    table = _shard_moves(name, chunks, tp, ranks, box, dtypes, joins=False)
-    rows = sum(chunk.size for chunk in chunks) // tp
-    shards = [first.new_empty((*before, rows, *after), dtype=dtypes[1]) for _ in ranks]
-    _run_rows(table, wholes, shards)
+    shard_dtype = dtype or first.dtype
+    moves = _shard_moves(
+        name,
+        sections,
+        tp,
+        ranks,
+        repeats=math.prod(before),
+        row_elements=math.prod(after),
+        whole_dtype=first.dtype,
+        shard_dtype=shard_dtype,
+        joins=False,
+    )
+    rows = sum(section.size for section in sections) // tp
+    shards = [first.new_empty((*before, rows, *after), dtype=shard_dtype) for _ in ranks]
+    _run_moves(moves, wholes, shards)
     return shards if rank is None else shards[0]
 
 
 def _join(
-    name: str, shards: Sequence[Tensor], lengths: Sequence[int], chunks: Sequence[_Chunk], dim: int
+    name: str,
+    shards: Sequence[Tensor],
+    lengths: Sequence[int],
+    sections: Sequence[_Section],
+    dim: int,
 ) -> list[Tensor]:
     """The whole tensors, of these lengths along a dimension."""
     first, tp = shards[0], len(shards)
@@ -179,16 +213,25 @@ def _join(
                 f"{name}: a shard {tuple(shard.shape)} of {tp}, for {sum(lengths)} along {dim}"
             )
     before, after = first.shape[:dim], first.shape[dim + 1 :]
-    box = math.prod(before), math.prod(after)
-    dtypes = first.dtype, first.dtype
-    table = _shard_moves(name, chunks, tp, range(tp), box, dtypes, joins=True)
+    moves = _shard_moves(
+        name,
+        sections,
+        tp,
+        range(tp),
+        repeats=math.prod(before),
+        row_elements=math.prod(after),
+        whole_dtype=first.dtype,
+        shard_dtype=first.dtype,
+        joins=True,
+    )
     wholes = [first.new_empty((*before, length, *after)) for length in lengths]
-    _run_rows(table, shards, wholes)
+    _run_moves(moves, shards, wholes)
     return wholes
 
 
-def _run_rows(rows: list[list[int]], sources: Sequence[Tensor], destinations: list[Tensor]) -> None:
-    if rows:
+def _run_moves(moves: list[Row], sources: Sequence[Tensor], destinations: list[Tensor]) -> None:
+    if moves:
+        rows = [columns_of(move) for move in moves]
         table = torch.tensor(rows, dtype=torch.int64, device="cpu")
         run(table, [source.contiguous() for source in sources], destinations)
 
@@ -216,8 +259,8 @@ def shard(
     sizes = (length,) if chunks is None else tuple(chunks)
     if sum(sizes) != length:
         raise ValueError(f"shard: chunks {sizes} add up to {sum(sizes)}, not {length}")
-    pieces = [_Chunk(0, sum(sizes[:i]), size, length) for i, size in enumerate(sizes)]
-    return _split("shard", [tensor], pieces, dim, tp, rank, dtype)
+    sections = [_Section(0, sum(sizes[:i]), size, length) for i, size in enumerate(sizes)]
+    return _split("shard", [tensor], sections, dim, tp, rank, dtype)
 
 
 def merge(shards: Sequence[Tensor], dim: int, *, chunks: Sequence[int] | None = None) -> Tensor:
@@ -227,8 +270,8 @@ def merge(shards: Sequence[Tensor], dim: int, *, chunks: Sequence[int] | None = 
     sizes = (length,) if chunks is None else tuple(chunks)
     if sum(sizes) != length:
         raise ValueError(f"merge: chunks {sizes} add up to {sum(sizes)}, not {length}")
-    pieces = [_Chunk(0, sum(sizes[:i]), size, length) for i, size in enumerate(sizes)]
-    return _join("merge", shards, [length], pieces, dim)[0]
+    sections = [_Section(0, sum(sizes[:i]), size, length) for i, size in enumerate(sizes)]
+    return _join("merge", shards, [length], sections, dim)[0]
 
 
 def pack_qkv(
@@ -245,8 +288,8 @@ def pack_qkv(
     q (heads * head_dim, ...), k and v (kv_heads * head_dim, ...): weights or biases, whole heads to
     a rank where tp divides kv_heads. Each shard is ((heads + 2 * kv_heads) * head_dim / tp, ...).
     """
-    pieces = [_Chunk(i, 0, len(t), len(t)) for i, t in enumerate((q, k, v))]
-    return _split("pack_qkv", [q, k, v], pieces, 0, tp, rank, dtype)
+    sections = [_Section(i, 0, len(t), len(t)) for i, t in enumerate((q, k, v))]
+    return _split("pack_qkv", [q, k, v], sections, 0, tp, rank, dtype)
 
 
 def unpack_qkv(
@@ -258,8 +301,8 @@ def unpack_qkv(
     if rows % heads:
         raise ValueError(f"unpack_qkv: {rows} rows are not those of {heads} heads")
     lengths = [rows // heads * count for count in (num_q_heads, num_kv_heads, num_kv_heads)]
-    pieces = [_Chunk(i, 0, length, length) for i, length in enumerate(lengths)]
-    q, k, v = _join("unpack_qkv", shards, lengths, pieces, 0)
+    sections = [_Section(i, 0, length, length) for i, length in enumerate(lengths)]
+    q, k, v = _join("unpack_qkv", shards, lengths, sections, 0)
     return q, k, v
 
 
@@ -272,8 +315,8 @@ def pack_gate_up(
     dtype: torch.dtype | None = None,
 ) -> list[Tensor] | Tensor:
     """Rank r's rows are [gate_r | up_r], of (inter, ...) each: for each rank, or for one."""
-    pieces = [_Chunk(i, 0, len(t), len(t)) for i, t in enumerate((gate, up))]
-    return _split("pack_gate_up", [gate, up], pieces, 0, tp, rank, dtype)
+    sections = [_Section(i, 0, len(t), len(t)) for i, t in enumerate((gate, up))]
+    return _split("pack_gate_up", [gate, up], sections, 0, tp, rank, dtype)
 
 
 def unpack_gate_up(shards: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -282,6 +325,6 @@ def unpack_gate_up(shards: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     rows = len(shards[0]) * len(shards)
     if rows % 2:
         raise ValueError(f"unpack_gate_up: {rows} rows are not two halves")
-    pieces = [_Chunk(i, 0, rows // 2, rows // 2) for i in range(2)]
-    gate, up = _join("unpack_gate_up", shards, [rows // 2] * 2, pieces, 0)
+    sections = [_Section(i, 0, rows // 2, rows // 2) for i in range(2)]
+    gate, up = _join("unpack_gate_up", shards, [rows // 2] * 2, sections, 0)
     return gate, up

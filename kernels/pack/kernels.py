@@ -1,10 +1,10 @@
 """The packer in Triton: what csrc/cuda does, where the extension for it was not built.
 
 One program takes one tile. It finds its item by bisection, and branches on the item's kind; the
-items are those that csrc/core/tiles.h describes, 16 columns of int64 of which the last four hold
-eight int32. Casts are made in integers, so that NaN has the bits that csrc/cast gives it.
+columns of an item are named in `item`, and csrc/core/tiles.h says what they mean. Casts are made in
+integers, so that NaN has the bits that csrc/cast gives it.
 
-Shapes: items (num_items, 16) int64; grid (num_tiles,).
+Shapes: items (num_items, NUM_COLUMNS) int64; grid (num_tiles,).
 """
 
 from __future__ import annotations
@@ -14,17 +14,40 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.pack import item as layout
+from nanotron_fast.kernels.pack.table import DTYPES
 from nanotron_fast.kernels.runtime.backend import on_grid
 
-# Columns of an item as int64, and behind them as int32.
-NUM_COLUMNS = 16
 _BLOCK = 1024
-_INNER = 64
-_MIDDLE = 32
+_BLOCK_INNER = 64
+_BLOCK_MIDDLE = 32
 _NUM_WARPS = 8
 
-_BF16: tl.constexpr = tl.constexpr(0)
-_F16: tl.constexpr = tl.constexpr(1)
+# Triton reads global names where they are constants of its own.
+_SOURCE = tl.constexpr(layout.SOURCE)
+_DESTINATION = tl.constexpr(layout.DESTINATION)
+_SIZES = tl.constexpr(layout.SIZES)
+_SOURCE_STRIDES = tl.constexpr(layout.SOURCE_STRIDES)
+_DESTINATION_STRIDES = tl.constexpr(layout.DESTINATION_STRIDES)
+_FIRST_TILE = tl.constexpr(layout.FIRST_TILE)
+_KIND = tl.constexpr(layout.KIND)
+_SOURCE_DTYPE = tl.constexpr(layout.SOURCE_DTYPE)
+_DESTINATION_DTYPE = tl.constexpr(layout.DESTINATION_DTYPE)
+_WIDTH = tl.constexpr(layout.WIDTH)
+_TILE_MIDDLE = tl.constexpr(layout.TILE_MIDDLE)
+_TILE_INNER = tl.constexpr(layout.TILE_INNER)
+_TILES_MIDDLE = tl.constexpr(layout.TILES_MIDDLE)
+_TILES_INNER = tl.constexpr(layout.TILES_INNER)
+_NUM_COLUMNS = tl.constexpr(layout.NUM_COLUMNS)
+_NUM_INT32_COLUMNS = tl.constexpr(2 * layout.NUM_COLUMNS)
+_OUTER = tl.constexpr(layout.OUTER)
+_MIDDLE = tl.constexpr(layout.MIDDLE)
+_INNER = tl.constexpr(layout.INNER)
+_COPY = tl.constexpr(layout.COPY)
+_TRANSPOSE = tl.constexpr(layout.TRANSPOSE)
+_BF16 = tl.constexpr(DTYPES.index(torch.bfloat16))
+_F16 = tl.constexpr(DTYPES.index(torch.float16))
+_F32 = tl.constexpr(DTYPES.index(torch.float32))
 
 
 @triton.jit
@@ -149,8 +172,9 @@ def _copy_rows(
 
 @triton.jit
 def _itemsize(dtype):
-    """Bytes of an element by the dtype's code: bf16, fp16, fp32, fp64."""
-    return tl.where(dtype < 2, 2, tl.where(dtype == 2, 4, 8))
+    """Bytes of an element by the dtype's code."""
+    is_half = (dtype == _BF16) | (dtype == _F16)
+    return tl.where(is_half, 2, tl.where(dtype == _F32, 4, 8))
 
 
 @triton.jit(do_not_specialize=["num_items"])
@@ -167,42 +191,44 @@ def _pack_kernel(
     high = low + (num_items - 1)
     while low < high:
         middle = (low + high + 1) // 2
-        is_behind = tl.load(items_ptr + middle.to(tl.int64) * 16 + 11) <= tile
+        first_tile = tl.load(items_ptr + middle.to(tl.int64) * _NUM_COLUMNS + _FIRST_TILE)
+        is_behind = first_tile <= tile
         low, high = tl.where(is_behind, middle, low), tl.where(is_behind, high, middle - 1)
 
-    item = items_ptr + low.to(tl.int64) * 16
-    fields = fields_ptr + low.to(tl.int64) * 32 + 24
-    source = tl.load(item)
-    destination = tl.load(item + 1)
-    source_stride = tl.load(item + 6)
-    source_step = tl.load(item + 7)
-    destination_stride = tl.load(item + 9)
-    destination_step = tl.load(item + 10)
-    kind = tl.load(fields)
-    source_dtype = tl.load(fields + 1)
-    destination_dtype = tl.load(fields + 2)
-    width = tl.load(fields + 3)
-    tile_middle = tl.load(fields + 4).to(tl.int64)
-    tile_inner = tl.load(fields + 5).to(tl.int64)
-    tiles_middle = tl.load(fields + 6)
-    tiles_inner = tl.load(fields + 7)
+    item = items_ptr + low.to(tl.int64) * _NUM_COLUMNS
+    fields = fields_ptr + low.to(tl.int64) * _NUM_INT32_COLUMNS
+    source = tl.load(item + _SOURCE)
+    destination = tl.load(item + _DESTINATION)
+    source_stride = tl.load(item + _SOURCE_STRIDES + _MIDDLE)
+    source_step = tl.load(item + _SOURCE_STRIDES + _INNER)
+    destination_stride = tl.load(item + _DESTINATION_STRIDES + _MIDDLE)
+    destination_step = tl.load(item + _DESTINATION_STRIDES + _INNER)
+    kind = tl.load(fields + _KIND)
+    source_dtype = tl.load(fields + _SOURCE_DTYPE)
+    destination_dtype = tl.load(fields + _DESTINATION_DTYPE)
+    width = tl.load(fields + _WIDTH)
+    tile_middle = tl.load(fields + _TILE_MIDDLE).to(tl.int64)
+    tile_inner = tl.load(fields + _TILE_INNER).to(tl.int64)
+    tiles_middle = tl.load(fields + _TILES_MIDDLE)
+    tiles_inner = tl.load(fields + _TILES_INNER)
 
-    number = (tile - tl.load(item + 11)).to(tl.int32)
+    number = (tile - tl.load(item + _FIRST_TILE)).to(tl.int32)
     line = number // tiles_inner
     outer = (line // tiles_middle).to(tl.int64)
     first_row = (line % tiles_middle) * tile_middle
     first_column = (number % tiles_inner) * tile_inner
-    rows = tl.minimum(tl.load(item + 3) - first_row, tile_middle).to(tl.int32)
-    columns = tl.minimum(tl.load(item + 4) - first_column, tile_inner).to(tl.int32)
+    rows = tl.minimum(tl.load(item + _SIZES + _MIDDLE) - first_row, tile_middle).to(tl.int32)
+    columns = tl.minimum(tl.load(item + _SIZES + _INNER) - first_column, tile_inner).to(tl.int32)
     is_fill = (source == 0).to(tl.int32)
-    source += outer * tl.load(item + 5) + first_row * source_stride + first_column * source_step
-    destination += outer * tl.load(item + 8) + first_row * destination_stride
-    destination += first_column * destination_step
+    source += outer * tl.load(item + _SOURCE_STRIDES + _OUTER) + first_row * source_stride
+    source += first_column * source_step
+    destination += outer * tl.load(item + _DESTINATION_STRIDES + _OUTER)
+    destination += first_row * destination_stride + first_column * destination_step
     source_item = _itemsize(source_dtype)
     item_size = _itemsize(destination_dtype)
     is_aligned = width != 0
 
-    if kind <= 1:  # zeros, or rows that are contiguous on both sides
+    if kind <= _COPY:  # zeros, or rows that are contiguous on both sides
         if width >= 8:
             _copy_rows(
                 source, destination, source_stride, destination_stride, rows, columns, is_fill,
@@ -223,7 +249,7 @@ def _pack_kernel(
                 source, destination, source_stride, destination_stride, rows, columns, is_fill,
                 tl.uint8, 1, BLOCK,
             )  # fmt: skip
-    elif (kind == 3) & (item_size < 8):  # transposed
+    elif (kind == _TRANSPOSE) & (item_size < 8):  # transposed
         inner = tl.arange(0, INNER)
         for start in tl.range(0, rows, MIDDLE):
             middle = start + tl.arange(0, MIDDLE)
@@ -267,7 +293,7 @@ def launch(items: Tensor, num_tiles: int) -> None:
         items.view(torch.int32),
         items.shape[0],
         BLOCK=_BLOCK,
-        INNER=_INNER,
-        MIDDLE=_MIDDLE,
+        INNER=_BLOCK_INNER,
+        MIDDLE=_BLOCK_MIDDLE,
         num_warps=_NUM_WARPS,
     )

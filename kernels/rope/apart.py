@@ -1,7 +1,7 @@
 """Rotary position embedding on queries and keys that lie apart, in one launch.
 
 The formula, its dtypes and its backward are those of `rope`. Here q and k come from two tensors of
-any strides, and the results are new tensors; values that lie beside the keys are taken along.
+any strides, and the results are new tensors. Values that lie beside the keys are copied with them.
 
 Bytes for two-byte elements: 4 for each element of q and kv, forward and backward alike, and the
 rows of cos and sin. Saved for backward: cos, sin and position_ids.
@@ -14,8 +14,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.rope import rotate_reference
 from nanotron_fast.kernels.rope.kernels import launch
+from nanotron_fast.kernels.rope.reference import rotate_reference
 from nanotron_fast.kernels.runtime.backend import operator, uses_triton
 
 
@@ -80,15 +80,20 @@ class _RopeApart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, cos, sin, position_ids, interleaved):
         ctx.save_for_backward(cos, sin, position_ids)
-        ctx.interleaved, ctx.shapes = interleaved, (list(q.shape), list(kv.shape))
+        ctx.named = {
+            "q_shape": list(q.shape),
+            "kv_shape": list(kv.shape),
+            "interleaved": interleaved,
+        }
         ctx.set_materialize_grads(False)
-        return _turn(q, kv, *ctx.shapes, cos, sin, position_ids, interleaved, False)
+        return _turn(q, kv, cos=cos, sin=sin, position_ids=position_ids, inverse=False, **ctx.named)
 
     @staticmethod
     def backward(ctx, *grads):
         if all(grad is None for grad in grads):
             return (None,) * 6
-        outs = _turn(*grads, *ctx.shapes, *ctx.saved_tensors, ctx.interleaved, True)
+        cos, sin, position_ids = ctx.saved_tensors
+        outs = _turn(*grads, cos=cos, sin=sin, position_ids=position_ids, inverse=True, **ctx.named)
         return *outs, None, None, None, None
 
 

@@ -16,9 +16,9 @@ from nanotron_fast.kernels.runtime.backend import compiled
 _REGISTER_UNIT = 256
 _SCHEDULERS = 4
 _WARP = 32
-# What the driver keeps of shared memory for each program.
+# Shared memory that the driver keeps for each program.
 _RESERVED_BYTES = 1024
-# Kilobytes of shared memory that a program may ask for, by capability; of all others at least 99.
+# Kilobytes of shared memory that a program may ask for, by capability. Others give 99 at least.
 _SHARED_KILOBYTES = {(8, 0): 163, (8, 7): 163, (9, 0): 227, (10, 0): 227, (10, 3): 227}
 _LEAST_SHARED_KILOBYTES = 99
 
@@ -39,7 +39,7 @@ def shared_memory_of(capability: tuple[int, int]) -> int:
 
 
 def shared_memory_limit(device: torch.device) -> int:
-    """Bytes of shared memory that a program may use; of a CPU the least of any GPU."""
+    """Bytes of shared memory that a program may use; for a CPU, the least that any GPU has."""
     if device.type != "cuda":
         return _LEAST_SHARED_KILOBYTES << 10
     properties = torch.cuda.get_device_properties(device)

@@ -25,7 +25,7 @@ from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.engine import ProgressCallback, default_workers
 from nanotron_fast.moves.move import table_of
 from nanotron_fast.moves.plan import MovePlan
-from nanotron_fast.moves.staging import chunks_of
+from nanotron_fast.moves.staging import batches_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -203,7 +203,7 @@ def check_tensors(
 
 
 class _Loader:
-    """Reads one chunk into a staging buffer while the one before it is packed from the other."""
+    """Reads one batch into a staging buffer while the one before it is packed from the other."""
 
     def __init__(
         self,
@@ -217,15 +217,15 @@ class _Loader:
         self.tensors = tensors
         self.device = device
         self.workers = workers
-        self.chunks = list(
-            chunks_of(
+        self.batches = list(
+            batches_of(
                 transfer.moves,
                 staging_bytes,
                 staging=len(tensors),
                 reads_direct=device.type == "cpu",
             )
         )
-        size = max((chunk.staged_bytes for chunk in self.chunks), default=0)
+        size = max((batch.staged_bytes for batch in self.batches), default=0)
         is_cuda = device.type == "cuda"
         self.host = [torch.empty(size, dtype=torch.uint8, pin_memory=is_cuda) for _ in range(2)]
         self.staging = self.host
@@ -238,11 +238,11 @@ class _Loader:
         """Returns the bytes read."""
         bytes_read = 0
         with ThreadPoolExecutor(1, "nanotron_fast-load") as reader:
-            pending = reader.submit(self._read, 0) if self.chunks else None
-            for index in range(len(self.chunks)):
+            pending = reader.submit(self._read, 0) if self.batches else None
+            for index in range(len(self.batches)):
                 assert pending is not None
                 bytes_read += pending.result()
-                if index + 1 < len(self.chunks):
+                if index + 1 < len(self.batches):
                     pending = reader.submit(self._read, index + 1)
                 self._pack(index)
                 if on_progress is not None:
@@ -258,20 +258,20 @@ class _Loader:
         if event is not None:
             event.synchronize()
         memories = [_memory(tensor) for tensor in (*self.tensors, self.host[index % 2])]
-        table = table_of(self.chunks[index].reads)
+        table = table_of(self.batches[index].reads)
         return _C.read_ranges(self.paths, table, memories, workers=self.workers)
 
     def _pack(self, index: int) -> None:
-        chunk, host, staging = self.chunks[index], self.host[index % 2], self.staging[index % 2]
-        if not chunk.packs:
+        batch, host, staging = self.batches[index], self.host[index % 2], self.staging[index % 2]
+        if not batch.packs:
             return
         if staging is not host:
-            filled = slice(0, chunk.staged_bytes)
+            filled = slice(0, batch.staged_bytes)
             staging[filled].copy_(host[filled], non_blocking=True)
-        # The tensors of this chunk alone: a launch looks at all that it is given.
-        used = sorted({move.destination for move in chunk.packs})
+        # The tensors of this batch alone: a launch looks at all that it is given.
+        used = sorted({move.destination for move in batch.packs})
         numbers = {tensor: number for number, tensor in enumerate(used)}
-        moves = [replace(move, destination=numbers[move.destination]) for move in chunk.packs]
+        moves = [replace(move, destination=numbers[move.destination]) for move in batch.packs]
         pack.run(table_of(moves), [staging], [self.tensors[i] for i in used])
         if self.device.type == "cuda":
             self.is_read[index % 2] = torch.cuda.Event()

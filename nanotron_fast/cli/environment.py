@@ -109,7 +109,7 @@ def _built() -> dict[str, str]:
 def _operations(device_type: str) -> Iterator[Operation]:
     from nanotron_fast.kernels import attention
     from nanotron_fast.kernels.matmul import choice as matmul_choice
-    from nanotron_fast.kernels.pack import choice as pack_backends
+    from nanotron_fast.kernels.pack import choice as pack_choice
     from nanotron_fast.kernels.runtime import backend
 
     for name in (
@@ -132,7 +132,7 @@ def _operations(device_type: str) -> Iterator[Operation]:
     path = {"always": "fused", "never": "vendor's"}.get(mode, "")
     path = path or ("the faster" if device_type == "cuda" else "vendor's")
     yield Operation("matmul_glu, matmul_rope", path, reason)
-    yield Operation("pack", *pack_backends.explain(device_type))
+    yield Operation("pack", *pack_choice.explain(device_type))
 
 
 def _drop_in() -> list[Operation]:

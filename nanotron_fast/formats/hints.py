@@ -49,8 +49,8 @@ def _cache(root: Path) -> str | None:
     if not root.name.startswith("models--") or not snapshots.is_dir():
         return None
     hub_id = "/".join(root.name.split("--")[1:])
-    reference = root / "refs" / "main"
-    commit = reference.read_text(errors="replace").strip() if reference.is_file() else ""
+    branch = root / "refs" / "main"
+    commit = branch.read_text(errors="replace").strip() if branch.is_file() else ""
     revisions = _children(snapshots, lambda _: True)
     if commit and snapshots / commit in revisions:
         revisions = [snapshots / commit]

@@ -3,7 +3,7 @@
 A file is: 8 bytes, the header's length as a little-endian integer; the header, a JSON object
 padded with spaces; the tensors' bytes. The header maps each name to `{"dtype", "shape",
 "data_offsets": [begin, end]}`, counted from the end of the header, and `__metadata__` to strings.
-The reader is as strict as the reference implementation: the tensors fill the rest of the file
+The reader is as strict as the safetensors library: the tensors fill the rest of the file
 without a hole or an overlap. Source: https://github.com/huggingface/safetensors, "Format".
 """
 
@@ -138,7 +138,7 @@ def _is_index(value: object) -> bool:
 def _parse_tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not name.isprintable():
         raise CheckpointError(f"{path}: {name!r} is not a tensor's name")
-    # Further keys are left alone, as by the reference implementation since 0.8.
+    # Further keys are left alone, as by the safetensors library since 0.8.
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise CheckpointError(f"{path}: {name}: an entry has dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from nanotron_fast.moves.boxes import Box
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.row import columns_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +38,5 @@ def table_of(moves: Iterable[Move]) -> array.array[int]:
     """The moves as the engine takes them: int64, NUM_COLUMNS to a row."""
     table = array.array("q")
     for move in moves:
-        table.extend(
-            (
-                move.source,
-                move.source_offset,
-                move.destination,
-                move.destination_offset,
-                *move.sizes,
-                *move.source_strides,
-                *move.destination_strides,
-                move.source_dtype,
-                move.destination_dtype,
-            )
-        )
+        table.extend(columns_of(move))
     return table

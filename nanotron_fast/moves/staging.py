@@ -1,4 +1,4 @@
-"""Cutting the moves from files to memory into chunks that fit a buffer of bounded size.
+"""Cutting the moves from files to memory into batches that fit a buffer of bounded size.
 
 A move is read, run by run, into a staging buffer, where it lies without the gaps that it has in its
 file, and is laid out from there. What needs no laying out can be read to where it belongs.
@@ -22,7 +22,7 @@ _DIRECT_BYTES = 256 << 20
 
 
 @dataclass(slots=True)
-class Chunk:
+class Batch:
     """What is read and then laid out at a time.
 
     `reads` go from files to tensors or, by the number behind theirs, to the staging buffer. `packs`
@@ -35,17 +35,17 @@ class Chunk:
     direct_bytes: int = 0
 
 
-def chunks_of(
+def batches_of(
     moves: Sequence[Move], capacity: int, *, staging: int, reads_direct: bool
-) -> Iterator[Chunk]:
-    """Chunks of at most `capacity` bytes in the buffer, in the order of the files.
+) -> Iterator[Batch]:
+    """Batches of at most `capacity` bytes in the buffer, in the order of the files.
 
     `staging` is the number of the staging buffer among the destinations of reads. `reads_direct`:
     the tensors can be read into, as those in a device's memory cannot.
     """
     capacity -= capacity % ALIGNMENT_BYTES
-    chunk = Chunk(packs=[move for move in moves if move.source == FILL])
-    # What a chunk has read already: copies of a tied matrix are made from the same bytes.
+    batch = Batch(packs=[move for move in moves if move.source == FILL])
+    # What a batch has read already: copies of a tied matrix are made from the same bytes.
     places: dict[tuple[object, ...], int] = {}
     ordered = sorted(
         (move for move in moves if move.source != FILL),
@@ -54,28 +54,28 @@ def chunks_of(
     for whole in ordered:
         if reads_direct and _is_direct(whole):
             for move in _pieces(whole, _DIRECT_BYTES):
-                if chunk.direct_bytes + _span_bytes(move) > _DIRECT_BYTES:
-                    yield chunk
-                    chunk, places = Chunk(), {}
-                chunk.reads.append(move)
-                chunk.direct_bytes += _span_bytes(move)
+                if batch.direct_bytes + _span_bytes(move) > _DIRECT_BYTES:
+                    yield batch
+                    batch, places = Batch(), {}
+                batch.reads.append(move)
+                batch.direct_bytes += _span_bytes(move)
             continue
         for move in _pieces(whole, capacity):
             num_bytes = -(-_span_bytes(move) // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
-            if chunk.staged_bytes + num_bytes > capacity:
-                yield chunk
-                chunk, places = Chunk(), {}
+            if batch.staged_bytes + num_bytes > capacity:
+                yield batch
+                batch, places = Batch(), {}
             key = (move.source, move.source_offset, move.sizes, move.source_strides)
             if key not in places:
-                places[key] = chunk.staged_bytes
-                chunk.reads.append(_read_of(move, staging, chunk.staged_bytes))
-                chunk.staged_bytes += num_bytes
+                places[key] = batch.staged_bytes
+                batch.reads.append(_read_of(move, staging, batch.staged_bytes))
+                batch.staged_bytes += num_bytes
             strides = _staged_strides(move)
-            chunk.packs.append(
+            batch.packs.append(
                 replace(move, source=0, source_offset=places[key], source_strides=strides)
             )
-    if chunk.reads or chunk.packs:
-        yield chunk
+    if batch.reads or batch.packs:
+        yield batch
 
 
 def _by_stride(move: Move) -> list[int]:

@@ -10,7 +10,7 @@ attention reads q, k and v as views of it: they are never copied apart.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ from nanotron_fast.kernels.attention import attention_backward, attention_forwar
 from nanotron_fast.kernels.matmul import matmul_rope, prefers_fused
 from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward_
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
-from nanotron_fast.parallel.communication import (
-    check_mode,
-    start_all_gather,
-)
+from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     bias_gradient,
     gather_linear,
@@ -51,8 +48,14 @@ class _Layout:
     interleaved: bool
 
     @property
-    def heads(self) -> tuple[int, int, int]:
-        return self.num_q_heads, self.num_kv_heads, self.head_dim
+    def turning(self) -> dict[str, Any]:
+        """What rotary embedding is told of the heads."""
+        return {
+            "num_q_heads": self.num_q_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "interleaved": self.interleaved,
+        }
 
     @property
     def scatters(self) -> bool:
@@ -60,15 +63,16 @@ class _Layout:
 
     def split(self, packed: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Views of packed (tokens, (H+2K)*d) as attention takes them."""
-        q_heads, kv_heads, head_dim = self.heads
+        q_heads, kv_heads = self.num_q_heads, self.num_kv_heads
         shape: tuple[int, ...] = (packed.shape[0],)
         if not is_varlen:
             shape = (self.batch, packed.shape[0] // self.batch)
-        views = packed.view(*shape, q_heads + 2 * kv_heads, head_dim)
+        views = packed.view(*shape, q_heads + 2 * kv_heads, self.head_dim)
         q, k, v = views.split([q_heads, kv_heads, kv_heads], dim=-2)
         return q, k, v
 
     def options(self, cu_seqlens: Tensor | None) -> dict[str, Any]:
+        """Those of `kernels.attention`."""
         return {
             "causal": True,
             "cu_seqlens": cu_seqlens,
@@ -78,26 +82,40 @@ class _Layout:
         }
 
 
+class _Rotary(NamedTuple):
+    """The tables and each token's row in them; rows 0, 1, 2, ... where position_ids is None."""
+
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor | None
+
+
 def _qkv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
+    rotary: _Rotary,
     layout: _Layout,
+    *,
     keeps_gathered: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Packed QKV after rotary, and the gathered x if it is to be kept."""
-    rotary = (cos, sin, *layout.heads, position_ids, layout.interleaved)
+    turning: dict[str, Any] = {**layout.turning, "position_ids": rotary.position_ids}
     if layout.scatters:
         # All ranks must communicate alike, and each measures the fused product for itself.
         packed, whole = gather_linear(x, weight, bias, layout.ranks, keeps_gathered=keeps_gathered)
-    elif prefers_fused("rope", *x.shape, weight.shape[0], x.dtype, x.device):
-        return matmul_rope(x, weight, bias, *rotary), x
+    elif prefers_fused(
+        "rope",
+        tokens=x.shape[0],
+        hidden=x.shape[1],
+        out=weight.shape[0],
+        dtype=x.dtype,
+        device=x.device,
+    ):
+        return matmul_rope(x, weight, bias, rotary.cos, rotary.sin, **turning), x
     else:
         packed, whole = torch.nn.functional.linear(x, weight, bias), x
-    return rope_qkv_(packed, *rotary), whole
+    return rope_qkv_(packed, rotary.cos, rotary.sin, **turning), whole
 
 
 class _Attention(torch.autograd.Function):
@@ -115,7 +133,8 @@ class _Attention(torch.autograd.Function):
         layout: _Layout,
         recompute: bool,
     ) -> Tensor:
-        packed, _ = _qkv(x, qkv_weight, qkv_bias, cos, sin, position_ids, layout, False)
+        rotary = _Rotary(cos, sin, position_ids)
+        packed, _ = _qkv(x, qkv_weight, qkv_bias, rotary, layout, keeps_gathered=False)
         q, k, v = layout.split(packed, cu_seqlens is not None)
         out, lse = attention_forward(q, k, v, **layout.options(cu_seqlens))
         ctx.save_for_backward(
@@ -135,11 +154,11 @@ class _Attention(torch.autograd.Function):
         )
         layout: _Layout = ctx.layout
         needs_x, needs_qkv, needs_bias, needs_o = ctx.needs_input_grad[:4]
-        rotary = (cos, sin, *layout.heads, position_ids, layout.interleaved)
+        rotary = _Rotary(cos, sin, position_ids)
         dy = dy.contiguous()
         gathering = None
         if packed is None:
-            packed, x = _qkv(x, weight, bias, cos, sin, position_ids, layout, True)
+            packed, x = _qkv(x, weight, bias, rotary, layout, keeps_gathered=True)
         elif layout.scatters:
             gathering = start_all_gather(x, layout.ranks)
         if layout.scatters:
@@ -156,7 +175,9 @@ class _Attention(torch.autograd.Function):
         for target, gradient in zip(targets, gradients, strict=True):
             target.copy_(gradient)
         del packed, q, k, v, gradients
-        d_packed = rope_qkv_backward_(d_packed, *rotary)
+        d_packed = rope_qkv_backward_(
+            d_packed, cos, sin, position_ids=position_ids, **layout.turning
+        )
         dx = input_gradient(d_packed, weight, layout.mode, layout.ranks) if needs_x else None
         d_o = None
         if needs_o:
@@ -214,8 +235,8 @@ def tensor_parallel_attention(
         qkv_bias: ((H + 2K) * d / size,).
         group: a ProcessGroup, a DeviceMesh of one dimension, or None for a rank alone.
         mode: "all_reduce" or "reduce_scatter" (sequence parallelism).
-        window: a token sees so many last tokens, itself included.
-        scale: of the scores; head_dim ** -0.5.
+        window: how many tokens a token sees at most, itself included.
+        scale: of the scores; head_dim ** -0.5 by default.
         interleaved: rotary pairs are neighbours (2i, 2i + 1), not halves.
         recompute: save x alone and compute QKV again in backward.
 
@@ -252,16 +273,16 @@ def tensor_parallel_attention(
     elif batch > 1:
         position_ids = torch.arange(num_tokens // batch, device=x.device).repeat(batch)
     layout = _Layout(
-        ranks,
-        mode,
-        num_q_heads // size,
-        num_kv_heads // size,
-        head_dim,
-        batch,
-        max_seqlen,
-        window,
-        scale,
-        interleaved,
+        ranks=ranks,
+        mode=mode,
+        num_q_heads=num_q_heads // size,
+        num_kv_heads=num_kv_heads // size,
+        head_dim=head_dim,
+        batch=batch,
+        max_seqlen=max_seqlen,
+        window=window,
+        scale=scale,
+        interleaved=interleaved,
     )
     return _Attention.apply(
         x, qkv_weight, qkv_bias, o_weight, cos, sin, position_ids, cu_seqlens, layout, recompute

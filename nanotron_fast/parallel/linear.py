@@ -19,10 +19,7 @@ from torch import Tensor
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
-from nanotron_fast.parallel.communication import (
-    check_mode,
-    start_all_gather,
-)
+from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     bias_gradient,
     gather_linear,

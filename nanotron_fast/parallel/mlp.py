@@ -17,10 +17,7 @@ from torch import Tensor
 from nanotron_fast.kernels.glu import glu_backward, glu_forward
 from nanotron_fast.kernels.matmul import matmul_glu, prefers_fused
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
-from nanotron_fast.parallel.communication import (
-    check_mode,
-    start_all_gather,
-)
+from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     gather_linear,
     input_gradient,
@@ -47,9 +44,14 @@ class _Mlp(torch.autograd.Function):
         gate_up = None
         # Where x is gathered first, the product runs in chunks beside that instead: all ranks must
         # communicate alike, and each measures for itself whether the fused product is faster.
-        kind = "glu" if recompute else "glu_save"
-        rows = gate_up_weight.shape[0]
-        if not scatters and prefers_fused(kind, *x.shape, rows, x.dtype, x.device):
+        if not scatters and prefers_fused(
+            "glu" if recompute else "glu_save",
+            tokens=x.shape[0],
+            hidden=x.shape[1],
+            out=gate_up_weight.shape[0],
+            dtype=x.dtype,
+            device=x.device,
+        ):
             h = matmul_glu(x, gate_up_weight, activation, save_gate_up=not recompute)
             if not recompute:
                 h, gate_up = h

@@ -1,4 +1,4 @@
-"""The same layers as modules that own this rank's shards, under Nanotron's names."""
+"""The tensor-parallel layers as modules that own this rank's shards, under Nanotron's names."""
 
 from __future__ import annotations
 
@@ -22,22 +22,28 @@ def _share(what: str, features: int, size: int) -> int:
 
 
 def _shard(
-    what: str, whole: Tensor, dim: int, rank: int, size: int, chunks: Sequence[int] | None
+    what: str,
+    whole: Tensor,
+    *,
+    dim: int,
+    rank: int,
+    size: int,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """A rank's part of a whole tensor; inside each of the chunks along `dim` where there are."""
-    sections = whole.split(list(chunks), dim) if chunks else (whole,)
+    """A rank's part of a whole tensor, or of each of its sections of these lengths along `dim`."""
+    sections = whole.split(list(lengths), dim) if lengths else (whole,)
     for section in sections:
         _share(what, section.shape[dim], size)
     return torch.cat([section.chunk(size, dim)[rank] for section in sections], dim)
 
 
 class _ParallelLinear(nn.Module):
-    """What the two share: a weight, perhaps a bias, a group, a mode."""
+    """What column and row linears share: a weight, perhaps a bias, a group and a mode."""
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def _make(self, rows: int, cols: int, bias: bool, factory: dict[str, Any]) -> None:
+    def _make(self, rows: int, cols: int, *, bias: bool, factory: dict[str, Any]) -> None:
         self.weight = nn.Parameter(torch.empty(rows, cols, **factory))
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(rows, **factory)) if bias else None
@@ -85,7 +91,7 @@ class ColumnParallelLinear(_ParallelLinear):
         super().__init__()
         check_mode(mode)
         self.group = group
-        self.tp_rank, self.tp_size = resolve(group)[1:]
+        _, self.tp_rank, self.tp_size = resolve(group)
         self.in_features, self.out_features, self.mode = in_features, out_features, mode
         self.recompute_allgather = recompute_allgather
         self.contiguous_chunks = None if contiguous_chunks is None else tuple(contiguous_chunks)
@@ -98,15 +104,20 @@ class ColumnParallelLinear(_ParallelLinear):
             for chunk in self.contiguous_chunks:
                 _share("a chunk of ColumnParallelLinear", chunk, self.tp_size)
         rows = _share("ColumnParallelLinear", out_features, self.tp_size)
-        self._make(rows, in_features, bias, {"device": device, "dtype": dtype})
+        self._make(rows, in_features, bias=bias, factory={"device": device, "dtype": dtype})
 
     @torch.no_grad()
     def load_whole(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Fills this rank's shards from (out_features, in_features) and (out_features,)."""
-        where = (self.tp_rank, self.tp_size, self.contiguous_chunks)
-        self.weight.copy_(_shard("weight", weight, 0, *where))
+        where: dict[str, Any] = {
+            "dim": 0,
+            "rank": self.tp_rank,
+            "size": self.tp_size,
+            "lengths": self.contiguous_chunks,
+        }
+        self.weight.copy_(_shard("weight", weight, **where))
         if self.bias is not None and bias is not None:
-            self.bias.copy_(_shard("bias", bias, 0, *where))
+            self.bias.copy_(_shard("bias", bias, **where))
 
     def forward(self, x: Tensor) -> Tensor:
         return column_linear(
@@ -140,7 +151,7 @@ class RowParallelLinear(_ParallelLinear):
         super().__init__()
         check_mode(mode)
         self.group = group
-        self.tp_rank, self.tp_size = resolve(group)[1:]
+        _, self.tp_rank, self.tp_size = resolve(group)
         self.in_features, self.out_features, self.mode = in_features, out_features, mode
         self.contiguous_chunks = None if contiguous_chunks is None else tuple(contiguous_chunks)
         if self.contiguous_chunks is not None and sum(self.contiguous_chunks) != in_features:
@@ -150,13 +161,21 @@ class RowParallelLinear(_ParallelLinear):
             )
         cols = _share("RowParallelLinear", in_features, self.tp_size)
         has_bias = bias and self.tp_rank == 0
-        self._make(out_features, cols, has_bias, {"device": device, "dtype": dtype})
+        factory = {"device": device, "dtype": dtype}
+        self._make(out_features, cols, bias=has_bias, factory=factory)
 
     @torch.no_grad()
     def load_whole(self, weight: Tensor, bias: Tensor | None = None) -> None:
         """Fills this rank's shard from (out_features, in_features); the bias on rank 0."""
-        rank = self.tp_rank
-        self.weight.copy_(_shard("weight", weight, 1, rank, self.tp_size, self.contiguous_chunks))
+        shard = _shard(
+            "weight",
+            weight,
+            dim=1,
+            rank=self.tp_rank,
+            size=self.tp_size,
+            lengths=self.contiguous_chunks,
+        )
+        self.weight.copy_(shard)
         if self.bias is not None and bias is not None:
             self.bias.copy_(bias)
 
@@ -186,7 +205,7 @@ class VocabParallelEmbedding(nn.Module):
         super().__init__()
         check_mode(mode)
         self.group = group
-        self.tp_rank, self.tp_size = resolve(group)[1:]
+        _, self.tp_rank, self.tp_size = resolve(group)
         self.padding_idx = padding_idx
         self.num_embeddings, self.embedding_dim, self.mode = num_embeddings, embedding_dim, mode
         rows = _share("VocabParallelEmbedding", num_embeddings, self.tp_size)
@@ -196,8 +215,8 @@ class VocabParallelEmbedding(nn.Module):
     @torch.no_grad()
     def load_whole(self, weight: Tensor) -> None:
         """Fills this rank's rows from (num_embeddings, embedding_dim)."""
-        rank = self.tp_rank
-        self.weight.copy_(_shard("weight", weight, 0, rank, self.tp_size, None))
+        shard = _shard("weight", weight, dim=0, rank=self.tp_rank, size=self.tp_size)
+        self.weight.copy_(shard)
 
     def forward(self, ids: Tensor) -> Tensor:
         return vocab_parallel_embedding(

@@ -31,7 +31,7 @@ NUM_CHUNKS = 4
 
 
 def _num_chunks(rows: int, ranks: Ranks) -> int:
-    """Into how many chunks to cut; 1 where overlap does not pay or torch.compile is at work."""
+    """How many chunks to cut rows into; 1 where overlap does not pay or torch.compile traces."""
     if ranks.size == 1 or rows < MIN_ROWS or torch.compiler.is_compiling():
         return 1
     return NUM_CHUNKS
@@ -53,6 +53,7 @@ def _uses_symmetric_memory(rows: int, x: Tensor, ranks: Ranks) -> bool:
 
 
 def _bounds(rows: int, chunks: int) -> list[tuple[int, int]]:
+    """First row and end of each chunk, without the empty ones."""
     edges = [rows * i // chunks for i in range(chunks + 1)]
     return [(a, b) for a, b in itertools.pairwise(edges) if a < b]
 
@@ -108,7 +109,8 @@ def linear_scatter(
     """Multiplies x (rows, in) and scatters the sum over ranks: (rows / size, out).
 
     In chunks of every rank's rows: one chunk is summed while the next is multiplied.
-    `may_have_bias`: some rank has one, perhaps not this; all must take the same way.
+    `may_have_bias` says that some rank has a bias, perhaps not this one: all ranks must
+    communicate alike.
     """
     size = ranks.size
     rows = x.shape[0] // size
@@ -178,7 +180,7 @@ def bias_gradient(dy: Tensor, main_grad: Tensor | None) -> Tensor | None:
 
 
 def main_gradients(*parameters: Tensor | None) -> Sequence[Tensor | None]:
-    """Their `main_grad`, where somebody set one: fp32 tensors of the parameters' shapes."""
+    """The `main_grad` of each parameter, fp32 and of its shape; None where nobody has set one."""
     return [getattr(parameter, "main_grad", None) for parameter in parameters]
 
 

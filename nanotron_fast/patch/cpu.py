@@ -128,7 +128,7 @@ class _Event:
 
 
 def _device_count() -> int:
-    """Nanotron divides by it."""
+    """1 for Nanotron, which divides by it; 0 for everybody else."""
     return int(_caller()[0].startswith("nanotron."))
 
 
@@ -153,7 +153,7 @@ class _Generator(torch.Generator, metaclass=_GeneratorType):
 
 
 def _over_gloo(real: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of torch.distributed that makes a group."""
+    """A function of torch.distributed that makes a group, turned to gloo."""
 
     signature = inspect.signature(real)
 
@@ -189,7 +189,7 @@ def _flat(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _in_mode(real: Callable[..., Any]) -> Callable[..., Any]:
-    """Backward: it is a call that torch hands to the mode, and so it would run outside of it."""
+    """Backward within the mode: torch hands its call to the mode, and would run it outside."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with _state.mode:

@@ -83,9 +83,10 @@ def _import_all() -> None:
 
 
 def _forget(before: set[str]) -> None:
-    """Drops what a failed import has left: it holds on to modules that will be made anew.
+    """Drops the modules that a failed import has left, which hold on to others that are made anew.
 
-    That is what came since `before`, and what an earlier one left without its package.
+    Those are the ones that came since `before`, and those without their package that an earlier
+    failure left.
     """
     for name in sorted(sys.modules):
         package, _, _ = name.rpartition(".")
@@ -95,7 +96,7 @@ def _forget(before: set[str]) -> None:
 
 
 def _is_cycle(error: ImportError) -> bool:
-    """Whether a module of Nanotron lacked a name because it was not yet through with itself."""
+    """Whether a module of Nanotron lacked a name because its own import had not ended yet."""
     name = error.name or ""
     return name.startswith("nanotron.") and "partially initialized module" in str(error)
 
@@ -116,7 +117,7 @@ def _import_past_the_cycle() -> None:
 
 
 def _replace(module: ModuleType, placeholder: type, real: type) -> None:
-    """In a module's names and in the annotations of its functions."""
+    """Puts the real class into a module's names and into the annotations of its functions."""
     for name, value in [*vars(module).items()]:
         if value is placeholder:
             setattr(module, name, real)

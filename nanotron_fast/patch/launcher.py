@@ -15,7 +15,7 @@ from nanotron_fast.errors import ConfigError
 
 
 def _alone() -> dict[str, str]:
-    """What torchrun says to the only process: Nanotron asks for it."""
+    """The variables that torchrun sets for a process that is alone; Nanotron reads them."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]

@@ -24,7 +24,7 @@ from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.moves import numpy_engine as reference
 from nanotron_fast.moves.move import table_of
 from nanotron_fast.moves.row import FILL
-from nanotron_fast.moves.staging import chunks_of
+from nanotron_fast.moves.staging import batches_of
 from tests.modelzoo import Tensor, make
 from tests.plans import builders, write_sources
 
@@ -39,13 +39,13 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 def way(request, monkeypatch) -> str:
     """Reading to where bytes belong, as on a CPU; and all of it through staging, as on a GPU."""
     if request.param == "staged":
-        monkeypatch.setattr(loading, "chunks_of", all_staged)
+        monkeypatch.setattr(loading, "batches_of", all_staged)
     return request.param
 
 
 def all_staged(moves, capacity, *, staging, reads_direct):
     assert reads_direct
-    return chunks_of(moves, capacity, staging=staging, reads_direct=False)
+    return batches_of(moves, capacity, staging=staging, reads_direct=False)
 
 
 def save(tmp_path, family, *, stacked=False, **changes):
@@ -348,7 +348,7 @@ def test_checkpoints_that_do_not_fit_are_refused(tmp_path) -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(build=builders(max_size=20), capacity=st.integers(256, 3000), direct=st.booleans())
-def test_chunks_do_what_the_plan_does(build, capacity, direct) -> None:
+def test_batches_do_what_the_plan_does(build, capacity, direct) -> None:
     with tempfile.TemporaryDirectory() as folder:
         plan = write_sources(build, Path(folder))
         paths = [str(path) for path in plan.sources]
@@ -356,16 +356,16 @@ def test_chunks_do_what_the_plan_does(build, capacity, direct) -> None:
         for data, output in zip(outputs, plan.outputs, strict=True):
             data[: len(output.header)] = np.frombuffer(output.header, np.uint8)
         number = len(outputs)
-        chunks = list(chunks_of(plan.moves, capacity, staging=number, reads_direct=direct))
-        for chunk in chunks:
-            assert chunk.staged_bytes <= capacity
-            staging = np.full(chunk.staged_bytes, 0x55, np.uint8)
+        batches = list(batches_of(plan.moves, capacity, staging=number, reads_direct=direct))
+        for batch in batches:
+            assert batch.staged_bytes <= capacity
+            staging = np.full(batch.staged_bytes, 0x55, np.uint8)
             memories = [(data.ctypes.data, data.size) for data in (*outputs, staging)]
-            _C.read_ranges(paths, table_of(chunk.reads), memories, workers=2)
-            for move in chunk.packs:
+            _C.read_ranges(paths, table_of(batch.reads), memories, workers=2)
+            for move in batch.packs:
                 source = None if move.source == FILL else staging
                 reference.apply_move(move, source, outputs[move.destination])
-            assert direct or all(move.destination == number for move in chunk.reads)
+            assert direct or all(move.destination == number for move in batch.reads)
         expected = reference.execute_in_memory(plan)
         for data, output in zip(outputs, plan.outputs, strict=True):
             assert np.array_equal(data, expected[output.path])

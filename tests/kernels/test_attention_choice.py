@@ -222,7 +222,15 @@ def test_torch_sdpa_is_handed_the_options(causal) -> None:
 
     def by_library(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention_library.attend(
-            "sdpa_flash", q, k, v, None, None, window=None, softcap=None, **options
+            "sdpa_flash",
+            q,
+            k,
+            v,
+            cu_seqlens=None,
+            max_seqlen=None,
+            window=None,
+            softcap=None,
+            **options,
         )
 
     out = by_library(q, k, v)
@@ -274,9 +282,15 @@ def test_kernels_of_torch_take_what_they_are_called_with(name, has_documents, wi
 
     q, k, v = make(8), make(2), make(2)
     cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta") if has_documents else None
-    options = (cu_seqlens, 40 if has_documents else None, True, window, 0.2)
-    out, lse = attention_library.forward(name, q, k, v, *options)
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "max_seqlen": 40 if has_documents else None,
+        "causal": True,
+        "window": window,
+        "scale": 0.2,
+    }
+    out, lse = attention_library.forward(name, q, k, v, **options)
     assert out.shape == q.shape
     assert lse.shape == ((8, 64) if has_documents else (2, 8, 64))
-    grads = attention_library.backward(name, make(8), q, k, v, out, lse, *options)
+    grads = attention_library.backward(name, make(8), q, k, v, out, lse, **options)
     assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
-MODULES = [info.name for info in pkgutil.iter_modules([str(HERE / "gate")]) if info.name[0] != "_"]
+CASES = HERE / "compiling"
+MODULES = [info.name for info in pkgutil.iter_modules([str(CASES)]) if info.name[0] != "_"]
 
 
 WITHOUT_GPU = pytest.mark.skipif(
@@ -24,11 +25,11 @@ WITHOUT_GPU = pytest.mark.skipif(
 
 
 @functools.cache
-def gate(module: str) -> subprocess.CompletedProcess[str]:
-    """The gate's verdict on a module, from a process of its own: here kernels are interpreted."""
+def compiling(module: str) -> subprocess.CompletedProcess[str]:
+    """What compiling a module's launches says, in a process where kernels are not interpreted."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "tests.kernels.gate", module],
+        [sys.executable, "-m", "tests.kernels.compiling", module],
         cwd=HERE.parents[1],
         env=environment,
         capture_output=True,
@@ -40,7 +41,7 @@ def gate(module: str) -> subprocess.CompletedProcess[str]:
 @WITHOUT_GPU
 @pytest.mark.parametrize("module", MODULES)
 def test_compiles_without_spills(module: str) -> None:
-    result = gate(module)
+    result = compiling(module)
     failures = [line for line in result.stdout.splitlines() if not line.startswith("ok ")]
     assert result.returncode == 0, "\n".join(failures) + result.stderr
     assert " 0 failures" in failures[-1]
@@ -53,7 +54,7 @@ def test_the_norm_reads_ahead(tensors: int, copies: int) -> None:
     """bf16 rows of 4096 over 128 threads: 4 copies of 16 bytes a tensor, 3 stages, no spill."""
     lines = [
         line
-        for line in gate("rms_norm").stdout.splitlines()
+        for line in compiling("rms_norm").stdout.splitlines()
         if "_backward_kernel[*bf16," in line
         and " COLS=4096," in line
         and f"HAS_DH_OUT={tensors == 3}," in line
@@ -74,7 +75,7 @@ def test_every_file_with_kernels_is_compiled() -> None:
     }
     covered = set()
     for module in MODULES:
-        line = re.search(r"^FILES = \((.*?)\)$", (HERE / "gate" / f"{module}.py").read_text(), re.M)
+        line = re.search(r"^FILES = \((.*?)\)$", (CASES / f"{module}.py").read_text(), re.M)
         covered |= set(re.findall(r'"([\w.]+)"', line[1]))
     assert kernels
     assert kernels == covered

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanotron_fast.kernels import embedding as module
 from nanotron_fast.kernels.embedding import (
+    operators,
     vocab_parallel_embedding,
     vocab_parallel_embedding_reference,
 )
@@ -59,7 +59,7 @@ def test_any_whole_numbers(path, device, dtype) -> None:
 )
 def test_ids_that_stand_often(triton_path, monkeypatch, ids) -> None:
     """Pieces of 8 tokens: every way in which an id can lie over them."""
-    monkeypatch.setattr(module, "_PIECE", 8)
+    monkeypatch.setattr(operators, "_PIECE", 8)
     torch.manual_seed(0)
     ids = torch.tensor(ids, device=triton_path)
     _, weight, dy = make(ids.shape, 5, 12, device=triton_path)
@@ -102,11 +102,11 @@ def test_inputs_that_are_not_contiguous(path, device) -> None:
 def test_a_rank_gathers_zeros_for_the_ids_of_others(path, device) -> None:
     ids = torch.tensor([0, 4, 5, 9, 10, 14], device=device)
     weight = torch.randn(5, 6, device=device) + 10
-    out = module.gather(ids, weight, 5, 15)
+    out = operators.gather(ids, weight, 5, 15)
     expected = torch.zeros(6, 6, device=device)
     expected[2], expected[3] = weight[0], weight[4]
     assert torch.equal(out, expected)
-    dweight = module.sum_by_id(torch.ones(6, 6, device=device), ids, 5, 5, None)
+    dweight = operators.sum_by_id(torch.ones(6, 6, device=device), ids, 5, 5, None)
     assert dweight.sum(1).tolist() == [6, 0, 0, 0, 6]
 
 
@@ -138,9 +138,9 @@ def test_gradcheck(torch_path) -> None:
 
 def test_operators_are_what_torch_expects(path, device) -> None:
     ids, weight, dy = make((6,), 5, 4, device=device)
-    torch.library.opcheck(module.gather, (ids, weight.detach(), 0, 5))
-    torch.library.opcheck(module.sum_by_id, (dy, ids, 5, 0, None))
-    torch.library.opcheck(module.sum_by_id, (dy, ids, 3, 1, 2))
+    torch.library.opcheck(operators.gather, (ids, weight.detach(), 0, 5))
+    torch.library.opcheck(operators.sum_by_id, (dy, ids, 5, 0, None))
+    torch.library.opcheck(operators.sum_by_id, (dy, ids, 3, 1, 2))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

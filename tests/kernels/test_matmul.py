@@ -14,6 +14,7 @@ from nanotron_fast.kernels.matmul import (
     matmul_glu_reference,
     matmul_rope,
     matmul_rope_reference,
+    operators,
     prefers_fused,
 )
 from nanotron_fast.kernels.rope import rope_qkv_, rope_tables
@@ -149,7 +150,7 @@ def test_a_gate_far_out(path, device) -> None:
 def test_a_position_outside_the_tables(triton_path) -> None:
     x, weight, _, cos, sin, _ = make_rope(3, 16, 2, 1, 8, 1.0, torch.float32, triton_path)
     position_ids = torch.tensor([0, 20, -1], device=triton_path)
-    qkv = module._matmul_rope(x, weight, None, cos, sin, 2, 1, 8, position_ids, False)
+    qkv = operators.rope_product(x, weight, None, cos, sin, 2, 1, 8, position_ids, False)
     assert torch.isfinite(qkv[0]).all()
     assert torch.isnan(qkv[1:, :24]).all()
     assert torch.isfinite(qkv[:, 24:]).all()
@@ -159,11 +160,11 @@ def test_operators_are_what_torch_expects(triton_path) -> None:
     x, weight, bias, cos, sin, position_ids = make_rope(
         3, 16, 2, 1, 8, 1.0, torch.float32, triton_path
     )
-    torch.library.opcheck(module._matmul_glu, (x, weight, "silu", False))
-    torch.library.opcheck(module._matmul_glu, (x, weight, "gelu", True))
+    torch.library.opcheck(operators.glu_product, (x, weight, "silu", False))
+    torch.library.opcheck(operators.glu_product, (x, weight, "gelu", True))
     rest = (cos, sin, 2, 1, 8)
-    torch.library.opcheck(module._matmul_rope, (x, weight, bias, *rest, position_ids, False))
-    torch.library.opcheck(module._matmul_rope, (x, weight, None, *rest, None, True))
+    torch.library.opcheck(operators.rope_product, (x, weight, bias, *rest, position_ids, False))
+    torch.library.opcheck(operators.rope_product, (x, weight, None, *rest, None, True))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:
@@ -208,8 +209,8 @@ def timed(monkeypatch) -> list[str]:
     runs: list[str] = []
     make_candidates = module._candidates
 
-    def named(*shape):
-        vendor, fused = make_candidates(*shape)
+    def named(key):
+        vendor, fused = make_candidates(key)
         outs = [out[0] if isinstance(out, tuple) else out for out in (fused(), vendor())]
         assert_sum_close(outs[0], wide(outs[1]), factor=3)
         return (lambda: runs.append("vendor")), (lambda: runs.append("fused"))

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from nanotron_fast.kernels import optimizer
 from nanotron_fast.kernels.optimizer import (
+    accumulate,
     accumulate_,
     adamw,
     adamw_step_,
@@ -222,16 +222,16 @@ def test_tables_are_made_once(triton_path) -> None:
     mains, _ = make([FP32], triton_path)
     grads, _ = make([BF16], triton_path)
     accumulate_(mains, grads)
-    before = multi_tensor._groups.cache_info().misses
+    before = multi_tensor._bundles.cache_info().misses
     for _ in range(3):
         accumulate_(mains, grads)
-    assert multi_tensor._groups.cache_info().misses == before
+    assert multi_tensor._bundles.cache_info().misses == before
     # The same sizes at other addresses: only addresses are new, and the result is right.
     layouts = multi_tensor._layout.cache_info().misses
     moved = [grad.clone() for grad in grads]
     expected = [wide(main) + wide(grad) for main, grad in zip(mains, moved, strict=True)]
     accumulate_(mains, moved)
-    assert multi_tensor._groups.cache_info().misses == before + 1
+    assert multi_tensor._bundles.cache_info().misses == before + 1
     assert multi_tensor._layout.cache_info().misses == layouts
     for main, reference in zip(mains, expected, strict=True):
         assert_close(main, reference)
@@ -241,7 +241,7 @@ def test_wide_accesses_where_every_list_allows_them(device) -> None:
     wide_buffer, half_buffer = torch.zeros(64, device=device), torch.zeros(64, device=device).half()
 
     def vectors(*lists):
-        return [group.vector for group in multi_tensor.groups_of([[t] for t in lists], 2048)]
+        return [bundle.vector for bundle in multi_tensor.bundles_of([[t] for t in lists], 2048)]
 
     assert vectors(wide_buffer, half_buffer) == [4]
     assert vectors(half_buffer) == vectors(half_buffer, half_buffer[8:]) == [8]
@@ -273,7 +273,7 @@ def test_offsets_past_two_to_the_31(triton_path) -> None:
     main = torch.zeros(2048, device=triton_path)
     grad = torch.ones(2048, device=triton_path).bfloat16()
     before = 2**32
-    optimizer._accumulate_kernel[(1,)](
+    accumulate._accumulate_kernel[(1,)](
         torch.zeros(1, dtype=torch.int32, device=triton_path),
         torch.tensor([before + 2000, -before // 2048, 0], device=triton_path),
         torch.tensor([main.data_ptr() - 4 * before, grad.data_ptr() - 2 * before]).to(triton_path),
@@ -304,7 +304,7 @@ def test_operators_are_what_torch_expects(triton_path) -> None:
     mains, grads, params, copies, exp_avgs, _ = lists
     exp_avg_sqs = [tensor.square() for tensor in exp_avgs]
     norm = torch.tensor(3.0, device=triton_path)
-    torch.library.opcheck(optimizer._accumulate, (mains, grads, 0.5))
+    torch.library.opcheck(accumulate._accumulate, (mains, grads, 0.5))
     torch.library.opcheck(grad_norm._power_sums, (grads, 2.0))
     torch.library.opcheck(grad_norm._clip, (grads, 1.0, norm))
     steps = [torch.ones((), device=triton_path) for _ in range(2)]

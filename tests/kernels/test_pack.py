@@ -13,15 +13,17 @@ import torch
 
 from nanotron_fast.errors import PlanError
 from nanotron_fast.kernels import pack
+from nanotron_fast.kernels.pack import item, operators
+from nanotron_fast.kernels.pack.table import DTYPES
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move, table_of
 from nanotron_fast.moves.row import FILL
 from tests.kernels.packing import PATHS, check, choose_path, gpu, no_gpu, random_bytes, run_bytes
 from tests.strides import permuted
 
-pytest.importorskip("nanotron_fast._C", reason="the native code is not built")
+_C = pytest.importorskip("nanotron_fast._C", reason="the native code is not built")
 
-TORCH = dict(zip(Dtype, pack.pack_backends.DTYPES, strict=True))
+TORCH = dict(zip(Dtype, DTYPES, strict=True))
 CASTABLE = (Dtype.BF16, Dtype.F16, Dtype.F32)
 CASTS = [(a, b) for a in CASTABLE for b in CASTABLE if a is not b]
 PAIRS = [*((dtype, dtype) for dtype in Dtype), *CASTS]
@@ -241,7 +243,7 @@ def test_operator_is_what_torch_expects(place) -> None:
     move = Move(0, 0, 0, 8, (4, 1, 1), (1, 1, 1), (1, 1, 1), Dtype.F32, Dtype.F32)
     table = torch.tensor(table_of([move])).view(1, 15)
     tensors = [torch.randn(4, device=place)], [torch.zeros(8, device=place)]
-    torch.library.opcheck(pack._pack, (table, *tensors))
+    torch.library.opcheck(operators.pack, (table, *tensors))
 
 
 def test_compiles_without_a_graph_break(place) -> None:
@@ -262,7 +264,7 @@ def test_says_which_path_it_takes(monkeypatch) -> None:
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "torch")
     assert pack.explain(cpu) == ("torch", "NANOTRON_FAST_BACKEND=torch")
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
-    monkeypatch.setattr(pack.pack_backends, "_cuda_problem", lambda index: "built without CUDA")
+    monkeypatch.setattr(pack.choice, "_cuda_problem", lambda index: "built without CUDA")
     path, why = pack.explain(torch.device("cuda", 0))
     assert path == "triton"
     assert why.endswith("; built without CUDA")
@@ -272,9 +274,15 @@ def test_imports_nothing_of_the_converter() -> None:
     code = (
         "import sys, nanotron_fast.kernels.pack\n"
         "found = [m for m in sys.modules if m.startswith('nanotron_fast.')]\n"
-        "assert all(m.split('.')[1] in ('kernels', 'version') for m in found), found"
+        "allowed = ('nanotron_fast.moves', 'nanotron_fast.moves.row')\n"
+        "others = [m for m in found if m.split('.')[1] not in ('kernels', 'version')]\n"
+        "assert set(others) <= set(allowed), others"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_items_have_the_columns_that_the_native_code_gives_them() -> None:
+    assert {name: getattr(item, name) for name in _C.TILE_COLUMNS} == _C.TILE_COLUMNS
 
 
 def test_extension_is_imported_without_a_driver() -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nanotron_fast.kernels import rope as module
 from nanotron_fast.kernels.rope import (
+    operators,
     rope_qkv,
     rope_qkv_,
     rope_qkv_backward_,
@@ -172,11 +172,13 @@ def test_saves_nothing_but_the_tables(triton_path) -> None:
 def test_operators_are_what_torch_expects(triton_path) -> None:
     qkv, cos, sin, grads = make(5, 4, 2, 16, 0.5, torch.float32, triton_path)
     position_ids = torch.arange(5, device=triton_path)
-    torch.library.opcheck(module._forward, (qkv, cos, sin, 4, 2, 16, position_ids, False))
-    torch.library.opcheck(module._forward, (qkv, cos, sin, 4, 2, 16, None, True))
-    torch.library.opcheck(module._backward, (*grads, cos, sin, 4, 2, 16, position_ids, True))
-    torch.library.opcheck(module._backward, (None, grads[1], None, cos, sin, 4, 2, 16, None, False))
-    torch.library.opcheck(module._in_place, (qkv, cos, sin, 4, 2, 16, position_ids, False, True))
+    torch.library.opcheck(operators.forward, (qkv, cos, sin, 4, 2, 16, position_ids, False))
+    torch.library.opcheck(operators.forward, (qkv, cos, sin, 4, 2, 16, None, True))
+    torch.library.opcheck(operators.backward, (*grads, cos, sin, 4, 2, 16, position_ids, True))
+    torch.library.opcheck(
+        operators.backward, (None, grads[1], None, cos, sin, 4, 2, 16, None, False)
+    )
+    torch.library.opcheck(operators.in_place, (qkv, cos, sin, 4, 2, 16, position_ids, False, True))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:
@@ -208,7 +210,7 @@ def test_a_position_outside_the_tables(torch_path) -> None:
 def test_a_position_outside_the_tables_is_nan_in_the_kernel(triton_path) -> None:
     qkv, cos, sin, _ = make(3, 2, 1, 16, 1.0, torch.float32, triton_path)
     position_ids = torch.tensor([0, NUM_POSITIONS, -1], device=triton_path)
-    q, k, v = module._forward(qkv, cos, sin, 2, 1, 16, position_ids, False)
+    q, k, v = operators.forward(qkv, cos, sin, 2, 1, 16, position_ids, False)
     assert torch.isfinite(q[0]).all()
     assert torch.isnan(q[1:]).all()
     assert torch.isnan(k[1:]).all()

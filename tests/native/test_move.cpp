@@ -17,19 +17,19 @@ void test_rejects() {
     CHECK(contains(message_of<PlanError>(parse), message));
   };
   CHECK(parse_moves(row, 1, {8}, {8}).size() == 1);
-  rejects(0, 1, "source file 1 is not one of 1");
-  rejects(0, -2, "source file -2");
-  rejects(2, -1, "destination file -1");
-  rejects(1, -2, "source offset is negative");
-  rejects(3, 2, "ends at byte 10 of a file of 8");
-  rejects(4, 0, "size 0");
-  rejects(4, INT64_MAX, "size");
-  rejects(7, 0, "stride 0");
-  rejects(10, -1, "stride -1");
-  rejects(7, INT64_MAX, "overflows");
-  rejects(1, INT64_MAX, "overflows");
-  rejects(13, 4, "unknown dtype code 4");
-  rejects(14, -1, "unknown dtype code -1");
+  rejects(Column::kSource, 1, "source file 1 is not one of 1");
+  rejects(Column::kSource, -2, "source file -2");
+  rejects(Column::kDestination, -1, "destination file -1");
+  rejects(Column::kSourceOffset, -2, "source offset is negative");
+  rejects(Column::kDestinationOffset, 2, "ends at byte 10 of a file of 8");
+  rejects(Column::kSizes, 0, "size 0");
+  rejects(Column::kSizes, INT64_MAX, "size");
+  rejects(Column::kSourceStrides, 0, "stride 0");
+  rejects(Column::kDestinationStrides, -1, "stride -1");
+  rejects(Column::kSourceStrides, INT64_MAX, "overflows");
+  rejects(Column::kSourceOffset, INT64_MAX, "overflows");
+  rejects(Column::kSourceDtype, 4, "unknown dtype code 4");
+  rejects(Column::kDestinationDtype, -1, "unknown dtype code -1");
 }
 
 void test_normalize() {

@@ -38,7 +38,8 @@ void check_blocks(const Schedule& schedule) {
     CHECK(job.destination_buffer_bytes == destination_bytes);
     CHECK(job.reads_runs || job.source_buffer_bytes == source_bytes);
     CHECK(job.first_block_rows <= job.rows_per_block);
-    for (const Part& part : job.parts) CHECK(part.move.is_fill() == (part.source_view < 0));
+    for (const PlacedMove& placed : job.moves)
+      CHECK(placed.move.is_fill() == (placed.source_view < 0));
   }
   CHECK(schedule.max_destination_buffer_bytes() <= 2 * kMaxTransposeBytes);
   CHECK(schedule.max_source_buffer_bytes() <= 2 * kMaxTransposeBytes);
@@ -55,7 +56,7 @@ void test_contiguous() {
       schedule_of({make_move(0, 8, {100, 10, 1}, 0, 4, {100, 10, 1}, {7, 10, 10})});
   CHECK(schedule.jobs.size() == 1);
   const Job& job = schedule.jobs[0];
-  CHECK(job.parts[0].move.sizes == (Three{700, 1, 1}));
+  CHECK(job.moves[0].move.sizes == (Three{700, 1, 1}));
   CHECK(job.num_blocks == 1 && job.destination_buffer_bytes == 1400);
 }
 
@@ -78,7 +79,7 @@ void test_column_split_is_one_scatter() {
   const Schedule schedule = schedule_of(moves);
   CHECK(schedule.jobs.size() == 1);
   const Job& job = schedule.jobs[0];
-  CHECK(job.sources.size() == 1 && job.destinations.size() == 3 && job.parts.size() == 3);
+  CHECK(job.sources.size() == 1 && job.destinations.size() == 3 && job.moves.size() == 3);
   CHECK(job.sources[0].block_bytes(job.num_rows) == 40 * 15 * 2);
   CHECK(!job.reads_runs);
 }
@@ -98,7 +99,7 @@ void test_column_join_is_one_gather() {
   const Schedule schedule = schedule_of(moves);
   CHECK(schedule.jobs.size() == 1);
   const Job& job = schedule.jobs[0];
-  CHECK(job.sources.size() == 3 && job.destinations.size() == 1 && job.parts.size() == 4);
+  CHECK(job.sources.size() == 3 && job.destinations.size() == 1 && job.moves.size() == 4);
   CHECK(job.destinations[0].offset_bytes == 16 && job.destinations[0].row_stride_bytes == 34);
 }
 
@@ -115,7 +116,7 @@ void test_interleaved_rows_are_one_gather() {
       make_move(0, 48, {8, 1, 1}, 0, 1, {16, 2, 1}, {6, 8, 1}),
   });
   CHECK(schedule.jobs.size() == 1);
-  CHECK(schedule.jobs[0].parts.size() == 2 && schedule.jobs[0].destinations.size() == 1);
+  CHECK(schedule.jobs[0].moves.size() == 2 && schedule.jobs[0].destinations.size() == 1);
 }
 
 void test_transposes() {
@@ -172,7 +173,7 @@ void test_many_shares_of_large_rows_stay_bounded() {
                              {rows * wide, wide, 1}, {8, rows, columns}));
   }
   schedule_of(split);
-  for (const Job& job : schedule_of(join).jobs) CHECK(job.parts.size() == 16);
+  for (const Job& job : schedule_of(join).jobs) CHECK(job.moves.size() == 16);
 }
 
 }  // namespace

@@ -18,7 +18,8 @@ void run_on_host(const TileTable& table) {
   for (uint32_t number = 0; number < table.num_tiles; ++number) {
     const TileItem& item =
         table.items[static_cast<size_t>(device::find_item(table.items.data(), num_items, number))];
-    const device::Tile tile = device::locate(item, static_cast<uint32_t>(number - item.first_tile));
+    const device::Tile tile =
+        device::tile_of(item, static_cast<uint32_t>(number - item.first_tile));
     std::memset(shared, 0x55, sizeof shared);
     for (uint32_t thread = 0; thread < device::kThreads; ++thread) {
       device::begin_tile(item, tile, thread, shared);
@@ -154,7 +155,7 @@ void test_far_tiles() {
   const TileTable tiles = make_tiles(table.data(), 1, {nowhere}, {nowhere});
   CHECK(tiles.num_tiles == 2 * far >> 15);
   const auto last = static_cast<uint32_t>(tiles.num_tiles - 1);
-  const device::Tile tile = device::locate(tiles.items[0], last);
+  const device::Tile tile = device::tile_of(tiles.items[0], last);
   CHECK(reinterpret_cast<int64_t>(tile.source) == 2 * far - (1 << 15));
   const auto run = [&] {
     const std::vector<int64_t> huge{-1, 0, 0, 0, int64_t{1} << 46, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0};

@@ -17,17 +17,13 @@ import torch
 from torch import nn
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.patch import stand_ins
 from nanotron_fast.patch.nanotron import registry
 from nanotron_fast.patch.nanotron.registry import disable, enable, is_enabled, status
 from nanotron_fast.patch.nanotron.targets import OPS, RELEASED, TARGETS
+from tests.patch.small_nanotron import small_nanotron
 
 FILES = {
-    "__init__.py": "",
-    "logging.py": "",
-    "config/__init__.py": "",
     "utils.py": "",
-    "models/__init__.py": "",
     "models/llama.py": (
         "import torch\n"
         "from nanotron.parallel.tensor_parallel.functional import sharded_cross_entropy as loss\n"
@@ -53,25 +49,9 @@ FILES = {
 @pytest.fixture
 def nanotron(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The modules of the small package, by the last part of their names."""
-    kept = {n: m for n, m in sys.modules.items() if n.partition(".")[0] == "nanotron"}
-    for name in kept:
-        del sys.modules[name]
-    for name, text in FILES.items():
-        path = tmp_path / "nanotron" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    names = ("models.llama", "parallel.tensor_parallel.functional", "optim.clip_grads")
-    modules = {
-        each.rpartition(".")[2]: importlib.import_module(f"nanotron.{each}") for each in names
-    }
-    yield types.SimpleNamespace(**modules)
-    disable()
-    for name in [*sys.modules]:
-        if name.partition(".")[0] == "nanotron":
-            del sys.modules[name]
-    sys.modules.update(kept)
-    stand_ins.remove_stand_ins()
+    with small_nanotron(tmp_path, monkeypatch, FILES) as modules:
+        last = {name.rpartition(".")[2]: module for name, module in modules.items()}
+        yield types.SimpleNamespace(**last)
 
 
 def states() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Compiles every kernel once, for sm_90: the first launch of it that the gate's cases make.
+"""Compiles every kernel once, for sm_90: its first launch by the cases of tests/kernels/compiling.
 
 python -m tests.versions.compile_one_each
 """
@@ -10,24 +10,24 @@ import pkgutil
 import sys
 from pathlib import Path
 
-import tests.kernels.gate
-from tests.kernels.gate import __main__ as gate
+import tests.kernels.compiling
+from tests.kernels.compiling import __main__ as compiling
 
 ARCHITECTURE = 90
 
 
 def main() -> int:
-    launches: dict[gate.Launch, None] = {}
-    gate._catch(launches)
+    launches: dict[compiling.Launch, None] = {}
+    compiling._catch(launches)
     unlaunched: list[str] = []
-    (folder,) = map(Path, tests.kernels.gate.__path__)
+    (folder,) = map(Path, tests.kernels.compiling.__path__)
     for name in sorted(info.name for info in pkgutil.iter_modules([str(folder)])):
         if name == "__main__":
             continue
-        module = importlib.import_module(f"tests.kernels.gate.{name}")
+        module = importlib.import_module(f"tests.kernels.compiling.{name}")
         for case in module.CASES:
             case()
-            missing = gate._never_launched(module.FILES, launches)
+            missing = compiling._never_launched(module.FILES, launches)
             if not missing:
                 break
         unlaunched += missing
@@ -35,7 +35,7 @@ def main() -> int:
     failures = len(unlaunched)
     for launch in first.values():
         try:
-            gate.compile_for(launch, ARCHITECTURE)
+            compiling.compile_for(launch, ARCHITECTURE)
         except Exception as error:  # whatever this version of Triton raises is what we look for
             failures += 1
             print(f"FAILED {launch}\n  {type(error).__name__}: {error}")

@@ -15,13 +15,14 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.harness import Builder, Check, LeftOut, check, precompile
 from nanotron_fast.kernels import pack
 from nanotron_fast.kernels.pack import kernels as pack_kernel
-from nanotron_fast.kernels.pack.choice import DTYPES
+from nanotron_fast.kernels.pack.item import COPY, NUM_COLUMNS, TRANSPOSE
+from nanotron_fast.kernels.pack.table import DTYPES
 from nanotron_fast.kernels.runtime.backend import ENVIRONMENT_VARIABLE
+from nanotron_fast.moves.row import Row, columns_of
 
 __all__ = ["BUILDERS", "check", "precompile"]
 
 _RANKS = 4
-_COPY, _TRANSPOSE = 1, 3
 
 
 def _item(
@@ -36,9 +37,9 @@ def _item(
 
     `sizes`: middle and inner; `steps`: of the source along both, then of the destination, in bytes.
     """
-    tile = (1, min(sizes[1], 4096)) if kind == _COPY else (64, 64)
+    tile = (1, min(sizes[1], 4096)) if kind == COPY else (64, 64)
     tiles = [-(-size // length) for size, length in zip(sizes, tile, strict=True)]
-    fields = (kind, 0, 0, 2 if kind == _COPY else 1, *tile, *tiles)
+    fields = (kind, 0, 0, 2 if kind == COPY else 1, *tile, *tiles)
     addresses = (source.data_ptr(), destination.data_ptr())
     strides = (0, *steps[:2], 0, *steps[2:])
     return struct.pack("12q8i", *addresses, 1, *sizes, *strides, first_tile, *fields), (
@@ -51,14 +52,14 @@ def _launch(parts: Sequence[tuple[Tensor, Tensor]], kind: int) -> None:
     items, num_tiles = b"", 0
     for source, destination in parts:
         width = source.element_size()
-        if kind == _COPY:
+        if kind == COPY:
             sizes, steps = (1, source.numel() * width), (0, 1, 0, 1)
         else:
             rows, columns = source.shape
             sizes, steps = (columns, rows), (width, columns * width, rows * width, width)
         item, tiles = _item(source, destination, kind, sizes, steps, num_tiles)
         items, num_tiles = items + item, num_tiles + tiles
-    table = torch.frombuffer(bytearray(items), dtype=torch.int64).view(-1, 16)
+    table = torch.frombuffer(bytearray(items), dtype=torch.int64).view(-1, NUM_COLUMNS)
     pack_kernel.launch(table.to(parts[0][0].device), num_tiles)
 
 
@@ -75,7 +76,7 @@ def _pack_qkv(tensors: Sequence[Tensor], is_native: bool) -> list[Tensor]:
             (piece, result[a:b])
             for piece, (a, b) in zip(pieces, itertools.pairwise(ends), strict=True)
         ]
-    _launch(parts, _COPY)
+    _launch(parts, COPY)
     return results
 
 
@@ -84,11 +85,20 @@ def _transpose(tensor: Tensor, is_native: bool) -> Tensor:
     result = torch.full((columns, rows), float("nan"), dtype=tensor.dtype, device=tensor.device)
     if is_native:
         code = DTYPES.index(tensor.dtype)
-        sizes, strides = (1, columns, rows), (0, 1, columns, 0, rows, 1)
-        table = torch.tensor([[0, 0, 0, 0, *sizes, *strides, code, code]], dtype=torch.int64)
-        pack.run(table, [tensor], [result])
+        move = Row(
+            source=0,
+            source_offset=0,
+            destination=0,
+            destination_offset=0,
+            sizes=(1, columns, rows),
+            source_strides=(0, 1, columns),
+            destination_strides=(0, rows, 1),
+            source_dtype=code,
+            destination_dtype=code,
+        )
+        pack.run(torch.tensor([columns_of(move)]), [tensor], [result])
     else:
-        _launch([(tensor, result)], _TRANSPOSE)
+        _launch([(tensor, result)], TRANSPOSE)
     return result
 
 

@@ -14,9 +14,9 @@ import triton.language as tl
 
 from nanotron_fast.kernels.attention.configs import DKV, DKV_DOCUMENTS, DKV_OPTIONS, tuned
 from nanotron_fast.kernels.attention.kernels.tiles import (
+    find_block,
     is_visible,
     load_rows,
-    locate,
     query_range,
     store_rows,
     tanh_of,
@@ -78,7 +78,7 @@ def _visit_queries(
             dout = load_rows(
                 dout_head, dout_row_stride, start, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True
             )
-        # Past the end: the one more row of each head, of weights 0.
+        # Rows past the end read the extra row of each head, whose weights are 0.
         at = head * (seq_q + 1) + tl.where(rows < num_q, rows, seq_q - first_row)
         lse = tl.load(lse_ptr + at)
         scores = tl.dot(k, tl.trans(q), input_precision="ieee")
@@ -153,7 +153,7 @@ def dkv_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    block, start, num_k, document = locate(
+    block, start, num_k, document = find_block(
         cu_seqlens_ptr, num_documents, seq_k, BLOCK_N, VARLEN, False
     )
     row = block * BLOCK_N

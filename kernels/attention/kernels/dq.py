@@ -12,10 +12,10 @@ import triton.language as tl
 
 from nanotron_fast.kernels.attention.configs import DQ, DQ_DOCUMENTS, DQ_OPTIONS, tuned
 from nanotron_fast.kernels.attention.kernels.tiles import (
+    find_block,
     is_visible,
     key_range,
     load_rows,
-    locate,
     store_rows,
     tanh_of,
 )
@@ -122,7 +122,7 @@ def dq_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    block, start, num_q, document = locate(
+    block, start, num_q, document = find_block(
         cu_seqlens_ptr, num_documents, seq_q, BLOCK_M, VARLEN, CAUSAL
     )
     row = block * BLOCK_M
@@ -157,7 +157,7 @@ def dq_kernel(
     # Rows that see nothing, whose lse is -inf or (flash-attn) inf, have weights of 0.
     lse = tl.where(lse == float("-inf"), float("inf"), lse) * 1.4426950408889634
     tl.store(log2_lse_ptr + rows, lse, mask=rows < num_q)
-    # One more row for each head, which the second kernel reads past the end: of weights 0.
+    # Each head has an extra row, which the second kernel reads past the end: its weights are 0.
     tl.store(log2_lse_ptr + seq_q - first_row, float("inf"))
     tl.store(delta_ptr + seq_q - first_row, 0.0)
     if TMA:

@@ -18,10 +18,10 @@ from nanotron_fast.kernels.attention.configs import (
     tuned,
 )
 from nanotron_fast.kernels.attention.kernels.tiles import (
+    find_block,
     is_visible,
     key_range,
     load_rows,
-    locate,
     store_rows,
     tanh_of,
 )
@@ -122,7 +122,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
-    block, start, num_q, document = locate(
+    block, start, num_q, document = find_block(
         cu_seqlens_ptr, num_documents, seq_q, BLOCK_M, VARLEN, CAUSAL
     )
     row = block * BLOCK_M

@@ -12,7 +12,7 @@ import triton.language as tl
 
 
 @triton.jit
-def locate(
+def find_block(
     cu_seqlens_ptr,
     num_documents,
     num_tokens,
@@ -83,7 +83,7 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """The other way, in the dtype of what is written to."""
+    """Stores a tile where load_rows would load it, in the dtype of what is written to."""
     rows = tl.arange(0, ROWS)
     dims = tl.arange(0, BLOCK_D)
     pointers = base_ptr + (tl.zeros((), tl.int64) + first) * row_stride
@@ -154,8 +154,9 @@ def query_range(
     CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
 ):
-    """The same for the keys of the block at `row`: by which queries they are seen.
+    """first, inner, outer, last: which queries see the keys of the block at `row`.
 
+    Queries from `first` to `last` see some of them, those from `inner` to `outer` all of them.
     All but `last` are multiples of BLOCK_M; without a window `outer` is `last`, since neither
     queries nor keys past the end need a mask: the ones are zeros, the others are never stored.
     """

@@ -39,7 +39,7 @@ State = Literal["on", "off", "missing", "refused"]
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """Of one target: whether it is replaced, and why not."""
+    """Whether a target is replaced, and why it is not."""
 
     target: Target
     state: State
@@ -64,8 +64,8 @@ class _State:
     replaced: list[_Replaced] = field(default_factory=list)
     # id of an original function -> its replacement
     functions: dict[int, Callable[..., Any]] = field(default_factory=dict)
-    # Of those in modules, also by names that were bound while the drop-in was on: id of a
-    # replacement -> it and its original.
+    # id of a replacement of a module's function -> the replacement and its original. Names that
+    # were bound while the drop-in was on are put back by it.
     homes: dict[int, tuple[Any, Any]] = field(default_factory=dict)
 
 
@@ -157,7 +157,7 @@ def requested_ops() -> frozenset[str]:
 
 @one_at_a_time
 def status() -> tuple[Status, ...]:
-    """Of every target of the installed Nanotron; nothing while the drop-in is off."""
+    """The status of every target of the installed Nanotron; nothing while the drop-in is off."""
     return _state.status
 
 
@@ -283,7 +283,7 @@ def _bindings() -> Iterator[tuple[types.ModuleType, str, Any]]:
 
 
 def _replace_where_bound() -> None:
-    """In modules that have the function under whatever name."""
+    """Replaces functions in every module that has bound them, under whatever name."""
     replacements = {id(original): replacement for replacement, original in _state.homes.values()}
     for module, name, value in _bindings():
         if id(value) in replacements:
@@ -291,7 +291,7 @@ def _replace_where_bound() -> None:
 
 
 def _reach(model: torch.nn.Module) -> None:
-    """What the modules of a model hold for themselves: functions, and their rope scaling."""
+    """Replaces functions that modules of a model hold themselves, and marks their rope scaling."""
     for module in model.modules():
         for name, value in [*vars(module).items()]:
             function = value.__func__ if inspect.ismethod(value) else value

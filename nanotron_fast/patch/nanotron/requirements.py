@@ -1,7 +1,7 @@
 """Whether the packages that the installed Nanotron needs are there, in versions that it can use.
 
-What its own metadata says is held to, and what that leaves out: main asks for any datasets and any
-transformers, and imports from both what their version 5 has no more.
+Its own metadata is held to, and so is what that leaves out: main asks for any datasets and any
+transformers, but imports from both what their version 5 has no more.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _IMPORTED_BY_MAIN = {
     "psutil": "psutil",
     "transformers": "transformers",
 }
-# Requirement of main -> why.
+# A requirement of main -> why it has it.
 _LIMITS_OF_MAIN = {
     "datasets<5": "it imports xPath, which 5 has no more",
     "transformers<5": "it imports from trainer_pt_utils what 5 has no more",
@@ -63,7 +63,7 @@ def check_requirements() -> None:
 
 
 def _problems(is_main: bool) -> Iterator[tuple[str, str]]:
-    """What to give pip, and what is wrong."""
+    """For each problem, what to give pip and what is wrong."""
     imported = _IMPORTED | (_IMPORTED_BY_MAIN if is_main else {})
     limits = {Requirement(each): why for each, why in _LIMITS_OF_MAIN.items()} if is_main else {}
     named = {canonicalize_name(each.name) for each in limits}
@@ -87,7 +87,7 @@ def _problems(is_main: bool) -> Iterator[tuple[str, str]]:
 
 
 def _own_requirements() -> Iterator[Requirement]:
-    """Of its installed metadata, without its extras; nothing for a Nanotron that is a folder."""
+    """What its installed metadata asks for without extras; nothing where it is a mere folder."""
     try:
         lines = metadata.requires("nanotron") or []
     except metadata.PackageNotFoundError:

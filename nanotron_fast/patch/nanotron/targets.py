@@ -1,8 +1,8 @@
 """What the drop-in replaces in Nanotron, all of it: one line for each function or method.
 
 A replacement is made by a factory, `factory(original, options) -> replacement`, so that each can
-fall back to the function it stands for. Which Nanotron is installed is told by a symbol: main and
-the released 0.4 call themselves by one version.
+fall back to the function it stands for. A module that main alone has tells which Nanotron is
+installed: main and the released 0.4 say the same version of themselves.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal
 RELEASED, MAIN = "0.4", "main"
 BOTH = (RELEASED, MAIN)
 
-# Called by `disable` after everything is back: what replacements have left on live objects.
+# What `disable` calls after everything is back: it undoes what replacements left on live objects.
 ON_DISABLE: list[Callable[[], None]] = []
 
 
@@ -106,7 +106,7 @@ OPS = tuple(dict.fromkeys(target.op for target in TARGETS))
 
 
 def installed_version() -> str:
-    """Which of the two Nanotrons is installed, by whether it has Qwen2.
+    """Which of the two Nanotrons is installed: main is the one that has Qwen2.
 
     Raises ModuleNotFoundError where there is none.
     """

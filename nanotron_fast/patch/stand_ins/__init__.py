@@ -55,7 +55,7 @@ def _is_there(package: str) -> bool:
 
 
 def _import(package: str) -> None:
-    """Under its own name, so that its submodules are found through its __path__ when asked for."""
+    """Makes a package under its own name; its submodules are found by its __path__ when wanted."""
     spec = PathFinder.find_spec(package, [str(Path(__file__).parent)])
     assert spec is not None
     assert spec.loader is not None

@@ -32,18 +32,12 @@ _ACTIVATIONS = {
 _HOMES_OF_ACTIVATIONS = ("transformers.activations", nn.SiLU.__module__)
 
 
-# --- RMSNorm
-
-
 def norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """`LlamaRMSNorm.forward`, rounded once. A weight of another dtype is left to the original."""
     if self.weight.dtype != hidden_states.dtype:
         # The result has the wider of the two dtypes.
         return type(self).forward(self, hidden_states)
     return rms_norm(hidden_states, self.weight, self.variance_epsilon)
-
-
-# --- Rotary
 
 
 def rotary(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,9 +107,6 @@ def with_global(function: types.FunctionType, name: str, value: Any) -> types.Fu
     if inner is not None:
         copy.__dict__["__wrapped__"] = changed
     return copy
-
-
-# --- MLP
 
 
 class _GatedProducts(torch.autograd.Function):
@@ -210,9 +201,6 @@ def mlp_forward(self: Any, x: Tensor) -> Tensor:
     return self.down_proj(h.view(*x.shape[:-1], h.shape[-1]))
 
 
-# --- Loss
-
-
 def causal_lm_loss(
     logits: Tensor,
     labels: Tensor | None,
@@ -231,7 +219,7 @@ def causal_lm_loss(
     """
     if shift_labels is None:
         assert labels is not None
-        # Tokens < n predict n; of the last one nothing is known.
+        # A token is predicted from those before it. What follows the last one is not known.
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
     target = shift_labels.reshape(-1).to(logits.device)
     counts = target != ignore_index

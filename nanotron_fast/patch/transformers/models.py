@@ -47,7 +47,7 @@ _FAMILIES = {
     "transformers.models.qwen2.modeling_qwen2": "Qwen2",
     "transformers.models.mistral.modeling_mistral": "Mistral",
 }
-# In a model's own dict: what of it is replaced. A copy of the model has a copy of it.
+# A model's own dict holds by this name what of it is replaced. A copy of a model has a copy.
 _RECORD = "_nanotron_fast_replaced"
 
 
@@ -62,7 +62,7 @@ class LeftAlone:
 
 @dataclass(slots=True)
 class TransformersReport:
-    """Of `enable_transformers`: how many modules each operation took, and what it left alone."""
+    """How many modules each operation of `enable_transformers` took, and which it left alone."""
 
     replaced: dict[str, int] = field(default_factory=dict)
     left: list[LeftAlone] = field(default_factory=list)
@@ -108,7 +108,7 @@ def enable_transformers(
     report = TransformersReport(dict.fromkeys(wanted, 0))
     names = {id(module): name for name, module in model.named_modules()}
     for op in wanted:
-        # Of one class: the forwards are made once.
+        # Modules of one class share the forwards that are made for it.
         made: dict[type, Callable[..., Any]] = {}
         for module in _modules(model, op):
             try:
@@ -208,7 +208,7 @@ def _make(
 
 
 def _check_forward(module: Any, expected: str, home: types.ModuleType) -> None:
-    """That a module is transformers' own, with the forward of its class."""
+    """Checks that a module is transformers' own, with the forward of its class."""
     kind = type(module)
     if (kind.__module__, kind.__name__) != (home.__name__, expected):
         raise _CannotReplace(f"is a {kind.__module__}.{kind.__qualname__}, not a {expected}")

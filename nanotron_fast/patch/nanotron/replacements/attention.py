@@ -22,9 +22,10 @@ from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.attention_with_lse import attention_with_lse
 from nanotron_fast.patch.nanotron.targets import ON_DISABLE, DropInOptions
 
-# On an attention of Llama's: `rope_scaling` and `max_position_embeddings` of its configuration.
+# An attention of Llama's holds by this name `rope_scaling` and `max_position_embeddings` of its
+# configuration.
 _SCALING = "_nanotron_fast_rope_scaling"
-# On a replacement of a core attention: it takes (batch, seq, heads, d) besides.
+# A replacement of a core attention that takes (batch, seq, heads, d) too has this attribute.
 _TAKES_BATCH = "__nanotron_fast_batch__"
 
 
@@ -40,7 +41,7 @@ def _tables(
     max_position_embeddings: int | None,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Shared by all layers. `scaling` is JSON, so that it can be a key."""
+    """The tables that all layers share. `scaling` is JSON, so that it can be a key."""
     with torch.inference_mode(False):  # autograd may save them, whoever asks first
         return rope_tables(
             head_dim,
@@ -54,7 +55,7 @@ def _tables(
 
 @lru_cache(maxsize=16)
 def _positions(seq: int, batch: int, first: int, device: torch.device, by_batch: bool) -> Tensor:
-    """(seq * batch,): where each token stands, tokens going through the batch first or last."""
+    """(seq * batch,): each token's place in its row, whose tokens are neighbours if `by_batch`."""
     with torch.inference_mode(False):
         row = torch.arange(first, first + seq, device=device)
         return row.repeat(batch) if by_batch else row.repeat_interleave(batch)
@@ -146,7 +147,7 @@ def llama_forward(original: Callable[..., Any], options: DropInOptions) -> Calla
 
 
 def _refuse_scaling(scaling: Mapping[str, Any] | None) -> None:
-    """Where the original has to turn: Nanotron's own embedding knows no scaling."""
+    """Raises where the original has to turn: Nanotron's own embedding knows no scaling."""
     if scaling:
         raise NotImplementedError(
             f"rope_scaling {dict(scaling)}: this attention's rotary embedding has hooks or a "

@@ -44,11 +44,8 @@ logger = logging.getLogger(__name__)
 _PINNED_BYTES = 16 << 20
 
 
-# --- Loading
-
-
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
+class FillPlan:
     """How a rank's tensors are filled, and how those of another topology were sharded there.
 
     `metadata` maps a parameter's name to the TensorMetadata of its shards by (pp_rank, tp_rank);
@@ -77,7 +74,7 @@ def load(original: Callable[..., Any], options: DropInOptions) -> Callable[..., 
         started = time.perf_counter()
         tensors = model.state_dict() if filtered_state_dict is None else filtered_state_dict
         try:
-            plan = plan_load(tuple(places(model, parallel_context, root_folder, tensors)))
+            plan = plan_filling(tuple(places(model, parallel_context, root_folder, tensors)))
         except Unserved as reason:
             logger.warning("nanotron_fast: Nanotron itself loads the weights: %s", reason)
             return original(model, parallel_context, root_folder, filtered_state_dict)
@@ -88,7 +85,7 @@ def load(original: Callable[..., Any], options: DropInOptions) -> Callable[..., 
     return replacement
 
 
-def plan_load(wanted: tuple[Place, ...]) -> LoadPlan:
+def plan_filling(wanted: tuple[Place, ...]) -> FillPlan:
     """Reads the headers of all files that hold something of these tensors, and plans the moves.
 
     Raises:
@@ -134,7 +131,7 @@ def plan_load(wanted: tuple[Place, ...]) -> LoadPlan:
     outputs = tuple(OutputFile(place.name, b"", place.tensor.nbytes) for place in filled)
     transfer = MovePlan(tuple(paths), outputs, tuple(moves))
     transfer.check()
-    return LoadPlan(transfer, tuple(place.tensor for place in filled), device, metadata)
+    return FillPlan(transfer, tuple(place.tensor for place in filled), device, metadata)
 
 
 def _device_of(wanted: Iterable[Place]) -> torch.device:
@@ -159,9 +156,6 @@ def _shards(place: Place) -> list[Path]:
     if not shards:
         raise CheckpointError(f"{place.name}: neither {path} is there, nor another shard of it")
     return shards
-
-
-# --- Saving
 
 
 @dataclass(frozen=True, slots=True)

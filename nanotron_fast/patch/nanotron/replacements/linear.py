@@ -14,7 +14,7 @@ from nanotron_fast.patch.nanotron.targets import DropInOptions
 
 
 def _mode(tp_mode: Any) -> str:
-    """Of Nanotron's TensorParallelLinearMode: ALL_REDUCE or REDUCE_SCATTER."""
+    """Our name of a TensorParallelLinearMode of Nanotron's, ALL_REDUCE or REDUCE_SCATTER."""
     return str(tp_mode.name).lower()
 
 

@@ -12,7 +12,7 @@ from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.targets import DropInOptions
 
-# On a loss that takes logits of any dtype.
+# A loss that takes logits of any dtype has this attribute.
 _TAKES_ANY = "__nanotron_fast_any_dtype__"
 
 

@@ -11,7 +11,7 @@ from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.targets import DropInOptions
 
-# On a replacement of a norm's forward: it takes `residual` and `prenorm`.
+# A replacement of a norm's forward that takes `residual` and `prenorm` has this attribute.
 _TAKES_RESIDUAL = "__nanotron_fast_residual__"
 
 
@@ -59,7 +59,7 @@ def _norm(self: Any, x: Tensor, residual: Tensor | None, prenorm: bool) -> Any:
 
 
 def _add_and_norm(norm: Any, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-    """norm(x + residual) and the sum. What watches the norm sees that go in, and one tensor out."""
+    """norm(x + residual) and the sum. Who watches the norm sees the sum go in, one tensor out."""
     takes = getattr(type(norm).forward, _TAKES_RESIDUAL, False)
     if takes and may_go_past(norm) and norm.weight.dtype == x.dtype == residual.dtype:
         y, h = norm(x, residual=residual, prenorm=True)

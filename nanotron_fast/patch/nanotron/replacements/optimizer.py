@@ -121,7 +121,7 @@ def clip(original: Callable[..., Any], options: DropInOptions) -> Callable[..., 
 
 # --- AdamW
 
-# On an accumulator: ids of the masters whose copies the last step of AdamW has written.
+# An accumulator holds by this name the ids of the masters whose copies AdamW has just written.
 _WRITTEN = "_nanotron_fast_written"
 _made: weakref.WeakSet[AdamW] = weakref.WeakSet()
 

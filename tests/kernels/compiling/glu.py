@@ -1,4 +1,4 @@
-"""Launches of swiglu to compile."""
+"""Launches of the gated linear unit to compile."""
 
 from __future__ import annotations
 

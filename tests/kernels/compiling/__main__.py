@@ -1,6 +1,6 @@
-"""Compiles every kernel launch of the gate's cases for each GPU architecture, without a GPU.
+"""Compiles every kernel launch of the cases beside it for each GPU architecture, without a GPU.
 
-    python -m tests.kernels.gate [--arch 80 90 100] [module ...]
+    python -m tests.kernels.compiling [--arch 80 90 100] [module ...]
 
 Each module beside this one lists FILES of kernels/ that it is for, every kernel of which it must
 launch, and CASES: functions that call the public operations on CPU tensors.
@@ -245,17 +245,17 @@ def main() -> int:
     _catch(launches)
     unlaunched: set[str] = set()
     jobs: list[tuple[Launch, int]] = []
-    gates = [
-        importlib.import_module(f"tests.kernels.gate.{name}")
+    modules = [
+        importlib.import_module(f"tests.kernels.compiling.{name}")
         for name in options.modules or [name for name in names if name != "__main__"]
     ]
     for architecture in options.arch:
         _pretend(architecture)
         launches.clear()
-        for gate in gates:
-            for case in gate.CASES:
+        for module in modules:
+            for case in module.CASES:
                 case()
-            unlaunched |= set(_never_launched(gate.FILES, launches))
+            unlaunched |= set(_never_launched(module.FILES, launches))
         jobs += [(launch, architecture) for launch in launches if launch.runs_on(architecture)]
     for kernel in sorted(unlaunched):
         print(f"FAILED no case launches {kernel}")

@@ -10,7 +10,7 @@ import torch
 
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_, clip_grad_norm_
 
-FILES = ("optimizer.adamw", "optimizer.grad_norm", "optimizer")
+FILES = ("optimizer.accumulate", "optimizer.adamw", "optimizer.grad_norm")
 
 _NUM_ELEMENTS = 65536
 _BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32

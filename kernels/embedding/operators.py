@@ -1,0 +1,107 @@
+"""The gather and the sum of gradients by id as operators; `embedding` says how they fit together.
+
+Shapes: ids (tokens,); weight, dweight (rows, hidden); dy (tokens, hidden).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from nanotron_fast.kernels.embedding.kernels import gather_kernel, join_kernel, sum_kernel
+from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+
+# Sorted tokens that one program sums at most.
+_PIECE = 256
+
+
+def _local_rows(ids: Tensor, num_rows: int, first_row: int, padding_idx: int | None) -> Tensor:
+    """Rows of this rank (tokens,) int32; num_rows where an id is another rank's, or padding."""
+    rows = ids.long() - first_row
+    is_here = (rows >= 0) & (rows < num_rows)
+    if padding_idx is not None:
+        is_here &= ids != padding_idx
+    return torch.where(is_here, rows, num_rows).int()
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    if ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in torch.aminmax(ids))
+    if low < 0 or high >= vocab:
+        wrong = low if low < 0 else high
+        raise IndexError(f"vocab_parallel_embedding: id {wrong} for a vocabulary of {vocab}")
+
+
+@operator("nanotron_fast::embedding_gather")
+def gather(ids: Tensor, weight: Tensor, first_row: int, vocab: int) -> Tensor:
+    """(tokens,) -> (tokens, hidden), this rank's part of the sum over all ranks."""
+    num_tokens, (num_rows, num_cols) = ids.shape[0], weight.shape
+    if ids.device.type == "cpu":
+        _check_ids(ids, vocab)
+    if not uses_triton(weight):
+        rows = _local_rows(ids, num_rows, first_row, None)
+        is_here = rows < num_rows
+        values = weight[torch.where(is_here, rows, 0)]
+        return values.masked_fill_(~is_here.unsqueeze(1), 0)
+    out = weight.new_empty(num_tokens, num_cols)
+    if out.numel():
+        cols = min(triton.next_power_of_2(num_cols), 4096)
+        tokens = max(4096 // cols, 1)
+        num_col_blocks = triton.cdiv(num_cols, cols)
+        on_grid(gather_kernel, (triton.cdiv(num_tokens, tokens) * num_col_blocks,))(
+            ids,
+            weight,
+            out,
+            num_tokens,
+            num_cols,
+            num_rows,
+            first_row,
+            num_col_blocks,
+            TOKENS=tokens,
+            COLS=cols,
+            num_warps=4,
+        )
+    return out
+
+
+@gather.register_fake
+def _(ids, weight, first_row, vocab):
+    return weight.new_empty(ids.shape[0], weight.shape[1])
+
+
+@operator("nanotron_fast::embedding_sum")
+def sum_by_id(
+    dy: Tensor, ids: Tensor, num_rows: int, first_row: int, padding_idx: int | None
+) -> Tensor:
+    """dy (tokens, hidden), contiguous -> dweight (rows, hidden) in dy's dtype."""
+    num_tokens, num_cols = dy.shape
+    rows = _local_rows(ids, num_rows, first_row, padding_idx)
+    if not uses_triton(dy) or dy.dtype == torch.float64:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        total = dy.new_zeros(num_rows + 1, num_cols, dtype=wide)
+        return total.index_add_(0, rows, dy.to(wide))[:num_rows].to(dy.dtype, copy=True)
+    dweight = dy.new_zeros(num_rows, num_cols)
+    if dy.numel() == 0:
+        return dweight
+    rows, order = torch.sort(rows, stable=True)
+    num_pieces = triton.cdiv(num_tokens, _PIECE)
+    partial = torch.empty(2 * num_pieces, num_cols, dtype=torch.float32, device=dy.device)
+    cols = min(triton.next_power_of_2(num_cols), 1024)
+    num_col_blocks = triton.cdiv(num_cols, cols)
+    sizes = (num_tokens, num_cols, num_rows, num_col_blocks)
+    blocks = {"PIECE": _PIECE, "COLS": cols, "num_warps": 4}
+    on_grid(sum_kernel, (num_tokens * num_col_blocks,))(
+        rows, order, dy, dweight, partial, *sizes, TOKENS=8, **blocks
+    )
+    if num_pieces > 1:
+        on_grid(join_kernel, (num_pieces * num_col_blocks,))(
+            rows, partial, dweight, *sizes, **blocks
+        )
+    return dweight
+
+
+@sum_by_id.register_fake
+def _(dy, ids, num_rows, first_row, padding_idx):
+    return dy.new_empty(num_rows, dy.shape[1])

@@ -1,0 +1,97 @@
+"""Gradients added into main gradients in fp32, on lists of tensors.
+
+    main += scale * grad
+
+Bytes an element with bf16 (fp32) gradients: 2 (4) read of the gradient, 4 read and 4 written of
+main. `multi_tensor` explains the tables of a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nanotron_fast.kernels.optimizer.multi_tensor import (
+    TRITON_DTYPES,
+    bundles_of,
+    check_lists,
+    find_segment,
+    pointer,
+    takes_reference,
+)
+from nanotron_fast.kernels.runtime.backend import on_grid, operator
+
+_BLOCK = 2048
+_NUM_WARPS = 4
+
+
+def accumulate_reference_(
+    mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0
+) -> None:
+    """The same in plain torch; what CPU tensors take."""
+    torch._foreach_add_(mains, grads, alpha=scale)
+
+
+@triton.jit(do_not_specialize=["num_tensors"])
+def _accumulate_kernel(
+    segment_tensors_ptr,
+    extents_ptr,
+    addresses_ptr,
+    num_tensors,
+    scale,
+    GRAD: tl.constexpr,
+    VECTOR: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tensor, start, numel = find_segment(
+        segment_tensors_ptr, extents_ptr, num_tensors, BLOCK, VECTOR
+    )
+    main_ptr = pointer(addresses_ptr, num_tensors, tensor, 0, tl.float32, VECTOR)
+    grad_ptr = pointer(addresses_ptr, num_tensors, tensor, 1, GRAD, VECTOR)
+    offsets = start + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    grad = tl.load(grad_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    main = tl.load(main_ptr + offsets, mask=mask, other=0.0)
+    tl.store(main_ptr + offsets, main + scale * grad, mask=mask)
+
+
+@operator("nanotron_fast::accumulate_", mutates_args=("mains",))
+def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
+    for bundle in bundles_of((mains, grads), _BLOCK):
+        on_grid(_accumulate_kernel, (bundle.num_segments,))(
+            *bundle.tables,
+            scale,
+            GRAD=TRITON_DTYPES[bundle.dtypes[1]],
+            VECTOR=bundle.vector,
+            BLOCK=_BLOCK,
+            num_warps=_NUM_WARPS,
+        )
+
+
+@torch.no_grad()
+def accumulate_(mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float = 1.0) -> None:
+    """Adds gradients into main gradients: main += scale * grad.
+
+    Args:
+        mains: fp32, contiguous, written in place.
+        grads: the shapes of mains, bf16, fp16 or fp32 in any mixture, contiguous.
+        scale: a factor on the gradients, 1 / accumulation steps for instance.
+
+    Raises:
+        ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
+    """
+    mains, grads = list(mains), list(grads)
+    check_lists("accumulate_", "mains", mains=mains, grads=grads)
+    for place, main in enumerate(mains):
+        if main.dtype != torch.float32:
+            raise ValueError(f"accumulate_: mains[{place}] is {main.dtype}, not torch.float32")
+    if not mains:
+        return
+    if takes_reference(mains + grads):
+        accumulate_reference_(mains, grads, scale)
+    else:
+        _accumulate(mains, grads, float(scale))
