@@ -1,4 +1,4 @@
-"""An operation and a target of the drop-in that are made up, added by their pages in docs alone.
+"""A family, an operation and a target of the drop-in, all made up, added by docs' pages alone.
 
 The blocks of Python in a page are taken as they are: the first line of each names the file that it
 is, or the list of a file that it is put into.
@@ -6,9 +6,11 @@ is, or the list of a file that it is put into.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import inspect
 import itertools
+import json
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +18,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from nanotron_fast import kernels
+import nanotron_fast as nf
+from nanotron_fast import families, kernels
+from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast.formats.huggingface.checkpoint import layout_shards
+from nanotron_fast.formats.nanotron import classes
+from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, base
 from nanotron_fast.kernels.runtime import backend
+from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.patch.nanotron import registry, replacements, targets
 from tests.kernels import operations
 
@@ -35,6 +44,7 @@ def blocks_of(page: str) -> dict[str, str]:
     return dict(found)
 
 
+FAMILY = blocks_of("adding-a-family.md")
 OPERATION = blocks_of("adding-an-operation.md")
 TARGET = blocks_of("adding-a-target.md")
 
@@ -179,7 +189,12 @@ def test_an_unknown_operation_names_the_new_one_too(target: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("page", "blocks"), [("adding-an-operation.md", OPERATION), ("adding-a-target.md", TARGET)]
+    ("page", "blocks"),
+    [
+        ("adding-a-family.md", FAMILY),
+        ("adding-an-operation.md", OPERATION),
+        ("adding-a-target.md", TARGET),
+    ],
 )
 def test_a_page_names_files_that_are_there(page: str, blocks: dict[str, str]) -> None:
     text = (DOCS / page).read_text()
@@ -188,5 +203,66 @@ def test_a_page_names_files_that_are_there(page: str, blocks: dict[str, str]) ->
     for name in set(
         re.findall(r"`((?:kernels|tests|nanotron_fast|benchmarks|docs)/[\w/.]+)`", text)
     ):
-        if NAME not in name:
+        if NAME not in name and not name.endswith("madeup.py"):
             assert (root / name).exists(), f"{page} names {name}"
+
+
+@pytest.fixture
+def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> families.Family:
+    """The page's class and table, each beside the others of its kind, and registered."""
+    monkeypatch.setattr(base, "_CLASSES", dict(base._CLASSES))
+    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    for package, folder in ((classes, "classes"), (families, "families")):
+        (place,) = (place for place in FAMILY if place.endswith(f"{folder}/madeup.py"))
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder, FAMILY, place)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / folder)])
+        monkeypatch.delitem(sys.modules, f"{package.__name__}.madeup", raising=False)
+    importlib.invalidate_caches()
+    table: families.Family = importlib.import_module(f"{families.__name__}.madeup").MADEUP
+    families.register(table)
+    return table
+
+
+def made_up(root: Path) -> Path:
+    """A tiny model of the family, as its config.json and its tensors say."""
+    config = {"model_type": "madeup", "width": 32, "depth": 3, "num_attention_heads": 4}
+    config |= {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 40}
+    shapes: dict[str, tuple[int, ...]] = {"embed": (40, 32), "norm": (32,)}
+    for layer in range(3):
+        own = {"n1": (32,), "n2": (32,), "qn": (8,), "kn": (8,), "q": (32, 32), "k": (16, 32)}
+        own |= {"v": (16, 32), "out": (32, 32), "gate": (48, 32), "up": (48, 32), "down": (32, 48)}
+        shapes |= {f"b.{layer}.{name}": shape for name, shape in own.items()}
+    (file,), _ = layout_shards([(name, Dtype.BF16, each) for name, each in shapes.items()], 10**9)
+    data = np.random.default_rng(0).bytes(file.size_bytes - len(file.header))
+    root.mkdir()
+    (root / "config.json").write_text(json.dumps(config))
+    (root / file.name).write_bytes(file.header + data)
+    return root
+
+
+def test_the_family_converts_there_and_back(family: families.Family, tmp_path: Path) -> None:
+    hf, there, back = made_up(tmp_path / "hf"), tmp_path / "there", tmp_path / "back"
+    nf.convert(hf, there, topology=nf.Topology(tp=2, pp=2))
+    config = json.loads((there / "model_config.json").read_text())
+    assert config["is_madeup_config"]
+    assert config["layers"][0]["attention"]["has_qk_norm"]
+    assert len(list(there.rglob("attn/q_norm/*.safetensors"))) == 3
+    nf.convert(there, back)
+    assert nf.verify(hf, there).equal
+    assert nf.verify(hf, back).equal
+    config = json.loads((back / "config.json").read_text())
+    assert (config["model_type"], config["depth"], config["width"]) == ("madeup", 3, 32)
+
+
+def test_a_class_that_normalises_nothing_does_not_take_it(
+    family: families.Family, tmp_path: Path
+) -> None:
+    """With Llama's class the table would lose the norms: it is refused for what that lacks."""
+    hf = made_up(tmp_path / "hf")
+    stock = dataclasses.replace(family, name="stock", model_class=LLAMA_CONFIG)
+    families.register(stock)
+    config = json.loads((hf / "config.json").read_text())
+    (hf / "config.json").write_text(json.dumps({**config, "model_type": "stock"}))
+    with pytest.raises(UnsupportedModelError, match=r"qk-norm.*LlamaConfig does not"):
+        nf.plan(hf, tmp_path / "there")
