@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
-
-# A shell's background job ignores SIGINT, and so would every command that a test interrupts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Triton reads this when a kernel is defined. Without a GPU its interpreter runs the same kernels.
 if not torch.cuda.is_available():
@@ -30,6 +27,26 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--gpu") and not torch.cuda.is_available():
         for item in items:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_hear_signals() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and nohup SIGHUP; so would whatever a test starts.
+
+    A handler is not handed down as SIG_IGN is. These tests themselves end no sooner for it: SIGHUP
+    and SIGTERM stay without effect on them.
+    """
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: lambda *_: None,
+        signal.SIGHUP: lambda *_: None,
+    }
+    ignored = [number for number in handlers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, handlers[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture
