@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.interpreter import patch_once_a_launch
+
 GOLDEN = Path(__file__).parent / "golden"
 
 # Triton reads this when a kernel is defined. Without a GPU its interpreter runs the same kernels.
@@ -27,6 +29,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--gpu") and not torch.cuda.is_available():
         for item in items:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+
+
+def pytest_collection_finish() -> None:
+    """All files of tests are imported, and the interpreter with them if any needs it."""
+    patch_once_a_launch()
 
 
 @pytest.fixture(scope="session", autouse=True)
