@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -29,6 +30,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--gpu") and not torch.cuda.is_available():
         for item in items:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+    if hasattr(config, "workerinput"):
+        # The longest files first, so that no worker begins one when the others have nothing left.
+        counts = Counter(item.path for item in items)
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))
 
 
 def pytest_collection_finish() -> None:

@@ -53,6 +53,7 @@ def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_scripts_of_nanotron_there_and_back(
     run_ranks: RunRanks, world_size: int, tmp_path: Path, golden_hf: Path, golden: Path
