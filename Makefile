@@ -26,7 +26,7 @@ build: $(READY) ## compile what changed in csrc
 	@$(BIN)/python -m compileall -q nanotron_fast  # also where the environment forbids caching
 
 test: build ## run all tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.interpreter import patch_once_a_launch
 
-# A shell's background job ignores SIGINT, and so would every command that a test interrupts.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+GOLDEN = Path(__file__).parent / "golden"
 
 # Triton reads this when a kernel is defined. Without a GPU its interpreter runs the same kernels.
 if not torch.cuda.is_available():
@@ -31,6 +30,36 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if config.getoption("--gpu") and not torch.cuda.is_available():
         for item in items:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
+    if hasattr(config, "workerinput"):
+        # The longest files first, so that no worker begins one when the others have nothing left.
+        counts = Counter(item.path for item in items)
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: (item.path not in slow, -counts[item.path], item.path))
+
+
+def pytest_collection_finish() -> None:
+    """All files of tests are imported, and the interpreter with them if any needs it."""
+    patch_once_a_launch()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def commands_hear_signals() -> Iterator[None]:
+    """A shell's background job ignores SIGINT, and nohup SIGHUP; so would whatever a test starts.
+
+    A handler is not handed down as SIG_IGN is. These tests themselves end no sooner for it: SIGHUP
+    and SIGTERM stay without effect on them.
+    """
+    handlers = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: lambda *_: None,
+        signal.SIGHUP: lambda *_: None,
+    }
+    ignored = [number for number in handlers if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
+        signal.signal(number, handlers[number])
+    yield
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
 
 
 @pytest.fixture(autouse=True)

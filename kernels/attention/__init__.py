@@ -40,7 +40,11 @@ from nanotron_fast.kernels.attention.reference import (
     attention_forward_reference,
     attention_reference,
 )
-from nanotron_fast.kernels.runtime.backend import is_interpreting, requested_backend
+from nanotron_fast.kernels.runtime.backend import (
+    constant_in_a_graph,
+    is_interpreting,
+    requested_backend,
+)
 
 __all__ = [
     "attention",
@@ -52,7 +56,7 @@ __all__ = [
 
 
 # torch.compile keeps what it reads while it traces: the choice is made once per compiled graph.
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def _choose(
     *,
     device: torch.device,

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from nanotron_fast.kernels.runtime.backend import constant_in_a_graph
+
 ENVIRONMENT_VARIABLE = "NANOTRON_FAST_FUSED_MATMUL"
 MODES = ("auto", "always", "never")
 
@@ -43,7 +45,7 @@ _decisions: dict[Key, bool] = {}
 
 
 # torch.compile keeps what it reads while it traces: the choice is made once per compiled graph.
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def requested_mode() -> str:
     """What NANOTRON_FAST_FUSED_MATMUL asks for. Raises ValueError for a value that is no mode."""
     mode = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
@@ -52,7 +54,7 @@ def requested_mode() -> str:
     return mode
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def decided(key: Key) -> bool | None:
     """What was measured before; None where nothing was."""
     return _decisions.get(key)

@@ -14,7 +14,7 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,10 +25,21 @@ except ImportError:  # macOS and Windows have no Triton
 
 ENVIRONMENT_VARIABLE = "NANOTRON_FAST_BACKEND"
 BACKENDS = ("auto", "triton", "torch")
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant_in_a_graph(function: _Function) -> _Function:
+    """Lets torch.compile call a function while it traces, and keep what it gave.
+
+    It is what torch.compiler.assume_constant_result does, which imports all of torch.compile for
+    it: 4 s of CPU at the start of a process, most of which never compile.
+    """
+    function._dynamo_marked_constant = True
+    return function
 
 
 # torch.compile keeps what it reads while it traces: the choice is made once per compiled graph.
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def requested_backend() -> str:
     """What NANOTRON_FAST_BACKEND asks for. Raises ValueError for a value that is none of them."""
     backend = os.environ.get(ENVIRONMENT_VARIABLE, "") or "auto"
@@ -37,7 +48,7 @@ def requested_backend() -> str:
     return backend
 
 
-@torch.compiler.assume_constant_result
+@constant_in_a_graph
 def is_interpreting() -> bool:
     """Whether Triton kernels run on the CPU, in Triton's interpreter."""
     return triton is not None and bool(triton.knobs.runtime.interpret)

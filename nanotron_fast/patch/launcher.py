@@ -7,7 +7,7 @@ import runpy
 import socket
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,13 @@ def _alone() -> dict[str, str]:
         port = server.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def _cpu_mode() -> AbstractContextManager[None]:
+    # Imported for it alone: it takes all of torch.compile.
+    from nanotron_fast.patch.cpu import cpu_mode
+
+    return cpu_mode()
 
 
 def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any) -> None:
@@ -42,12 +49,11 @@ def run(script: str, arguments: Sequence[str], *, on_cpu: bool, **enabling: Any)
     from nanotron_fast.patch.nanotron.requirements import check_requirements
 
     check_requirements()
-    from nanotron_fast.patch.cpu import cpu_mode
     from nanotron_fast.patch.nanotron.registry import enable
 
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         os.environ.update(_alone())
-    with cpu_mode() if on_cpu else nullcontext():
+    with _cpu_mode() if on_cpu else nullcontext():
         try:
             enable(**enabling)
         except ImportError as error:

@@ -113,7 +113,33 @@ def test_no_tokenizer_is_said(name: Any, message: str, step: Path, tmp_path: Pat
     assert "--like DIR_OR_ID" in warnings[1]
 
 
-@pytest.mark.parametrize("text", ["a: [", "- 1", "tokenizer: 7", "!!python/object:os.x {}", "\0"])
+SENSELESS = {
+    "a: [": "not YAML: while parsing",
+    "\0": "not YAML",
+    "!!python/object:os.x {}": "not YAML: could not determine a constructor",
+    "a: !!bool x": "not YAML",
+    "a: !!timestamp x": "not YAML",
+    "a: !!int ''": "not YAML",
+    "a\n---\nb": "not YAML: expected a single document",
+    "[" * 100_000: "nested more than 64 deep",
+    "? " * 20_000: "nested more than 64 deep",
+}
+
+
+@pytest.mark.parametrize("text", SENSELESS, ids=lambda text: text[:20])
+def test_a_training_configuration_that_cannot_be_read(
+    text: str, step: Path, tmp_path: Path
+) -> None:
+    (step / "config.yaml").write_text(text)
+    warning = nanotron_fast.plan(step, tmp_path / "back").warnings[0]
+    assert "no tokenizer is written" in warning
+    assert "config.yaml cannot be read (" in warning
+    assert SENSELESS[text] in warning
+    resharded = nanotron_fast.plan(step, tmp_path / "back", to="nanotron")
+    assert any(SENSELESS[text] in each for each in resharded.warnings)
+
+
+@pytest.mark.parametrize("text", ["- 1", "tokenizer: 7", "a: &a [*a]"])
 def test_a_senseless_training_configuration(text: str, step: Path, tmp_path: Path) -> None:
     (step / "config.yaml").write_text(text)
     assert "no tokenizer is written" in nanotron_fast.plan(step, tmp_path / "back").warnings[0]

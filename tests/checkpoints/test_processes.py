@@ -7,13 +7,16 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import nanotron_fast as nf
+from tests import forks
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "llama"
+RunRanks = Callable[..., list[forks.Result]]
 
 
 def free_port() -> int:
@@ -22,39 +25,38 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_ranks(
-    world_size: int, *words: object, code: int = 0
-) -> list[subprocess.CompletedProcess[str]]:
-    """What torchrun does, without its launcher: ranks with the same words."""
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **os.environ,
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world_size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            },
-        )
+def ranks(world_size: int) -> list[dict[str, str]]:
+    """What torchrun says to each process."""
+    port = str(free_port())
+    return [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         for rank in range(world_size)
     ]
-    results = []
-    for process in processes:
-        out, err = process.communicate(timeout=120)
-        assert process.returncode == code, err
-        results.append(subprocess.CompletedProcess(process.args, process.returncode, out, err))
-    return results
 
 
+@pytest.fixture
+def run_ranks(tmp_path_factory: pytest.TempPathFactory) -> RunRanks:
+    """What torchrun does, without its launcher: ranks with the same words, torch imported."""
+
+    def run(world_size: int, *words: object, code: int = 0) -> list[forks.Result]:
+        results = forks.run(words, ranks(world_size), tmp_path_factory.mktemp("streams"), 120)
+        for result in results:
+            assert result.code == code, result.err
+        return results
+
+    return run
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_the_scripts_of_nanotron_there_and_back(
-    world_size: int, tmp_path: Path, golden_hf: Path, golden: Path
+    run_ranks: RunRanks, world_size: int, tmp_path: Path, golden_hf: Path, golden: Path
 ) -> None:
     there, back = tmp_path / "there", tmp_path / "back"
     results = run_ranks(
@@ -63,8 +65,8 @@ def test_the_scripts_of_nanotron_there_and_back(
         f"--checkpoint_path={golden_hf}",
         f"--save_path={there}",
     )
-    assert f"Model saved to {there}" in results[0].stdout
-    assert all(result.stdout == "" for result in results[1:])
+    assert f"Model saved to {there}" in results[0].out
+    assert all(result.out == "" for result in results[1:])
     assert nf.verify(golden_hf, there).equal
     run_ranks(
         world_size,
@@ -80,22 +82,26 @@ def test_the_scripts_of_nanotron_there_and_back(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "there"]
 
 
-def test_every_process_writes_its_share(tmp_path: Path, golden_hf: Path) -> None:
+def test_every_process_writes_its_share(
+    run_ranks: RunRanks, tmp_path: Path, golden_hf: Path
+) -> None:
     results = run_ranks(
         2, "-m", "nanotron_fast", "convert", golden_hf, tmp_path / "out", "--tp", 2, "--json"
     )
-    report = json.loads(results[0].stdout)
-    assert results[1].stdout == ""
+    report = json.loads(results[0].out)
+    assert results[1].out == ""
     assert report["tensor_files"] == len(list((tmp_path / "out").rglob("*.safetensors")))
     assert nf.verify(golden_hf, tmp_path / "out").equal
 
 
-def test_one_failure_stops_all_and_leaves_nothing(tmp_path: Path, golden_hf: Path) -> None:
+def test_one_failure_stops_all_and_leaves_nothing(
+    run_ranks: RunRanks, tmp_path: Path, golden_hf: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("x")
     results = run_ranks(2, "-m", "nanotron_fast", "convert", golden_hf, out, code=2)
-    assert "is not empty" in results[0].stderr
+    assert "is not empty" in results[0].err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["precious"]
 
@@ -116,7 +122,7 @@ def test_a_world_that_cannot_be_connected(world_size: str, tmp_path: Path, golde
     assert "Traceback" not in result.stderr
 
 
-def test_a_script_with_a_bad_topology(tmp_path: Path, golden_hf: Path) -> None:
+def test_a_script_with_a_bad_topology(run_ranks: RunRanks, tmp_path: Path, golden_hf: Path) -> None:
     (result,) = run_ranks(
         1,
         SCRIPTS / "convert_hf_to_nanotron.py",
@@ -125,4 +131,4 @@ def test_a_script_with_a_bad_topology(tmp_path: Path, golden_hf: Path) -> None:
         "--tp=0",
         code=2,
     )
-    assert result.stderr == "error: tp=0: a group has at least one rank\n"
+    assert result.err == "error: tp=0: a group has at least one rank\n"

@@ -15,6 +15,9 @@ from hypothesis import strategies as st
 
 import nanotron_fast
 from nanotron_fast.errors import CheckpointError, NanotronFastError
+from nanotron_fast.formats.huggingface import checkpoint as huggingface
+from nanotron_fast.formats.nanotron import checkpoint as nanotron
+from nanotron_fast.formats.safetensors import read_header
 from tests.modelzoo import FAMILIES, make
 
 NASTY: list[Any] = [
@@ -98,15 +101,31 @@ def no_zoo_is_left() -> Iterator[None]:
     zoo.cache_clear()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def headers_are_read_once() -> Iterator[None]:
+    """The configurations change here, the weights do not."""
+    read = functools.cache(read_header)
+    with pytest.MonkeyPatch.context() as patch:
+        for format_ in (huggingface, nanotron):
+            patch.setattr(format_, "read_header", read)
+        yield
+
+
 @contextmanager
 def changed(path: Path, document: Any) -> Iterator[None]:
     """A JSON file with other contents for a while."""
     original = path.read_bytes()
-    path.write_text(json.dumps(document), encoding="utf-8")
+    replace(path, json.dumps(document).encode())
     try:
         yield
     finally:
-        path.write_bytes(original)
+        replace(path, original)
+
+
+def replace(path: Path, data: bytes) -> None:
+    """A new file under the name: ext4 waits for the disk where a file is cut short and refilled."""
+    path.unlink()
+    path.write_bytes(data)
 
 
 def plans_or_refuses(source: Path, **options: Any) -> None:

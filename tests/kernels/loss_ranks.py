@@ -1,4 +1,4 @@
-"""What each rank of test_loss_parallel runs: python -m tests.kernels.loss_ranks folder rank.
+"""What each RANK of test_loss_parallel runs: python -m tests.kernels.loss_ranks folder.
 
 Four processes on gloo run every case once, over all four and then two of them over a group of two.
 """
@@ -27,6 +27,7 @@ from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from nanotron_fast.kernels.runtime.backend import is_interpreting
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
+from tests.interpreter import patch_once_a_launch
 from tests.kernels.checks import assert_close
 
 NUM_RANKS = 4
@@ -225,4 +226,5 @@ def run_rank(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]), int(sys.argv[2]))
+    patch_once_a_launch()
+    run_rank(Path(sys.argv[1]), int(os.environ["RANK"]))

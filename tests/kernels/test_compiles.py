@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import pkgutil
 import re
@@ -24,37 +23,47 @@ WITHOUT_GPU = pytest.mark.skipif(
 )
 
 
-@functools.cache
-def compiling(module: str) -> subprocess.CompletedProcess[str]:
-    """What compiling a module's launches says, in a process where kernels are not interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling", module],
+@pytest.fixture(scope="module")
+def compiled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
+    """What is said of each module that a test here is about, the last line of all the count.
+
+    From one process for all, which imports torch once; for here kernels are interpreted.
+    """
+    tests = [item for item in request.session.items if item.path == request.path]
+    parameters = [item.callspec.params for item in tests if hasattr(item, "callspec")]
+    wanted = {each.get("module", "rms_norm") for each in parameters}
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiling", *sorted(wanted)],
         cwd=HERE.parents[1],
-        env=environment,
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
         text=True,
     )
+    sections = (section.splitlines() for section in result.stdout.split("== ")[1:])
+    found = {module: lines for module, *lines in sections}
+    assert found.keys() == wanted, result.stderr
+    return found
 
 
 @pytest.mark.slow
 @WITHOUT_GPU
 @pytest.mark.parametrize("module", MODULES)
-def test_compiles_without_spills(module: str) -> None:
-    result = compiling(module)
-    failures = [line for line in result.stdout.splitlines() if not line.startswith("ok ")]
-    assert result.returncode == 0, "\n".join(failures) + result.stderr
-    assert " 0 failures" in failures[-1]
+def test_compiles_without_spills(module: str, compiled: dict[str, list[str]]) -> None:
+    *binaries, count = compiled[module]
+    failures = [line for line in binaries if not line.startswith("ok ")]
+    assert not failures, "\n".join(failures)
+    assert count.endswith(" 0 failures")
+    assert count == f"{len(binaries)} binaries of {count.split()[3]} launches, 0 failures"
 
 
 @pytest.mark.slow
 @WITHOUT_GPU
 @pytest.mark.parametrize(("tensors", "copies"), [(2, 24), (3, 36)])
-def test_the_norm_reads_ahead(tensors: int, copies: int) -> None:
+def test_the_norm_reads_ahead(tensors: int, copies: int, compiled: dict[str, list[str]]) -> None:
     """bf16 rows of 4096 over 128 threads: 4 copies of 16 bytes a tensor, 3 stages, no spill."""
     lines = [
         line
-        for line in compiling("rms_norm").stdout.splitlines()
+        for line in compiled["rms_norm"]
         if "_backward_kernel[*bf16," in line
         and " COLS=4096," in line
         and f"HAS_DH_OUT={tensors == 3}," in line

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from nanotron_fast.kernels.optimizer import (
 )
 from tests.kernels.checks import assert_close, wide
 from tests.kernels.lists import SHAPES, assert_guards, make
+from tests.parallel.ranks import run_ranks
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -88,38 +86,5 @@ def test_what_is_no_number_spreads_as_with_torch(path, device, norm_type, bad) -
     torch.testing.assert_close(ours, [p.grad for p in theirs], equal_nan=True)
 
 
-_RANK = """
-import math, os, sys, torch, torch.distributed as dist
-from nanotron_fast.kernels.optimizer import clip_grad_norm_
-rank = int(sys.argv[2])
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=rank, world_size=2)
-groups = dist.group.WORLD, dist.init_device_mesh("cpu", (2,))
-whole = torch.arange(1.0, 101.0)
-for norm_type in (2.0, 3.0, math.inf):
-    for group, lists in zip(groups, (([whole[:30]], [whole[30:]]), ([whole], []))):
-        grads = [grad.clone() for grad in lists[rank]]
-        norm = clip_grad_norm_(grads, 1.0, norm_type, group, device="cpu")
-        expected = torch.linalg.vector_norm(whole, norm_type)
-        torch.testing.assert_close(norm, expected)
-        for grad, full in zip(grads, lists[rank]):
-            torch.testing.assert_close(grad, full / (expected + 1e-6))
-dist.barrier()
-# Not through the interpreter's own end: gloo's threads may outlive their group, and abort it.
-os._exit(0)
-"""
-
-
-def test_the_norm_over_two_ranks(tmp_path) -> None:
-    environment = os.environ | {"NANOTRON_FAST_BACKEND": "torch"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(tmp_path / "store"), str(rank)],
-            stderr=subprocess.PIPE,
-            env=environment,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+def test_the_norm_over_two_ranks() -> None:
+    run_ranks("tests.kernels.norm_ranks", 2)

@@ -6,33 +6,21 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from nanotron_fast.kernels.runtime.backend import is_interpreting
+from tests import forks
 from tests.kernels.loss_ranks import NUM_RANKS, RUNS
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     """Of each rank the runs that failed, with their tracebacks."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.kernels.loss_ranks", str(folder)]
-    ranks = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
-        for rank in range(NUM_RANKS)
-    ]
-    try:
-        errors = [rank.communicate(timeout=300)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert not any(rank.returncode for rank in ranks), "\n".join(errors)
+    environments = [{"RANK": str(rank)} for rank in range(NUM_RANKS)]
+    results = forks.run(["-m", "tests.kernels.loss_ranks", folder], environments, folder, 300)
+    assert not any(each.code for each in results), "\n".join(each.err for each in results)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(NUM_RANKS)]
 
 

@@ -63,6 +63,18 @@ def test_no_operator_is_made_otherwise() -> None:
             assert not re.search(r"library\.(custom_op|triton_op)", path.read_text()), path
 
 
+def test_what_is_constant_in_a_graph_is_marked_as_torch_marks_it() -> None:
+    def ours() -> int:
+        return 1
+
+    def theirs() -> int:
+        return 1
+
+    assert backend.constant_in_a_graph(ours) is ours
+    torch.compiler.assume_constant_result(theirs)
+    assert vars(ours) == vars(theirs) != {}
+
+
 @pytest.mark.gpu
 def test_on_another_gpu_than_the_current_one() -> None:
     if torch.cuda.device_count() < 2:

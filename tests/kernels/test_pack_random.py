@@ -34,6 +34,7 @@ def check_plan(build, device):
     check(build.moves, sources, build.output_sizes, device, shift=len(build.moves) % 3)
 
 
+@pytest.mark.slow
 @plans(8)
 @hypothesis.given(build=builders())
 def test_random_plans(place, build) -> None:

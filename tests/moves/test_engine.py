@@ -3,6 +3,7 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,6 +29,7 @@ def compare(plan, root, workers=2, **options):
     return engine.compare(plan.sources, paths, plan.moves, workers=workers, **options)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=300)
 @given(builders(), workers, st.booleans())
 def test_engine_writes_what_the_reference_writes(build, workers, fsync):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nanotron_fast.parallel import products
+from tests import forks
 
 ROOT = Path(__file__).parents[2]
 TIMEOUT_SECONDS = 240
@@ -22,31 +21,11 @@ TIMEOUT_SECONDS = 240
 def run_ranks(module: str, size: int, *words: str) -> None:
     """Runs `python -m module` as `size` ranks; fails with what the first failing one printed."""
     with tempfile.TemporaryDirectory() as folder:
-        processes = []
-        for rank in range(size):
-            environment = {
-                **os.environ,
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "RANKS_STORE": f"{folder}/store",
-                "OMP_NUM_THREADS": "1",
-            }
-            processes.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", module, *words],
-                    cwd=ROOT,
-                    env=environment,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.STDOUT,
-                    text=True,
-                )
-            )
-        try:
-            outputs = [process.communicate(timeout=TIMEOUT_SECONDS)[0] for process in processes]
-        finally:
-            for process in processes:
-                process.kill()
-    failed = [i for i, process in enumerate(processes) if process.returncode != 0]
+        common = {"WORLD_SIZE": str(size), "RANKS_STORE": f"{folder}/store", "OMP_NUM_THREADS": "1"}
+        environments = [{**common, "RANK": str(rank)} for rank in range(size)]
+        results = forks.run(["-m", module, *words], environments, Path(folder), TIMEOUT_SECONDS)
+    failed = [i for i, result in enumerate(results) if result.code != 0]
+    outputs = [result.out + result.err for result in results]
     # The rank that raised says more than those that lost it.
     failed.sort(
         key=lambda rank: (

@@ -14,6 +14,7 @@ from nanotron_fast.formats.huggingface.companions import Companions, companions
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.yaml_file import read_yaml
 
 # What a Nanotron checkpoint has of its own: the conversion reads them.
 _NANOTRON = (
@@ -104,16 +105,13 @@ def _tokenizer_of_training(root: Path) -> tuple[dict[str, Path], str | None]:
 
 def training_document(root: Path) -> tuple[object, str | None]:
     """The training configuration of a checkpoint, and what is wrong with it."""
-    import yaml
-
     path = root / nanotron.CONFIG_YAML
     if not path.is_file():
         return None, None
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8")), None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return None, f"{nanotron.CONFIG_YAML} cannot be read ({reason})"
+        return read_yaml(path), None
+    except (CheckpointError, OSError) as error:
+        return None, f"{nanotron.CONFIG_YAML} cannot be read ({error})"
 
 
 def original_of_training(root: Path) -> Path | None:

@@ -8,7 +8,7 @@ A launch is not run: it is caught, and compiled with the very arguments it was g
 configuration where the kernel is autotuned. Prints a line for each binary with registers,
 spills, shared memory and asynchronous copies of 16 bytes. Exits with 1 where one does not compile,
 spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture has, or
-asks for stages and has no copies.
+asks for stages and has no copies. The lines of a module follow one that begins with `==`.
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -50,6 +52,8 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 # A copy of 16 bytes from global to shared memory that nobody waits for.
 _LONG_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10\b")
+# Before what is said of each module.
+_HEADING = "== "
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -235,46 +239,64 @@ def compile_for(launch: Launch, architecture: int) -> Binary:
     )
 
 
+def _call(module: ModuleType, launches: Mapping[Launch, None]) -> Iterator[str]:
+    """Calls a module's cases, which fills `launches`; gives what is wrong with them."""
+    for case in module.CASES:
+        try:
+            case()
+        except Exception:  # the other modules are compiled all the same
+            yield f"{getattr(case, '__name__', case)}\n{traceback.format_exc()}"
+    for kernel in _never_launched(module.FILES, launches):
+        yield f"no case launches {kernel}"
+
+
+def _report(problems: Iterable[str], compiled: Mapping[tuple[Launch, int], Future[Binary]]) -> bool:
+    """Prints what became of a module's launches, and gives whether all of them are well."""
+    failures = 0
+    for problem in problems:
+        failures += 1
+        print(f"FAILED {problem}")
+    for (launch, architecture), result in compiled.items():
+        try:
+            binary = result.result()
+        except Exception as error:
+            failures += 1
+            print(f"FAILED sm_{architecture} {launch}\n  {type(error).__name__}: {error}")
+            continue
+        faults = binary.faults(launch, architecture)
+        failures += bool(faults)
+        print(f"{', '.join(faults) or 'ok'} sm_{architecture} {binary} {launch}")
+    launched = {launch for launch, _ in compiled}
+    print(f"{len(compiled)} binaries of {len(launched)} launches, {failures} failures")
+    return not failures
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     options = parser.parse_args()
     names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
+    names = options.modules or [name for name in names if name != "__main__"]
+    modules = {name: importlib.import_module(f"tests.kernels.compiling.{name}") for name in names}
     launches: dict[Launch, None] = {}
     _catch(launches)
-    unlaunched: set[str] = set()
-    jobs: list[tuple[Launch, int]] = []
-    modules = [
-        importlib.import_module(f"tests.kernels.compiling.{name}")
-        for name in options.modules or [name for name in names if name != "__main__"]
-    ]
+    jobs: dict[str, list[tuple[Launch, int]]] = {name: [] for name in modules}
+    problems: dict[str, dict[str, None]] = {name: {} for name in modules}
     for architecture in options.arch:
         _pretend(architecture)
-        launches.clear()
-        for module in modules:
-            for case in module.CASES:
-                case()
-            unlaunched |= set(_never_launched(module.FILES, launches))
-        jobs += [(launch, architecture) for launch in launches if launch.runs_on(architecture)]
-    for kernel in sorted(unlaunched):
-        print(f"FAILED no case launches {kernel}")
-    failures = len(unlaunched)
+        for name, module in modules.items():
+            launches.clear()
+            problems[name] |= dict.fromkeys(_call(module, launches))
+            jobs[name] += [(each, architecture) for each in launches if each.runs_on(architecture)]
+    is_whole = True
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        results = [(*job, pool.submit(compile_for, *job)) for job in jobs]
-        for launch, architecture, result in results:
-            try:
-                binary = result.result()
-            except Exception as error:
-                failures += 1
-                print(f"FAILED sm_{architecture} {launch}\n  {type(error).__name__}: {error}")
-                continue
-            faults = binary.faults(launch, architecture)
-            failures += bool(faults)
-            print(f"{', '.join(faults) or 'ok'} sm_{architecture} {binary} {launch}")
-    launched = {launch for launch, _ in jobs}
-    print(f"{len(jobs)} binaries of {len(launched)} launches, {failures} failures")
-    return 1 if failures else 0
+        wanted = dict.fromkeys(job for name in modules for job in jobs[name])
+        compiled = {job: pool.submit(compile_for, *job) for job in wanted}
+        for name in modules:
+            print(f"{_HEADING}{name}")
+            is_whole &= _report(problems[name], {job: compiled[job] for job in jobs[name]})
+    return 0 if is_whole else 1
 
 
 if __name__ == "__main__":

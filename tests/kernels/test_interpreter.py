@@ -1,0 +1,34 @@
+"""Triton's interpreter as the tests run it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import triton.language as tl
+
+from nanotron_fast.kernels.rms_norm import rms_norm
+from nanotron_fast.kernels.runtime.backend import is_interpreting
+
+
+@pytest.mark.skipif(not is_interpreting(), reason="kernels are compiled here")
+def test_a_launch_patches_the_language_once_and_puts_it_back(
+    triton_path: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel has functions of its own, and calls `tl.sum` for each block of rows."""
+    from triton.runtime import interpreter
+
+    patched: list[object] = []
+    patch = interpreter._patch_builtin
+
+    def counted(module: object, *arguments: object) -> None:
+        patched.append(module)
+        patch(module, *arguments)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", counted)
+    before = {owner: dict(vars(owner)) for owner in (tl, tl.tensor)}
+    with torch.no_grad():
+        rms_norm(torch.randn(40, 96, device=triton_path), torch.ones(96, device=triton_path))
+    assert patched.count(tl) == 1
+    assert patched.count(tl.core) <= 1
+    for owner, members in before.items():
+        assert all(vars(owner)[name] is member for name, member in members.items())
