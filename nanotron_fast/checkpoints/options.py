@@ -130,13 +130,13 @@ def _family(flag: str, given: str) -> str:
 
 
 def _target(flag: str, given: str) -> str:
-    from nanotron_fast.families.gate import TARGETS
+    from nanotron_fast.families.refusals import TARGETS
 
     return _one_of(flag, given, TARGETS)
 
 
 def _version(flag: str, given: str) -> str:
-    from nanotron_fast.families.gate import VERSIONS
+    from nanotron_fast.families.refusals import VERSIONS
 
     return _one_of(flag, given, VERSIONS)
 

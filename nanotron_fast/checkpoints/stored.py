@@ -24,9 +24,9 @@ from nanotron_fast.families import (
     family_of_model_config,
     warnings_about,
 )
-from nanotron_fast.families.gate import check_config, rotates_halves
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.refusals import check_config, rotates_halves
 from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields_warnings
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint

@@ -8,11 +8,11 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families import foreign
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.gate import unknown_family
 from nanotron_fast.families.llama import LLAMA
 from nanotron_fast.families.mistral import MISTRAL
 from nanotron_fast.families.qwen2 import QWEN2
 from nanotron_fast.families.qwen2_moe import QWEN2_MOE
+from nanotron_fast.families.refusals import unknown_family
 from nanotron_fast.families.smollm3 import SMOLLM3
 from nanotron_fast.families.starcoder2 import STARCODER2
 from nanotron_fast.formats.nanotron.classes import (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from nanotron_fast.errors import CheckpointError, NanotronFastError
 from nanotron_fast.families import family_of_config
-from nanotron_fast.families.gate import check_config
 from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.refusals import check_config
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.formats.huggingface.files import EXPLICIT
 from nanotron_fast.formats.json_file import read_json_object

@@ -15,8 +15,8 @@ from nanotron_fast.errors import (
     TopologyError,
     UnsupportedModelError,
 )
-from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param, Part, Sizes
+from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype

@@ -15,8 +15,8 @@ from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfTarget, NanotronSource
 from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters, main_dtype_of
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.families.gate import check_expressible, check_model
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.refusals import check_expressible, check_model
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint

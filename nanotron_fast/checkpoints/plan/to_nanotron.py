@@ -17,8 +17,8 @@ from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
 from nanotron_fast.checkpoints.stored import HfModel, check_divides, count_parameters
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron

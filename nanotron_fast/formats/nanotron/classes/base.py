@@ -62,7 +62,7 @@ def layer_cost(*, mlp_matrices: int) -> LayerCost:
 class NanotronClass:
     """One class: its fields, what a model of it computes, and its ways in every version.
 
-    What a model needs (`model.needs`) and the class does not hold is refused: `families.gate`.
+    What a model needs (`model.needs`) and the class does not hold is refused: `families.refusals`.
 
     Args:
         name: of the class in Nanotron, such as LlamaConfig.
