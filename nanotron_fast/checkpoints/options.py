@@ -211,14 +211,17 @@ class Options:
         ways=("nanotron", "hf"),
     )
     model_class: str = _option(
-        "auto", "Nanotron's class: auto, llama, qwen2 or starcoder2.", ways=("nanotron",)
+        "auto",
+        "Nanotron's class: auto, llama, qwen2 or starcoder2; or nanotron-fast, this package's own.",
+        ways=("nanotron",),
     )
     family: str | None = _option(None, "Overrule the family that the config names.", check=_family)
     target: str | None = _option(
         None,
         "nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
-        "rope_scaling, for the drop-in, and a llama's own head_dim and biases, for conversion "
-        "and loading alone. (default: nanotron)",
+        "rope_scaling, for the drop-in, and what Nanotron's classes cannot hold (a head_dim of its "
+        "own, biases, windows on some layers), for conversion and loading alone. "
+        "(default: nanotron)",
         check=_target,
     )
     # To Nanotron: the layout to write. From it: the layout that is there, whatever its config says.

@@ -201,9 +201,9 @@ def _target_warnings(spec: ModelSpec, model_class: NanotronClass) -> list[str]:
     warnings: list[str] = []
     if model_class is NANOTRON_FAST_CONFIG:
         warnings.append(
-            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses: "
-            "its models lack what this one has. Nothing trains such a model yet: it can be "
-            "converted back, compared, and loaded with load_into"
+            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses. "
+            "Nothing trains such a model yet: it can be converted back, compared, and loaded with "
+            "load_into"
         )
     elif spec.rope_scaling is not None:
         warnings.append(
