@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test lint format bench test-nanotron test-versions test-gpu build-here bench-gpu gpu gpu-again report demo sanitize run-native clean
+.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-gpu build-here bench-gpu gpu gpu-again report demo sanitize run-native clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -27,6 +27,9 @@ build: $(READY) ## compile what changed in csrc
 
 test: build ## run all tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
+
+compile: build ## compile every kernel launch for sm_80, sm_90 and sm_100, without a GPU
+	$(BIN)/pytest tests/kernels/test_compiles.py --every-binary
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check

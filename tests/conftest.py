@@ -24,6 +24,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--gpu", action="store_true", help="skip every test where there is no CUDA device"
     )
+    parser.addoption(
+        "--every-binary",
+        action="store_true",
+        help="compile every kernel launch for every architecture, not for sm_90 alone",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -55,9 +55,14 @@ def requested_mode() -> str:
 
 
 @constant_in_a_graph
-def decided(key: Key) -> bool | None:
-    """What was measured before; None where nothing was."""
-    return _decisions.get(key)
+def decided(
+    kind: str, tokens: int, hidden: int, out: int, dtype: torch.dtype, device: torch.device
+) -> bool | None:
+    """What was measured before of a Key's fields; None where nothing was.
+
+    They come one by one, for torch.compile hands a constant function no NamedTuple.
+    """
+    return _decisions.get(Key(kind, tokens, hidden, out, dtype, device))
 
 
 def tokens_bucket(tokens: int) -> int:
@@ -107,7 +112,7 @@ def choose(key: Key, make_candidates: Callable[[], Candidates]) -> bool:
         return mode == "always"
     if not _is_measured_on(key.device):
         return False
-    known = decided(key)
+    known = decided(key.kind, key.tokens, key.hidden, key.out, key.dtype, key.device)
     if known is not None:
         return known
     if torch.compiler.is_compiling() or _is_capturing():

@@ -27,13 +27,15 @@ WITHOUT_GPU = pytest.mark.skipif(
 def compiled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
     """What is said of each module that a test here is about, the last line of all the count.
 
-    From one process for all, which imports torch once; for here kernels are interpreted.
+    From one process for all, which imports torch once; for here kernels are interpreted. Without
+    --every-binary two launches of a kernel stand for all of them on sm_80 and sm_100.
     """
+    brief = () if request.config.getoption("--every-binary") else ("--brief",)
     tests = [item for item in request.session.items if item.path == request.path]
     parameters = [item.callspec.params for item in tests if hasattr(item, "callspec")]
     wanted = {each.get("module", "rms_norm") for each in parameters}
     result = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.compiling", *sorted(wanted)],
+        [sys.executable, "-m", "tests.kernels.compiling", *brief, *sorted(wanted)],
         cwd=HERE.parents[1],
         env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
         capture_output=True,
@@ -59,7 +61,9 @@ def test_compiles_without_spills(module: str, compiled: dict[str, list[str]]) ->
 @pytest.mark.slow
 @WITHOUT_GPU
 @pytest.mark.parametrize(("tensors", "copies"), [(2, 24), (3, 36)])
-def test_the_norm_reads_ahead(tensors: int, copies: int, compiled: dict[str, list[str]]) -> None:
+def test_the_norm_reads_ahead(
+    tensors: int, copies: int, compiled: dict[str, list[str]], request: pytest.FixtureRequest
+) -> None:
     """bf16 rows of 4096 over 128 threads: 4 copies of 16 bytes a tensor, 3 stages, no spill."""
     lines = [
         line
@@ -68,7 +72,10 @@ def test_the_norm_reads_ahead(tensors: int, copies: int, compiled: dict[str, lis
         and " COLS=4096," in line
         and f"HAS_DH_OUT={tensors == 3}," in line
     ]
-    assert [line.split()[1] for line in lines] == ["sm_80", "sm_90", "sm_100"]
+    architectures = {line.split()[1] for line in lines}
+    assert "sm_90" in architectures
+    if request.config.getoption("--every-binary"):
+        assert architectures == {"sm_80", "sm_90", "sm_100"}
     for line in lines:
         assert f", {copies} copies " in line
         assert " spilled" not in line

@@ -7,6 +7,7 @@ import torch
 from torch.nn.functional import linear
 
 from nanotron_fast.kernels import matmul as module
+from nanotron_fast.kernels.matmul import operators
 from nanotron_fast.kernels.glu import ACTIVATIONS, glu_forward
 from nanotron_fast.kernels.matmul import choice as matmul_choice
 from nanotron_fast.kernels.matmul import (
@@ -133,7 +134,7 @@ def test_a_weight_that_needs_wide_offsets(triton_path, monkeypatch) -> None:
     torch.manual_seed(0)
     x, weight = (make(rows, 32, torch.float32, triton_path) for rows in (5, 24))
     expected = matmul_glu(x, weight)
-    monkeypatch.setattr(module, "_is_wide", lambda weight: True)
+    monkeypatch.setattr(operators, "_is_wide", lambda weight: True)
     assert torch.equal(matmul_glu(x, weight), expected)
 
 

@@ -1,11 +1,12 @@
 """Compiles every kernel launch of the cases beside it for each GPU architecture, without a GPU.
 
-    python -m tests.kernels.compiling [--arch 80 90 100] [module ...]
+    python -m tests.kernels.compiling [--arch 80 90 100] [--brief] [module ...]
 
 Each module beside this one lists FILES of kernels/ that it is for, every kernel of which it must
 launch, and CASES: functions that call the public operations on CPU tensors.
 A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
-configuration where the kernel is autotuned. Prints a line for each binary with registers,
+configuration where the kernel is autotuned; with --brief all of them for sm_90, and the first and
+the last of each kernel for the others. Prints a line for each binary with registers,
 spills, shared memory and asynchronous copies of 16 bytes. Exits with 1 where one does not compile,
 spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture has, or
 asks for stages and has no copies. The lines of a module follow one that begins with `==`.
@@ -42,6 +43,8 @@ from triton.runtime.jit import JITFunction
 from nanotron_fast.kernels.runtime import occupancy
 
 ARCHITECTURES = (80, 90, 100)
+# For which every launch is compiled even with --brief.
+_MAIN_ARCHITECTURE = 90
 # A pattern of a launch's line -> the most bytes a thread may spill, and why that is borne.
 ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
     r"^rms_norm\._backward_kernel\b.* COLS=16384,": (
@@ -250,6 +253,15 @@ def _call(module: ModuleType, launches: Mapping[Launch, None]) -> Iterator[str]:
         yield f"no case launches {kernel}"
 
 
+def _ends(launches: Iterable[Launch]) -> Iterator[Launch]:
+    """The first and the last launch of each kernel."""
+    by_kernel: dict[tuple[str, str], list[Launch]] = {}
+    for launch in launches:
+        by_kernel.setdefault((launch.module, launch.kernel), []).append(launch)
+    for first, *others in by_kernel.values():
+        yield from (first, *others[-1:])
+
+
 def _report(problems: Iterable[str], compiled: Mapping[tuple[Launch, int], Future[Binary]]) -> bool:
     """Prints what became of a module's launches, and gives whether all of them are well."""
     failures = 0
@@ -275,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--brief", action="store_true")
     options = parser.parse_args()
     names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
     names = options.modules or [name for name in names if name != "__main__"]
@@ -288,7 +301,10 @@ def main() -> int:
         for name, module in modules.items():
             launches.clear()
             problems[name] |= dict.fromkeys(_call(module, launches))
-            jobs[name] += [(each, architecture) for each in launches if each.runs_on(architecture)]
+            found = [each for each in launches if each.runs_on(architecture)]
+            if options.brief and architecture != _MAIN_ARCHITECTURE:
+                found = [*_ends(found)]
+            jobs[name] += [(each, architecture) for each in found]
     is_whole = True
     with ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         wanted = dict.fromkeys(job for name in modules for job in jobs[name])
