@@ -35,7 +35,9 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "kernels": ("errors", "moves.row", "_C", "_cuda"),
     "parallel": ("errors", "kernels"),
     "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
-    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch"),
+    # Never patch: what trains here is not Nanotron.
+    "train": (*CONVERTER, "checkpoints", "kernels", "parallel", "models"),
+    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch", "train"),
     "auto": ("patch",),
     "__main__": ("interruption", "cli"),
     # The face: what it exports, imported when it is asked for.
