@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nanotron_fast.moves.engine import ProgressCallback
+from nanotron_fast.units import size
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.convert import Report
@@ -18,15 +19,6 @@ if TYPE_CHECKING:
 
 _PLAIN_SECONDS = 5.0
 _MAX_SHOWN = 10
-
-
-def size(num_bytes: float) -> str:
-    """Decimal, with three digits or so: "2.20 GB"."""
-    for unit in ("B", "kB", "MB"):
-        if abs(num_bytes) < 1000:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.2f} GB"
 
 
 def _count(number: int, noun: str) -> str:
