@@ -9,9 +9,11 @@ from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.classes import (
     EXTENSION_FIELDS,
     MOE_FIELDS,
+    STARCODER2_CONFIG,
     NanotronClass,
     classes,
 )
+from nanotron_fast.formats.nanotron.classes.base import FILE
 from nanotron_fast.train.config.place import Place
 from nanotron_fast.train.config.schema import unknown_key
 
@@ -53,6 +55,11 @@ def known_fields(model_class: NanotronClass) -> tuple[str, ...]:
 def complete(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Every field, in Nanotron's order, as Nanotron itself fills them in. Raises ConfigError."""
     model_class = class_named(config, place)
+    if model_class is STARCODER2_CONFIG:
+        raise place.at(model_class.marker).error(
+            " is true, which cannot be served: Starcoder2 is converted, and not trained. Nor does "
+            "Nanotron start it from YAML"
+        )
     known = known_fields(model_class)
     for key in config:
         if key not in known:
@@ -66,11 +73,17 @@ def complete(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     try:
         model_class.read(full)
     except (ConfigError, UnsupportedModelError) as error:
-        # It was written for a file of its own.
-        what = str(error).removeprefix("model_config.json: ").replace("moe_config: ", "moe_config.")
-        key, _, rest = what.partition(" ")
-        raise type(error)(f"{place.at(key)} {rest}") from None
+        raise type(error)(_said_here(str(error), place)) from None
     return full
+
+
+def _said_here(message: str, place: Place) -> str:
+    """What was said of a model_config.json, of this place."""
+    if not message.startswith(f"{FILE}: "):
+        return f"{place}: {message}"
+    what = message.removeprefix(f"{FILE}: ").replace("moe_config: ", "moe_config.")
+    key, _, rest = what.partition(" ")
+    return f"{place.at(key)} {rest}"
 
 
 def _complete_moe(full: Mapping[str, Any], place: Place) -> dict[str, Any]:

@@ -225,7 +225,13 @@ def _read_annotated(kind: Any, value: object, place: Place) -> Any:
             value = note.normalise(value)
         if isinstance(note, ToldApart) and isinstance(value, Mapping):
             return read(note.choose(value, place), value, place)
-    result = _read(inner, value, place)
+    try:
+        result = _read(inner, value, place)
+    except ConfigError:
+        # Of a section the field within it is named; of a plain value, all that it should be.
+        if isinstance(value, Mapping | list):
+            raise
+        raise place.wrong(value, wanted(kind)) from None
     for note in notes:
         is_out = (
             (isinstance(note, AtLeast) and result < note.bound)
@@ -246,7 +252,7 @@ def _read_union(kinds: tuple[Any, ...], value: object, place: Place, words: str)
         try:
             return _read(others[0], value, place)
         except ConfigError:
-            # Of a section the field within it is named; of a plain value, that null would do.
+            # As in _read_annotated: null would do as well.
             if isinstance(value, Mapping | list):
                 raise
             raise place.wrong(value, words) from None

@@ -64,10 +64,6 @@ def _outside(value: object, allowed: tuple[object, ...]) -> object | None:
     return None if value in allowed else value
 
 
-def _starcoder2(config: TrainingConfig) -> object | None:
-    return (config.model.model_config or {}).get("is_starcoder2_config") or None
-
-
 _LOCAL = "checkpoints are read from and written to folders; mount it, or copy them afterwards"
 REFUSALS = (
     Refusal(
@@ -103,11 +99,6 @@ REFUSALS = (
         "model.init_method.scaling_method",
         _scaling,
         "Nanotron has no formula for it either; there are NUM_LAYERS and NONE",
-    ),
-    Refusal(
-        "model.model_config.is_starcoder2_config",
-        _starcoder2,
-        "Starcoder2 is converted, and not trained; nor does Nanotron start it from YAML",
     ),
     Refusal("checkpoints.checkpoints_path", lambda c: _s3(c.checkpoints.checkpoints_path), _LOCAL),
     Refusal(
