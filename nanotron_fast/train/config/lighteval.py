@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanotron_fast.train.config.schema import FILLED
+from nanotron_fast.train.config.schema import FILLED, UNWRITTEN_NULL
 from nanotron_fast.train.config.sections import Parallelism
 
 
@@ -87,6 +87,6 @@ class Lighteval:
     wandb_entity: str | None = None
     output_dir: str | None = None
     nanotron_path: str | None = "./"
-    eval_config_override: str | None = None
+    eval_config_override: str | None = field(default=None, metadata=UNWRITTEN_NULL)
     eval_interval: int | None = None
     eval_interval_file: str | None = None

@@ -24,9 +24,11 @@ from nanotron_fast.train.config.place import Place, shown
 Section = TypeVar("Section")
 
 # For `field(metadata=...)`: null stands for the default, as in Nanotron's own classes; it does, and
-# the key must be there all the same; Nanotron has no such field; no document has it.
+# the key must be there all the same; a null is not written, since Nanotron cannot read it back;
+# Nanotron has no such field; no document has it.
 FILLED = {"null_is_default": True}
 FILLED_AND_REQUIRED = {"null_is_default": True, "is_required": True}
+UNWRITTEN_NULL = {"is_left_out_if_null": True}
 OURS = {"is_ours": True}
 INTERNAL = {"is_internal": True}
 
@@ -103,7 +105,11 @@ def write(value: Any, *, with_ours: bool = True) -> Any:
         return {
             name: write(getattr(value, name), with_ours=with_ours)
             for name, (described, _) in _fields_of(type(value)).items()
-            if with_ours or not described.metadata.get("is_ours")
+            if (with_ours or not described.metadata.get("is_ours"))
+            and (
+                getattr(value, name) is not None
+                or not described.metadata.get("is_left_out_if_null")
+            )
         }
     if isinstance(value, Mapping):
         return {key: write(item, with_ours=with_ours) for key, item in value.items()}
