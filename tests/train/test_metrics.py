@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.train.metrics import FILE, MetricsFile, StepMetrics, read_metrics
 from nanotron_fast.train.plot import plot
@@ -226,15 +228,20 @@ def test_plots_of_one_run_and_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyP
         with MetricsFile(tmp_path / name / FILE, after_step=0) as file:
             for step in range(1, 6):
                 file.write(metrics(step, validation_loss=2.0 if step == 4 else None))
-    first = plot([tmp_path / "a"])
-    assert first == [tmp_path / "a" / "training.png", tmp_path / "a" / "training.svg"]
-    assert first[0].read_bytes().startswith(b"\x89PNG")
+    result = CliRunner().invoke(app, ["plot", str(tmp_path / "a"), "--json"])
+    assert result.exit_code == 0, result.output
+    files = json.loads(result.stdout)["files"]
+    assert files == [str(tmp_path / "a" / f"training.{each}") for each in ("png", "svg")]
+    assert Path(files[0]).read_bytes().startswith(b"\x89PNG")
     monkeypatch.chdir(tmp_path)
     both = plot([tmp_path / "a", tmp_path / "b" / FILE], output="both.svg")
     assert both == [Path("both.png"), Path("both.svg")]
     svg = both[1].read_text()
     for words in ("tokens per second", "loss", "a, validation", "b, validation"):
         assert f"<!-- {words} -->" in svg
+    gone = CliRunner().invoke(app, ["plot", str(tmp_path / "gone")])
+    assert gone.exit_code == 2
+    assert "gone: no such file; name the folder" in gone.stderr
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
