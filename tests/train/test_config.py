@@ -232,6 +232,13 @@ def test_what_is_no_configuration_is_named(changes: dict[str, Any], message: str
             {"data_stages__0__start_training_step": 2},
             r"begin at steps \[2\], and one must begin at 1",
         ),
+        (
+            {
+                "parallelism": {"dp": 1, "pp": 1, "tp": 4, "tp_mode": "REDUCE_SCATTER"},
+                "data_stages__0__sequence_length": 33,
+            },
+            "data_stages.0.sequence_length is 33, .* 2 x 33 tokens, which do not scatter over tp=4",
+        ),
         ({"data_stages": DOCUMENT["data_stages"] * 2}, "two stages have the name 'only'"),
         ({"model__model_config": None}, "model_config is missing: it may be left out where"),
         (
@@ -300,6 +307,25 @@ def test_what_makes_no_sense_together_is_told() -> None:
     ):
         assert re.search(words, told)
     assert "accumulate_grad_in_fp32 has no effect" in told
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lr_warmup_steps": 20}, "lr_warmup_steps is 20, and there are 20 steps: .* never decays"),
+        (
+            {"lr_warmup_steps": 5, "lr_decay_starting_step": 4},
+            "lr_decay_starting_step is 4, within the warmup of 5 steps",
+        ),
+        ({"min_decay_lr": 0.01}, "min_decay_lr is 0.01, above the learning_rate of 0.0003"),
+    ],
+)
+def test_a_learning_rate_that_goes_another_way_is_told(
+    changes: dict[str, Any], message: str
+) -> None:
+    rate = {"learning_rate": 3e-4, "lr_warmup_steps": 2, **changes}
+    (warning,) = read(optimizer__learning_rate_scheduler=rate).warnings
+    assert re.search(message, warning)
 
 
 def test_a_key_that_is_there_twice_is_told(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ def check(config: TrainingConfig, place: Place) -> list[str]:
     _check_datasets(config, place)
     _check_patterns(config, place)
     _check_pipeline(config, place)
+    _check_scatter(config, place)
     if config.model.model_config is None and not isinstance(
         config.model.init_method, CheckpointInit
     ):
@@ -29,7 +30,7 @@ def check(config: TrainingConfig, place: Place) -> list[str]:
         )
     if config.model.model_config is not None:
         check_lengths(config, int(config.model.model_config["max_position_embeddings"]), place)
-    return [*_unreached(config, place), *_pointless(config, place)]
+    return [*_unreached(config, place), *_about_the_rate(config, place), *_pointless(config, place)]
 
 
 def check_lengths(config: TrainingConfig, max_positions: int, place: Place) -> None:
@@ -135,6 +136,19 @@ def _check_pipeline(config: TrainingConfig, place: Place) -> None:
         )
 
 
+def _check_scatter(config: TrainingConfig, place: Place) -> None:
+    tp, samples = config.parallelism.tp, config.tokens.micro_batch_size
+    if config.parallelism.tp_mode != "REDUCE_SCATTER":
+        return
+    for index, stage in enumerate(config.data_stages):
+        length = stage.sequence_length or config.tokens.sequence_length
+        if samples * length % tp:
+            raise place.at(f"data_stages.{index}.sequence_length").error(
+                f" is {length}, so a micro batch has {samples} x {length} tokens, which do not "
+                f"scatter over tp={tp} (parallelism.tp_mode REDUCE_SCATTER)"
+            )
+
+
 def _unreached(config: TrainingConfig, place: Place) -> list[str]:
     """Stages that begin after the last step."""
     last = config.tokens.train_steps
@@ -144,6 +158,30 @@ def _unreached(config: TrainingConfig, place: Place) -> list[str]:
         for index, stage in enumerate(config.data_stages)
         if stage.start_training_step > last
     ]
+
+
+def _about_the_rate(config: TrainingConfig, place: Place) -> list[str]:
+    """A learning rate that goes another way than its names say, as it would in Nanotron."""
+    rate = config.optimizer.learning_rate_scheduler
+    here = place.at("optimizer.learning_rate_scheduler")
+    warnings = []
+    if rate.lr_warmup_steps >= config.tokens.train_steps:
+        warnings.append(
+            f"{here.at('lr_warmup_steps')} is {rate.lr_warmup_steps}, and there are "
+            f"{config.tokens.train_steps} steps: the learning rate never decays"
+        )
+    begin = rate.lr_decay_starting_step
+    if begin is not None and begin < rate.lr_warmup_steps:
+        warnings.append(
+            f"{here.at('lr_decay_starting_step')} is {begin}, within the warmup of "
+            f"{rate.lr_warmup_steps} steps: the learning rate falls at once where that ends"
+        )
+    if rate.min_decay_lr is not None and rate.min_decay_lr > rate.learning_rate:
+        warnings.append(
+            f"{here.at('min_decay_lr')} is {rate.min_decay_lr:g}, above the learning_rate of "
+            f"{rate.learning_rate:g}: it rises instead of decaying"
+        )
+    return warnings
 
 
 def _pointless(config: TrainingConfig, place: Place) -> list[str]:
