@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from datetime import datetime
 from pathlib import Path
@@ -78,6 +79,24 @@ def test_what_a_conversion_writes_is_read(family: str, version: str, tmp_path: P
         assert config.data_stages[0].sequence_length == written["tokens"]["sequence_length"]
     else:
         assert_holds(config.to_dict(), written)
+
+
+def test_our_own_class_is_read_too(tmp_path: Path) -> None:
+    """A model that no class of Nanotron's can hold, as its conversion writes it."""
+    source = make("llama", head_dim=32).save(tmp_path / "hf")
+    nanotron_fast.convert(source, tmp_path / "nanotron", target="nanotron-fast")
+    stored = json.loads((tmp_path / "nanotron" / "model_config.json").read_text())
+    assert stored["is_nanotron_fast_config"] is True
+    config = read(model__model_config=stored, tokens__sequence_length=16)
+    assert config.to_dict()["model"]["model_config"] == stored
+    with pytest.raises(
+        ConfigError, match=r"model.model_config.layerz is not known: did you mean l"
+    ):
+        read(model__model_config={**stored, "layerz": []})
+    with pytest.raises(
+        ConfigError, match=r"x.yaml: model.model_config.layers is .*a list of layer"
+    ):
+        read(model__model_config={**stored, "layers": 3})
 
 
 def assert_holds(whole: Any, part: Any) -> None:

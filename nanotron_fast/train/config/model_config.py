@@ -7,7 +7,6 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.classes import (
-    EXTENSION_FIELDS,
     MOE_FIELDS,
     STARCODER2_CONFIG,
     NanotronClass,
@@ -40,16 +39,10 @@ def class_named(config: Mapping[str, Any], place: Place) -> NanotronClass:
         if config.get(each.marker):
             return each
     for each in classes():
-        if set(config) <= set(known_fields(each)):
+        if set(config) <= set(each.fields):
             return each
     markers = " or ".join(each.marker for each in classes())
     raise place.error(f" is of no class of Nanotron's: write {markers}: true into it")
-
-
-def known_fields(model_class: NanotronClass) -> tuple[str, ...]:
-    """The fields of a class, ours for what it cannot hold itself included."""
-    more = EXTENSION_FIELDS if "head_dim" in model_class.extension else ()
-    return (*model_class.fields, *more)
 
 
 def complete(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -60,12 +53,12 @@ def complete(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
             " is true, which cannot be served: Starcoder2 is converted, and not trained. Nor does "
             "Nanotron start it from YAML"
         )
-    known = known_fields(model_class)
+    known = tuple(model_class.fields)
     for key in config:
         if key not in known:
             raise place.at(key).error(unknown_key(key, known))
     full = {**model_class.fields, **config, model_class.marker: True}
-    full = {key: full[key] for key in known if key in full}
+    full = {key: full[key] for key in known}
     if full.get("num_key_value_heads", 0) is None:
         full["num_key_value_heads"] = full["num_attention_heads"]
     if full.get("moe_config") is not None:
