@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from nanotron_fast.train import TrainingConfig
+
 MODEL_CONFIG: dict[str, Any] = {
     "is_llama_config": True,
     "hidden_size": 64,
@@ -68,3 +70,8 @@ def save(path: Path, **changes: Any) -> Path:
     """Writes the document; returns the path."""
     path.write_text(yaml.safe_dump(document(**changes)))
     return path
+
+
+def read(**changes: Any) -> TrainingConfig:
+    """The configuration that the document is; errors call it x.yaml."""
+    return TrainingConfig.from_dict(document(**changes), name="x.yaml")

@@ -79,7 +79,7 @@ class Nanoset:
         pad_samples_to_global_batch_size: no effect; a dataset is read again from its start.
         dataset_max_tokens: read so many tokens of each folder alone.
         shuffle_files: permute the files of a folder by the seed.
-        use_old_brrr_dataloader: no effect; there is one reader.
+        use_old_brrr_dataloader: as Nanotron's older reader, without positions.
     """
 
     dataset_folder: tuple[str, ...]

@@ -87,13 +87,14 @@ def _parse(text: bytes, name: str, warnings: list[str]) -> Any:
         def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
             seen: set[str] = set()
             for key, _ in node.value:
-                if key.value in seen and isinstance(key, yaml.ScalarNode):
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in seen:
                     warnings.append(
                         f"{name}: line {key.start_mark.line + 1}: {key.value} is there twice; the "
                         "last one counts"
                     )
-                if isinstance(key, yaml.ScalarNode):
-                    seen.add(key.value)
+                seen.add(key.value)
             return super().construct_mapping(node, deep)
 
     try:

@@ -125,7 +125,6 @@ class Idle:
     asks_for_nothing: tuple[object, ...] = ()
 
 
-_ONE_READER = "samples are read by their position, all in one way"
 IDLE = (
     Idle("general.step", "a run goes on at the step of the checkpoint that it resumes"),
     Idle(
@@ -149,8 +148,11 @@ IDLE = (
     Idle("tokens.limit_test_batches", "there is no test after the training", (0,)),
     Idle("optimizer.optimizer_factory.torch_adam_is_fused", "the step is always fused", (True,)),
     Idle("data_stages.*.data.num_loading_workers", "batches are made ready by a thread", (0,)),
-    Idle("data_stages.*.data.dataset.skip_in_stream", _ONE_READER, (False,)),
-    Idle("data_stages.*.data.dataset.use_old_brrr_dataloader", _ONE_READER, (False,)),
+    Idle(
+        "data_stages.*.data.dataset.skip_in_stream",
+        "samples are read by their position",
+        (False,),
+    ),
     Idle(
         "data_stages.*.data.dataset.pad_samples_to_global_batch_size",
         "a dataset is read again from its start where it ends",
