@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, 
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.model.topology import Topology, topology_wanted
-from nanotron_fast.units import parse_size
 
 if TYPE_CHECKING:
     from nanotron_fast.moves.dtypes import Dtype
@@ -149,6 +148,8 @@ def _rows(flag: str, given: int) -> int:
 
 
 def _shard_bytes(flag: str, given: str | int) -> int:
+    from nanotron_fast.units import parse_size
+
     return parse_size(given, flag)
 
 
