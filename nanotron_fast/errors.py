@@ -14,7 +14,7 @@ class UnmovableError(CheckpointError):
 
 
 class ConfigError(NanotronFastError, ValueError):
-    """A model's configuration lacks a key, or has a value that makes no sense."""
+    """A configuration lacks a key, or has a value that makes no sense."""
 
 
 class UnsupportedModelError(NanotronFastError, ValueError):

@@ -21,12 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface_hub")
 
 # A room, and what its files may import beside each other. "_C" and "_cuda" are the native parts.
-BASE = ("errors", "version", "interruption")
+BASE = ("errors", "version", "interruption", "units")
 CONVERTER = (*BASE, "_C", "moves", "model", "formats", "families")
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "errors": (),
     "version": (),
     "interruption": (),
+    "units": ("errors",),
     "moves": (*BASE, "_C"),
     "model": ("errors",),
     "formats": ("errors", "moves", "model"),
@@ -35,7 +36,9 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "kernels": ("errors", "moves.row", "_C", "_cuda"),
     "parallel": ("errors", "kernels"),
     "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
-    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch"),
+    # Never patch: what trains here is not Nanotron.
+    "train": (*CONVERTER, "checkpoints", "kernels", "parallel", "models"),
+    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch", "train"),
     "auto": ("patch",),
     "__main__": ("interruption", "cli"),
     # The face: what it exports, imported when it is asked for.

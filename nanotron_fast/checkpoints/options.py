@@ -23,7 +23,6 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 # Said where there are more tensors than a model has.
 IGNORE_HINT = "--ignore-tensors GLOB leaves out what is not wanted"
 _MAX_ROWS = 2**31
-_SHARD_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 Way = Literal["nanotron", "hf", "resharding"]
 # What a conversion may do, in the words of a message.
@@ -149,22 +148,9 @@ def _rows(flag: str, given: int) -> int:
 
 
 def _shard_bytes(flag: str, given: str | int) -> int:
-    """Bytes, from a number or a decimal size such as "5GB"."""
-    if isinstance(given, int):
-        size = given
-    else:
-        number, unit = given.strip().upper(), 1
-        for suffix, factor in _SHARD_UNITS.items():
-            if number.endswith(suffix):
-                number, unit = number[: -len(suffix)].strip(), factor
-                break
-        try:
-            size = int(float(number) * unit)
-        except (ValueError, OverflowError):
-            raise ConfigError(f"{flag} {given}: write it like 5GB or 500MB") from None
-    if size < 1:
-        raise ConfigError(f"{flag} {given}: a shard has at least one byte")
-    return size
+    from nanotron_fast.units import parse_size
+
+    return parse_size(given, flag)
 
 
 def _folder(flag: str, given: str | Path) -> Path:

@@ -218,6 +218,31 @@ def env(json: Json = False) -> None:
         _print(environment.lines(found))
 
 
+@_command
+def plot(
+    runs: Annotated[
+        list[str], typer.Argument(metavar="RUN...", help="Folders that hold a metrics.jsonl.")
+    ],
+    output: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH",
+            help="The pictures, without .png and .svg. (default: training, in the folder of the "
+            "run; of several runs here)",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Draw loss and throughput of one run or several, to PNG and SVG."""
+    from nanotron_fast.train import plot as plotting
+
+    written = [str(path) for path in plotting.plot(runs, output=output)]
+    if json:
+        _print_json({"files": written})
+    else:
+        _print(written)
+
+
 @app.command(
     context_settings={
         "allow_extra_args": True,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from nanotron_fast.moves.engine import ProgressCallback
+from nanotron_fast.units import size
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.convert import Report
@@ -20,20 +21,11 @@ _PLAIN_SECONDS = 5.0
 _MAX_SHOWN = 10
 
 
-def size(num_bytes: float) -> str:
-    """Decimal, with three digits or so: "2.20 GB"."""
-    for unit in ("B", "kB", "MB"):
-        if abs(num_bytes) < 1000:
-            return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.2f} GB"
-
-
 def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
-def _stages(layer_stages: tuple[int, ...]) -> Iterator[str]:
+def stage_lines(layer_stages: tuple[int, ...]) -> Iterator[str]:
     """For each stage, its layers: "0-11"."""
     for stage in range(max(layer_stages, default=0) + 1):
         layers = [layer for layer, owner in enumerate(layer_stages) if owner == stage]
@@ -51,7 +43,7 @@ def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
     yield f"  parameters  {plan.num_parameters:,} in {plan.dtype.short_name}"
     was = "" if plan.source_topology is None else f", was {plan.source_topology}"
     yield f"  topology    {plan.topology}{was}{'' if to_nanotron else ' (of the source)'}"
-    for line in _stages(plan.layer_stages):
+    for line in stage_lines(plan.layer_stages):
         yield f"              {line}"
     yield f"  read        {size(plan.bytes_read)} from {_count(len(plan.transfer.sources), 'file')}"
     yield (
@@ -139,7 +131,7 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         yield "  rotary      neighbours (interleaved)"
     if found.topology:
         yield f"  topology    {found.topology}"
-        for line in _stages(found.layer_stages):
+        for line in stage_lines(found.layer_stages):
             yield f"              {line}"
     dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
     yield f"  elements    {dtypes}"

@@ -1,0 +1,108 @@
+"""What one micro batch leaves behind for the backward pass, in bytes of one rank.
+
+By what the operations save (`parallel.attention`, `parallel.mlp`, `kernels.rms_norm`), with h the
+hidden size, b bytes of a value, t tokens of the micro batch, t' = t / tp where tp_mode is
+REDUCE_SCATTER (else t), H and d heads and their size, all of a rank's heads H / tp:
+
+    two norms           2 t' (h b + 4)                    the residual stream, and 1 / rms
+    attention           t' h b + t (H d b + 4 H) / tp     its input, output and log-sum-exp
+    a dense MLP         t' h b                            its input
+    experts             t (h b + 4 E) + t k (h + 3 m) b   their input, the router's probabilities;
+                                                          of k experts a token: input, gate and up,
+                                                          activation (m wide)
+    recompute_layer     t' h b                            in place of all these: the layer's input
+
+q, k and v and the MLP's gate and up are computed again in the backward pass in any case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nanotron_fast.model.spec import Experts, Layer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """The sizes that activations depend on.
+
+    Args:
+        tokens: of a micro batch.
+        hidden_size: of the model.
+        value_bytes: of a parameter, and so of an activation.
+        tp: ranks that share a layer.
+        is_scattered: tp_mode is REDUCE_SCATTER.
+        recomputes_layers: parallelism.recompute_layer.
+    """
+
+    tokens: int
+    hidden_size: int
+    value_bytes: int
+    tp: int
+    is_scattered: bool
+    recomputes_layers: bool
+
+    @property
+    def stream_bytes(self) -> int:
+        """The residual stream between two layers, on one rank."""
+        tokens = self.tokens // self.tp if self.is_scattered else self.tokens
+        return tokens * self.hidden_size * self.value_bytes
+
+    @property
+    def _norm_bytes(self) -> int:
+        tokens = self.tokens // self.tp if self.is_scattered else self.tokens
+        return self.stream_bytes + 4 * tokens
+
+    def kept(self, layer: Layer) -> int:
+        """What a layer keeps until its backward pass."""
+        return self.stream_bytes if self.recomputes_layers else self._saved(layer)
+
+    def kept_at_end(self) -> int:
+        """What the last norm keeps, and the head, whose input it is."""
+        return self._norm_bytes + self.stream_bytes
+
+    def working(self, layers: Iterable[Layer]) -> int:
+        """The most that a layer's backward pass has beside all that is kept."""
+        return max(map(self._working, layers), default=0)
+
+    def _saved(self, layer: Layer) -> int:
+        attention = layer.attention
+        heads = attention.num_heads * (attention.head_dim * self.value_bytes + 4)
+        saved = 2 * self._norm_bytes + self.stream_bytes + self.tokens * heads // self.tp
+        mlp = layer.mlp
+        if not isinstance(mlp, Experts):
+            return saved + self.stream_bytes
+        routed = mlp.top_k * (self.hidden_size + 3 * mlp.intermediate_size) * self.value_bytes
+        saved += self.tokens * (self.hidden_size * self.value_bytes + 4 * mlp.num_experts + routed)
+        return saved + (self.stream_bytes if mlp.has_shared_expert else 0)
+
+    def _working(self, layer: Layer) -> int:
+        attention, mlp = layer.attention, layer.mlp
+        # q, k and v, their gradients in one piece and apart; gate and up, the activation, and the
+        # gradients of both.
+        rows = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+        wide = mlp.shared_intermediate_size if isinstance(mlp, Experts) else mlp.intermediate_size
+        if isinstance(mlp, Experts):
+            wide = max(wide, mlp.top_k * mlp.intermediate_size * self.tp)
+        widest = max(3 * rows, 6 * wide) * self.value_bytes // self.tp
+        gathered = self.hidden_size * self.value_bytes if self.is_scattered else 0
+        again = self._saved(layer) if self.recomputes_layers else 0
+        return self.tokens * (widest + gathered) + again
+
+
+def in_flight(engine: str, *, rank: int, pp: int, chunks: int, num_micro_batches: int) -> float:
+    """How many micro batches a pipeline rank keeps at most, in units of all its layers.
+
+    Source: the schedules of torch.distributed.pipelining. 1f1b with fewer micro batches than stages
+    runs as afab.
+    """
+    if pp == 1:
+        return 1
+    if engine == "afab" or (engine == "1f1b" and num_micro_batches < pp):
+        return num_micro_batches
+    if engine == "1f1b":
+        return min(num_micro_batches, pp - rank)
+    rounds = max(1, num_micro_batches // pp)
+    ahead = (chunks - 1) * (num_micro_batches // rounds) + 2 * (pp - 1 - rank)
+    return min(ahead + 1, num_micro_batches * chunks) / chunks

@@ -1,0 +1,111 @@
+"""The YAML document itself: read from a file, and changed by the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.errors import ConfigError
+from nanotron_fast.formats.plain_file import read_small
+
+
+def read_document(path: Path) -> tuple[dict[str, Any], list[str]]:
+    """The mapping in a file, and warnings about it. Raises ConfigError, CheckpointError.
+
+    A key that is there twice is no error to Nanotron, which takes the last: neither is it here, but
+    it is told.
+    """
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file")
+    warnings: list[str] = []
+    document = _parse(read_small(path), str(path), warnings)
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path}: not a mapping with sections such as general, model and tokens")
+    return document, warnings
+
+
+def override(document: dict[str, Any], overrides: Iterable[str]) -> frozenset[str]:
+    """Sets values in a document, in place; returns the dotted paths that were set.
+
+    Each is `--section.key=value`, with or without the dashes, the value in YAML; an element of a
+    list is named by its index, from 0. What a path leads through and is missing becomes a mapping,
+    which is then read as strictly as the rest. Raises ConfigError.
+    """
+    paths = set()
+    for given in overrides:
+        path, has_value, text = given.removeprefix("--").partition("=")
+        if not has_value:
+            raise ConfigError(f"{given}: it has no value; write --{path}=VALUE")
+        if not all(path.split(".")):
+            raise ConfigError(f"{given}: write --section.key=VALUE")
+        _set(document, path, _parse(text.encode(), f"--{path}", []))
+        paths.add(path)
+    return frozenset(paths)
+
+
+def _set(document: dict[str, Any], path: str, value: object) -> None:
+    holder: Any = document
+    *parents, last = path.split(".")
+    for depth, key in enumerate(parents):
+        name = ".".join(parents[: depth + 1])
+        holder = _enter(holder, key, path, name)
+    if isinstance(holder, list):
+        holder[_index(holder, last, path)] = value
+    else:
+        holder[last] = value
+
+
+def _enter(holder: Any, key: str, path: str, name: str) -> Any:
+    """What lies below a key, to set something in it: a mapping or a list."""
+    if isinstance(holder, list):
+        inner = holder[_index(holder, key, path)]
+    else:
+        if holder.get(key) is None:
+            holder[key] = {}
+        inner = holder[key]
+    if not isinstance(inner, dict | list):
+        raise ConfigError(f"--{path}: {name} is {inner!r}, which has nothing below it")
+    return inner
+
+
+def _index(holder: list[Any], key: str, path: str) -> int:
+    if not key.isdecimal() or int(key) >= len(holder):
+        raise ConfigError(
+            f"--{path}: {key} should be the index of one of {len(holder)} elements, from 0"
+        )
+    return int(key)
+
+
+def _parse(text: bytes, name: str, warnings: list[str]) -> Any:
+    """A YAML document, with plain values alone. Raises ConfigError."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Tells of keys that are there twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen: set[str] = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                if key.value in seen:
+                    warnings.append(
+                        f"{name}: line {key.start_mark.line + 1}: {key.value} is there twice; the "
+                        "last one counts"
+                    )
+                seen.add(key.value)
+            return super().construct_mapping(node, deep)
+
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
+        problem = getattr(error, "problem", None) or str(error)
+        raise ConfigError(f"{name}: not YAML{where}: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{name}: nested too deeply") from None
+    except ValueError as error:
+        # Dates that do not exist, integers of thousands of digits.
+        raise ConfigError(f"{name}: not YAML: {error}") from None

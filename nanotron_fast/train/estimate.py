@@ -1,0 +1,223 @@
+"""What a run will take, from its configuration alone: parameters, FLOPs, and memory of a rank.
+
+FLOPs of a step are those that the model needs, so recomputation is not counted:
+
+    6 N tokens + sum over layers of 12 H d pairs
+
+N counts the parameters of products that a token goes through: not the input embedding (unless it is
+the head too), not the norms, and of experts those that it is sent to. Pairs are the queries and the
+keys that they see, the causal half or less with a window: s (s + 1) / 2 for a sequence of s. A
+backward pass takes twice a forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nanotron_fast.families.parts import Param
+from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.spec import Experts
+from nanotron_fast.train.activations import MicroBatch, in_flight
+from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.config import Muon, TrainingConfig
+
+VALUE_BYTES = {"bfloat16": 2, "float32": 4}
+_EXPERTS = ".mlp.experts."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """Bytes of one rank. What CUDA, NCCL and the allocator's gaps take comes on top.
+
+    Args:
+        weights: the parameters.
+        gradients: in fp32 with accumulate_grad_in_fp32.
+        masters: fp32 copies of parameters that are not fp32, with accumulate_grad_in_fp32.
+        moments: the optimizer's.
+        activations: of the micro batches that are under way at once, the largest layer's backward
+            pass, and what a pipeline receives into.
+        logits: of one micro batch, and a rank's part of the vocabulary.
+    """
+
+    weights: int = 0
+    gradients: int = 0
+    masters: int = 0
+    moments: int = 0
+    activations: int = 0
+    logits: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(asdict(self).values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """What a run will take.
+
+    Args:
+        parameters: of the model, vocabulary padding left out; a tied matrix counts once.
+        layer_stages: the pipeline rank of each layer.
+        tokens_per_step: over all ranks, at the first data stage's sequence length.
+        flops_per_step: likewise, by the formula above.
+        memory_by_stage: of a rank of each pipeline stage, at the longest sequence length.
+    """
+
+    parameters: int
+    layer_stages: tuple[int, ...]
+    tokens_per_step: int
+    flops_per_step: int
+    memory_by_stage: tuple[Memory, ...]
+
+    @property
+    def fullest_stage(self) -> int:
+        """The stage whose ranks need most."""
+        totals = [memory.total for memory in self.memory_by_stage]
+        return totals.index(max(totals))
+
+    @property
+    def memory(self) -> Memory:
+        """Of a rank of that stage."""
+        return self.memory_by_stage[self.fullest_stage]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `train --dry-run --json`."""
+        return {
+            "parameters": self.parameters,
+            "stages": list(self.layer_stages),
+            "tokens_per_step": self.tokens_per_step,
+            "flops_per_step": self.flops_per_step,
+            "memory": {**asdict(self.memory), "total": self.memory.total},
+        }
+
+
+def estimate(config: TrainingConfig, model: Architecture) -> Estimate:
+    """What a run will take. Raises TopologyError where a stage would own no layer."""
+    stages, spec = model.stages(), model.spec
+    pp = config.parallelism.pp
+    padding = model.padded_vocab_size - spec.vocab_size
+    padded_elements = sum(math.prod(param.shape) for param in model.params)
+    num_matrices = 1 if spec.tie_word_embeddings else 2
+    length = config.stage_at(1).sequence_length or config.tokens.sequence_length
+    return Estimate(
+        parameters=padded_elements - num_matrices * padding * spec.hidden_size,
+        layer_stages=tuple(stage % pp for stage in stages.layers),
+        tokens_per_step=config.global_batch_size * length,
+        flops_per_step=config.global_batch_size * flops_of_sequence(model, length),
+        memory_by_stage=tuple(_memory(config, model, stages, rank) for rank in range(pp)),
+    )
+
+
+def flops_of_sequence(model: Architecture, length: int) -> int:
+    """FLOPs of training on one sequence, forward and backward."""
+    products = sum(_multiplied(model, param) for param in model.params)
+    attention = sum(
+        12
+        * layer.attention.num_heads
+        * layer.attention.head_dim
+        * _pairs(length, layer.attention.window)
+        for layer in model.spec.layers
+    )
+    return 6 * products * length + attention
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """Queries and the keys that each sees: the last `window` or all before it, and itself."""
+    reach = length if window is None else min(window, length)
+    return reach * (reach + 1) // 2 + (length - reach) * reach
+
+
+def _multiplied(model: Architecture, param: Param) -> int:
+    """The elements of a parameter that a token is multiplied by."""
+    is_lookup = param.block == "embedding" and not model.spec.tie_word_embeddings
+    if len(param.shape) < 2 or is_lookup:
+        return 0
+    elements = math.prod(param.shape)
+    if isinstance(param.block, int) and _EXPERTS in param.name:
+        experts = model.spec.layers[param.block].mlp
+        assert isinstance(experts, Experts)
+        return elements * experts.top_k // experts.num_experts
+    return elements
+
+
+def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: int) -> Memory:
+    """What a rank of a pipeline stage needs."""
+    pp = config.parallelism.pp
+    has_head = stages.of("head") % pp == rank
+    states = Memory()
+    for param in model.params:
+        # The last stage has a copy of a tied embedding.
+        has_copy = param.block == "embedding" and has_head and model.spec.tie_word_embeddings
+        if stages.of(param.block) % pp == rank or has_copy:
+            states = _sum(states, _states(config, model, param))
+    longest = max(stage.sequence_length or 0 for stage in config.data_stages)
+    tokens = config.tokens.micro_batch_size * longest
+    columns = model.padded_vocab_size // config.parallelism.tp
+    return replace(
+        states,
+        activations=_activations(config, model, stages, rank, tokens),
+        logits=tokens * columns * VALUE_BYTES[config.model.dtype] if has_head else 0,
+    )
+
+
+def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory:
+    """A parameter, its gradient, and what the optimizer keeps of it."""
+    optimizer = config.optimizer
+    elements = math.prod(param.local_shape(model.topology.sizes))
+    value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
+    in_fp32 = optimizer.accumulate_grad_in_fp32
+    # ZeRO gives each data-parallel rank a slice of the flattened parameter.
+    is_shared = optimizer.zero_stage > 0
+    share = -(-elements // config.parallelism.dp) if is_shared else elements
+    is_hidden_matrix = isinstance(param.block, int) and len(param.shape) > 1
+    is_muon = isinstance(optimizer.optimizer_factory, Muon)
+    num_moments = 1 if is_muon and is_hidden_matrix else 2
+    return Memory(
+        weights=elements * value_bytes,
+        gradients=elements * (4 if in_fp32 else value_bytes),
+        masters=share * 4 if in_fp32 and value_bytes < 4 else 0,
+        moments=share * num_moments * (4 if in_fp32 else value_bytes),
+    )
+
+
+def _activations(
+    config: TrainingConfig, model: Architecture, stages: Stages, rank: int, tokens: int
+) -> int:
+    layout = config.parallelism
+    batch = MicroBatch(
+        tokens=tokens,
+        hidden_size=model.spec.hidden_size,
+        value_bytes=VALUE_BYTES[config.model.dtype],
+        tp=layout.tp,
+        is_scattered=layout.tp_mode == "REDUCE_SCATTER",
+        recomputes_layers=layout.recompute_layer,
+    )
+    layers = [
+        layer
+        for layer, stage in zip(model.spec.layers, stages.layers, strict=True)
+        if stage % layout.pp == rank
+    ]
+    count = config.tokens.batch_accumulation_per_replica
+    under_way = in_flight(
+        layout.pp_engine, rank=rank, pp=layout.pp, chunks=layout.chunks, num_micro_batches=count
+    )
+    kept = sum(map(batch.kept, layers))
+    if stages.of("head") % layout.pp == rank:
+        kept += batch.kept_at_end()
+    # torch.distributed.pipelining has a buffer for each micro batch that a stage receives, and
+    # for each gradient that comes back: every stage but the first has the former, every one but
+    # the last the latter.
+    num_stages = layout.pp * layout.chunks
+    own = [stage for stage in range(num_stages) if stage % layout.pp == rank]
+    received = sum((stage > 0) + (stage < num_stages - 1) for stage in own)
+    return (
+        math.ceil(kept * under_way) + batch.working(layers) + received * count * batch.stream_bytes
+    )
+
+
+def _sum(one: Memory, other: Memory) -> Memory:
+    second = asdict(other)
+    return Memory(**{name: value + second[name] for name, value in asdict(one).items()})
