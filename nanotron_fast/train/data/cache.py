@@ -12,6 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,10 +132,11 @@ def _make(
     on_progress: Progress | None,
 ) -> None:
     done, total = 0, source.num_bytes
-    with whole_folder(entry) as partial:
+    with whole_folder(entry, yields=True) as partial:
         group_ends = []
-        with TokenWriter(partial / _TOKENS, token_size) as writer:
-            for encoded in encode(source.blocks(), recipe, workers):
+        blocks = encode(source.blocks(), recipe, workers)
+        with TokenWriter(partial / _TOKENS, token_size) as writer, closing(blocks):
+            for encoded in blocks:
                 writer.write(encoded)
                 if encoded.ends_group:
                     group_ends.append(writer.num_tokens)

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -147,7 +147,7 @@ def rows_of(block: Block) -> Iterator[tuple[str, Any]]:
         raise TypeError("a piece of text has no rows")
 
 
-def encode(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Iterator[Encoded]:
+def encode(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Generator[Encoded, None, None]:
     """The tokens of blocks, in their order.
 
     Processes are spawned: this one may hold threads, sockets and a GPU, which none may inherit. At

@@ -239,7 +239,8 @@ class DatasetRows:
 
     @property
     def num_bytes(self) -> int:
-        return int(self.dataset.size_in_bytes or 0)
+        table = self.dataset.data
+        return round(table.nbytes * len(self.dataset) / max(table.num_rows, 1))
 
     @property
     def is_grouped(self) -> bool:
@@ -354,7 +355,10 @@ def open_source(
         return Files(shown, tuple(path for paths in files for path in paths), column)
     loaded = [_load(each, split, config_name) for each in names]
     fractions = list(name.values()) if isinstance(name, Mapping) else None
-    return DatasetRows(shown, _mixed(names, loaded, fractions), column, processes)
+    dataset = _mixed(names, loaded, fractions)
+    if column in dataset.column_names:
+        dataset = dataset.select_columns([column])
+    return DatasetRows(shown, dataset, column, processes)
 
 
 def _load(name: str, split: str, config_name: str | None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def tokenize(
     done = 0
     with whole_folder(path) as folder:
         files = _Files(folder, size, name, max_tokens_per_file)
-        with files:
+        with files, closing(blocks):
             for encoded in blocks:
                 files.write(encoded)
                 done += encoded.num_bytes

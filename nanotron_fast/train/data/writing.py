@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -72,31 +75,44 @@ def sync(path: Path) -> None:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, yields: bool = False) -> Iterator[Path]:
     """A folder to write to, which takes the name `path` at the end, and is gone after an error.
 
-    Raises DataError where there is something under that name, or another process writes it.
+    It has a name of its own until then, so that two processes are safe from each other on file
+    systems without locks, too.
+
+    Args:
+        path: what there may be no more of than an empty folder.
+        yields: where another process was quicker, its folder stays, and this one is thrown away.
+
+    Raises DataError where there is something under the name, or another process makes it so.
     """
     check_free(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    with _locked_folder(partial):
-        try:
-            for left in partial.iterdir():
-                # The lock is ours, so this is of a process that was killed.
-                left.unlink()
+    _clear_left(path)
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}.partial")
+    partial.mkdir()
+    try:
+        with locked(partial, waits=False):
             yield partial
             for each in sorted(partial.iterdir()):
                 sync(each)
             sync(partial)
             with held():
-                # An empty folder gives way to it.
-                partial.rename(path)
-        except BaseException:
-            with ending():
-                shutil.rmtree(partial, ignore_errors=True)
-            raise
-        sync(path.parent)
+                try:
+                    # An empty folder gives way to it.
+                    partial.rename(path)
+                except OSError as error:
+                    if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    if not yields:
+                        raise DataError(f"{path}: another process has written it") from error
+                    shutil.rmtree(partial)
+            sync(path.parent)
+    except BaseException:
+        with ending():
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def check_free(path: Path) -> None:
@@ -106,25 +122,20 @@ def check_free(path: Path) -> None:
         raise DataError(f"{path}: {what}; choose another name, or move it away")
 
 
-@contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
-    """Makes a folder where there is none, and keeps other processes out of it."""
-    while True:
-        folder.mkdir(exist_ok=True)
-        with locked(folder, waits=False) as descriptor:
-            try:
-                is_same = os.path.samestat(os.stat(folder), os.fstat(descriptor))
-            except FileNotFoundError:
-                is_same = False
-            if not is_same:
-                continue  # Another process has given it its name just now.
-            yield
-            return
+def _clear_left(path: Path) -> None:
+    """Removes what killed processes have left that were to make the same folder.
+
+    Raises DataError where one is still at it. Without locks that cannot be told, and all stays.
+    """
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+        with suppress(FileNotFoundError), locked(left, waits=False) as has_lock:
+            if has_lock:
+                shutil.rmtree(left)
 
 
 @contextmanager
-def locked(path: Path, *, waits: bool) -> Iterator[int]:
-    """Keeps other processes out of a file or a folder, and gives its descriptor.
+def locked(path: Path, *, waits: bool) -> Iterator[bool]:
+    """Keeps other processes out of a file or a folder; False where the file system has no locks.
 
     The lock ends with the process, however that ends. Raises DataError where another process has it
     and `waits` is false.
@@ -132,12 +143,13 @@ def locked(path: Path, *, waits: bool) -> Iterator[int]:
     flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
     try:
+        has_lock = True
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
         except BlockingIOError:
             raise DataError(f"{path}: another process is writing it") from None
         except OSError:
-            pass  # A file system without locks: the rename alone keeps the result whole.
-        yield descriptor
+            has_lock = False
+        yield has_lock
     finally:
         os.close(descriptor)

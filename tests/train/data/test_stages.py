@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,68 +14,23 @@ from nanotron_fast.errors import DataError
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import Consumed, StagedBatches, batches_of
 from nanotron_fast.train.data.batches import MicroBatch
+from tests.train.configs import document
 from tests.train.data.material import TEXT, write_tokens
 from tests.train.data.nanotron_order import blend, folder_samples, labels, positions
 
-DOCUMENT: dict[str, Any] = {
-    "general": {"project": "p", "run": "r", "seed": 1},
-    "parallelism": {"dp": 1, "pp": 1, "tp": 1},
-    "model": {
-        "model_config": {
-            "is_llama_config": True,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "hidden_act": "silu",
-            "hidden_size": 16,
-            "initializer_range": 0.02,
-            "intermediate_size": 32,
-            "max_position_embeddings": 64,
-            "num_attention_heads": 2,
-            "num_hidden_layers": 2,
-            "num_key_value_heads": 2,
-            "pad_token_id": None,
-            "pretraining_tp": 1,
-            "rms_norm_eps": 1e-5,
-            "rope_scaling": None,
-            "tie_word_embeddings": False,
-            "use_cache": True,
-            "vocab_size": 512,
-        },
-        "init_method": {"std": 0.02},
-        "dtype": "float32",
-    },
-    "checkpoints": {"checkpoints_path": "out", "checkpoint_interval": 5},
-    "tokens": {
-        "sequence_length": 16,
-        "train_steps": 10,
-        "micro_batch_size": 2,
-        "batch_accumulation_per_replica": 2,
-    },
-    "optimizer": {
-        "optimizer_factory": {
-            "name": "adamW",
-            "adam_eps": 1e-8,
-            "adam_beta1": 0.9,
-            "adam_beta2": 0.95,
-            "torch_adam_is_fused": True,
-        },
-        "zero_stage": 0,
-        "weight_decay": 0.01,
-        "clip_grad": 1.0,
-        "accumulate_grad_in_fp32": False,
-        "learning_rate_scheduler": {"learning_rate": 1e-3},
-    },
+TOKENS = {
+    "sequence_length": 16,
+    "train_steps": 10,
+    "micro_batch_size": 2,
+    "batch_accumulation_per_replica": 2,
 }
 
 
 def config_of(
-    *datasets: Any, starts: tuple[int, ...] = (1,), lengths: tuple[int, ...] = (), **sections: Any
+    *datasets: Any, starts: tuple[int, ...] = (1,), lengths: tuple[int, ...] = (), **changes: Any
 ) -> TrainingConfig:
-    """A configuration with such data, and fields of sections changed."""
-    document = deepcopy(DOCUMENT)
-    for name, fields in sections.items():
-        document.setdefault(name, {}).update(fields)
-    document["data_stages"] = [
+    """A configuration with such data, and values at other paths."""
+    stages = [
         {
             "name": f"stage {number}",
             "start_training_step": start,
@@ -85,7 +39,9 @@ def config_of(
         }
         for number, (start, dataset) in enumerate(zip(starts, datasets, strict=True))
     ]
-    return TrainingConfig.from_dict(document)
+    return TrainingConfig.from_dict(
+        document(**{"tokens": TOKENS, "data_stages": stages, **changes})
+    )
 
 
 def equal(some: list[MicroBatch], others: list[MicroBatch]) -> bool:
@@ -125,7 +81,7 @@ def test_nanosets_are_blended_as_in_nanotron(tmp_path: Path, tokenizer_folder: P
         "dataset_folder": {str(folders[0]): 0.7, str(folders[1]): 0.3},
         "shuffle_files": True,
     }
-    config = config_of(dataset, tokenizer={"tokenizer_name_or_path": str(tokenizer_folder)})
+    config = config_of(dataset, tokenizer__tokenizer_name_or_path=str(tokenizer_folder))
     batches = batches_of(config)
     samples = [folder_samples(each, 16, size=2, shuffle_seed=7) for each in folders]
     sources, places = blend([0.7, 0.3], 40)
@@ -153,7 +109,7 @@ def test_documents_are_kept_apart_where_the_model_does(
     tmp_path: Path, tokenizer_folder: Path
 ) -> None:
     [folder, _] = make_nanosets(tmp_path)
-    sections = {"tokenizer": {"tokenizer_name_or_path": str(tokenizer_folder)}}
+    sections = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
     llama = config_of({"dataset_folder": str(folder)}, **sections)
     model = dict(llama.model.model_config or {})
     for flags, has_positions, drops in (
@@ -228,7 +184,7 @@ def test_another_dp_goes_on_with_the_next_sample(tmp_path: Path) -> None:
     [folder, _] = make_nanosets(tmp_path)
     dataset = {"dataset_folder": str(folder)}
     before = batches_of(config_of(dataset))
-    wide = config_of(dataset, parallelism={"dp": 2, "pp": 1, "tp": 1})
+    wide = config_of(dataset, parallelism__dp=2)
     ranks = [batches_of(wide, dp_rank=rank, consumed=Consumed(3, (12,))) for rank in (0, 1)]
     seen = [row for step in (1, 2, 3) for row in rows(before.batch(step))]
     for step in (4, 5):
@@ -247,7 +203,7 @@ def test_validation_takes_samples_that_are_never_trained_on(
     text.write_bytes(letters.tobytes())
     folders = make_nanosets(tmp_path)
     tokens = {"val_check_interval": 2, "limit_val_batches": 3, "train_steps": 60}
-    tokenizer = {"tokenizer_name_or_path": str(tokenizer_folder)}
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
     for dataset in (
         {"hf_dataset_or_datasets": str(text)},
         {"dataset_folder": [str(each) for each in folders]},
@@ -255,9 +211,9 @@ def test_validation_takes_samples_that_are_never_trained_on(
     ):
         config = config_of(
             dataset,
-            tokens={**DOCUMENT["tokens"], **tokens},
-            tokenizer=tokenizer,
-            parallelism={"dp": 2, "pp": 1, "tp": 1},
+            tokens={**TOKENS, **tokens},
+            **tokenizer,
+            parallelism__dp=2,
         )
         ranks = [batches_of(config, dp_rank=rank) for rank in (0, 1)]
         validated = [row for each in ranks for row in rows(each.validation(4))]
@@ -272,8 +228,8 @@ def test_validation_takes_samples_that_are_never_trained_on(
     assert without.validation(2) == []
     greedy = config_of(
         {"hf_dataset_or_datasets": str(text)},
-        tokenizer=tokenizer,
-        tokens={**DOCUMENT["tokens"], **tokens, "limit_val_batches": 10_000},
+        **tokenizer,
+        tokens={**TOKENS, **tokens, "limit_val_batches": 10_000},
     )
     with pytest.raises(DataError, match=r"a validation takes 20,000 of them .*limit_val_batches"):
         batches_of(greedy)
@@ -289,8 +245,8 @@ def test_conversations_are_packed_and_kept_apart(tmp_path: Path, tokenizer_folde
             ]
             stream.write(json.dumps({"messages": messages}) + "\n")
     dataset = {"hf_dataset_or_datasets": str(path), "sft_dataloader": True}
-    tokenizer = {"tokenizer_name_or_path": str(tokenizer_folder)}
-    config = config_of(dataset, tokenizer=tokenizer, lengths=(60,))
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+    config = config_of(dataset, **tokenizer, lengths=(60,))
     [first, *_] = batches_of(config).batch(1)
     assert first.position_ids is not None
     assert int((first.position_ids == 0).sum()) > 4
@@ -300,8 +256,8 @@ def test_conversations_are_packed_and_kept_apart(tmp_path: Path, tokenizer_folde
 def test_what_a_user_should_know(tmp_path: Path, tokenizer_folder: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text(TEXT * 8)
-    tokenizer = {"tokenizer_name_or_path": str(tokenizer_folder)}
-    config = config_of({"hf_dataset_or_datasets": str(text)}, tokenizer=tokenizer)
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+    config = config_of({"hf_dataset_or_datasets": str(text)}, **tokenizer)
     batches: StagedBatches = batches_of(config)
     [note] = batches.notes
     assert "takes 40 samples of 16 tokens" in note
@@ -312,8 +268,8 @@ def test_what_a_user_should_know(tmp_path: Path, tokenizer_folder: Path) -> None
 def test_data_that_are_not_for_this_model(tmp_path: Path, tokenizer_folder: Path) -> None:
     text = tmp_path / "a.txt"
     text.write_text(TEXT * 40)
-    tokenizer = {"tokenizer_name_or_path": str(tokenizer_folder)}
-    config = config_of({"hf_dataset_or_datasets": str(text)}, tokenizer=tokenizer)
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+    config = config_of({"hf_dataset_or_datasets": str(text)}, **tokenizer)
     with pytest.raises(DataError, match=r"its vocabulary is 320, and the model's is 300"):
         batches_of(config, vocab_size=300)
     [folder, _] = make_nanosets(tmp_path)
@@ -322,7 +278,7 @@ def test_data_that_are_not_for_this_model(tmp_path: Path, tokenizer_folder: Path
     stated = config_of({"dataset_folder": str(folder), "vocab_size": 600})
     with pytest.raises(DataError, match="vocab_size is 600, and the model's is 512"):
         batches_of(stated)
-    missing = config_of({"hf_dataset_or_datasets": str(tmp_path / "no.txt")}, tokenizer=tokenizer)
+    missing = config_of({"hf_dataset_or_datasets": str(tmp_path / "no.txt")}, **tokenizer)
     with pytest.raises(DataError, match=r"no\.txt: there is no such file or folder"):
         batches_of(missing)
     with pytest.raises(DataError, match="gone: there is no such folder"):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -51,12 +54,15 @@ class Table:
 
     columns: dict[str, list[Any]]
     _fingerprint: str = "one"
-    size_in_bytes: int = 1000
     read: list[slice] = field(default_factory=list)
 
     @property
     def column_names(self) -> list[str]:
         return list(self.columns)
+
+    @property
+    def data(self) -> Any:
+        return SimpleNamespace(nbytes=1000, num_rows=len(self))
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values())))
@@ -232,6 +238,34 @@ def test_an_error_leaves_nothing_in_the_cache(tmp_path: Path, tokenizer: Any, ca
     assert [each for each in (cache / "tokens").iterdir() if each.is_dir()] == []
 
 
+def test_ranks_without_locks_do_not_harm_each_other(
+    tmp_path: Path, tokenizer: Any, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Lustre without flock: both make the tokens, and the first to be done has the name."""
+    from nanotron_fast.train.data import writing
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(writing.fcntl, "flock", no_locks)
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT)
+    source = open_source(str(path))
+    monkeypatch.setattr(writing.os, "getpid", lambda: threading.get_ident())
+    both = threading.Barrier(2)
+
+    class Together(Counting):
+        def blocks(self) -> Iterator[Any]:
+            both.wait(60)
+            return super().blocks()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: tokens_of(Together(source), tokenizer), range(2)))
+    assert found[0].tokens.tolist() == tokenizer(TEXT)["input_ids"]
+    assert found[0] == found[1]
+    assert len([each for each in (cache / "tokens").iterdir() if each.is_dir()]) == 1
+
+
 def test_what_a_killed_process_left_is_in_nobodys_way(
     tmp_path: Path, tokenizer: Any, cache: Path
 ) -> None:
@@ -239,9 +273,10 @@ def test_what_a_killed_process_left_is_in_nobodys_way(
     path.write_text(TEXT)
     source = open_source(str(path))
     entry = Path(tokens_of(source, tokenizer).path).parent
-    partial = entry.rename(entry.with_name(f"{entry.name}.partial"))
+    partial = entry.rename(entry.with_name(f"{entry.name}.there-1.partial"))
     (partial / "junk").write_text("left")
     again = tokens_of(source, tokenizer)
+    assert not partial.exists()
     assert sorted(each.name for each in Path(again.path).parent.iterdir()) == [
         "about.json",
         "groups",
