@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 
 from nanotron_fast.errors import DataError
-from nanotron_fast.train.data.encode import Recipe, encode
+from nanotron_fast.train.data.encode import Recipe
 from nanotron_fast.train.data.nanoset import INDEX_DTYPE, TOKEN_DTYPES, mapped
 from nanotron_fast.train.data.samples import Array
 from nanotron_fast.train.data.text import Source
+from nanotron_fast.train.data.worker import encode
 from nanotron_fast.train.data.writing import TokenWriter, locked, whole_folder
 
 # Changes with whatever changes the tokens that are made of the same text.

@@ -1,15 +1,9 @@
-"""Blocks of text made into tokens, by one process or several, in order."""
+"""Blocks of text made into tokens, by one process or several."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, Protocol
@@ -19,7 +13,7 @@ import numpy as np
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.samples import Array
 from nanotron_fast.train.data.text import Block, Lines, Piece, Rows
-from nanotron_fast.train.data.tokenizer import Encoder, EncoderRecipe, quiet_parallelism
+from nanotron_fast.train.data.tokenizer import Encoder, EncoderRecipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,67 +139,3 @@ def rows_of(block: Block) -> Iterator[tuple[str, Any]]:
             yield f"{block.place}, the row {number:,} of these", row
     else:
         raise TypeError("a piece of text has no rows")
-
-
-def encode(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Generator[Encoded, None, None]:
-    """The tokens of blocks, in their order.
-
-    Processes are spawned: this one may hold threads, sockets and a GPU, which none may inherit. At
-    most two blocks for each of them are in memory. Raises DataError.
-    """
-    if workers <= 1:
-        encoder = recipe.build()
-        for block in blocks:
-            yield encoder(block)
-        return
-    import multiprocessing
-
-    pool = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_begin,
-        initargs=(recipe,),
-    )
-    try:
-        waiting: deque[Future[Encoded]] = deque()
-        for block in blocks:
-            waiting.append(pool.submit(_work, block))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "a process that makes tokens ended before its time: was there enough memory? "
-            "Fewer processes need less of it"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# Of a process that does nothing else.
-_encoder: BlockEncoder | None = None
-
-
-def _begin(recipe: Recipe) -> None:
-    global _encoder
-    # The parent answers for both.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    quiet_parallelism()
-    _encoder = recipe.build()
-
-
-def _end_with_parent() -> None:
-    """A killed parent sends no word, and a process that waits for one would stay for ever."""
-    from multiprocessing import connection, parent_process
-
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
-
-def _work(block: Block) -> Encoded:
-    assert _encoder is not None
-    return _encoder(block)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import DataError
-from nanotron_fast.train.data.encode import Encoded, TextRecipe, encode
+from nanotron_fast.train.data.encode import Encoded, TextRecipe
 from nanotron_fast.train.data.text import open_source
 from nanotron_fast.train.data.tokenizer import load_tokenizer, recipe, token_size, vocabulary
+from nanotron_fast.train.data.worker import encode
 from nanotron_fast.train.data.writing import TokenWriter, check_free, whole_folder
 
 DEFAULT_TOKENS_PER_FILE = 10**9

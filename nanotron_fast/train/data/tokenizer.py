@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,8 +168,3 @@ def _cut(text: str, least: int, most: int) -> int:
                 # A space belongs to the word after it.
                 return place + 1 if mark == "\n" else place
     return most
-
-
-def quiet_parallelism() -> None:
-    """Leaves parallelism to processes: a tokenizer's own threads would be too many beside them."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"

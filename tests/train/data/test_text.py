@@ -19,7 +19,7 @@ import pytest
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data import tokenizer as tokenizers_of_ours
 from nanotron_fast.train.data.cache import CachedTokens, cached_tokens
-from nanotron_fast.train.data.encode import TextRecipe, encode
+from nanotron_fast.train.data.encode import TextRecipe
 from nanotron_fast.train.data.text import DatasetRows, Source, find_files, open_source, row_groups
 from nanotron_fast.train.data.tokenizer import (
     check_vocabulary,
@@ -29,6 +29,7 @@ from nanotron_fast.train.data.tokenizer import (
     token_size,
 )
 from nanotron_fast.train.data.windows import TextWindows
+from nanotron_fast.train.data.worker import encode
 from tests.train.data.material import TEXT, make_tokenizer
 from tests.train.data.nanotron_order import clm_windows, positions_from_ends
 
