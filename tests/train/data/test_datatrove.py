@@ -13,9 +13,7 @@ from nanotron_fast.train.data.nanoset import TokenFolder
 from nanotron_fast.train.data.tokenize import tokenize
 from tests.train.data.material import TEXT
 
-pytest.importorskip(
-    "datatrove", reason="not installed: its own files are not compared"
-)
+pytest.importorskip("datatrove", reason="not installed: its own files are not compared")
 
 
 @pytest.fixture
