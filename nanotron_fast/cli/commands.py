@@ -17,8 +17,8 @@ from nanotron_fast import interruption
 from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyChoices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
-from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.cli.tokenize import tokenize
+from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.version import __version__
 
 app = typer.Typer(
@@ -294,7 +294,7 @@ def run(
         raise typer.Exit(1) from None
 
 
-app.command()(tokenize)
+_command(tokenize)
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from nanotron_fast import interruption
-from nanotron_fast.cli.entry import EXIT_BAD_INPUT
 
 
 def tokenize(
@@ -50,7 +49,6 @@ def tokenize(
     DST appears when it is whole. It is the same for any number of workers.
     """
     from nanotron_fast.cli import reporting
-    from nanotron_fast.errors import NanotronFastError
     from nanotron_fast.train.data.tokenize import tokenize as make_tokens
 
     progress = reporting.Progress(is_quiet=quiet or json)
@@ -58,24 +56,20 @@ def tokenize(
     def on_total(num_bytes: int) -> None:
         progress.total_bytes = num_bytes
 
-    try:
-        with progress.running("tokenizing") as on_progress:
-            report = make_tokens(
-                src,
-                dst,
-                tokenizer=tokenizer,
-                workers=workers,
-                eos=eos,
-                text_column=text_column,
-                split=split,
-                config_name=config_name,
-                max_tokens_per_file=max_tokens_per_file,
-                on_total=on_total,
-                on_progress=on_progress,
-            )
-    except (NanotronFastError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
+    with progress.running("tokenizing") as on_progress:
+        report = make_tokens(
+            src,
+            dst,
+            tokenizer=tokenizer,
+            workers=workers,
+            eos=eos,
+            text_column=text_column,
+            split=split,
+            config_name=config_name,
+            max_tokens_per_file=max_tokens_per_file,
+            on_total=on_total,
+            on_progress=on_progress,
+        )
     with interruption.telling(lambda: f"{report.destination} is whole"):
         if json:
             import json as json_module
