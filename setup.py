@@ -28,7 +28,15 @@ from setuptools.errors import CompileError
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import setup_cuda
 
-COMPILE_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-pthread"]
+COMPILE_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-pthread",
+    # The same roundings on every machine.
+    "-ffp-contract=off",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow"]
 SOURCES = sorted(glob("csrc/bindings.cpp") + glob("csrc/core/*.cpp") + glob("csrc/cast/*.cpp"))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))

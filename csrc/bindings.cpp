@@ -5,11 +5,13 @@
 
 #include <cerrno>
 #include <cstddef>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cast/cast.h"
+#include "core/blend.h"
 #include "core/engine.h"
 #include "core/error.h"
 #include "core/pack.h"
@@ -178,6 +180,38 @@ py::bytes cast_binding(const py::bytes& source, int64_t source_dtype, int64_t de
   return py::bytes(result);
 }
 
+// A one-dimensional contiguous buffer of T.
+template <typename T>
+T* flat(const py::buffer_info& info, const char* what) {
+  if (info.ndim != 1 || !info.item_type_is_equivalent_to<T>() ||
+      !PyBuffer_IsContiguous(info.view(), 'C')) {
+    throw std::invalid_argument(std::string(what) + " has the wrong type or shape");
+  }
+  return static_cast<T*>(info.ptr);
+}
+
+void blend_binding(const py::buffer& weights, const py::buffer& taken, int64_t first, int64_t count,
+                   const std::optional<py::buffer>& choices,
+                   const std::optional<py::buffer>& places) {
+  const py::buffer_info weight_info = weights.request(), taken_info = taken.request(true);
+  const double* weight_data = flat<double>(weight_info, "weights");
+  int64_t* taken_data = flat<int64_t>(taken_info, "taken");
+  const int64_t num_sources = weight_info.size;
+  if (num_sources < 1 || num_sources > 65535 || taken_info.size != num_sources || first < 0 ||
+      count < 0) {
+    throw std::invalid_argument("weights and taken are of the same 1 to 65535 sources");
+  }
+  const py::buffer_info choice_info = choices ? choices->request(true) : py::buffer_info();
+  const py::buffer_info place_info = places ? places->request(true) : py::buffer_info();
+  uint16_t* choice_data = choices ? flat<uint16_t>(choice_info, "choices") : nullptr;
+  int64_t* place_data = places ? flat<int64_t>(place_info, "places") : nullptr;
+  if ((choices && choice_info.size < count) || (places && place_info.size < count)) {
+    throw std::invalid_argument("choices and places have room for count samples");
+  }
+  const py::gil_scoped_release release;
+  blend(weight_data, num_sources, first, count, taken_data, choice_data, place_data);
+}
+
 // Messages may name files, and names of files need not be UTF-8.
 void set_error(const char* type_name, const std::exception& error) {
   const py::object type = py::module_::import("nanotron_fast.errors").attr(type_name);
@@ -231,6 +265,9 @@ PYBIND11_MODULE(_C, module) {
              py::arg("destinations"));
   module.def("read_ranges", &read_ranges_binding, py::arg("paths"), py::arg("moves"),
              py::arg("destinations"), py::kw_only(), py::arg("workers"));
+  module.def("blend", &blend_binding, py::arg("weights"), py::arg("taken"), py::kw_only(),
+             py::arg("first"), py::arg("count"), py::arg("choices") = py::none(),
+             py::arg("places") = py::none());
   module.def("cast", &cast_binding, py::arg("source"), py::arg("source_dtype"),
              py::arg("destination_dtype"), py::kw_only(), py::arg("simd") = "");
   module.def("simd_levels", [] {

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import Any
 
 NUM_COLUMNS: int
 FILL: int
@@ -52,5 +53,16 @@ def read_ranges(
     *,
     workers: int,
 ) -> int: ...
+
+# weights are float64, taken and places int64, choices uint16; the last three are written to.
+def blend(
+    weights: Any,
+    taken: Any,
+    *,
+    first: int,
+    count: int,
+    choices: Any = None,
+    places: Any = None,
+) -> None: ...
 def cast(source: bytes, source_dtype: int, destination_dtype: int, *, simd: str = "") -> bytes: ...
 def simd_levels() -> list[str]: ...

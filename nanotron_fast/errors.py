@@ -17,6 +17,10 @@ class ConfigError(NanotronFastError, ValueError):
     """A configuration lacks a key, or has a value that makes no sense."""
 
 
+class DataError(NanotronFastError, ValueError):
+    """What a model is to be trained on is missing, malformed, or not for this model."""
+
+
 class UnsupportedModelError(NanotronFastError, ValueError):
     """The other format cannot express this model, or would compute something else with it."""
 

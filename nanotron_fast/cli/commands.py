@@ -17,6 +17,7 @@ from nanotron_fast import interruption
 from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyChoices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
+from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.version import __version__
 
@@ -291,6 +292,9 @@ def run(
         # The script's own: it ends as `python script` does.
         sys.excepthook(*sys.exc_info())
         raise typer.Exit(1) from None
+
+
+_command(tokenize)
 
 
 def _print(lines: Iterable[str]) -> None:

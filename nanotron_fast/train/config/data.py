@@ -69,7 +69,7 @@ class Nanoset:
 
     Args:
         dataset_folder: the folders.
-        dataset_weights: how often to draw from each; None to go by their lengths.
+        dataset_weights: how often to draw from each; None for all alike.
         dataset_read_path: a copy of each folder to read instead.
         tokenizer_name: of all folders; None to take it from their metadata.
         vocab_size: of that tokenizer; None likewise.

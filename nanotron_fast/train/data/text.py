@@ -1,0 +1,399 @@
+"""Where text comes from: files, or what `datasets` loads, cut into blocks of work.
+
+One process reads, which is quick, and any number of them make tokens of the blocks. The blocks, and
+so the tokens, are the same for any number of processes.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from nanotron_fast.errors import DataError
+from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
+
+SUFFIXES = (".txt", ".jsonl")
+# In a folder, these are data that `datasets` reads.
+_DATASET_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".gz", ".zst")
+
+_BLOCK_BYTES = 2**20
+# As `datasets` hands them to Nanotron, which joins the texts of one such group.
+_ROWS_IN_GROUP = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Whole documents: texts, or rows with several columns.
+
+    Args:
+        rows: the documents.
+        place: where they come from, in words.
+        num_bytes: of them, more or less, for a progress bar.
+        ends_group: the texts after these are not joined to them.
+    """
+
+    rows: Sequence[Any]
+    place: str
+    num_bytes: int
+    ends_group: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A part of one long document."""
+
+    text: str
+    is_first: bool
+    is_last: bool
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Lines of a JSONL file, each a document.
+
+    Args:
+        data: whole lines.
+        path: of the file.
+        first_line: its number, from 1.
+        column: the key of each object that holds the text; None to take the object.
+    """
+
+    data: bytes
+    path: str
+    first_line: int
+    column: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return len(self.data)
+
+
+Block = Rows | Piece | Lines
+
+
+class Source(Protocol):
+    """Documents in an order of their own."""
+
+    @property
+    def name(self) -> str:
+        """What to call it in a message."""
+        ...
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all blocks together; 0 where that is not known."""
+        ...
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether texts are joined within groups alone, as Nanotron joins those of `datasets`."""
+        ...
+
+    def identity(self) -> str:
+        """A digest that changes whenever the documents, or their groups, do."""
+        ...
+
+    def blocks(self) -> Iterator[Block]:
+        """The documents. Raises DataError."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Files:
+    """Text files, each of which is a document, and JSONL files, each line of which is one.
+
+    Args:
+        name: what they were found by.
+        paths: of the files, in order.
+        column: the key of the text in JSONL; None to take whole objects, of JSONL files alone.
+    """
+
+    name: str
+    paths: tuple[Path, ...]
+    column: str | None
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.paths)
+
+    @property
+    def is_grouped(self) -> bool:
+        return False
+
+    def identity(self) -> str:
+        digest = hashlib.sha256(f"files\0{self.column}".encode())
+        for path in self.paths:
+            status = path.stat()
+            absolute = os.path.abspath(path)
+            digest.update(f"\0{absolute}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def blocks(self) -> Iterator[Block]:
+        texts: list[str] = []
+        size = 0
+        for path in self.paths:
+            if path.suffix == ".jsonl":
+                if texts:
+                    yield Rows(texts, self.name, size)
+                    texts, size = [], 0
+                yield from _lines(path, self.column)
+                continue
+            if self.column is None:
+                raise DataError(f"{path}: conversations are read from .jsonl files")
+            pieces = _pieces(path)
+            first, second = next(pieces), next(pieces, None)
+            if second is None:
+                texts.append(first)
+                size += path.stat().st_size
+                if size >= _BLOCK_BYTES:
+                    yield Rows(texts, self.name, size)
+                    texts, size = [], 0
+                continue
+            if texts:
+                yield Rows(texts, self.name, size)
+                texts, size = [], 0
+            yield from _long_document(first, second, pieces)
+        if texts:
+            yield Rows(texts, self.name, size)
+
+
+def _lines(path: Path, column: str | None) -> Iterator[Block]:
+    """A JSONL file in blocks of whole lines."""
+    line = 1
+    with path.open("rb") as stream:
+        while data := stream.read(_BLOCK_BYTES):
+            if not data.endswith(b"\n"):
+                data += stream.readline()
+            yield Lines(data, str(path), line, column)
+            line += data.count(b"\n")
+
+
+def _pieces(path: Path) -> Iterator[str]:
+    """A text file in pieces that fit a tokenizer; at least one. Raises DataError."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    text, offset, is_done, is_start = "", 0, False, True
+    with path.open("rb") as stream:
+        while not is_done:
+            while len(text) <= MAX_CHARACTERS and not is_done:
+                data = stream.read(_BLOCK_BYTES)
+                waiting = len(decoder.getstate()[0])
+                try:
+                    text += decoder.decode(data, final=not data)
+                except UnicodeDecodeError as error:
+                    place = offset - waiting + error.start
+                    byte = error.object[error.start]
+                    raise DataError(
+                        f"{path}: it is not UTF-8: byte {place:,} is 0x{byte:02x}"
+                    ) from error
+                offset += len(data)
+                is_done = not data
+                if is_start and text:
+                    # The mark that some editors put before everything.
+                    text, is_start = text.removeprefix("\ufeff"), False
+            *whole, text = split(text)
+            yield from whole
+    yield text
+
+
+def _long_document(first: str, second: str, rest: Iterator[str]) -> Iterator[Block]:
+    """The pieces of one document."""
+    yield Piece(first, True, False, len(first.encode()))
+    text = second
+    for following in rest:
+        yield Piece(text, False, False, len(text.encode()))
+        text = following
+    yield Piece(text, False, True, len(text.encode()))
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetRows:
+    """The rows of a `datasets.Dataset`.
+
+    Args:
+        name: what it was loaded by.
+        dataset: the Dataset.
+        column: of the text; None to take whole rows.
+        processes: among which Nanotron would share the rows, which decides where groups of texts
+            end.
+    """
+
+    name: str
+    dataset: Any
+    column: str | None
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.column is not None and self.column not in self.dataset.column_names:
+            raise DataError(
+                f"{self.name}: it has no column {self.column!r}, but "
+                f"{', '.join(self.dataset.column_names)}; name one of these in text_column_name"
+            )
+
+    @property
+    def num_bytes(self) -> int:
+        table = self.dataset.data
+        return round(table.nbytes * len(self.dataset) / max(table.num_rows, 1))
+
+    @property
+    def is_grouped(self) -> bool:
+        return self.column is not None
+
+    def identity(self) -> str:
+        words = (
+            "datasets",
+            self.dataset._fingerprint,
+            str(len(self.dataset)),
+            str(self.column),
+            str(self.processes),
+        )
+        return hashlib.sha256("\0".join(words).encode()).hexdigest()
+
+    def blocks(self) -> Iterator[Block]:
+        num_rows = len(self.dataset)
+        a_row = self.num_bytes / max(num_rows, 1)
+        for begin, end in row_groups(num_rows, self.processes):
+            rows = self.dataset[begin:end]
+            if self.column is not None:
+                values: Sequence[Any] = rows[self.column]
+            else:
+                keys = list(rows)
+                values = [
+                    dict(zip(keys, row, strict=True)) for row in zip(*rows.values(), strict=True)
+                ]
+            place = f"{self.name}, rows {begin:,} to {end - 1:,}"
+            yield Rows(values, place, round(a_row * (end - begin)), ends_group=True)
+
+
+def row_groups(num_rows: int, processes: int) -> Iterator[tuple[int, int]]:
+    """First row, and the one after the last, of each group that Nanotron joins the texts of.
+
+    `Dataset.map` gives each process a run of rows, of which the first ones get one more where they
+    do not come out even, and each process takes a thousand at a time.
+    """
+    processes = max(1, min(processes, num_rows))
+    share, rest = divmod(num_rows, processes)
+    begin = 0
+    for process in range(processes):
+        end = begin + share + (process < rest)
+        for first in range(begin, end, _ROWS_IN_GROUP):
+            yield first, min(first + _ROWS_IN_GROUP, end)
+        begin = end
+
+
+def find_files(name: str | Path) -> tuple[Path, ...] | None:
+    """The text and JSONL files of a file, a folder or a glob, sorted; None for no such thing.
+
+    Raises DataError where a name can be nothing else, and nothing is there.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise DataError(f"{path}: it is neither .txt nor .jsonl")
+        return (path,)
+    if path.is_dir():
+        found = [Path(root, each) for root, _, names in os.walk(path) for each in names]
+        visible = [each for each in found if not each.name.startswith(".")]
+        if any(each.suffix in _DATASET_SUFFIXES for each in visible):
+            return None
+        texts = sorted(each for each in visible if each.suffix in SUFFIXES)
+        if not texts:
+            raise DataError(f"{path}: there is no .txt or .jsonl file in it")
+        return tuple(texts)
+    if glob.has_magic(str(path)):
+        matches = (Path(each) for each in glob.glob(str(path), recursive=True))
+        texts = sorted(each for each in matches if each.suffix in SUFFIXES and each.is_file())
+        if not texts:
+            raise DataError(f"{name}: it matches no .txt or .jsonl file")
+        return tuple(texts)
+    is_path = str(name).startswith((".", "~", "/")) or path.suffix in SUFFIXES
+    if is_path or str(name).count("/") > 1:
+        raise DataError(f"{name}: there is no such file or folder")
+    return None
+
+
+def open_source(
+    name: str | Sequence[str] | Mapping[str, float],
+    *,
+    column: str | None = "text",
+    split: str = "train",
+    config_name: str | None = None,
+    processes: int = 1,
+) -> Source:
+    """Documents by name.
+
+    Args:
+        name: a file, folder or glob of .txt or .jsonl; what `datasets.load_dataset` takes; several
+            of these, all files or none, one after another; or datasets with the part of each to
+            take, which are shuffled together as Nanotron does it.
+        column: that holds the text; None to take whole rows, as conversations are.
+        split: of a dataset.
+        config_name: of a dataset.
+        processes: see DatasetRows.
+
+    Raises DataError.
+    """
+    names = [name] if isinstance(name, str) else list(name)
+    if not names:
+        raise DataError("hf_dataset_or_datasets is empty")
+    found = [find_files(each) for each in names]
+    shown = ", ".join(names)
+    files = [each for each in found if each is not None]
+    if files and (len(files) != len(found) or isinstance(name, Mapping)):
+        raise DataError(
+            f"{shown}: files are joined, and cannot be mixed with datasets or by weight; "
+            "`nanotron-fast tokenize` makes Nanosets of them, which can"
+        )
+    if files:
+        return Files(shown, tuple(path for paths in files for path in paths), column)
+    loaded = [_load(each, split, config_name) for each in names]
+    fractions = list(name.values()) if isinstance(name, Mapping) else None
+    dataset = _mixed(names, loaded, fractions)
+    if column in dataset.column_names:
+        dataset = dataset.select_columns([column])
+    return DatasetRows(shown, dataset, column, processes)
+
+
+def _load(name: str, split: str, config_name: str | None) -> Any:
+    datasets = _datasets(name)
+    try:
+        if Path(name, "state.json").is_file() and Path(name, "dataset_info.json").is_file():
+            return datasets.load_from_disk(name)
+        return datasets.load_dataset(name, config_name, split=split)
+    # What a loading script, a builder or the Hub raises has no common type.
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise DataError(f"{name}: `datasets` cannot load its split {split!r}: {reason}") from error
+
+
+def _datasets(name: str) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(
+            f"{name} is neither a .txt or .jsonl file nor a folder of them, and a dataset needs a "
+            "package that is not there: pip install datasets"
+        ) from error
+    return datasets
+
+
+def _mixed(names: Sequence[str], loaded: Sequence[Any], fractions: Sequence[float] | None) -> Any:
+    """One dataset of several."""
+    if fractions is None:
+        return loaded[0] if len(loaded) == 1 else _datasets(names[0]).concatenate_datasets(loaded)
+    for name, fraction in zip(names, fractions, strict=True):
+        if not 0 <= fraction <= 1:
+            raise DataError(f"{name}: a part of {fraction} of it; parts are from 0 to 1")
+    chosen = [
+        dataset.select(range(int(fraction * len(dataset))))
+        for dataset, fraction in zip(loaded, fractions, strict=True)
+    ]
+    # The seed is Nanotron's own, whatever that of the run.
+    return _datasets(names[0]).concatenate_datasets(chosen).shuffle(seed=42)
