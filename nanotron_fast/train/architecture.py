@@ -11,9 +11,9 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel, check_divides
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families import Family, family_of_config, family_of_model_config, warnings_about
-from nanotron_fast.families.gate import check_config, choose_class
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.refusals import check_config, choose_class
 from nanotron_fast.formats.huggingface.checkpoint import CONFIG
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import is_nanotron_checkpoint, read_nanotron

@@ -7,7 +7,6 @@ import torch
 from torch.nn.functional import linear
 
 from nanotron_fast.kernels import matmul as module
-from nanotron_fast.kernels.matmul import operators
 from nanotron_fast.kernels.glu import ACTIVATIONS, glu_forward
 from nanotron_fast.kernels.matmul import choice as matmul_choice
 from nanotron_fast.kernels.matmul import (
