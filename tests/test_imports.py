@@ -34,8 +34,9 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "checkpoints": (*CONVERTER, "kernels.pack", "kernels.rope.tables"),
     "kernels": ("errors", "moves.row", "_C", "_cuda"),
     "parallel": ("errors", "kernels"),
+    "models": ("errors", "model", "formats", "families", "checkpoints", "kernels", "parallel"),
     "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
-    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch"),
+    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "models", "patch"),
     "auto": ("patch",),
     "__main__": ("interruption", "cli"),
     # The face: what it exports, imported when it is asked for.
