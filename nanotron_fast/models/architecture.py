@@ -12,8 +12,8 @@ from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families import Family, family_named, family_of_model_config
-from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
