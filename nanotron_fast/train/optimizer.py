@@ -146,18 +146,6 @@ class AdamW:
             )
         steps.add_(1)
 
-    @torch.no_grad()
-    def copy_masters(self) -> None:
-        """Rounds every parameter from its master, and makes it whole: after masters were loaded."""
-        for state in self.states:
-            own = _own(state.trained)
-            if own.data_ptr() != state.master.data_ptr():
-                own.copy_(state.master)
-        if self._zero_stage > 0 and self._mesh.dp > 1:
-            gather_runs(
-                [state.trained.tensor.detach() for state in self.states], self._mesh.dp_group
-            )
-
     def _gather(self) -> None:
         gather_runs([state.trained.tensor.detach() for state in self.states], self._mesh.dp_group)
 
