@@ -35,10 +35,11 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "checkpoints": (*CONVERTER, "kernels.pack", "kernels.rope.tables"),
     "kernels": ("errors", "moves.row", "_C", "_cuda"),
     "parallel": ("errors", "kernels"),
+    "models": ("errors", "model", "formats", "families", "checkpoints", "kernels", "parallel"),
     "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
     # Never patch: what trains here is not Nanotron.
     "train": (*CONVERTER, "checkpoints", "kernels", "parallel", "models"),
-    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch", "train"),
+    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "models", "patch", "train"),
     "auto": ("patch",),
     "__main__": ("interruption", "cli"),
     # The face: what it exports, imported when it is asked for.
@@ -185,6 +186,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.cli.commands",
         "nanotron_fast.cli.entry",
         "nanotron_fast.cli.flags",
+        "nanotron_fast.cli.generate",
         "nanotron_fast.cli.streams",
         "nanotron_fast.cli.tokenize",
     }
