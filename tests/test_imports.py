@@ -35,10 +35,11 @@ ALLOWED: Mapping[str, tuple[str, ...]] = {
     "checkpoints": (*CONVERTER, "kernels.pack", "kernels.rope.tables"),
     "kernels": ("errors", "moves.row", "_C", "_cuda"),
     "parallel": ("errors", "kernels"),
+    "models": ("errors", "model", "formats", "families", "checkpoints", "kernels", "parallel"),
     "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
     # Never patch: what trains here is not Nanotron.
     "train": (*CONVERTER, "checkpoints", "kernels", "parallel", "models"),
-    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "patch", "train"),
+    "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "models", "patch", "train"),
     "auto": ("patch",),
     "__main__": ("interruption", "cli"),
     # The face: what it exports, imported when it is asked for.

@@ -15,13 +15,13 @@ conversion goes by: so a mistake in those shows here. The rules are those of nan
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
+from nanotron_fast.checkpoints.activations import ACTIVATIONS
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError
@@ -30,32 +30,6 @@ from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.formats.nanotron.slices import parse_metadata
 from nanotron_fast.kernels.rope.tables import rope_frequencies
 from nanotron_fast.model.spec import Attention, Experts
-
-_SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
-
-# Nanotron's ACT2FN (nanotron/nn/activations.py).
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_10": lambda x: F.gelu(x).clip(-10, 10),
-    "gelu_fast": lambda x: 0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.044715 * x * x))),
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_python": F.gelu,
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_accurate": lambda x: (
-        0.5 * x * (1 + torch.tanh(_SQRT_2_OVER_PI * (x + 0.044715 * x.pow(3))))
-    ),
-    "laplace": lambda x: 0.5 * (1 + torch.erf((x - 0.707107) / (0.282095 * math.sqrt(2)))),
-    "linear": lambda x: x,
-    "mish": F.mish,
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "silu": F.silu,
-    "swish": F.silu,
-    "tanh": torch.tanh,
-}
 
 
 class NanotronForward:
@@ -72,7 +46,7 @@ class NanotronForward:
         is_own = model.model_class is NANOTRON_FAST_CONFIG
         honours_scaling = is_own or model.target == "nanotron-fast"
         self.scaling = model.spec.rope_scaling if honours_scaling else None
-        self.act = _ACTIVATIONS[self.spec.hidden_act]
+        self.act = ACTIVATIONS[self.spec.hidden_act]
         scaled = ", rope_scaling honoured" if self.scaling else ""
         # Who computes, for people.
         whose = "this package's" if is_own else "Nanotron's"

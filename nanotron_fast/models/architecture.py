@@ -1,0 +1,171 @@
+"""What is to be built: a model's architecture, its table of parameters, and what its stages own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanotron_fast.checkpoints.options import LoadChoices, Options
+from nanotron_fast.checkpoints.source import read, resolve
+from nanotron_fast.checkpoints.stored import HfModel, stored_model
+from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast.families import Family, family_named, family_of_model_config
+from nanotron_fast.families.gate import check_model, choose_class
+from nanotron_fast.families.parts import Param
+from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, class_of
+from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.topology import Topology
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+# The names of the matrix that a tied model has twice where its ends lie on two stages.
+HEAD = "model.lm_head.pp_block.weight"
+EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
+Block = int | str
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model without its weights.
+
+    Args:
+        family: whose table names the parameters.
+        spec: `vocab_size` counts the rows that are trained, padding included.
+        model_class: by which Nanotron assigns layers to stages.
+        rope_interleaved: rotary pairs lie beside each other in q and k.
+        vocab_size: of the tokenizer: ids that can occur.
+    """
+
+    family: Family
+    spec: ModelSpec
+    model_class: NanotronClass
+    rope_interleaved: bool
+    vocab_size: int
+
+    @classmethod
+    def of_spec(
+        cls,
+        spec: ModelSpec,
+        *,
+        family: str | None = None,
+        model_class: str = "auto",
+        rope_interleaved: bool = False,
+        padded_vocab_size: int | None = None,
+    ) -> Architecture:
+        """That of a spec. The family is found by what the spec says, unless it is named.
+
+        Raises ConfigError, UnsupportedModelError.
+        """
+        found = family_named(family or _family_of(spec))
+        chosen = choose_class(found, spec, model_class, "nanotron-fast")
+        _check(found, spec, chosen, rope_interleaved)
+        padded = replace(spec, vocab_size=padded_vocab_size or spec.vocab_size)
+        return cls(found, padded, chosen, rope_interleaved, spec.vocab_size)
+
+    @classmethod
+    def of_model_config(cls, config: Mapping[str, Any]) -> Architecture:
+        """That of a `model_config`, as Nanotron's YAML has it. A rope_scaling is honoured.
+
+        Raises ConfigError, UnsupportedModelError.
+        """
+        model_class = class_of(config)
+        family = family_of_model_config(config)
+        spec = model_class.read(config)
+        interleaved = bool({**model_class.fields, **config}.get("rope_interleaved"))
+        _check(family, spec, model_class, interleaved)
+        return cls(family, spec, model_class, interleaved, spec.vocab_size)
+
+    @classmethod
+    def of_checkpoint(cls, path: str | Path, **choices: Unpack[LoadChoices]) -> Architecture:
+        """That of a checkpoint in either format, by the options of `load_into`.
+
+        From Hugging Face, what stock Nanotron cannot compute is computed. A rope_scaling that a
+        stock class of Nanotron's was trained without is left out.
+
+        Raises CheckpointError, ConfigError, UnsupportedModelError.
+        """
+        options = Options.of(with_our_target(choices), LoadChoices)
+        model = stored_model(read(resolve(path)).without(options.ignore_tensors), options)
+        spec = model.padded_spec
+        multiple = options.pad_vocab_to_multiple_of
+        if multiple is not None:
+            spec = replace(spec, vocab_size=-(-model.spec.vocab_size // multiple) * multiple)
+        if isinstance(model, HfModel):
+            chosen = choose_class(model.family, model.spec, options.model_class, "nanotron-fast")
+        else:
+            chosen = model.model_class
+            is_own = chosen is NANOTRON_FAST_CONFIG
+            if not is_own and model.target != "nanotron-fast":
+                spec = replace(spec, rope_scaling=None)
+        _check(model.family, spec, chosen, model.is_interleaved)
+        return cls(model.family, spec, chosen, model.is_interleaved, model.spec.vocab_size)
+
+    def params(self) -> list[Param]:
+        """Every parameter of the whole model, as the family's table has it."""
+        return self.family.params(
+            replace(self.spec, vocab_size=self.vocab_size),
+            padded_vocab_size=self.spec.vocab_size,
+            rope_interleaved=self.rope_interleaved,
+        )
+
+    def blocks_of(self, topology: Topology, stage: int) -> tuple[Block, ...]:
+        """The blocks of a stage by Nanotron's assignment: "embedding", layers, "norm", "head".
+
+        Raises TopologyError.
+        """
+        stages = Stages(self.spec, self.model_class, topology)
+        return tuple(block for block in self.blocks if stages.of(block) == stage)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """All blocks in their order."""
+        return ("embedding", *range(self.spec.num_layers), "norm", "head")
+
+
+def with_our_target(choices: LoadChoices) -> LoadChoices:
+    """The choices of a load into this package's models, which compute what Nanotron's cannot."""
+    return choices if choices.get("target") else {**choices, "target": "nanotron-fast"}
+
+
+def _family_of(spec: ModelSpec) -> str:
+    if spec.norm == "layer_norm":
+        return "starcoder2"
+    if spec.moe is not None:
+        return "qwen2_moe"
+    if spec.no_rope_layers:
+        return "smollm3"
+    if spec.has_qkv_bias and not spec.has_output_bias:
+        return "qwen2"
+    return "mistral" if any(spec.windows) else "llama"
+
+
+def _check(
+    family: Family, spec: ModelSpec, model_class: NanotronClass, rope_interleaved: bool
+) -> None:
+    """Refuses what nothing here computes. Raises UnsupportedModelError."""
+    if spec.norm != "rms_norm" or not spec.has_gated_mlp:
+        raise UnsupportedModelError(
+            f"a {family.name} has LayerNorms and an MLP without a gate: nanotron_fast.models "
+            "computes models with RMSNorm and gated MLPs; the checkpoint can be converted, and "
+            "trained by Nanotron"
+        )
+    for number, layer in enumerate(spec.layers):
+        rotary = layer.attention.rotary
+        if rotary is not None and rotary[0] != 0:
+            raise UnsupportedModelError(
+                f"layer {number}: the rotary embedding turns rows {rotary[0]} to {rotary[1]} of a "
+                "head: nanotron_fast.models turns rows from the first on"
+            )
+    if rope_interleaved and not model_class.can_rotate_neighbours:
+        check_model(
+            family,
+            spec,
+            model_class,
+            target="nanotron-fast",
+            version="1.5",
+            rope_interleaved=rope_interleaved,
+        )

@@ -1,0 +1,93 @@
+"""Grouped-query attention of a layer, from its normalised input to what it adds to the stream."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels.attention import attention
+from nanotron_fast.kernels.rms_norm import rms_norm
+from nanotron_fast.kernels.rope.apart import rope_apart
+from nanotron_fast.model.spec import Attention as AttentionSpec
+from nanotron_fast.models.batch import Batch
+from nanotron_fast.models.weights import Setting, Weights
+from nanotron_fast.parallel import column_linear, row_linear, tensor_parallel_attention
+
+
+class Attention(nn.Module):
+    """Takes and gives (tokens, hidden), or this rank's share of the tokens.
+
+    `layer` is the layer's number, by which a cache knows it.
+    """
+
+    def __init__(self, attention: AttentionSpec, setting: Setting, layer: int) -> None:
+        super().__init__()
+        self.spec, self.setting, self.layer = attention, setting, layer
+        self.qkv_proj = Weights()
+        self.o_proj = Weights()
+        if attention.has_qk_norm:
+            self.q_norm = Weights()
+            self.k_norm = Weights()
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        is_fused = not self.spec.has_qk_norm and batch.cache is None
+        out = self._fused(x, batch) if is_fused else self._in_steps(x, batch)
+        # Every rank has the whole bias, and adds it once: after the sum over ranks.
+        return out if self.o_proj.bias is None else out + self.o_proj.bias
+
+    def _fused(self, x: Tensor, batch: Batch) -> Tensor:
+        spec, setting = self.spec, self.setting
+        cos, sin = setting.rotary.tables(spec, batch.max_positions, x.device)
+        return tensor_parallel_attention(
+            x,
+            self.qkv_proj.weight,
+            self.o_proj.weight,
+            cos,
+            sin,
+            num_q_heads=spec.num_heads,
+            num_kv_heads=spec.num_kv_heads,
+            head_dim=spec.head_dim,
+            batch=batch.size if batch.cu_seqlens is None else 1,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=None if batch.cu_seqlens is None else batch.length,
+            qkv_bias=self.qkv_proj.bias,
+            group=setting.group,
+            mode=setting.mode,
+            window=spec.window,
+            interleaved=setting.interleaved,
+            recompute=setting.recompute,
+        )
+
+    def _in_steps(self, x: Tensor, batch: Batch) -> Tensor:
+        """With norms between the projections and the rotary embedding, or with a cache."""
+        spec, setting = self.spec, self.setting
+        parallel = {"group": setting.group, "mode": setting.mode}
+        packed = column_linear(x, self.qkv_proj.weight, self.qkv_proj.bias, **parallel)
+        size = setting.ranks.size
+        if spec.num_heads % size or spec.num_kv_heads % size:
+            raise TopologyError(
+                f"{spec.num_heads} and {spec.num_kv_heads} heads do not split over tp={size}"
+            )
+        heads, kv_heads = spec.num_heads // size, spec.num_kv_heads // size
+        by_head = packed.view(-1, heads + 2 * kv_heads, spec.head_dim)
+        q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
+        if spec.has_qk_norm:
+            q = rms_norm(q, self.q_norm.weight, setting.spec.norm_eps)
+            k = rms_norm(k, self.k_norm.weight, setting.spec.norm_eps)
+        cos, sin = setting.rotary.tables(spec, batch.max_positions, x.device)
+        q, keys = rope_apart(q, k[:, None], cos, sin, batch.position_ids, setting.interleaved)
+        k = keys[:, 0]
+        if batch.cu_seqlens is None:
+            q, k, v = (each.unflatten(0, (batch.size, batch.length)) for each in (q, k, v))
+        if batch.cache is not None:
+            k, v = batch.cache.extend(self.layer, k, v)
+        out = attention(
+            q,
+            k,
+            v,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=None if batch.cu_seqlens is None else batch.length,
+            window=spec.window,
+        )
+        out = out.reshape(packed.shape[0], heads * spec.head_dim)
+        return row_linear(out, self.o_proj.weight, **parallel)

@@ -1,0 +1,110 @@
+"""A mixture of experts: a router sends each token to a few of them.
+
+    p = softmax over all experts of x Wr^T, in fp32;  the top_k largest, as they are, not made to
+    sum to 1;  y = sum over those of p[e] * expert[e](x)  +  sigmoid(x Wg^T) * shared(x)
+
+Experts are whole on every tensor-parallel rank, as in Nanotron, and a rank computes them for the
+tokens that it has: all of them in mode "all_reduce", its share in mode "reduce_scatter".
+
+Auxiliary loss (Switch, Fedus et al., 2022; off unless it is asked for), of each layer by itself:
+E * sum over experts of f * P, with f the choices of an expert over the tokens, and P its mean
+probability. It is not part of the loss that the decoder returns: its gradient joins in backward, so
+that no stage has to hand it on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanotron_fast.kernels.runtime.collectives import all_reduce
+from nanotron_fast.model.spec import Experts as ExpertsSpec
+from nanotron_fast.models.batch import Batch
+from nanotron_fast.models.mlp import Mlp, gated
+from nanotron_fast.models.weights import Setting, Weights
+
+
+class _Join(torch.autograd.Function):
+    """x, which hands a loss a gradient of its own in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor, weight: float) -> Tensor:
+        ctx.weight = weight
+        ctx.save_for_backward(loss)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, Tensor, None]:
+        (loss,) = ctx.saved_tensors
+        return dx, torch.full_like(loss, ctx.weight), None
+
+
+class MergedExperts(nn.Module):
+    """The matrices of all experts: (experts, hidden, 2 * inter) and (experts, inter, hidden)."""
+
+    merged_gate_up_proj: nn.Parameter
+    merged_down_proj: nn.Parameter
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        self.register_parameter("merged_gate_up_proj", None)
+        self.register_parameter("merged_down_proj", None)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum of the chosen experts: (tokens, hidden).
+
+        `chosen` and `weights` are (tokens, top_k). Each expert gets its tokens in one product.
+        """
+        num_experts, top_k = len(self.merged_gate_up_proj), chosen.shape[1]
+        order = chosen.flatten().argsort(stable=True)
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
+        tokens = order // top_k
+        outs = []
+        for expert, rows in enumerate(x[tokens].split(counts)):
+            h = gated(rows @ self.merged_gate_up_proj[expert], self.activation)
+            outs.append(h @ self.merged_down_proj[expert])
+        scaled = torch.cat(outs) * weights.flatten()[order, None].to(x.dtype)
+        # Each token's terms beside each other again, summed in the order of their weights.
+        return (
+            torch.empty_like(scaled).index_copy(0, order, scaled).unflatten(0, (-1, top_k)).sum(1)
+        )
+
+
+class Experts(nn.Module):
+    """Takes and gives (tokens, hidden), or this rank's share of the tokens."""
+
+    def __init__(self, experts: ExpertsSpec, setting: Setting) -> None:
+        super().__init__()
+        self.spec, self.setting = experts, setting
+        self.router = Weights()
+        self.experts = MergedExperts(setting.spec.hidden_act)
+        if experts.has_shared_expert:
+            self.shared_expert = Mlp(setting)
+            self.shared_expert_gate = Weights()
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        logits = F.linear(x.float(), self.router.weight.float())
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.spec.top_k, -1)
+        if batch.auxiliary_loss and torch.is_grad_enabled():
+            loss = self._imbalance(probabilities, chosen)
+            weights = _Join.apply(weights, loss, batch.auxiliary_loss)
+        out = self.experts(x, chosen, weights)
+        if self.spec.has_shared_expert:
+            share = torch.sigmoid(F.linear(x, self.shared_expert_gate.weight))
+            out = out + share * self.shared_expert(x)
+        return out
+
+    def _imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+        """This rank's share of the auxiliary loss: over the ranks of the group they sum to it."""
+        num_experts = self.spec.num_experts
+        counts = torch.bincount(chosen.flatten(), minlength=num_experts).to(torch.float32)
+        total = len(probabilities)
+        if self.setting.is_scattered:
+            counts = all_reduce(counts, self.setting.ranks)
+            total *= self.setting.ranks.size
+        return num_experts * (counts / total * probabilities.sum(0) / total).sum()

@@ -1,0 +1,158 @@
+"""What is to be known of a parameter beside its values, in the one place that knows it.
+
+Initialisation, clipping, saving and ZeRO ask here: how a parameter is cut, whether its gradient has
+to be summed over the tensor-parallel group, where its other copy is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.families.parts import Param
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.models.architecture import EMBEDDING, HEAD, Architecture, Block
+
+# What a parameter is for. "column" and "row" are the matrices of the layers, whose output or input
+# features are split; a head is an "embedding" of its own, a gate to a shared expert a "column".
+Role = Literal["embedding", "head", "column", "row", "router", "norm", "bias"]
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One parameter of one rank.
+
+    Args:
+        name: as in `named_parameters()`.
+        param: of the family's table: its whole shape, how it is cut, its chunks, its block.
+        role: what it is for.
+        is_sharded: each rank of the tensor-parallel group has a part of it. If not, all have the
+            same values, and it counts once in a norm over the group.
+        sums_over_tp: its ranks have gradients of their own tokens or heads alone: the gradient is
+            the sum over the tensor-parallel group. Never where it is sharded.
+        tied_with: the name of its copy on another pipeline stage; None where it has none.
+    """
+
+    name: str
+    param: Param
+    role: Role
+    is_sharded: bool
+    sums_over_tp: bool
+    tied_with: str | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Of the parameter over all ranks."""
+        return self.param.shape
+
+    @property
+    def is_hidden_matrix(self) -> bool:
+        """A matrix of a layer, as Muon takes them: no embedding, head, router, norm or bias."""
+        return self.role in ("column", "row") and min(self.param.shape[-2:]) > 1
+
+    def is_decayed(self, excluded: Iterable[str]) -> bool:
+        """Whether weight decay applies, where names that match a pattern are excluded.
+
+        As in Nanotron, a pattern has to match from a name's beginning on (`re.match`).
+        """
+        return not any(re.match(pattern, self.name) for pattern in excluded)
+
+    def is_counted(self, tp_rank: int) -> bool:
+        """Whether a norm over all ranks takes this rank's copy: each value counts once."""
+        is_second = self.tied_with is not None and self.name == HEAD
+        return not is_second and (self.is_sharded or tp_rank == 0)
+
+
+class OwnsBlocks(Protocol):
+    """What is asked of a decoder."""
+
+    architecture: Architecture
+    topology: Topology
+    blocks: tuple[Block, ...]
+    mode: str
+
+    def named_parameters(self) -> Iterable[tuple[str, object]]: ...
+
+
+def params_of(architecture: Architecture, blocks: Iterable[Block]) -> dict[str, Param]:
+    """The parameters of some blocks, in the order of the table.
+
+    A tied head is one of its own where the embedding is not among the blocks.
+    """
+    owned = set(blocks)
+    params = architecture.params()
+    mine = {param.name: param for param in params if param.block in owned}
+    is_apart = "head" in owned and "embedding" not in owned
+    if architecture.spec.tie_word_embeddings and is_apart:
+        embedding = next(param for param in params if param.block == "embedding")
+        mine[HEAD] = replace(embedding, name=HEAD, block="head")
+    return mine
+
+
+def facts_of(decoder: OwnsBlocks) -> dict[str, Facts]:
+    """The facts of every parameter of a decoder, in the order of `named_parameters()`.
+
+    Raises TopologyError where the decoder has other parameters than its family's table.
+    """
+    params = params_of(decoder.architecture, decoder.blocks)
+    names = [name for name, _ in decoder.named_parameters()]
+    if set(names) != set(params):
+        raise TopologyError(
+            "the decoder's parameters and its family's table differ in "
+            f"{', '.join(sorted(set(names) ^ set(params)))}"
+        )
+    return {
+        name: _facts(params[name], decoder.architecture, decoder.blocks, decoder.mode)
+        for name in names
+    }
+
+
+def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mode: str) -> Facts:
+    is_sharded = bool(param.cuts)
+    role = role_of(param)
+    # In all-reduce mode every rank sees all tokens, but of queries and keys its own heads.
+    is_of_heads = param.name.endswith(_HEAD_NORMS)
+    return Facts(
+        param.name,
+        param,
+        role,
+        is_sharded,
+        sums_over_tp=not is_sharded and (mode == "reduce_scatter" or is_of_heads),
+        tied_with=_tied_with(param, architecture, blocks),
+    )
+
+
+_HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
+# Cut by no axis, so that their names say what they are.
+_UNCUT: Mapping[str, Role] = {
+    ".router.weight": "router",
+    ".merged_gate_up_proj": "column",
+    ".merged_down_proj": "row",
+    ".shared_expert_gate.weight": "column",
+}
+
+
+def role_of(param: Param) -> Role:
+    """What a parameter of a table is for."""
+    if param.name.endswith(".bias"):
+        return "bias"
+    if param.block in ("embedding", "head"):
+        return "embedding" if param.block == "embedding" else "head"
+    for suffix, role in _UNCUT.items():
+        if param.name.endswith(suffix):
+            return role
+    if len(param.shape) == 1:
+        return "norm"
+    return "row" if param.cuts.get("tp") == 1 else "column"
+
+
+def _tied_with(param: Param, architecture: Architecture, blocks: Iterable[Block]) -> str | None:
+    if not architecture.spec.tie_word_embeddings:
+        return None
+    owned = set(blocks)
+    if param.name == HEAD:
+        return EMBEDDING
+    return HEAD if param.name == EMBEDDING and "head" not in owned else None

@@ -1,0 +1,77 @@
+"""The tables of a model's rotary embeddings, made when they are first needed.
+
+They are no buffers of the module: nothing is saved of them, and a model on the meta device has
+none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.kernels.rope import rope_tables
+from nanotron_fast.model.spec import Attention, ModelSpec
+
+Tables = tuple[Tensor, Tensor]
+# Rows of a table at least, so that sequences of nearly one length share it.
+_MIN_POSITIONS = 512
+
+
+class Rotary:
+    """Cosines and sines for every layer of a model.
+
+    With "dynamic" and "longrope" scaling the frequencies depend on the length of the sequence, as
+    transformers decides anew for each batch.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self.spec = spec
+        scaling = spec.rope_scaling or {}
+        self.kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        self._tables: dict[tuple[int, int, torch.device], Tables] = {}
+
+    def tables(self, attention: Attention, length: int, device: torch.device) -> Tables:
+        """cos and sin (positions, rotary rows / 2) fp32, for positions below `length` at least.
+
+        A layer without rotary embedding gets tables that turn nothing.
+        """
+        rotary_dim = 0 if attention.rotary is None else attention.rotary[1]
+        regime = self._regime(length)
+        key = (rotary_dim, regime, device)
+        found = self._tables.get(key)
+        if found is None or len(found[0]) < length:
+            # Twice as long as the one before, so that generation makes few of them.
+            positions = max(length, _MIN_POSITIONS, 2 * len(found[0]) if found else 0)
+            found = self._make(rotary_dim, positions, regime, device)
+            self._keep(key, found)
+        return found
+
+    def _regime(self, length: int) -> int:
+        """What the frequencies depend on: a sequence length, or 0 for every short one."""
+        limit = self.spec.max_position_embeddings
+        if self.kind == "dynamic":
+            return length if length > limit else 0
+        if self.kind in ("longrope", "su"):
+            stated = (self.spec.rope_scaling or {}).get("original_max_position_embeddings")
+            return length if length > (stated or limit) else 0
+        return 0
+
+    def _keep(self, key: tuple[int, int, torch.device], tables: Tables) -> None:
+        # Generation past a limit has a regime for each length: the last is enough.
+        for other in [each for each in self._tables if each[0] == key[0] and each[1] != 0]:
+            del self._tables[other]
+        self._tables[key] = tables
+
+    def _make(self, rotary_dim: int, positions: int, regime: int, device: torch.device) -> Tables:
+        if rotary_dim == 0:
+            shape = (positions, 1)
+            return torch.ones(shape, device=device), torch.zeros(shape, device=device)
+        return rope_tables(
+            rotary_dim,
+            positions,
+            self.spec.rope_theta,
+            self.spec.rope_scaling,
+            max_position_embeddings=self.spec.max_position_embeddings,
+            seq_len=regime,
+            device=device,
+        )
