@@ -159,6 +159,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.cli.commands",
         "nanotron_fast.cli.entry",
         "nanotron_fast.cli.flags",
+        "nanotron_fast.cli.generate",
         "nanotron_fast.cli.streams",
         "nanotron_fast.cli.tokenize",
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,6 +58,7 @@ def load_into(
     *,
     topology: Topology,
     rank: int,
+    blocks: Collection[int | str] | None = None,
     device: torch.device | str | None = None,
     stored_rope_interleaved: bool | None = None,
     workers: int | None = None,
@@ -81,6 +82,8 @@ def load_into(
         path: a directory, or the id of a model on the Hugging Face Hub.
         topology: of the ranks that are loading.
         rank: in the tensor- and pipeline-parallel grid, tp fastest: pp_rank * tp + tp_rank.
+        blocks: whose tensors they are, where Nanotron's assignment does not say it: numbers of
+            layers, "embedding", "norm", "head". Of `rank` the place in the tp group counts then.
         device: where the tensors are said to be; by default where they are.
         stored_rope_interleaved: how the rows of q and k lie in a Nanotron checkpoint, whatever its
             configuration says. A Llama's that says nothing is taken for interleaved, with a
@@ -116,7 +119,14 @@ def load_into(
     checkpoint = read(resolve(path)).without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
         check_rival_bytes(checkpoint)
-    plan = plan_load(checkpoint, specs, rank, options, rope_interleaved=wanted.rope_interleaved)
+    plan = plan_load(
+        checkpoint,
+        specs,
+        rank,
+        options,
+        rope_interleaved=wanted.rope_interleaved,
+        blocks=blocks,
+    )
     for warning in plan.warnings:
         warnings.warn(f"{path}: {warning}", stacklevel=2)
     bytes_read = read_moves(

@@ -17,6 +17,7 @@ from nanotron_fast import interruption
 from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyChoices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
+from nanotron_fast.cli.generate import generate
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.version import __version__
@@ -294,6 +295,7 @@ def run(
         raise typer.Exit(1) from None
 
 
+_command(generate)
 _command(tokenize)
 
 

@@ -88,8 +88,13 @@ class Architecture:
 
         Raises CheckpointError, ConfigError, UnsupportedModelError.
         """
-        options = Options.of(with_our_target(choices), LoadChoices)
+        wanted = Options.of(with_our_target(choices), LoadChoices)
+        # That option is how rows shall lie in memory: of what is stored the checkpoint decides.
+        options = replace(wanted, rope_interleaved=None)
         model = stored_model(read(resolve(path)).without(options.ignore_tensors), options)
+        interleaved = wanted.rope_interleaved
+        if interleaved is None:
+            interleaved = model.is_interleaved
         spec = model.padded_spec
         multiple = options.pad_vocab_to_multiple_of
         if multiple is not None:
@@ -101,8 +106,8 @@ class Architecture:
             is_own = chosen is NANOTRON_FAST_CONFIG
             if not is_own and model.target != "nanotron-fast":
                 spec = replace(spec, rope_scaling=None)
-        _check(model.family, spec, chosen, model.is_interleaved)
-        return cls(model.family, spec, chosen, model.is_interleaved, model.spec.vocab_size)
+        _check(model.family, spec, chosen, interleaved)
+        return cls(model.family, spec, chosen, interleaved, model.spec.vocab_size)
 
     def params(self) -> list[Param]:
         """Every parameter of the whole model, as the family's table has it."""

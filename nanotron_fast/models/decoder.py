@@ -228,6 +228,7 @@ class Decoder(nn.Module):
         position_ids: Tensor | None = None,
         shape: tuple[int, int] | None = None,
         cache: Cache | None = None,
+        last_alone: bool = False,
     ) -> Tensor:
         """Passes a micro-batch through this stage.
 
@@ -242,6 +243,7 @@ class Decoder(nn.Module):
                 in the middle.
             cache: of keys and values, for generation: these tokens come after those in it, and are
                 added to it. Not with position_ids.
+            last_alone: the logits of each row's last token, (rows, 1, vocab / tp), and no others.
 
         Returns:
             The residual stream as the next stage takes it; on the last stage the loss, fp32 (), the
@@ -252,7 +254,7 @@ class Decoder(nn.Module):
             ValueError: shapes do not fit, or arguments do not. TopologyError: tokens do not split,
             or the group has another size than the topology says.
         """
-        self._check(x, labels, cache, position_ids)
+        self._check(x, labels, cache, position_ids, last_alone)
         rows, length = self._shape(x, labels, position_ids, shape)
         batch = Batch(
             rows,
@@ -282,7 +284,9 @@ class Decoder(nn.Module):
         x, _ = add_norm(x, residual, norm, self.architecture.spec.norm_eps)
         if labels is not None:
             return self._loss(x, labels)
-        return self._logits(x).view(rows, length, -1)
+        if last_alone:
+            x = x.unflatten(0, (rows, length))[:, -1]
+        return self._logits(x).view(rows, 1 if last_alone else length, -1)
 
     def _embedded(self, ids: Tensor) -> Tensor:
         weight = self._weight("token_position_embeddings.pp_block.token_embedding")
@@ -307,7 +311,12 @@ class Decoder(nn.Module):
         return column_linear(x, self.head_weight, group=self.setting.group, mode=self.mode)
 
     def _check(
-        self, x: Tensor, labels: Tensor | None, cache: Cache | None, position_ids: Tensor | None
+        self,
+        x: Tensor,
+        labels: Tensor | None,
+        cache: Cache | None,
+        position_ids: Tensor | None,
+        last_alone: bool,
     ) -> None:
         size = self.setting.ranks.size
         if size != self.topology.tp:
@@ -324,6 +333,8 @@ class Decoder(nn.Module):
             raise ValueError("labels are for the last stage alone")
         if cache is not None and (position_ids is not None or self.setting.is_scattered):
             raise ValueError("a cache goes with mode all_reduce and without position_ids")
+        if last_alone and self.setting.is_scattered:
+            raise ValueError("last_alone goes with mode all_reduce")
 
     def _shape(
         self,

@@ -118,10 +118,12 @@ def plan_load(
     options: Options,
     *,
     rope_interleaved: bool | None = None,
+    blocks: Collection[int | str] | None = None,
 ) -> LoadPlan:
     """Plans how one rank's tensors are filled, every byte of them exactly once.
 
     `rope_interleaved` is the layout in memory, that of `options` what a Nanotron checkpoint has.
+    `blocks`: whose tensors they are, where that is not Nanotron's assignment to stages.
     Raises CheckpointError, ConfigError, UnsupportedModelError where the checkpoint makes no sense,
     TopologyError where the tensors are not those of the rank.
     """
@@ -133,7 +135,9 @@ def plan_load(
     source = _Source(checkpoint, options, rope_interleaved)
     source.check()
     stage, tp_rank = divmod(rank, topology.tp)
-    mine, optional = _params_of_stage(source, topology, stage)
+    owned = _blocks_of_stage(source, topology, stage) if blocks is None else frozenset(blocks)
+    check_divides(source.params, topology)
+    mine, optional = _params_of(source, owned)
     shapes = {name: param.local_shape(topology.sizes) for name, (param, _) in mine.items()}
     _check_tensors(tensors, shapes, optional, f"rank {rank} of {topology}")
 
@@ -163,21 +167,26 @@ def plan_load(
     return LoadPlan(transfer, tuple(filled), len(tensors), tuple(source.model.warnings))
 
 
-def _params_of_stage(
-    source: _Source, topology: Topology, stage: int
-) -> tuple[dict[str, tuple[Param, Param]], set[str]]:
-    """A stage's parameters, as they shall be and as they are stored; and those it may do without.
-
-    A tied head is the embedding under another name: on its own stage a tensor of its own, and on
-    the embedding's the same one, which a module lists once.
-    """
+def _blocks_of_stage(source: _Source, topology: Topology, stage: int) -> frozenset[int | str]:
+    """What a stage owns by Nanotron's own assignment. Raises TopologyError."""
     spec = replace(source.model.spec, vocab_size=source.padded_vocab)
     stages = Stages(spec, source.model_class, topology)
+    blocks = ("embedding", *range(spec.num_layers), "norm", "head")
+    return frozenset(block for block in blocks if stages.of(block) == stage)
+
+
+def _params_of(
+    source: _Source, owned: Collection[int | str]
+) -> tuple[dict[str, tuple[Param, Param]], set[str]]:
+    """The parameters of blocks, as they shall be and as they are stored; and the optional ones.
+
+    A tied head is the embedding under another name: without the embedding a tensor of its own, and
+    beside it the same one, which a module lists once.
+    """
     pairs = list(zip(source.params, source.stored, strict=True))
-    check_divides(source.params, topology)
-    mine = {pair[0].name: pair for pair in pairs if stages.of(pair[0].block) == stage}
+    mine = {pair[0].name: pair for pair in pairs if pair[0].block in owned}
     optional: set[str] = set()
-    if spec.tie_word_embeddings and stages.of("head") == stage:
+    if source.model.spec.tie_word_embeddings and "head" in owned:
         embedding, stored = next(pair for pair in pairs if pair[0].block == "embedding")
         if embedding.name in mine:
             optional = {HEAD}
