@@ -89,8 +89,9 @@ class Architecture:
         Raises CheckpointError, ConfigError, UnsupportedModelError.
         """
         wanted = Options.of(with_our_target(choices), LoadChoices)
-        # That option is how rows shall lie in memory: of what is stored the checkpoint decides.
-        options = replace(wanted, rope_interleaved=None)
+        # How rows shall lie in memory, and what our models can compute, is no word on what is
+        # stored: there the checkpoint decides, or the caller's own target.
+        options = replace(wanted, rope_interleaved=None, target=choices.get("target"))
         model = stored_model(read(resolve(path)).without(options.ignore_tensors), options)
         interleaved = wanted.rope_interleaved
         if interleaved is None:
