@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import nanotron_fast as nf
-from nanotron_fast.cli.commands import main
+from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.models import build
 from nanotron_fast.models.generate import Sampling, generate, generate_ids
@@ -32,7 +32,12 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
     ids, _ = tokens(1, 7)
     model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
     expected = model.generate(
-        ids, max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
     )[0, 7:].tolist()
     assert len(set(expected)) > 2
     decoder = build(root)
@@ -42,10 +47,7 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
 
 
 def test_the_command_prints_the_new_tokens_from_either_format(
-    tmp_path: Path,
-    golden_hf: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, golden_hf: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,12 +61,13 @@ def test_the_command_prints_the_new_tokens_from_either_format(
     nf.convert(golden_hf, stored, topology=nf.Topology(tp=2, pp=2))
     flags = ["--prompt", prompt, "--max-new-tokens", "5", "--json"]
     for root in (golden_hf, stored):
-        monkeypatch.setattr(sys, "argv", ["nanotron-fast", "generate", str(root), *flags])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        assert ended.value.code == 0
-        found = json.loads(capsys.readouterr().out)
+        result = CliRunner().invoke(app, ["generate", str(root), *flags])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
         assert found == {"text": words.decode(new, skip_special_tokens=True), "token_ids": new}
+    refused = CliRunner().invoke(app, ["generate", str(golden_hf), *flags, "--top-p", "2"])
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: --top-p 2.0: it should be above 0, and at most 1\n"
 
 
 def test_sampling_draws_by_the_probabilities_that_are_left() -> None:
