@@ -12,8 +12,8 @@ from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families import Family, family_named, family_of_model_config
-from nanotron_fast.families.gate import check_model, choose_class
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
@@ -22,8 +22,7 @@ from nanotron_fast.model.topology import Topology
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The names of the matrix that a tied model has twice where its ends lie on two stages.
-HEAD = "model.lm_head.pp_block.weight"
+# The matrix that a tied model has twice, as HEAD too, where its ends lie on two stages.
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 Block = int | str
 
