@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.options import LoadChoices, Options
+from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
@@ -22,7 +23,8 @@ from nanotron_fast.model.topology import Topology
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The matrix that a tied model has twice, as HEAD too, where its ends lie on two stages.
+# The names of the matrix that a tied model has twice where its ends lie on two stages.
+HEAD = load.HEAD
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 Block = int | str
 
@@ -73,7 +75,7 @@ class Architecture:
         """
         model_class = class_of(config)
         family = family_of_model_config(config)
-        spec = model_class.read(config)
+        spec = _as_computed_by(model_class, model_class.read(config))
         interleaved = bool({**model_class.fields, **config}.get("rope_interleaved"))
         _check(family, spec, model_class, interleaved)
         return cls(family, spec, model_class, interleaved, spec.vocab_size)
@@ -103,6 +105,7 @@ class Architecture:
             chosen = choose_class(model.family, model.spec, options.model_class, "nanotron-fast")
         else:
             chosen = model.model_class
+            spec = _as_computed_by(chosen, spec)
             is_own = chosen is NANOTRON_FAST_CONFIG
             if not is_own and model.target != "nanotron-fast":
                 spec = replace(spec, rope_scaling=None)
@@ -134,6 +137,19 @@ class Architecture:
 def with_our_target(choices: LoadChoices) -> LoadChoices:
     """The choices of a load into this package's models, which compute what Nanotron's cannot."""
     return choices if choices.get("target") else {**choices, "target": "nanotron-fast"}
+
+
+def _as_computed_by(model_class: NanotronClass, spec: ModelSpec) -> ModelSpec:
+    """Nanotron gives a layer without rotary embedding no window, whatever the others have."""
+    if model_class is NANOTRON_FAST_CONFIG:
+        return spec
+    layers = (
+        replace(each, attention=replace(each.attention, window=None))
+        if each.attention.rotary is None
+        else each
+        for each in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 def _family_of(spec: ModelSpec) -> str:

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from nanotron_fast.checkpoints.plan.load import HEAD
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.models.architecture import EMBEDDING, Architecture, Block
+from nanotron_fast.models.architecture import EMBEDDING, HEAD, Architecture, Block
 
 # What a parameter is for. "column" and "row" are the matrices of the layers, whose output or input
 # features are split; a head is an "embedding" of its own, a gate to a shared expert a "column".

@@ -161,6 +161,16 @@ def test_a_scaling_is_honoured_where_it_was_trained_with(scaling, tmp_path: Path
     assert trained_by_us.spec.rope_scaling == scaling
 
 
+def test_nanotron_gives_layers_without_rotary_embedding_no_window(tmp_path: Path) -> None:
+    nf.convert(saved(tmp_path, "smollm3"), tmp_path / "nanotron")
+    path = tmp_path / "nanotron" / "model_config.json"
+    config = {**json.loads(path.read_text()), "sliding_window_size": 5}
+    path.write_text(json.dumps(config))
+    expected = (5, 5, None)
+    assert Architecture.of_model_config(config).spec.windows == expected
+    assert Architecture.of_checkpoint(tmp_path / "nanotron").spec.windows == expected
+
+
 def test_a_z_loss_and_labels_that_do_not_count(tmp_path: Path) -> None:
     root = saved(tmp_path, "llama")
     ids, labels = tokens(2, 12)
