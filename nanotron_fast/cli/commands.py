@@ -298,6 +298,7 @@ def run(
         raise typer.Exit(1) from None
 
 
+_command(generate)
 _command(tokenize)
 
 

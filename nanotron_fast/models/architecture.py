@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.options import LoadChoices, Options
+from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 # The names of the matrix that a tied model has twice where its ends lie on two stages.
-HEAD = "model.lm_head.pp_block.weight"
+HEAD = load.HEAD
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 Block = int | str
 
@@ -74,7 +75,7 @@ class Architecture:
         """
         model_class = class_of(config)
         family = family_of_model_config(config)
-        spec = model_class.read(config)
+        spec = _as_computed_by(model_class, model_class.read(config))
         interleaved = bool({**model_class.fields, **config}.get("rope_interleaved"))
         _check(family, spec, model_class, interleaved)
         return cls(family, spec, model_class, interleaved, spec.vocab_size)
@@ -89,8 +90,9 @@ class Architecture:
         Raises CheckpointError, ConfigError, UnsupportedModelError.
         """
         wanted = Options.of(with_our_target(choices), LoadChoices)
-        # That option is how rows shall lie in memory: of what is stored the checkpoint decides.
-        options = replace(wanted, rope_interleaved=None)
+        # How rows shall lie in memory, and what our models can compute, is no word on what is
+        # stored: there the checkpoint decides, or the caller's own target.
+        options = replace(wanted, rope_interleaved=None, target=choices.get("target"))
         model = stored_model(read(resolve(path)).without(options.ignore_tensors), options)
         interleaved = wanted.rope_interleaved
         if interleaved is None:
@@ -103,6 +105,7 @@ class Architecture:
             chosen = choose_class(model.family, model.spec, options.model_class, "nanotron-fast")
         else:
             chosen = model.model_class
+            spec = _as_computed_by(chosen, spec)
             is_own = chosen is NANOTRON_FAST_CONFIG
             if not is_own and model.target != "nanotron-fast":
                 spec = replace(spec, rope_scaling=None)
@@ -134,6 +137,19 @@ class Architecture:
 def with_our_target(choices: LoadChoices) -> LoadChoices:
     """The choices of a load into this package's models, which compute what Nanotron's cannot."""
     return choices if choices.get("target") else {**choices, "target": "nanotron-fast"}
+
+
+def _as_computed_by(model_class: NanotronClass, spec: ModelSpec) -> ModelSpec:
+    """Nanotron gives a layer without rotary embedding no window, whatever the others have."""
+    if model_class is NANOTRON_FAST_CONFIG:
+        return spec
+    layers = (
+        replace(each, attention=replace(each.attention, window=None))
+        if each.attention.rotary is None
+        else each
+        for each in spec.layers
+    )
+    return replace(spec, layers=tuple(layers))
 
 
 def _family_of(spec: ModelSpec) -> str:

@@ -1,0 +1,105 @@
+"""A rank of test_ranks.py: tensor-parallel decoders beside the whole model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from nanotron_fast.model.topology import Topology
+from nanotron_fast.models import build, facts_of
+from nanotron_fast.models.generate import generate_ids
+from tests.models.tiny import assert_near, shard_of, tokens
+from tests.parallel.ranks import join, run_cases
+
+FAMILIES = ("llama", "qwen2", "qwen2_moe")
+
+
+def gathered(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    parts = [torch.empty_like(logits) for _ in range(group.size())]
+    dist.all_gather(parts, logits.detach().contiguous(), group=group)
+    return torch.cat(parts, -1)
+
+
+def agrees(root: Path, mode: str, recompute: str, auxiliary_loss: float, group) -> None:
+    """Logits, loss, and every gradient, those that are to be summed over ranks after that sum."""
+    options = {"recompute": recompute, "auxiliary_loss": auxiliary_loss}
+    whole = build(root, auxiliary_loss=auxiliary_loss)
+    ours = build(root, group=group, mode=mode, **options)
+    ids, labels = tokens(2, 24)
+    position_ids = torch.cat((torch.arange(10), torch.arange(14))).repeat(2, 1)
+    expected = whole(ids, labels=labels, position_ids=position_ids)
+    loss = ours(ids, labels=labels, position_ids=position_ids)
+    assert_near(loss, expected, "loss", 1e-6)
+    assert_near(gathered(ours(ids), group), whole(ids), "logits")
+    expected.backward()
+    loss.backward()
+    grads = {name: parameter.grad for name, parameter in whole.named_parameters()}
+    for name, facts in facts_of(ours).items():
+        grad = ours.get_parameter(name).grad
+        if facts.sums_over_tp:
+            dist.all_reduce(grad, group=group)
+        wanted = shard_of(facts.param, grads[name], group.rank(), group.size())
+        assert_near(grad, wanted, f"gradient of {name}")
+
+
+def loads_stage(root: Path, group) -> None:
+    """A rank of TP=2 PP=2 has its own shards of its own layers."""
+    whole = build(root)
+    for stage in range(2):
+        rank = stage * group.size() + group.rank()
+        part = build(root, topology=Topology(tp=group.size(), pp=2), rank=rank, group=group)
+        for name, facts in facts_of(part).items():
+            source = facts.tied_with if name not in dict(whole.named_parameters()) else name
+            expected = shard_of(
+                facts.param, whole.get_parameter(source), group.rank(), group.size()
+            )
+            assert torch.equal(part.get_parameter(name), expected), name
+
+
+def starts_alike(root: Path, group) -> None:
+    """Random weights are the same whole tensors at TP=1 and here."""
+    architecture = build(root).architecture
+    whole, ours = build(architecture, seed=3), build(architecture, group=group, seed=3)
+    for name, facts in facts_of(ours).items():
+        expected = shard_of(facts.param, whole.get_parameter(name), group.rank(), group.size())
+        assert torch.equal(ours.get_parameter(name), expected), name
+
+
+def generates(root: Path, group) -> None:
+    ids, _ = tokens(1, 9)
+    prompt = ids[0].tolist()
+    expected = generate_ids(build(root), prompt, max_new_tokens=6)
+    assert generate_ids(build(root, group=group), prompt, max_new_tokens=6) == expected
+
+
+def through_a_mesh(root: Path, group) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    by_mesh, by_group = build(root, mesh=mesh), build(root, group=group)
+    assert by_mesh.topology == Topology(tp=2)
+    for name, parameter in by_mesh.named_parameters():
+        assert torch.equal(parameter, by_group.get_parameter(name))
+
+
+def cases(roots: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
+    for family in FAMILIES:
+        root = roots / family
+        weight = 0.1 if family == "qwen2_moe" else 0.0
+        for mode, recompute in (("ALL_REDUCE", "products"), ("REDUCE_SCATTER", "layer")):
+            title = f"{family} {mode} {recompute}"
+            yield title, partial(agrees, root, mode, recompute, weight, group)
+        yield f"{family} stages", partial(loads_stage, root, group)
+        yield f"{family} at random", partial(starts_alike, root, group)
+    yield "generation", partial(generates, roots / "qwen2", group)
+    yield "mesh", partial(through_a_mesh, roots / "llama", group)
+
+
+if __name__ == "__main__":
+    group = join()
+    run_cases(cases(Path(sys.argv[1]), group))

@@ -1,0 +1,107 @@
+"""Generation: transformers' own tokens, from either format, and what the command prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import nanotron_fast as nf
+from nanotron_fast.cli.commands import app
+from nanotron_fast.errors import ConfigError
+from nanotron_fast.models import build
+from nanotron_fast.models.generate import Sampling, generate, generate_ids
+from tests.models.tiny import save, tokens
+
+CASES = {
+    "llama": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention_bias": True},
+    "mistral": {"sliding_window": 5},
+    "smollm3": {},
+    "qwen2_moe": {"num_hidden_layers": 2},
+}
+
+
+@pytest.mark.parametrize("family", CASES)
+def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    root = save(tmp_path / "hf", family, **CASES[family])
+    ids, _ = tokens(1, 7)
+    model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    expected = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, 7:].tolist()
+    assert len(set(expected)) > 2
+    decoder = build(root)
+    assert generate_ids(decoder, ids[0].tolist(), max_new_tokens=12) == expected
+    stopped = generate_ids(decoder, ids[0].tolist(), max_new_tokens=12, stops={expected[3]})
+    assert stopped == expected[: expected.index(expected[3]) + 1]
+
+
+def test_the_command_prints_the_new_tokens_from_either_format(
+    tmp_path: Path, golden_hf: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    words = AutoTokenizer.from_pretrained(golden_hf)
+    prompt = words.decode(list(range(40, 52)))
+    ids = words(prompt, return_tensors="pt")["input_ids"]
+    model = AutoModelForCausalLM.from_pretrained(golden_hf, dtype=torch.float32)
+    expected = model.generate(ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    new = expected[0, ids.shape[1] :].tolist()
+    stored = tmp_path / "nanotron"
+    nf.convert(golden_hf, stored, topology=nf.Topology(tp=2, pp=2))
+    flags = ["--prompt", prompt, "--max-new-tokens", "5", "--json"]
+    for root in (golden_hf, stored):
+        result = CliRunner().invoke(app, ["generate", str(root), *flags])
+        assert result.exit_code == 0, result.output
+        found = json.loads(result.stdout)
+        assert found == {"text": words.decode(new, skip_special_tokens=True), "token_ids": new}
+    refused = CliRunner().invoke(app, ["generate", str(golden_hf), *flags, "--top-p", "2"])
+    assert refused.exit_code == 2
+    assert refused.stderr == "error: --top-p 2.0: it should be above 0, and at most 1\n"
+
+
+def test_sampling_draws_by_the_probabilities_that_are_left() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    generator = torch.Generator().manual_seed(0)
+
+    def shares(sampling: Sampling) -> list[float]:
+        drawn = [sampling.choose(logits, generator) for _ in range(4000)]
+        return [drawn.count(token) / 4000 for token in range(4)]
+
+    assert shares(Sampling(temperature=1.0)) == pytest.approx([0.5, 0.3, 0.15, 0.05], abs=0.03)
+    # The first two have 0.8 together, which is not yet 0.9.
+    assert shares(Sampling(temperature=1.0, top_p=0.9)) == pytest.approx(
+        [0.526, 0.316, 0.158, 0.0], abs=0.03
+    )
+    assert shares(Sampling(temperature=1.0, top_p=0.4)) == [1.0, 0.0, 0.0, 0.0]
+    assert shares(Sampling(temperature=0.05))[0] > 0.99
+    assert shares(Sampling()) == shares(Sampling(temperature=0.0)) == [1.0, 0.0, 0.0, 0.0]
+    with pytest.raises(ConfigError, match="--temperature -1: it should be 0 or more"):
+        Sampling(temperature=-1)
+    with pytest.raises(ConfigError, match="--top-p 0: it should be above 0"):
+        Sampling(temperature=1.0, top_p=0)
+
+
+def test_what_cannot_be_continued_is_said(tmp_path: Path, golden_hf: Path) -> None:
+    root = save(tmp_path / "hf", "llama")
+    decoder = build(root)
+    with pytest.raises(ConfigError, match="the prompt has no tokens"):
+        generate_ids(decoder, [], max_new_tokens=3)
+    with pytest.raises(ConfigError, match="token 96, and the model 96 tokens"):
+        generate_ids(decoder, [3, 96], max_new_tokens=3)
+    with pytest.raises(ConfigError, match="a decoder of all layers"):
+        generate_ids(build(root, blocks=["embedding", 0]), [3], max_new_tokens=3)
+    with pytest.raises(ConfigError, match=r"no tokenizer can be loaded.*--tokenizer"):
+        generate(root, "text")
+    found = generate(golden_hf, "text", max_new_tokens=0, tokenizer=golden_hf)
+    assert found.to_json() == {"text": "", "token_ids": []}

@@ -1,0 +1,19 @@
+"""Tensor parallelism over real ranks, in one launch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.models.tiny import save
+from tests.parallel.ranks import run_ranks
+
+
+@pytest.mark.slow
+def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
+    biases = {"attention_bias": True, "mlp_bias": True}
+    save(tmp_path / "llama", "llama", tie_word_embeddings=True, **biases)
+    save(tmp_path / "qwen2", "qwen2")
+    save(tmp_path / "qwen2_moe", "qwen2_moe", mlp_only_layers=[1])
+    run_ranks("tests.models.decoder_ranks", 2, str(tmp_path))
