@@ -13,7 +13,8 @@ import torch
 
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.logits import compare_logits
-from nanotron_fast.checkpoints.nanotron_forward import _ACTIVATIONS, NanotronForward
+from nanotron_fast.checkpoints.activations import ACTIVATIONS
+from nanotron_fast.checkpoints.nanotron_forward import NanotronForward
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import CheckpointError, ConfigError
@@ -184,4 +185,4 @@ def test_shards_that_cannot_be_put_together(
 
 
 def test_every_activation_of_nanotron_is_there() -> None:
-    assert _ACTIVATIONS.keys() == NANOTRON_ACTIVATIONS
+    assert ACTIVATIONS.keys() == NANOTRON_ACTIVATIONS

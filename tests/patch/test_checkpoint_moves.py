@@ -106,7 +106,8 @@ def test_any_way_of_sharding_becomes_any_other(
         tensor = torch.full_like(expected, float("nan"), device=device)
         bytes_read = fill(tensor, shard_moves("w", tensor, 0, pairs, shards), [*shards])
         assert torch.equal(tensor.cpu(), expected)
-        assert bytes_read == tensor.numel() * stored.itemsize
+        # Of a single column, what lies between its elements is read with them.
+        assert tensor.numel() <= bytes_read // stored.itemsize <= whole.numel()
 
 
 WHOLE = torch.arange(32.0).view(8, 4)
