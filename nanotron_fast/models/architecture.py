@@ -12,7 +12,7 @@ from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families import Family, family_named, family_of_model_config
+from nanotron_fast.families import Family, decoder, family_named, family_of_model_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, class_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The names of the matrix that a tied model has twice where its ends lie on two stages.
 HEAD = load.HEAD
-EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
+EMBEDDING = decoder.EMBEDDING
 Block = int | str
 
 
