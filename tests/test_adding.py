@@ -219,7 +219,7 @@ def family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> families.Family:
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / folder)])
         monkeypatch.delitem(sys.modules, f"{package.__name__}.madeup", raising=False)
     importlib.invalidate_caches()
-    table: families.Family = importlib.import_module(f"{families.__name__}.madeup").MADEUP
+    table: families.Family = importlib.import_module(f"{families.__name__}.madeup").FAMILY
     families.register(table)
     return table
 

@@ -8,7 +8,7 @@ from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.safetensors import TensorInfo
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import Experts, ModelSpec
 
 
 def check_counts(spec: ModelSpec, checkpoint: HfCheckpoint | NanotronCheckpoint) -> None:
@@ -29,12 +29,13 @@ def check_counts(spec: ModelSpec, checkpoint: HfCheckpoint | NanotronCheckpoint)
         )
     if spec.moe is None:
         return
-    num_experts = spec.moe.num_experts * len(spec.moe_layers)
+    counts = [each.mlp.num_experts for each in spec.layers if isinstance(each.mlp, Experts)]
+    num_experts = sum(counts)
     room = sum(map(_most_experts, infos))
     if num_experts > room:
         raise CheckpointError(
-            f"{checkpoint.root}: {name} calls for {spec.moe.num_experts:,} experts in "
-            f"{len(spec.moe_layers):,} layers, and the files hold tensors of {room:,} at most"
+            f"{checkpoint.root}: {name} calls for {max(counts):,} experts in "
+            f"{len(counts):,} layers, and the files hold tensors of {room:,} at most"
         )
 
 

@@ -26,7 +26,6 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR, NanotronCheckpoint
-from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.formats.nanotron.slices import parse_metadata
 from nanotron_fast.kernels.rope.tables import rope_frequencies
 from nanotron_fast.model.spec import Attention, Experts
@@ -43,7 +42,7 @@ class NanotronForward:
         self.spec = model.padded_spec
         self.vocab_size = model.spec.vocab_size
         self.is_interleaved = model.is_interleaved
-        is_own = model.model_class is NANOTRON_FAST_CONFIG
+        is_own = not model.model_class.is_stock
         honours_scaling = is_own or model.target == "nanotron-fast"
         self.scaling = model.spec.rope_scaling if honours_scaling else None
         self.act = ACTIVATIONS[self.spec.hidden_act]
@@ -161,7 +160,7 @@ class NanotronForward:
         if attention.has_qk_norm:
             q, k = self._rms_norm(q, f"{name}.q_norm"), self._rms_norm(k, f"{name}.k_norm")
         # Nanotron gives a layer without rotary embedding no window.
-        has_window = attention.rotary is not None or self.model_class is NANOTRON_FAST_CONFIG
+        has_window = attention.rotary is not None or not self.model_class.is_stock
         q, k = self._turned(q, attention), self._turned(k, attention)
         out = self._attend(q, k, v, attention.window if has_window else None)
         return self._linear(out, f"{name}.o_proj")

@@ -209,12 +209,14 @@ class Options:
         "own, biases, windows on some layers), for conversion and loading alone. "
         "(default: nanotron)",
         check=_target,
+        ways=("nanotron", "hf"),
     )
     # To Nanotron: the layout to write. From it: the layout that is there, whatever its config says.
     rope_interleaved: bool | None = _option(
         None,
         "Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
         "for Nanotron, and what to read from it. (default: halves; what its config says)",
+        ways=("nanotron", "hf"),
     )
     checkpoint_version: str | None = _option(
         None,
@@ -230,7 +232,10 @@ class Options:
     )
     # In bytes.
     max_shard_size: int | None = _option(
-        None, "Of a Hugging Face file, decimal. (default: 5GB)", check=_shard_bytes, ways=("hf",)
+        None,
+        "The most bytes of a Hugging Face file, in decimal units. (default: 5GB)",
+        check=_shard_bytes,
+        ways=("hf",),
     )
     tokenizer: Path | None = _option(
         None,

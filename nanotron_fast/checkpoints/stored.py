@@ -17,7 +17,12 @@ from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.checkpoints.plan.like import check_shapes, read_like
 from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
-from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    TopologyError,
+    UnsupportedModelError,
+)
 from nanotron_fast.families import (
     Family,
     family_of_config,
@@ -249,13 +254,19 @@ def main_dtype_of(params: list[Param], reader: NanotronSource) -> Dtype:
     return counts.most_common(1)[0][0]
 
 
-def check_divides(params: Iterable[Param], topology: Topology) -> None:
+def check_divides(params: Iterable[Param], topology: Topology, *, can_pad: bool = True) -> None:
     """Holds every parameter to the ranks. Raises TopologyError.
 
-    Layers first: heads that do not divide are worse news than a vocabulary that can be padded.
+    `can_pad`: rows may be added to a vocabulary. Layers come first: heads that do not divide are
+    worse news than a vocabulary that can be padded.
     """
     for param in sorted(params, key=lambda param: not isinstance(param.block, int)):
-        param.local_shape(topology.sizes)
+        try:
+            param.local_shape(topology.sizes)
+        except TopologyError as error:
+            if not can_pad or isinstance(param.block, int):
+                raise
+            raise TopologyError(f"{error}; --pad-vocab-to-multiple-of adds rows") from None
 
 
 def some(names: Iterable[str]) -> str:

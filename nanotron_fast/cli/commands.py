@@ -208,6 +208,9 @@ def inspect(
         _warn(found.warnings)
 
 
+_command(generate)
+
+
 @_command
 def env(json: Json = False) -> None:
     """Print versions, devices, what was built, and which path each operation takes."""

@@ -1,24 +1,20 @@
-"""The families of models, by the name that `config.json` has in `model_type`."""
+"""The families of models, by the name that `config.json` has in `model_type`.
+
+Each is the FAMILY of a file in this folder.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families import foreign
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.llama import LLAMA
-from nanotron_fast.families.mistral import MISTRAL
-from nanotron_fast.families.qwen2 import QWEN2
-from nanotron_fast.families.qwen2_moe import QWEN2_MOE
 from nanotron_fast.families.refusals import unknown_family
-from nanotron_fast.families.smollm3 import SMOLLM3
-from nanotron_fast.families.starcoder2 import STARCODER2
-from nanotron_fast.formats.nanotron.classes import (
-    NANOTRON_FAST_CONFIG,
-    class_of,
-)
+from nanotron_fast.formats.nanotron.classes import class_of
 
 __all__ = [
     "Family",
@@ -30,7 +26,16 @@ __all__ = [
     "warnings_about",
 ]
 
-BUILT_IN = (LLAMA, MISTRAL, QWEN2, SMOLLM3, QWEN2_MOE, STARCODER2)
+
+def _built_in() -> Iterator[Family]:
+    """The FAMILY of every file here that has one, in the order of the files' names."""
+    for module in iter_modules(__path__):
+        family = getattr(import_module(f"{__name__}.{module.name}"), "FAMILY", None)
+        if family is not None:
+            yield family
+
+
+BUILT_IN = tuple(_built_in())
 _FAMILIES: dict[str, Family] = {family.name: family for family in BUILT_IN}
 
 
@@ -82,21 +87,16 @@ def family_of_model_config(config: Mapping[str, Any], override: str | None = Non
     Qwen2Config for Llama, so one without anything of Qwen's is a llama.
     """
     model_class = class_of(config)
+    named = None if model_class.is_stock else _named_by(config)
     if override is not None:
         family = family_named(override)
-        if model_class not in (*family.classes, NANOTRON_FAST_CONFIG):
+        if model_class.is_stock and model_class not in family.classes:
             raise UnsupportedModelError(
                 f"--family {override}: model_config.json is a {model_class}, which does not hold it"
             )
         return family
-    if model_class is NANOTRON_FAST_CONFIG:
-        named = config.get("family")
-        if not isinstance(named, str) or named not in _FAMILIES:
-            raise ConfigError(
-                f"model_config.json: family is {named!r}, and should be one of "
-                f"{', '.join(_FAMILIES)}"
-            )
-        return _FAMILIES[named]
+    if named is not None:
+        return named
     held = [family for family in reversed(_FAMILIES.values()) if model_class in family.classes]
     for family in held:
         if family.recognises(config):
@@ -107,3 +107,13 @@ def family_of_model_config(config: Mapping[str, Any], override: str | None = Non
             "name one of them with --family"
         )
     return held[0]
+
+
+def _named_by(config: Mapping[str, Any]) -> Family:
+    """The family that a model_config.json names. Raises ConfigError."""
+    name = config.get("family")
+    if not isinstance(name, str) or name not in _FAMILIES:
+        raise ConfigError(
+            f"model_config.json: family is {name!r}, and should be one of {', '.join(_FAMILIES)}"
+        )
+    return _FAMILIES[name]

@@ -28,6 +28,9 @@ _COMPUTED = {
     "has_qkv_bias": "biases on q, k and v",
     "has_output_bias": "a bias on the attention's output",
     "has_mlp_bias": "biases in the MLP",
+    "has_qk_norm": "the norms of queries and keys",
+    "norm": "the kind of its norms",
+    "has_gated_mlp": "the gate of its MLP",
     "hidden_act": "hidden_act",
     "norm_eps": "the norms' epsilon",
     "num_kv_heads": "num_key_value_heads",
@@ -35,6 +38,7 @@ _COMPUTED = {
     "rope_theta": "rope_theta",
     "rope_scaling": "rope_scaling",
     "tie_word_embeddings": "tie_word_embeddings",
+    "layers": "its layers one by one",
 }
 
 

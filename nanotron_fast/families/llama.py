@@ -6,7 +6,7 @@ from nanotron_fast.families.decoder import DEFAULTS, DENSE
 from nanotron_fast.families.family import Family
 from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, QWEN2_CONFIG
 
-LLAMA = Family(
+FAMILY = Family(
     name="llama",
     architecture="LlamaForCausalLM",
     model_class=LLAMA_CONFIG,

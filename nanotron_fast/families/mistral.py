@@ -7,7 +7,7 @@ from nanotron_fast.families.family import Family
 from nanotron_fast.families.windows import PLAIN
 from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, QWEN2_CONFIG
 
-MISTRAL = Family(
+FAMILY = Family(
     name="mistral",
     architecture="MistralForCausalLM",
     model_class=LLAMA_CONFIG,

@@ -121,10 +121,9 @@ class Param:
             for part in self.parts:
                 cut = part.cuts[axis]
                 if part.sizes[cut.dim] % size:
-                    way_out = "; --pad-vocab-to-multiple-of adds rows" if part.unpadded_rows else ""
                     raise TopologyError(
                         f"{self.name}: {part.sizes[cut.dim]} {cut.unit} do not split over "
-                        f"{axis}={size}{way_out}"
+                        f"{axis}={size}"
                     )
             shape[dim] //= size
         return tuple(shape)

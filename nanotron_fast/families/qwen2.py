@@ -19,7 +19,7 @@ DEFAULTS = {
     "max_window_layers": 28,
 }
 
-QWEN2 = Family(
+FAMILY = Family(
     name="qwen2",
     architecture="Qwen2ForCausalLM",
     model_class=QWEN2_CONFIG,

@@ -131,7 +131,7 @@ def _ambiguous(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
     )
 
 
-QWEN2_MOE = Family(
+FAMILY = Family(
     name="qwen2_moe",
     architecture="Qwen2MoeForCausalLM",
     model_class=QWEN2_CONFIG,

@@ -46,12 +46,16 @@ def choose_class(family: Family, spec: ModelSpec, option: str, target: str) -> N
     if option == "auto":
         if target == "nanotron-fast" and _lacks(default, spec, target):
             return NANOTRON_FAST_CONFIG
+        if not default.is_stock and target != "nanotron-fast":
+            raise UnsupportedModelError(
+                f"a {family.name}: none of Nanotron's classes holds it; use --target nanotron-fast"
+            )
         return default
     by_option = {each.option: each for each in classes()}
     if option not in by_option:
         raise ConfigError(f"--model-class {option}: choose auto, {', '.join(by_option)}")
     wanted = by_option[option]
-    if wanted is NANOTRON_FAST_CONFIG:
+    if not wanted.is_stock:
         if target != "nanotron-fast":
             raise UnsupportedModelError(
                 f"--model-class {option}: Nanotron does not have {wanted}; it goes with --target "
@@ -144,12 +148,6 @@ def check_model(
             f"hidden_act {spec.hidden_act!r} is not one of Nanotron's: "
             f"{' '.join(sorted(NANOTRON_ACTIVATIONS))}"
         )
-    is_stock = model_class is not NANOTRON_FAST_CONFIG
-    if is_stock and spec.no_rope_interval is not None and spec.sliding_window is not None:
-        raise UnsupportedModelError(
-            f"a sliding window of {spec.sliding_window} together with layers without rotary "
-            "embedding: Nanotron drops the window on those layers"
-        )
     if rope_interleaved and not model_class.can_rotate_neighbours:
         raise UnsupportedModelError(rotates_halves(model_class))
     is_old = version == "1.2" and model_class.rotates_neighbours_in_1_2
@@ -180,7 +178,7 @@ def _refused(
             "; --target nanotron-fast admits it, for conversion and load_into alone: nothing "
             "trains such a model yet"
         )
-    scaling = spec.rope_scaling or {}
+    name, scaling = model_class.option.title(), spec.rope_scaling or {}
     windowed = sum(window is not None for window in spec.windows)
     reasons = {
         "rms_norm": f"its norms are RMSNorms, and {model_class} has LayerNorms",
@@ -195,8 +193,8 @@ def _refused(
         "honours it",
         "head_dim": f"head_dim {spec.head_dim} is not hidden_size / heads = {spec.hidden_size} / "
         f"{spec.num_heads}, the only one that Nanotron has{hint}",
-        "no_bias": "use_bias is false: Nanotron's Starcoder2 always has biases" + hint,
-        "untied": "tie_word_embeddings is false: Nanotron's Starcoder2 always ties them" + hint,
+        "no_bias": f"use_bias is false: Nanotron's {name} always has biases{hint}",
+        "untied": f"tie_word_embeddings is false: Nanotron's {name} always ties them{hint}",
         "output_bias": "attention_bias puts a bias on the attention's output projection, which "
         f"Nanotron does not have{hint}",
         "mlp_bias": f"mlp_bias: the MLP has biases, and Nanotron's has none{hint}",
@@ -214,6 +212,8 @@ def _refused(
         f"layer, where n divides the number of layers (no_rope_layer){hint}",
         "partial_rotary": f"rotary embeddings turn rows {spec.attention.rotary} of a head of "
         f"{spec.head_dim}: Nanotron rotates whole heads only{hint}",
+        "windows_without_rope": f"a sliding window of {spec.sliding_window} together with layers "
+        f"without rotary embedding: Nanotron drops the window on those layers{hint}",
         "moe": f"a mixture of experts: Nanotron's {model_class} has none{hint}",
         "unlike_layers": "its layers are of different sizes, and Nanotron's are all alike" + hint,
     }

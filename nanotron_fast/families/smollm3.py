@@ -57,7 +57,7 @@ def _without_rope(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
     return [each.attention.rotary is None for each in layers]
 
 
-SMOLLM3 = Family(
+FAMILY = Family(
     name="smollm3",
     architecture="SmolLM3ForCausalLM",
     model_class=QWEN2_CONFIG,

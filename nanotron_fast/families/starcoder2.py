@@ -61,7 +61,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-STARCODER2 = Family(
+FAMILY = Family(
     name="starcoder2",
     architecture="Starcoder2ForCausalLM",
     model_class=STARCODER2_CONFIG,

@@ -39,6 +39,9 @@ _NEEDS: dict[str, Callable[[ModelSpec], bool]] = {
     "some_windows": lambda spec: len(set(spec.windows)) > 1,
     "no_rope_layers": _has_no_rope_layers,
     "some_no_rope_layers": lambda spec: _has_no_rope_layers(spec) and spec.no_rope_interval is None,
+    "windows_without_rope": lambda spec: any(
+        each.attention.rotary is None and each.attention.window for each in spec.layers
+    ),
     "partial_rotary": _has_partial_rotary,
     "moe": lambda spec: spec.moe is not None,
     "unlike_layers": lambda spec: not spec.are_alike,

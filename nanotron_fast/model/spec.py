@@ -10,7 +10,7 @@ A spec speaks layer by layer. Where all layers are alike, as in most models, its
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 # Activations that Nanotron's ACT2FN knows (nanotron/nn/activations.py at 2411b022).
@@ -218,6 +218,20 @@ class ModelSpec:
             replace(each, attention=replace(each.attention, **changes)) for each in self.layers
         )
         return replace(self, layers=tuple(layers))
+
+
+def differing_layer(left: ModelSpec, right: ModelSpec) -> tuple[str, object, object] | None:
+    """Where two specs of equal length first differ in a layer: what of it, and both values."""
+    for number, (one, other) in enumerate(zip(left.layers, right.layers, strict=True)):
+        for part in ("attention", "mlp"):
+            a, b = getattr(one, part), getattr(other, part)
+            if type(a) is not type(b):
+                return f"the {part} of layer {number}", type(a).__name__, type(b).__name__
+            for each in fields(a):
+                values = getattr(a, each.name), getattr(b, each.name)
+                if values[0] != values[1]:
+                    return f"{each.name} of layer {number}", *values
+    return None
 
 
 # What can be compared of two specs by name, what decides about tensors first.

@@ -72,6 +72,8 @@ REFUSED = {
     "resharding": (
         "--dtype",
         "--model-class",
+        "--target",
+        "--rope-interleaved",
         "--checkpoint-version",
         "--pad-vocab-to-multiple-of",
         "--vocab-size",

@@ -25,7 +25,7 @@ MADE_UP = families.Family(
     architecture="MadeUpForCausalLM",
     model_class=LLAMA_CONFIG,
     keys={"num_layers": "depth", "hidden_size": "width"},
-    defaults={**families.llama.LLAMA.defaults, "tie_word_embeddings": True},
+    defaults={**families.family_named("llama").defaults, "tie_word_embeddings": True},
     rules=(
         Copy("embed", EMBEDDING, rows="vocab", columns="hidden", split="rows", block="embedding"),
         Copy("b.{layer}.n1", BLOCK + "input_layernorm.weight", rows="hidden"),

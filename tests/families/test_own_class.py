@@ -147,8 +147,11 @@ def test_every_field_of_a_spec_comes_back() -> None:
     [
         ({"layers": []}, "layers is .*, and should be a list of layers"),
         ({"layers": [3]}, r"layers\[0\] is 3, and should be an object"),
-        ({"layers": [{"count": 20_000}]}, "count is 20000, and should be at most 10000"),
-        ({"layers": [{}]}, r"layers\[0\]: attention is missing"),
+        (
+            {"layers": [{"count": 20_000, "attention": {}, "mlp": {}}]},
+            "count is 20000, and should be at most 10000",
+        ),
+        ({"layers": [{"count": 1, "mlp": {}}]}, r"layers\[0\]: attention is missing"),
         ({"norm": "batch_norm"}, "norm is 'batch_norm'"),
         ({"family": "gpt"}, "family is 'gpt', and should be one of llama"),
         ({"hidden_size": None}, "hidden_size is missing"),
@@ -169,6 +172,8 @@ def test_a_config_that_makes_no_sense(
         ("attention", {"num_kv_heads": 3}, "a divisor of the 8 heads"),
         ("attention", {"rotary": [0, 5]}, "two numbers up to 12, an even number apart"),
         ("attention", {"window": 0}, "window is 0, and should be at least 1"),
+        ("attention", {"windows": 8}, r"layers\[0\].attention: windows is not known"),
+        ("mlp", {"moe_router_score_function": "sigmoid"}, "mlp: moe_router_score_.* is not known"),
         ("mlp", {"kind": "sparse"}, "dense or experts"),
         ("mlp", {"has_bias": 1}, "has_bias is 1, and should be true or false"),
     ],
@@ -181,6 +186,61 @@ def test_a_layer_that_makes_no_sense(
     (there / "model_config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):
         nf.convert(there, tmp_path / "back")
+
+
+@pytest.mark.parametrize("key", ["rotary", "window", "has_qk_norm"])
+def test_a_layer_says_everything(key: str, tmp_path: Path) -> None:
+    """What is left out would be taken for something that the model does not compute."""
+    _, there, (config, _) = converted(tmp_path, "llama", {"head_dim": 12})
+    del config["layers"][0]["attention"][key]
+    (there / "model_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=rf"layers\[0\].attention: {key} is missing"):
+        nf.convert(there, tmp_path / "back")
+
+
+def test_the_family_is_read_beside_a_side_file_too(tmp_path: Path) -> None:
+    source = make("llama", num_hidden_layers=2, head_dim=12).save(tmp_path / "hf")
+    nf.convert(source, tmp_path / "there", target="nanotron-fast")
+    path = tmp_path / "there" / "model_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "family": 17}))
+    with pytest.raises(ConfigError, match="family is 17, and should be one of"):
+        nf.convert(tmp_path / "there", tmp_path / "back")
+
+
+def test_many_experts_are_counted_before_they_are_planned(tmp_path: Path) -> None:
+    _, there, (config, _) = converted(tmp_path, "qwen2_moe", {}, model_class="nanotron-fast")
+    few, many = (json.loads(json.dumps(config["layers"][-1])) for _ in range(2))
+    few["count"], few["mlp"]["num_experts"], few["mlp"]["top_k"] = 1, 1, 1
+    many["count"], many["mlp"]["num_experts"] = 1, 10_000
+    (there / "model_config.json").write_text(json.dumps({**config, "layers": [few, many]}))
+    with pytest.raises(CheckpointError, match="calls for 10,000 experts in 2 layers"):
+        nf.plan(there, tmp_path / "x", to="nanotron")
+
+
+def test_windows_on_layers_without_rotary_embedding(tmp_path: Path) -> None:
+    changes = {
+        "no_rope_layers": [1, 0],
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention"] * 2,
+    }
+    _, there, (config, plan) = converted(tmp_path, "smollm3", changes)
+    assert class_of(config) is NANOTRON_FAST_CONFIG
+    assert plan.spec.sliding_window == 4
+    assert nf.verify(tmp_path / "hf", there, logits=True).equal
+
+
+def test_a_layer_that_differs_is_named(tmp_path: Path) -> None:
+    model = make("llama", num_hidden_layers=2, head_dim=12)
+    nf.convert(model.save(tmp_path / "hf"), tmp_path / "there", target="nanotron-fast")
+    path = tmp_path / "there" / "model_config.json"
+    config = json.loads(path.read_text())
+    first, second = (json.loads(json.dumps(config["layers"][0])) for _ in range(2))
+    first["count"] = second["count"] = 1
+    second["attention"]["rotary"] = [0, 6]
+    path.write_text(json.dumps({**config, "layers": [first, second]}))
+    result = nf.verify(tmp_path / "hf", tmp_path / "there")
+    assert "rotary of layer 1" in str(result.to_json()["differing"])
 
 
 def test_sizes_that_the_tensors_contradict(tmp_path: Path) -> None:

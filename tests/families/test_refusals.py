@@ -121,7 +121,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"no_rope_layers": ..., "no_rope_layer_interval": ...},
         r"layers \[3\] of 6",
     ),
-    "qwen3": ("llama", {"model_type": "qwen3"}, r"'qwen3' is not supported.*qk-norm"),
+    "bloom": ("llama", {"model_type": "bloom"}, r"'bloom' is not supported.*ALiBi"),
     "mixtral": ("llama", {"model_type": "mixtral"}, "'mixtral' is not supported.*renormalises"),
     "gpt2": (
         "llama",

@@ -15,7 +15,7 @@ from nanotron_fast.families import Family
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
-from nanotron_fast.model.spec import COMPUTED, STRUCTURE, ModelSpec
+from nanotron_fast.model.spec import COMPUTED, STRUCTURE, ModelSpec, differing_layer
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.row import FILL
 
@@ -89,9 +89,14 @@ def plan_comparison(
     plan = ComparisonPlan(warnings=[*first.warnings, *second.warnings])
     for name in COMPUTED:
         left, right = (getattr(model.spec, name) for model in (first, second))
-        # Where a property of all layers shows it, that says more than the layers do.
-        if left != right and not (name == "layers" and plan.differing):
-            plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
+        if left == right:
+            continue
+        if name == "layers":
+            # Where a property of all layers shows it, that says more than the layers do.
+            if plan.differing:
+                continue
+            name, left, right = differing_layer(first.spec, second.spec) or (name, left, right)
+        plan.differing[f"config: {name}"] = f"{left!r} in A, {right!r} in B"
     # With any of these different, there is nothing to compare tensor by tensor.
     structure = [name for name in STRUCTURE if f"config: {name}" in plan.differing]
     if structure:

@@ -19,7 +19,7 @@ from nanotron_fast.families.hf_config import read_config, write_config
 from nanotron_fast.families.unknown_fields import UNKNOWN_FIELDS
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
-from nanotron_fast.model.spec import COMPUTED, ModelSpec
+from nanotron_fast.model.spec import COMPUTED, ModelSpec, differing_layer
 from nanotron_fast.moves.dtypes import Dtype
 
 # What Nanotron's classes keep otherwise than config.json does: one token id for a list, a default
@@ -135,6 +135,8 @@ def _check(config: Mapping[str, Any], model: NanotronModel, expected: ModelSpec)
         left, right = getattr(found, name), getattr(expected, name)
         # Each side keeps what it has a place for, such as rates of dropout.
         if name != "extras" and left != right:
+            if name == "layers":
+                name, left, right = differing_layer(found, expected) or (name, left, right)
             raise CheckpointError(
                 f"{root}: {name} is {right!r} in {MODEL_CONFIG}, and the config.json made from it "
                 f"would say {left!r}; --family names another class that may hold it"

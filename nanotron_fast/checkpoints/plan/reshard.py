@@ -45,7 +45,7 @@ def plan_reshard(source: NanotronCheckpoint, destination: Path, options: Options
     model = NanotronModel(source, options)
     stages = Stages(model.padded_spec, model.model_class, topology)
     params = model.params()
-    check_divides(params, topology)
+    check_divides(params, topology, can_pad=False)
     reader = model.reader()
     metadata = _metadata(source)
     writer = NanotronTarget(
@@ -72,7 +72,9 @@ def plan_reshard(source: NanotronCheckpoint, destination: Path, options: Options
         documents[nanotron.CONFIG_YAML] = partial(
             _yaml, _at(training, topology, destination, has_tokenizer)
         )
-    elif problem:
+    elif problem is None and (source.root / nanotron.CONFIG_YAML).is_file():
+        problem = f"{nanotron.CONFIG_YAML} is not a mapping of sections"
+    if problem is not None:
         warnings.append(f"{problem}: none is written")
     states = [name for name in _STATES if (source.root / name).is_dir()]
     if states:

@@ -23,7 +23,7 @@ from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
-from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass
+from nanotron_fast.formats.nanotron.classes import NanotronClass
 from nanotron_fast.formats.nanotron.side_file import SideFile
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.formats.nanotron.training_config import training_config
@@ -199,7 +199,7 @@ def _other_dtypes(
 def _target_warnings(spec: ModelSpec, model_class: NanotronClass) -> list[str]:
     """What runs a model that stock Nanotron does not."""
     warnings: list[str] = []
-    if model_class is NANOTRON_FAST_CONFIG:
+    if not model_class.is_stock:
         warnings.append(
             f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses. "
             "Nothing trains such a model yet: it can be converted back, compared, and loaded with "

@@ -77,6 +77,8 @@ class NanotronClass:
         ignores_attention_bias: it has the field, and stock models of it no bias whatever it says.
         rotates_neighbours_in_1_2: before September 2024 there was no other way, and no field.
         can_rotate_neighbours: it has rope_interleaved.
+        is_stock: it is Nanotron's, and not this package's own. One that is not says of which family
+            its model is, and gives layers without rotary embedding their windows.
         starts_from_yaml: Nanotron can train it from a config.yaml.
         pp_warning: what goes wrong at pp > 1, for each version where something does.
     """
@@ -93,6 +95,7 @@ class NanotronClass:
     ignores_attention_bias: bool = False
     rotates_neighbours_in_1_2: bool = False
     can_rotate_neighbours: bool = True
+    is_stock: bool = True
     starts_from_yaml: bool = True
     pp_warning: Mapping[str, str] = field(default_factory=dict)
 

@@ -7,8 +7,9 @@ something else.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
+from dataclasses import fields as dataclass_fields
 from itertools import groupby
 from typing import Any
 
@@ -110,7 +111,8 @@ def _read_layers(full: Fields) -> Iterator[Layer]:
         where = f"{FILE}: layers[{place}]"
         if not isinstance(run, Mapping):
             raise ConfigError(f"{where} is {run!r}, and should be an object")
-        fields = Fields(where, run, {"count": 1})
+        _check_keys(where, run, ("count", "attention", "mlp"), ())
+        fields = Fields(where, run)
         count = fields.positive("count", MAX_COUNT)
         total += count
         if total > MAX_COUNT:
@@ -122,6 +124,21 @@ def _read_layers(full: Fields) -> Iterator[Layer]:
             yield layer
 
 
+def _check_keys(
+    where: str, found: Mapping[str, Any], wanted: Iterable[str], others: Iterable[str]
+) -> None:
+    """Every key is there, for one that is missing would change what a model computes; none else."""
+    unknown = [key for key in found if key not in (*wanted, *others)]
+    missing = [key for key in wanted if key not in found]
+    for what, keys in (("is not known", unknown), ("is missing", missing)):
+        if keys:
+            raise ConfigError(f"{where}: {keys[0]} {what}")
+
+
+def _names(kind: type[Any]) -> tuple[str, ...]:
+    return tuple(each.name for each in dataclass_fields(kind))
+
+
 def _inner(fields: Fields, key: str) -> Mapping[str, Any]:
     inner = fields.mapping(key)
     if inner is None:
@@ -130,6 +147,7 @@ def _inner(fields: Fields, key: str) -> Mapping[str, Any]:
 
 
 def _read_attention(fields: Fields) -> Attention:
+    _check_keys(fields.file, fields.config, _names(Attention), ())
     num_heads, num_kv_heads = fields.positive("num_heads"), fields.positive("num_kv_heads")
     if num_heads % num_kv_heads:
         raise fields.error("num_kv_heads", f"a divisor of the {num_heads} heads")
@@ -156,6 +174,7 @@ def _read_mlp(fields: Fields) -> Dense | Experts:
     kind = fields.text("kind")
     if kind not in _KINDS:
         raise fields.error("kind", " or ".join(_KINDS))
+    _check_keys(fields.file, fields.config, _names(_KINDS[kind]), ("kind",))
     if kind == "dense":
         return Dense(
             intermediate_size=fields.positive("intermediate_size"),
@@ -198,5 +217,6 @@ NANOTRON_FAST_CONFIG = register(
         holds=ALL_NEEDS,
         layer_cost=_layer_cost,
         can_rotate_neighbours=False,
+        is_stock=False,
     )
 )

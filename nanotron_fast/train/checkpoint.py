@@ -1,0 +1,289 @@
+"""Writing a checkpoint of a run: whole, or not there.
+
+All ranks write into a folder beside the place where the checkpoint will be. When every file is
+there, the first rank adds the small files, the metadata last of them, gives the folder its name,
+and then lets `latest.txt` name it. A rank that fails ends the save on all of them, and leaves the
+last checkpoint as it was.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import io
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanotron_fast.checkpoints.load import DTYPES
+from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
+from nanotron_fast.checkpoints.small_files import write_file
+from nanotron_fast.formats.nanotron.checkpoint import (
+    LATEST,
+    METADATA,
+    tensor_header,
+    tensor_path,
+)
+from nanotron_fast.formats.nanotron.slices import shard_metadata
+from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.optimizer import AdamW, Rate
+from nanotron_fast.train.optimizer_files import (
+    OPTIMIZER,
+    OPTIMIZER_CONFIG,
+    Described,
+    config_document,
+    lr_scheduler_document,
+    lr_scheduler_path,
+    optimizer_document,
+    optimizer_path,
+)
+from nanotron_fast.train.parameters import Trained
+from nanotron_fast.train.zero import resolve_group
+
+VERSION = "1.5"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a rank writes, in memory of the CPU: training may go on while it is written.
+
+    Args:
+        tensors: the path of each weight's file, its header, its values.
+        documents: what torch.save writes, by path.
+        small_files: contents by path.
+    """
+
+    tensors: list[tuple[str, bytes, Tensor]] = field(default_factory=list)
+    documents: dict[str, dict[str, Any]] = field(default_factory=dict)
+    small_files: dict[str, bytes] = field(default_factory=dict)
+
+
+def snapshot(
+    trained: Sequence[Trained], optimizer: AdamW, mesh: Mesh, rate: Rate, *, zero_stage: int
+) -> Snapshot:
+    """Copies what this rank has to write. Every rank calls it.
+
+    Args:
+        trained: all parameters of this rank.
+        rate: the learning rate of the next step, from a parameter's highest one.
+    """
+    taken = Snapshot()
+    if mesh.dp_rank == 0:
+        for each in trained:
+            found = _weight(each, mesh)
+            if found is not None:
+                taken.tensors.append(found)
+        taken.documents[lr_scheduler_path(mesh)] = lr_scheduler_document(optimizer, rate)
+    if zero_stage > 0 or mesh.dp_rank == 0:
+        document = optimizer_document(optimizer, rate, zero_stage=zero_stage)
+        taken.documents[optimizer_path(mesh, zero_stage=zero_stage)] = document
+    everywhere = _of_all_stages(trained, mesh)
+    if mesh.rank == 0:
+        config = config_document(everywhere, mesh, zero_stage=zero_stage)
+        taken.small_files[f"{OPTIMIZER}/{OPTIMIZER_CONFIG}"] = json.dumps(config).encode()
+    return taken
+
+
+def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
+    """A parameter's file, where this rank is the one that writes it."""
+    param = each.facts.param
+    is_copy = each.name != each.facts.name
+    if is_copy or (not param.cuts and mesh.tp_rank > 0):
+        return None
+    metadata: Mapping[str, str] = {}
+    shard = None
+    if param.cuts:
+        shard = (mesh.pp_rank, mesh.pp, mesh.tp_rank, mesh.tp)
+        metadata = shard_metadata(
+            param.shape,
+            split=param.cuts["tp"],
+            chunks=param.chunks,
+            tp=mesh.tp,
+            rank=mesh.tp_rank,
+            version=VERSION,
+        )
+    values = each.tensor.detach().to("cpu", copy=True)
+    header, _ = tensor_header(DTYPES[values.dtype], tuple(values.shape), metadata)
+    return tensor_path(each.name, shard), header, values
+
+
+def _of_all_stages(trained: Sequence[Trained], mesh: Mesh) -> list[Described]:
+    """The parameters of all pipeline stages, each once."""
+    mine = [Described(each.name, each.runs, tuple(each.tensor.shape)) for each in trained]
+    if mesh.pp_group is None:
+        return mine
+    gathered: list[list[Described]] = [[] for _ in range(mesh.pp)]
+    dist.all_gather_object(gathered, mine, group=resolve_group(mesh.pp_group))
+    return list({each.name: each for stage in gathered for each in stage}.values())
+
+
+def metadata_document(
+    mesh: Mesh, *, step: int, stages: Sequence[Mapping[str, Any]], last_stage: int
+) -> dict[str, Any]:
+    """`checkpoint_metadata.json` of a run.
+
+    Args:
+        step: the last that was taken.
+        stages: of the data that was used: `name`, `sequence_length`, `start_training_step`,
+            `consumed_train_samples`, `consumed_tokens_per_dataset_folder`. By Nanotron's rule the
+            tokens that were consumed are the sums of the last of these, and samples those of the
+            stages.
+        last_stage: index of the one that is in use.
+    """
+    tokens = sum(sum(s["consumed_tokens_per_dataset_folder"].values()) for s in stages)
+    return {
+        "cp": 1,
+        "custom_metas": None,
+        "dp": mesh.dp,
+        "metas": {
+            "consumed_tokens_total": tokens,
+            "consumed_train_samples": sum(stage["consumed_train_samples"] for stage in stages),
+            "data_stages": [dict(stage) for stage in stages],
+            "last_stage_idx": last_stage,
+            "last_train_step": step,
+        },
+        "tp": mesh.tp,
+        "version": VERSION,
+    }
+
+
+def save(
+    root: Path,
+    step: int,
+    taken: Snapshot,
+    mesh: Mesh,
+    *,
+    small_files: Mapping[str, bytes],
+    metadata: Mapping[str, Any],
+    fsync: bool = True,
+) -> Path:
+    """Writes the checkpoint of a step; every rank calls it, and returns when it is whole.
+
+    Args:
+        root: the folder of the run, which all ranks see.
+        taken: of this rank.
+        small_files: contents of more files by name, from the first rank: the configurations.
+        metadata: what `metadata_document` gives, from the first rank.
+        fsync: return when the disk has it.
+
+    Returns:
+        Its folder.
+
+    Raises:
+        OSError: a file cannot be written. PeerFailed: on another rank; it has said why.
+    """
+    processes = Processes() if mesh.world is None else TorchProcesses()
+    partial = root / f".{step}.partial"
+    with processes.step():
+        if mesh.rank == 0:
+            for left in root.glob(".*.partial"):  # by a run that was killed
+                _remove(left)
+            partial.mkdir(parents=True)
+    with processes.step():
+        write(partial, taken, fsync=fsync)
+    with processes.step():
+        if mesh.rank == 0:
+            for name, contents in small_files.items():
+                write_file(partial / name, contents, fsync=fsync)
+            text = json.dumps(metadata, indent=2, sort_keys=True)
+            write_file(partial / METADATA, text.encode(), fsync=fsync)
+            publish(root, partial, step, fsync=fsync)
+    return root / str(step)
+
+
+def write(folder: Path, taken: Snapshot, *, fsync: bool) -> None:
+    """Writes a rank's files. Raises OSError, which names the file."""
+    for name, header, values in taken.tensors:
+        _write_tensor(_made(folder / name), header, values, fsync=fsync)
+    for name, document in taken.documents.items():
+        buffer = io.BytesIO()
+        torch.save(document, buffer)
+        write_file(_made(folder / name), buffer.getvalue(), fsync=fsync)
+    for name, contents in taken.small_files.items():
+        write_file(_made(folder / name), contents, fsync=fsync)
+
+
+def _made(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _write_tensor(path: Path, header: bytes, values: Tensor, *, fsync: bool) -> None:
+    contents = values.contiguous().view(-1).view(torch.uint8).numpy()
+    try:
+        with open(path, "wb") as file:
+            file.write(header)
+            file.write(memoryview(contents))
+            file.flush()
+            if fsync:
+                os.fsync(file.fileno())
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)
+        raise
+
+
+def publish(root: Path, partial: Path, step: int, *, fsync: bool) -> None:
+    """Gives a checkpoint that is whole its name, and lets `latest.txt` name it.
+
+    One of the same step that was there changes its name with it, and is removed at the end.
+    """
+    final = root / str(step)
+    if fsync:
+        for folder, _, _ in os.walk(partial):
+            _sync(Path(folder))
+    if final.exists():
+        _exchange(partial, final)
+    else:
+        partial.rename(final)
+    if fsync:
+        _sync(root)
+    latest = root / f".{LATEST}.partial"
+    write_file(latest, str(step).encode(), fsync=fsync)
+    latest.replace(root / LATEST)
+    if fsync:
+        _sync(root)
+    _remove(partial)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, or nothing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Two folders change their names, at no moment without one: by Linux's renameat2.
+
+    Where the file system cannot do that, the other has no name for a moment. Raises OSError.
+    """
+    at_here, exchange = -100, 2
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is not None:
+        names = os.fsencode(one), os.fsencode(other)
+        if renameat2(at_here, names[0], at_here, names[1], exchange) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise OSError(code, os.strerror(code), os.fspath(other))
+    aside = one.with_name(f".{other.name}.replaced.partial")
+    other.rename(aside)
+    one.rename(other)
+    aside.rename(one)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

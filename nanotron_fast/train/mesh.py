@@ -1,0 +1,155 @@
+"""The ranks of a run in Nanotron's order: tensor parallelism fastest, then data, then pipeline.
+
+    rank = (pp_rank * dp + dp_rank) * tp + tp_rank
+
+Source: ParallelContext in nanotron/parallel/context.py at 2411b022, whose expert and context
+groups have one rank here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels.runtime.collectives import Group
+
+AXES = ("pp", "dp", "tp")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mesh:
+    """Where this process is among the ranks of a run.
+
+    Args:
+        dp, pp, tp: sizes of the groups.
+        rank: of this process in the run.
+        device: on which it computes.
+        device_mesh: the same in torch's words, its dimensions called as AXES; None for one rank.
+        tp_group, dp_group, pp_group: the groups that this rank is in; None where it is alone.
+        tied_group: the first and the last stage of a pipeline, with the same dp and tp rank; None
+            on other stages and without a pipeline.
+        world: all ranks; None for one rank.
+        is_ours: the processes were connected here, and are disconnected by `close`.
+    """
+
+    dp: int = 1
+    pp: int = 1
+    tp: int = 1
+    rank: int = 0
+    device: torch.device
+    device_mesh: DeviceMesh | None = None
+    tp_group: Group = None
+    dp_group: Group = None
+    pp_group: Group = None
+    tied_group: Group = None
+    world: Group = None
+    is_ours: bool = False
+
+    @classmethod
+    def connect(
+        cls, *, dp: int = 1, pp: int = 1, tp: int = 1, device: torch.device | str | None = None
+    ) -> Mesh:
+        """Joins the processes that torchrun started, or stands alone where one is enough.
+
+        NCCL connects GPUs, gloo CPUs; a process group that is there already is used as it is.
+
+        Args:
+            dp, pp, tp: sizes of the groups.
+            device: to compute on; by default the GPU of this process's LOCAL_RANK, else the CPU.
+
+        Raises TopologyError where the run has another number of processes.
+        """
+        for name, size in (("dp", dp), ("pp", pp), ("tp", tp)):
+            if size < 1:
+                raise TopologyError(f"{name}={size}: a group has at least one rank")
+        where = _device(device)
+        wanted, started = dp * pp * tp, _num_processes()
+        if wanted != started:
+            raise TopologyError(
+                f"dp={dp} pp={pp} tp={tp} are {wanted} ranks, and {started} "
+                f"{'process was' if started == 1 else 'processes were'} started: use torchrun with "
+                f"--nproc-per-node times --nnodes {wanted}"
+            )
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        if wanted == 1:
+            return cls(device=where)
+        is_ours = not dist.is_initialized()
+        if is_ours:
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        mesh = init_device_mesh(where.type, (pp, dp, tp), mesh_dim_names=AXES)
+        groups = {
+            f"{axis}_group": mesh.get_group(axis) if size > 1 else None
+            for axis, size in zip(AXES, (pp, dp, tp), strict=True)
+        }
+        return cls(
+            dp=dp,
+            pp=pp,
+            tp=tp,
+            rank=dist.get_rank(),
+            device=where,
+            device_mesh=mesh,
+            tied_group=_tied_group(dp, pp, tp),
+            world=dist.group.WORLD,
+            is_ours=is_ours,
+            **groups,
+        )
+
+    @property
+    def tp_rank(self) -> int:
+        return self.rank % self.tp
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.tp % self.dp
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // (self.tp * self.dp)
+
+    @property
+    def world_size(self) -> int:
+        return self.dp * self.pp * self.tp
+
+    def wait_for_all(self) -> None:
+        """Returns when every rank has come here."""
+        if self.world is not None:
+            dist.barrier(group=self.world)
+
+    def close(self) -> None:
+        """Disconnects the processes, where `connect` has connected them."""
+        if self.is_ours:
+            dist.destroy_process_group()
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+
+
+def _num_processes() -> int:
+    if dist.is_initialized():
+        return int(dist.get_world_size())
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _tied_group(dp: int, pp: int, tp: int) -> Group:
+    """The group of the two stages that may have a copy each of one matrix, for this rank."""
+    if pp == 1:
+        return None
+    last_stage = (pp - 1) * dp * tp
+    mine: Group = None
+    for first in range(dp * tp):  # every rank takes part in making every group
+        pair = [first, last_stage + first]
+        group = dist.new_group(pair)
+        if dist.get_rank() in pair:
+            mine = group
+    return mine

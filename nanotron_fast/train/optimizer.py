@@ -1,0 +1,161 @@
+"""AdamW on fp32 masters of this rank's runs, and the low-precision parameters from them.
+
+A parameter in fp32 is its own master. One in bf16 has a master beside it, whose rounding it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.kernels.optimizer import adamw_step_
+from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.parameters import Trained
+from nanotron_fast.train.zero import gather_runs
+
+Rate = Callable[[float], float]
+
+
+@dataclass(slots=True)
+class State:
+    """What the optimizer keeps of one parameter's run: flat, fp32, each as long as the run."""
+
+    trained: Trained
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+@dataclass(slots=True)
+class _Group:
+    """Parameters with the same constants."""
+
+    peak: float
+    weight_decay: float
+    step: Tensor
+    places: list[int] = field(default_factory=list)
+
+
+class AdamW:
+    """The optimizer of a rank.
+
+    Args:
+        trained: the parameters, with their values: masters are made from them here.
+        learning_rate: at its highest.
+        peaks: of parameters that have another one, by name.
+        betas, eps: of AdamW.
+        weight_decay: of every parameter that no pattern excludes.
+        excluded: regular expressions that match the beginning of a name.
+        zero_stage: 1 where each data-parallel rank steps its runs alone.
+    """
+
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        mesh: Mesh,
+        *,
+        learning_rate: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        excluded: Sequence[str] = (),
+        peaks: Mapping[str, float] | None = None,
+        zero_stage: int = 0,
+    ) -> None:
+        self.betas, self.eps = betas, eps
+        self._mesh, self._zero_stage = mesh, zero_stage
+        self.states = [_new_state(each) for each in trained]
+        self._groups: dict[tuple[float, float], _Group] = {}
+        for place, each in enumerate(trained):
+            peak = (peaks or {}).get(each.name, learning_rate)
+            decay = weight_decay if each.facts.is_decayed(excluded) else 0.0
+            if (peak, decay) not in self._groups:
+                step = torch.zeros((), dtype=torch.float32, device=mesh.device)
+                self._groups[peak, decay] = _Group(peak, decay, step)
+            self._groups[peak, decay].places.append(place)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that were taken. Waits for the device."""
+        return max((int(group.step.item()) for group in self._groups.values()), default=0)
+
+    @num_steps.setter
+    def num_steps(self, steps: int) -> None:
+        for group in self._groups.values():
+            group.step.fill_(steps)
+
+    def constants(self) -> list[tuple[float, float]]:
+        """The highest learning rate and the weight decay of each parameter, in their order."""
+        found = [(0.0, 0.0)] * len(self.states)
+        for group in self._groups.values():
+            for place in group.places:
+                found[place] = group.peak, group.weight_decay
+        return found
+
+    @torch.no_grad()
+    def step(self, shares: Sequence[Tensor], rate: Rate, scale: Tensor | None = None) -> None:
+        """Steps every parameter, and makes it whole again on every rank.
+
+        Args:
+            shares: this rank's run of each gradient, flat and in fp32. They may be written to.
+            rate: the learning rate of this step, from the highest one.
+            scale: 0-d; gradients are multiplied by it.
+        """
+        shares = list(shares)
+        inverse = None
+        if scale is not None and scale.is_cuda:
+            inverse = scale.reciprocal()
+        elif scale is not None:
+            # In one pass here: torch's fused step would not take gradients and a scale as they are.
+            filled = [share for share in shares if share.numel()]
+            torch._foreach_mul_(filled, scale)
+        for group in self._groups.values():
+            self._step_group(group, shares, rate(group.peak), inverse)
+        if self._zero_stage > 0 and self._mesh.dp > 1:
+            self._gather()
+
+    def _step_group(
+        self, group: _Group, shares: list[Tensor], lr: float, inverse: Tensor | None
+    ) -> None:
+        by_copy: dict[bool, list[tuple[State, Tensor]]] = {}
+        for place in group.places:
+            state = self.states[place]
+            if state.master.numel():
+                has_copy = state.trained.tensor.dtype != torch.float32
+                by_copy.setdefault(has_copy, []).append((state, shares[place]))
+        steps = group.step
+        for has_copy, members in by_copy.items():
+            states = [state for state, _ in members]
+            # The counter of a group counts once, whichever lists it is cut into.
+            step = steps.clone()
+            adamw_step_(
+                [state.master for state in states],
+                [share for _, share in members],
+                [state.exp_avg for state in states],
+                [state.exp_avg_sq for state in states],
+                step,
+                lr=lr,
+                betas=self.betas,
+                eps=self.eps,
+                weight_decay=group.weight_decay,
+                copies=[_own(state.trained) for state in states] if has_copy else None,
+                grad_scale=inverse,
+            )
+        steps.add_(1)
+
+    def _gather(self) -> None:
+        gather_runs([state.trained.tensor.detach() for state in self.states], self._mesh.dp_group)
+
+
+def _own(trained: Trained) -> Tensor:
+    """This rank's run of a parameter, to be written to."""
+    return trained.share(trained.tensor.detach())
+
+
+def _new_state(trained: Trained) -> State:
+    own = _own(trained)
+    master = own if own.dtype == torch.float32 else own.float()
+    return State(trained, master, torch.zeros_like(master), torch.zeros_like(master))

@@ -1,0 +1,111 @@
+"""ZeRO-1: which elements of a parameter each data-parallel rank keeps the optimizer's states of.
+
+Nanotron's slices: a flattened parameter of n elements is cut into runs of ceil(n / dp), of which
+the last ceil(n / dp) * dp - n ranks have one element less; a run without elements is left out.
+Source: ZeroDistributedOptimizer in nanotron/optim/zero.py at 2411b022.
+
+Where all runs are equally long, a reduce-scatter and an all-gather work on the parameter as it
+lies. Others are small (norms, biases) or rare: they are summed whole, and gathered through a
+buffer.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
+from nanotron_fast.parallel.communication import (
+    start_all_gather,
+    start_all_reduce,
+    start_reduce_scatter,
+)
+
+Run = tuple[int, int]
+# Collectives under way: more of them would only hold more memory.
+_NUM_UNDER_WAY = 8
+
+
+def runs_of(num_elements: int, dp: int) -> list[Run]:
+    """The first element of each data-parallel rank's run, and the one behind its last."""
+    longest = -(-num_elements // dp)
+    num_shorter = longest * dp - num_elements
+    runs, start = [], 0
+    for rank in range(dp):
+        end = start + longest - (rank >= dp - num_shorter)
+        runs.append((start, end))
+        start = end
+    return runs
+
+
+def reduce_to_runs(tensors: Sequence[Tensor], group: Group) -> None:
+    """Sums tensors over a group, so that each rank has the sums of its run; the rest is spoilt.
+
+    Args:
+        tensors: contiguous, the same on every rank but for their values.
+    """
+    ranks = resolve(group)
+    _in_turn(lambda tensor: _start_sum(tensor, ranks), tensors)
+
+
+def gather_runs(tensors: Sequence[Tensor], group: Group) -> None:
+    """Makes tensors whole of which each rank has its run. They are contiguous."""
+    ranks = resolve(group)
+    _in_turn(lambda tensor: _start_gather(tensor, ranks), tensors)
+
+
+def _in_turn(start: Callable[[Tensor], Callable[[], None]], tensors: Iterable[Tensor]) -> None:
+    """Starts the next while the last are on their way."""
+    under_way: deque[Callable[[], None]] = deque()
+    for tensor in tensors:
+        under_way.append(start(tensor.view(-1)))
+        if len(under_way) == _NUM_UNDER_WAY:
+            under_way.popleft()()
+    while under_way:
+        under_way.popleft()()
+
+
+def _start_sum(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
+    if flat.numel() % ranks.size:
+        pending = start_all_reduce(flat, ranks)
+        return lambda: _ended(pending.wait())
+    scattering = start_reduce_scatter(flat, ranks)
+    start, end = runs_of(flat.numel(), ranks.size)[ranks.rank]
+    return lambda: _ended(flat[start:end].copy_(scattering.wait()))
+
+
+def _start_gather(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
+    runs = runs_of(flat.numel(), ranks.size)
+    start, end = runs[ranks.rank]
+    longest = runs[0][1]
+    own = flat[start:end]
+    if end - start < longest:
+        own = torch.cat([own, own.new_zeros(longest - (end - start))])
+    gathering = start_all_gather(own, ranks)
+
+    def finish() -> None:
+        gathered = gathering.wait().view(ranks.size, longest)
+        for rank, (first, last) in enumerate(runs):
+            if rank != ranks.rank:
+                flat[first:last].copy_(gathered[rank, : last - first])
+
+    return finish
+
+
+def _ended(result: Tensor) -> None:
+    """Nothing: a collective's result is where it was asked for."""
+
+
+def sum_over(tensor: Tensor, group: Group) -> None:
+    """Sums a contiguous tensor over a group, in place."""
+    if group is not None:
+        dist.all_reduce(tensor, group=resolve_group(group))
+
+
+def resolve_group(group: Group) -> dist.ProcessGroup:
+    """The process group that a group stands for, which is not None."""
+    return dist.distributed_c10d._resolve_process_group(resolve(group).name)

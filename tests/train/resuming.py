@@ -1,0 +1,123 @@
+"""Saving runs of tests/train/engine.py, and going on from there at any topology."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nanotron_fast.models.build import load
+from nanotron_fast.train.checkpoint import metadata_document, save, snapshot
+from nanotron_fast.train.optimizer_files import MASTERS, MOMENTS
+from nanotron_fast.train.optimizer_states import StoredStates, load_states
+from tests.train.engine import Case, Run, plain, rate
+
+SAVED, END = 3, 6
+
+
+def save_run(run: Run, root: Path, step: int) -> Path:
+    zero = run.case.zero
+    taken = snapshot(
+        run.trained, run.optimizer, run.mesh, lambda peak: rate(step, peak), zero_stage=zero
+    )
+    model = run.architecture
+    config = model.model_class.write(
+        model.spec, family=model.family.name, version="1.5", rope_interleaved=False
+    )
+    stage = {
+        "name": "only",
+        "sequence_length": 16,
+        "start_training_step": 1,
+        "consumed_train_samples": 8 * step,
+        "consumed_tokens_per_dataset_folder": {},
+    }
+    return save(
+        root,
+        step,
+        taken,
+        run.mesh,
+        small_files={"model_config.json": json.dumps(config).encode()},
+        metadata=metadata_document(run.mesh, step=step, stages=[stage], last_stage=0),
+        fsync=False,
+    )
+
+
+def resumed(case: Case, folder: Path) -> Run:
+    run = Run(case)
+    for part in run.parts:
+        with torch.no_grad():
+            for tensor in part.parameters():
+                tensor.fill_(float("nan"))
+        load(part, folder, tp_rank=run.mesh.tp_rank)
+    run.build()
+    load_states(folder, run.optimizer, run.mesh)
+    return run
+
+
+def values_of(run: Run) -> dict[str, Tensor]:
+    found = {}
+    for state in run.optimizer.states:
+        name = state.trained.facts.name
+        found[name] = state.trained.tensor.detach().clone()
+        for key in ("master", *MOMENTS):
+            found[f"{name} {key}"] = getattr(state, key).clone()
+    return found
+
+
+def check_resume(case: Case, others: list[Case], root: Path) -> None:
+    """A straight run, the same in two halves, and second halves at other topologies.
+
+    `root` is the same folder on every rank.
+    """
+    straight = Run(case)
+    straight.steps(0, SAVED)
+    folder = save_run(straight, root / "first", SAVED)
+    rest = straight.steps(SAVED, END)
+
+    run = resumed(case, folder)
+    assert run.optimizer.num_steps == SAVED
+    assert run.steps(SAVED, END) == rest, case
+    expected = values_of(straight)
+    for name, value in values_of(run).items():
+        assert torch.equal(value, expected[name]), f"{case}: {name}"
+
+    for number, other in enumerate(others):
+        run = resumed(replace(other, is_tied=case.is_tied, dtype=case.dtype), folder)
+        again = save_run(run, root / f"other-{number}", SAVED)
+        check_same_states(run, folder, again)
+        if case.dtype == torch.float32:
+            losses = plain(case.is_tied, False, 10)[0][SAVED:END]
+            for ours, theirs in zip(run.steps(SAVED, END), losses, strict=True):
+                assert abs(ours[0] - theirs[0]) <= 1e-5 * theirs[0], other
+
+
+def check_same_states(run: Run, one: Path, other: Path) -> None:
+    """Whole tensors of two checkpoints, element for element."""
+    first, second = StoredStates(one), StoredStates(other)
+    assert first.num_steps() == second.num_steps() == SAVED
+    params = run.architecture.params()
+    for param in params:
+        for key in (*MOMENTS, MASTERS):
+            whole = [
+                each.share(
+                    param.name,
+                    key,
+                    param,
+                    tp=1,
+                    tp_rank=0,
+                    run=(0, torch.Size(param.shape).numel()),
+                )
+                for each in (first, second)
+            ]
+            assert all(each is not None for each in whole)
+            assert torch.equal(*whole), f"{key} of {param.name}"
+
+
+def check_folder(root: Path) -> None:
+    """What is left of saves: checkpoints alone."""
+    assert sorted(os.listdir(root)) == [str(SAVED), "latest.txt"], os.listdir(root)
+    assert (root / "latest.txt").read_text() == str(SAVED)
