@@ -12,10 +12,10 @@ from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families import Family, family_named, family_of_model_config
+from nanotron_fast.families import Family, decoder, family_named, family_of_model_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_model, choose_class
-from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, class_of
+from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # The names of the matrix that a tied model has twice where its ends lie on two stages.
 HEAD = load.HEAD
-EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
+EMBEDDING = decoder.EMBEDDING
 Block = int | str
 
 
@@ -106,8 +106,7 @@ class Architecture:
         else:
             chosen = model.model_class
             spec = _as_computed_by(chosen, spec)
-            is_own = chosen is NANOTRON_FAST_CONFIG
-            if not is_own and model.target != "nanotron-fast":
+            if chosen.is_stock and model.target != "nanotron-fast":
                 spec = replace(spec, rope_scaling=None)
         _check(model.family, spec, chosen, interleaved)
         return cls(model.family, spec, chosen, interleaved, model.spec.vocab_size)
@@ -141,7 +140,7 @@ def with_our_target(choices: LoadChoices) -> LoadChoices:
 
 def _as_computed_by(model_class: NanotronClass, spec: ModelSpec) -> ModelSpec:
     """Nanotron gives a layer without rotary embedding no window, whatever the others have."""
-    if model_class is NANOTRON_FAST_CONFIG:
+    if not model_class.is_stock:
         return spec
     layers = (
         replace(each, attention=replace(each.attention, window=None))

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from nanotron_fast import families
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models import build, facts_of
 from nanotron_fast.models.generate import generate_ids
-from tests.models.tiny import assert_near, shard_of, tokens
+from tests.models.tiny import QWEN3, assert_near, shard_of, tokens
 from tests.parallel.ranks import join, run_cases
 
-FAMILIES = ("llama", "qwen2", "qwen2_moe")
+FAMILIES = ("llama", "qwen2", "qwen2_moe", "qwen3")
 
 
 def gathered(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -101,5 +102,6 @@ def cases(roots: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
 
 
 if __name__ == "__main__":
+    families.register(QWEN3)
     group = join()
     run_cases(cases(Path(sys.argv[1]), group))

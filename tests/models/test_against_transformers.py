@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanotron_fast import families
 from nanotron_fast.models import build
-from tests.models.tiny import assert_near, gradients_as, save, tokens
+from tests.models.tiny import QWEN3, assert_near, gradients_as, save, save_qwen3, tokens
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -70,7 +71,18 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_a_family_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
     family, changes = CASES[name]
-    root = save(tmp_path / "hf", family, **changes)
+    check(save(tmp_path / "hf", family, **changes), has_gradients=name in WITH_GRADIENTS)
+
+
+def test_a_family_from_outside_normalises_queries_and_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "_FAMILIES", {**families._FAMILIES, "qwen3": QWEN3})
+    check(save_qwen3(tmp_path / "hf"), has_gradients=True)
+
+
+def check(root: Path, *, has_gradients: bool) -> None:
+    """Logits, loss and gradients."""
     decoder, model = build(root), theirs(root)
     ids, labels = tokens(2, 40)
     ours, expected = decoder(ids), model(ids).logits
@@ -79,7 +91,7 @@ def test_a_family_computes_what_transformers_does(name: str, tmp_path: Path) -> 
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
     loss, expected_loss = decoder(ids, labels=labels), mean_loss(expected, labels)
     assert_near(loss, expected_loss, "loss", 1e-6)
-    if name in WITH_GRADIENTS:
+    if has_gradients:
         loss.backward()
         expected_loss.backward()
         grads = {key: each.grad for key, each in model.named_parameters()}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.tiny import save
+from tests.models.tiny import save, save_qwen3
 from tests.parallel.ranks import run_ranks
 
 
@@ -16,4 +16,5 @@ def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
     save(tmp_path / "llama", "llama", tie_word_embeddings=True, **biases)
     save(tmp_path / "qwen2", "qwen2")
     save(tmp_path / "qwen2_moe", "qwen2_moe", mlp_only_layers=[1])
+    save_qwen3(tmp_path / "qwen3")
     run_ranks("tests.models.decoder_ranks", 2, str(tmp_path))
