@@ -25,7 +25,7 @@ from nanotron_fast.train.step import TrainingStep
 HIDDEN, NUM_LAYERS, VOCAB = 32, 4, 64
 ROWS, LENGTH, MICRO_BATCHES = 2, 16, 2
 PEAK, MAX_NORM, DECAY, BETAS, EPS = 3e-3, 0.5, 0.1, (0.9, 0.95), 1e-8
-EXCLUDED = (r".*layernorm", r".*layer_norm")
+EXCLUDED = (r".*layernorm", r".*layer_norm", r".*lm_head")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,8 +200,9 @@ def plain(
     decoder = Decoder(model, device="cpu")
     fill(decoder, facts_of(decoder), 1, 0)
     named = list(decoder.named_parameters())
-    no_decay = [tensor for name, tensor in named if "norm" in name]
-    decay = [tensor for name, tensor in named if "norm" not in name]
+    # A tied head goes by its embedding's name, and is decayed.
+    no_decay = [tensor for name, tensor in named if "norm" in name or "lm_head" in name]
+    decay = [tensor for name, tensor in named if "norm" not in name and "lm_head" not in name]
     optimizer = torch.optim.AdamW(
         [{"params": decay, "weight_decay": DECAY}, {"params": no_decay, "weight_decay": 0.0}],
         lr=PEAK,
