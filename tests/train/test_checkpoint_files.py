@@ -18,7 +18,7 @@ import torch
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.formats.nanotron.checkpoint import read_nanotron, resolve_latest
 from nanotron_fast.parallel.pipeline import check_schedule
-from nanotron_fast.train.checkpoint import publish
+from nanotron_fast.train.checkpoint import Snapshot, publish, write
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer_files import (
     Described,
@@ -69,7 +69,7 @@ def test_the_files_are_those_of_nanotron(run: Run, saved: Path) -> None:
         assert set(group) == GROUP_KEYS
         assert group["params"] == [index]
         assert (group["lr"], group["initial_lr"]) == (rate(2, 3e-3), 3e-3)
-        assert group["weight_decay"] == (0.0 if "norm" in name else 0.1)
+        assert group["weight_decay"] == (0.0 if "norm" in name or "lm_head" in name else 0.1)
         assert set(state) == {"step", "exp_avg", "exp_avg_sq"}
         assert state["step"].dtype == torch.float32
         assert state["step"].shape == ()
@@ -173,6 +173,17 @@ def test_a_file_that_cannot_be_written_leaves_the_last_checkpoint(
         save_run(run, saved.parent, 3)
     assert resolve_latest(saved.parent) == saved
     assert not (saved.parent / "3").exists()
+
+
+@pytest.mark.parametrize("kind", ["document", "tensor"])
+def test_a_full_disk_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "full").symlink_to("/dev/full")
+    values = torch.zeros(1000)
+    taken = Snapshot(tensors=[("full", b"header", values)])
+    if kind == "document":
+        taken = Snapshot(documents={"full": {"values": values}})
+    with pytest.raises(OSError, match=r"No space left on device: '.*/full'"):
+        write(tmp_path, taken, fsync=False)
 
 
 def remove(path: Path) -> None:
