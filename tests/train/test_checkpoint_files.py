@@ -214,7 +214,7 @@ def change(edit: Callable[[dict], object]) -> Callable[[Path], None]:
         (rename, "1 files of pp=1 tp=2, which has 2; some are missing"),
         (spoil, f"{FILE}: it cannot be read"),
         (change(lambda found: found.pop("names")), f"{FILE}: it lacks names"),
-        (change(lambda found: found["names"].pop(3)), "there are no states of .*qkv_proj"),
+        (change(lambda found: found["names"].pop(3)), "there are no states of .*o_proj"),
         (
             change(lambda found: found["state"][0].pop("exp_avg")),
             f"{FILE}: .*token_embedding.weight has no exp_avg",
