@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import io
 import json
 import os
 import shutil
@@ -204,9 +203,7 @@ def write(folder: Path, taken: Snapshot, *, fsync: bool) -> None:
     for name, header, values in taken.tensors:
         _write_tensor(_made(folder / name), header, values, fsync=fsync)
     for name, document in taken.documents.items():
-        buffer = io.BytesIO()
-        torch.save(document, buffer)
-        write_file(_made(folder / name), buffer.getvalue(), fsync=fsync)
+        _write_document(_made(folder / name), document, fsync=fsync)
     for name, contents in taken.small_files.items():
         write_file(_made(folder / name), contents, fsync=fsync)
 
@@ -216,18 +213,52 @@ def _made(path: Path) -> Path:
     return path
 
 
+class _Writer:
+    """A file that remembers what went wrong: torch.save makes another error of it."""
+
+    def __init__(self, path: Path, *, fsync: bool) -> None:
+        self._path, self._fsync = path, fsync
+        self._error: OSError | None = None
+
+    def __enter__(self) -> _Writer:
+        self._file = open(self._path, "wb", buffering=0)
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, *_: object) -> None:
+        try:
+            if error is None and self._fsync:
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+        if self._error is not None and error is not self._error:
+            raise self._error from None
+
+    def write(self, contents: Any) -> int:
+        view = memoryview(contents).cast("B")
+        left = view
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            error.filename = error.filename or os.fspath(self._path)
+            self._error = error
+            raise
+        return len(view)
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
+
+
+def _write_document(path: Path, document: dict[str, Any], *, fsync: bool) -> None:
+    with _Writer(path, fsync=fsync) as file:
+        torch.save(document, file)
+
+
 def _write_tensor(path: Path, header: bytes, values: Tensor, *, fsync: bool) -> None:
-    contents = values.contiguous().view(-1).view(torch.uint8).numpy()
-    try:
-        with open(path, "wb") as file:
-            file.write(header)
-            file.write(memoryview(contents))
-            file.flush()
-            if fsync:
-                os.fsync(file.fileno())
-    except OSError as error:
-        error.filename = error.filename or os.fspath(path)
-        raise
+    with _Writer(path, fsync=fsync) as file:
+        file.write(header)
+        if values.numel():
+            file.write(values.contiguous().view(-1).view(torch.uint8).numpy())
 
 
 def publish(root: Path, partial: Path, step: int, *, fsync: bool) -> None:

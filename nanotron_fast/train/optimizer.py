@@ -71,7 +71,7 @@ class AdamW:
         self._groups: dict[tuple[float, float], _Group] = {}
         for place, each in enumerate(trained):
             peak = (peaks or {}).get(each.name, learning_rate)
-            decay = weight_decay if each.facts.is_decayed(excluded) else 0.0
+            decay = weight_decay if each.is_decayed(excluded) else 0.0
             if (peak, decay) not in self._groups:
                 step = torch.zeros((), dtype=torch.float32, device=mesh.device)
                 self._groups[peak, decay] = _Group(peak, decay, step)

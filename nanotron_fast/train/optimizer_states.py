@@ -46,7 +46,8 @@ class StoredStates:
         counts = {int(state["step"]) for state in self._document(place)["state"].values()}
         if len(counts) != 1:
             raise CheckpointError(
-                f"{self._files[place]}: steps of its parameters: {sorted(counts)}"
+                f"{self._files[place]}: its parameters took {sorted(counts)} steps, and should "
+                "have taken as many each"
             )
         return counts.pop()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -37,6 +37,10 @@ class Trained:
         """By which files know it: a matrix that two stages have goes by the embedding's name."""
         is_copy = self.facts.name == HEAD and self.facts.tied_with is not None
         return EMBEDDING if is_copy else self.facts.name
+
+    def is_decayed(self, excluded: Iterable[str]) -> bool:
+        """As of `Facts`; the two copies of a tied matrix alike, by the name in files."""
+        return replace(self.facts, name=self.name).is_decayed(excluded)
 
     @property
     def num_elements(self) -> int:

@@ -14,7 +14,7 @@ from nanotron_fast.models.build import load
 from nanotron_fast.train.checkpoint import metadata_document, save, snapshot
 from nanotron_fast.train.optimizer_files import MASTERS, MOMENTS
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
-from tests.train.engine import Case, Run, plain, rate
+from tests.train.engine import Case, Run, expected, rate
 
 SAVED, END = 3, 6
 
@@ -81,16 +81,16 @@ def check_resume(case: Case, others: list[Case], root: Path) -> None:
     run = resumed(case, folder)
     assert run.optimizer.num_steps == SAVED
     assert run.steps(SAVED, END) == rest, case
-    expected = values_of(straight)
+    wanted = values_of(straight)
     for name, value in values_of(run).items():
-        assert torch.equal(value, expected[name]), f"{case}: {name}"
+        assert torch.equal(value, wanted[name]), f"{case}: {name}"
 
     for number, other in enumerate(others):
         run = resumed(replace(other, is_tied=case.is_tied, dtype=case.dtype), folder)
         again = save_run(run, root / f"other-{number}", SAVED)
         check_same_states(run, folder, again)
         if case.dtype == torch.float32:
-            losses = plain(case.is_tied, False, 10)[0][SAVED:END]
+            losses = expected(case.is_tied, False, 10)[0][SAVED:END]
             for ours, theirs in zip(run.steps(SAVED, END), losses, strict=True):
                 assert abs(ours[0] - theirs[0]) <= 1e-5 * theirs[0], other
 
