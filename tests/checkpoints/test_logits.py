@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import nanotron_fast as nf
-from nanotron_fast.checkpoints.logits import compare_logits
 from nanotron_fast.checkpoints.activations import ACTIVATIONS
+from nanotron_fast.checkpoints.logits import compare_logits
 from nanotron_fast.checkpoints.nanotron_forward import NanotronForward
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.cli.commands import app
