@@ -41,7 +41,8 @@ def test_files_are_the_same(texts: Path, tmp_path: Path, tokenizer_folder: Path,
         eos_token="</s>" if eos else None,
         shuffle_documents=False,
     )
-    LocalPipelineExecutor(pipeline=[JsonlReader(str(texts)), writer], tasks=1).run()
+    pipeline = [JsonlReader(str(texts)), writer]
+    LocalPipelineExecutor(pipeline=pipeline, tasks=1, logging_dir=str(tmp_path / "logs")).run()
     for suffix in ("ds", "ds.index"):
         [ours], [theirs] = (list((tmp_path / w).glob(f"*.{suffix}")) for w in ("ours", "theirs"))
         assert ours.read_bytes() == theirs.read_bytes()
