@@ -2,26 +2,26 @@
 
 Every parameter has a `main_grad` in fp32, all of them in one buffer. Our fused functions add to it
 themselves; what other functions give as `grad` is added when autograd has finished it, and let go.
-The order of `reduce` is that of what depends on what: over tensor-parallel ranks where each has
-seen its own tokens alone, over data-parallel ranks, over the two copies of a tied matrix.
+A layer's sums over data-parallel ranks are started when the last micro-batch's backward has left
+it, and are under way while the layers before it compute; `reduce` waits for them, and adds what the
+two copies of a tied matrix have.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.kernels.optimizer import get_total_norm
+from nanotron_fast.models.architecture import Block
+from nanotron_fast.models.decoder import Decoder
+from nanotron_fast.train.buckets import Buckets
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.parameters import Trained
-from nanotron_fast.train.zero import reduce_to_runs, sum_over
-
-# Addresses that wide accesses and reductions like.
-_ALIGNMENT = 64
+from nanotron_fast.train.zero import sum_over
 
 
 class Gradients:
@@ -33,21 +33,29 @@ class Gradients:
     """
 
     def __init__(self, trained: Sequence[Trained], mesh: Mesh, *, zero_stage: int) -> None:
-        # Those that are summed over tensor-parallel ranks lie together, in front.
-        self._in_order = sorted(trained, key=lambda each: not each.facts.sums_over_tp)
-        self._mesh, self._zero_stage = mesh, zero_stage
+        self._mesh = mesh
         self._trained = list(trained)
-        sizes = [math.ceil(each.num_elements / _ALIGNMENT) * _ALIGNMENT for each in self._in_order]
-        self._buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=mesh.device)
-        at = 0
-        self._num_summed_over_tp = 0
-        for each, size in zip(self._in_order, sizes, strict=True):
-            parameter = each.tensor
-            parameter.main_grad = self._buffer[at : at + each.num_elements].view_as(parameter)
-            parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
-            at += size
-            if each.facts.sums_over_tp:
-                self._num_summed_over_tp = at
+        self._buckets = Buckets(trained, mesh, zero_stage=zero_stage)
+        for each in trained:
+            each.tensor.register_post_accumulate_grad_hook(_add_to_main_grad)
+
+    def watch(self, parts: Iterable[nn.Module]) -> None:
+        """Takes the sums of these decoders' layers while backward goes on, see `begin`."""
+        for part in parts:
+            if isinstance(part, Decoder):
+                self._buckets.watch(part)
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Before the micro-batches of a step: with the last of them sums may be started."""
+        self._buckets.begin(num_micro_batches)
+
+    @property
+    def started(self) -> frozenset[Block]:
+        """The blocks whose sums over data-parallel ranks are started, until `reduce` is done.
+
+        "head" is all that is behind the last layer, "embedding" what is before the first.
+        """
+        return frozenset(self._buckets.started)
 
     @property
     def shares(self) -> list[Tensor]:
@@ -60,18 +68,10 @@ class Gradients:
 
         Over data-parallel ranks it is the sum too, and no mean: see `scale`.
         """
-        mesh = self._mesh
-        if self._num_summed_over_tp:
-            sum_over(self._buffer[: self._num_summed_over_tp], mesh.tp_group)
-        if mesh.dp > 1:
-            if self._zero_stage > 0:
-                grads = [each.tensor.main_grad for each in self._in_order]
-                reduce_to_runs(grads, mesh.dp_group)
-            else:
-                sum_over(self._buffer, mesh.dp_group)
+        self._buckets.reduce()
         for each in self._trained:
-            if each.facts.tied_with is not None and mesh.tied_group is not None:
-                sum_over(each.share(each.tensor.main_grad), mesh.tied_group)
+            if each.facts.tied_with is not None and self._mesh.tied_group is not None:
+                sum_over(each.share(each.tensor.main_grad), self._mesh.tied_group)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -103,7 +103,7 @@ class Gradients:
 
     def clear(self) -> None:
         """Sets all of them to zero."""
-        self._buffer.zero_()
+        self._buckets.buffer.zero_()
 
 
 @torch.no_grad()

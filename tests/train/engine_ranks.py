@@ -21,7 +21,7 @@ CASES = {
         Case(pp=2, schedule="afab", is_tied=True),
         Case(pp=2, schedule="1f1b"),
         Case(pp=2, schedule="interleaved", chunks=2, has_documents=True),
-        Case(dp=2),
+        Case(dp=2, recompute="layer"),
         Case(dp=2, zero=1),
     ),
     4: (
