@@ -8,7 +8,7 @@ from typing import Any
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.train.architecture import Architecture
-from nanotron_fast.train.config import TrainingConfig
+from nanotron_fast.train.config import Muon, TrainingConfig
 from nanotron_fast.train.estimate import estimate
 from nanotron_fast.units import size
 
@@ -70,10 +70,7 @@ def _changes(config: TrainingConfig) -> Iterator[_Change]:
     """Single changes that may need less, those first that cost least time and no more ranks."""
     layout, tokens = config.parallelism, config.tokens
     if config.optimizer.zero_stage == 0 and layout.dp > 1:
-        yield _Change(
-            {"optimizer.zero_stage": 1},
-            replace(config, optimizer=replace(config.optimizer, zero_stage=1)),
-        )
+        yield _with_zero(config, 1)
     if layout.tp > 1 and layout.tp_mode == "ALL_REDUCE":
         yield _with_layout(config, tp_mode="REDUCE_SCATTER")
     if layout.pp > 1 and layout.pp_engine == "afab":
@@ -93,8 +90,16 @@ def _changes(config: TrainingConfig) -> Iterator[_Change]:
         )
     if not layout.recompute_layer:
         yield _with_layout(config, recompute_layer=True)
+    is_muon = isinstance(config.optimizer.optimizer_factory, Muon)
+    if config.optimizer.zero_stage < 3 and layout.dp > 1 and not is_muon:
+        yield _with_zero(config, 3)
     yield _with_layout(config, tp=2 * layout.tp)
     yield _with_layout(config, pp=2 * layout.pp)
+
+
+def _with_zero(config: TrainingConfig, stage: int) -> _Change:
+    changed = replace(config.optimizer, zero_stage=stage)
+    return _Change({"optimizer.zero_stage": stage}, replace(config, optimizer=changed))
 
 
 def _with_layout(config: TrainingConfig, **changes: Any) -> _Change:

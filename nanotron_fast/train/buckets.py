@@ -93,7 +93,8 @@ class Buckets:
             if number == numbers[-1] and "head" in decoder.blocks:
                 ready.insert(0, "head")
             buckets = [self._by_block[block] for block in ready if block in self._by_block]
-            when_left(layer, partial(self._passed, buckets))
+            if buckets:
+                when_left(layer, partial(self._passed, buckets))
 
     def begin(self, num_micro_batches: int) -> None:
         """Before a step: backward will pass through every layer so many times.

@@ -13,6 +13,8 @@ backward pass takes twice a forward pass.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -32,9 +34,12 @@ class Memory:
     """Bytes of one rank. What CUDA, NCCL and the allocator's gaps take comes on top.
 
     Args:
-        weights: the parameters.
-        gradients: in fp32 with accumulate_grad_in_fp32.
-        masters: fp32 copies of parameters that are not fp32, with accumulate_grad_in_fp32.
+        weights: the parameters; with ZeRO-3 what is gathered of them at once, and of parameters in
+            fp32 the rank's rows.
+        gradients: in fp32 with accumulate_grad_in_fp32; with ZeRO-3 of the rank's rows, and those
+            that are not scattered yet.
+        masters: fp32 copies of parameters that are not fp32, with accumulate_grad_in_fp32; with
+            ZeRO-3 of the rank's rows.
         moments: the optimizer's.
         activations: of the micro batches that are under way at once, the largest layer's backward
             pass, and what a pipeline receives into.
@@ -147,12 +152,16 @@ def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: i
     """What a rank of a pipeline stage needs."""
     pp = config.parallelism.pp
     has_head = stages.of("head") % pp == rank
-    states = Memory()
+    states, blocks = Memory(), Counter[int | str]()
     for param in model.params:
         # The last stage has a copy of a tied embedding.
         has_copy = param.block == "embedding" and has_head and model.spec.tie_word_embeddings
         if stages.of(param.block) % pp == rank or has_copy:
             states = _sum(states, _states(config, model, param))
+            if not param.is_fp32:
+                blocks[param.block] += math.prod(param.local_shape(model.topology.sizes))
+    if _is_by_rows(config):
+        states = _sum(states, _gathered(blocks, VALUE_BYTES[config.model.dtype]))
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
     columns = model.padded_vocab_size // config.parallelism.tp
@@ -168,9 +177,11 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
     optimizer = config.optimizer
     elements = math.prod(param.local_shape(model.topology.sizes))
     value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
+    if _is_by_rows(config) and not param.is_fp32:
+        return _states_by_rows(config, model, param)
     in_fp32 = optimizer.accumulate_grad_in_fp32
-    # ZeRO gives each data-parallel rank a slice of the flattened parameter.
-    is_shared = optimizer.zero_stage > 0
+    # ZeRO-1 gives each data-parallel rank a slice of the flattened parameter.
+    is_shared = optimizer.zero_stage == 1
     share = -(-elements // config.parallelism.dp) if is_shared else elements
     is_hidden_matrix = isinstance(param.block, int) and len(param.shape) > 1
     is_muon = isinstance(optimizer.optimizer_factory, Muon)
@@ -180,6 +191,39 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
         gradients=elements * (4 if in_fp32 else value_bytes),
         masters=share * 4 if in_fp32 and value_bytes < 4 else 0,
         moments=share * num_moments * (4 if in_fp32 else value_bytes),
+    )
+
+
+def _is_by_rows(config: TrainingConfig) -> bool:
+    return config.optimizer.zero_stage == 3 and config.parallelism.dp > 1
+
+
+def _states_by_rows(config: TrainingConfig, model: Architecture, param: Param) -> Memory:
+    """The rows that the first data-parallel rank keeps, in fp32 whatever the model's dtype."""
+    rows, *width = param.local_shape(model.topology.sizes)
+    share = 4 * -(-rows // config.parallelism.dp) * math.prod(width)
+    in_fp32 = config.model.dtype == "float32"
+    return Memory(
+        weights=share if in_fp32 else 0,
+        masters=0 if in_fp32 else share,
+        gradients=share,
+        moments=2 * share,
+    )
+
+
+def _gathered(blocks: Mapping[int | str, int], value_bytes: int) -> Memory:
+    """What ZeRO-3 has of whole parameters at once: all beside the layers, and of those two.
+
+    One computes while the next is gathered. Gradients are summed in fp32.
+
+    Args:
+        blocks: elements of each block of a rank.
+    """
+    layer = max((count for block, count in blocks.items() if isinstance(block, int)), default=0)
+    beside = sum(count for block, count in blocks.items() if not isinstance(block, int))
+    return Memory(
+        weights=(beside + 2 * layer) * value_bytes,
+        gradients=(beside + layer) * value_bytes + 4 * max(beside, layer),
     )
 
 

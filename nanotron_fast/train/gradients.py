@@ -28,15 +28,17 @@ class Gradients:
     """The gradients of a rank's parameters.
 
     Args:
-        trained: the parameters. Each is given its `main_grad`, zero.
+        trained: the parameters. Each is given its `main_grad`, zero; with ZeRO-3 those that no rank
+            has whole have their sums in `grad`, which fully_shard adds to.
         zero_stage: with 1 a rank has the sums of its own runs alone after `reduce`.
     """
 
     def __init__(self, trained: Sequence[Trained], mesh: Mesh, *, zero_stage: int) -> None:
         self._mesh = mesh
         self._trained = list(trained)
-        self._buckets = Buckets(trained, mesh, zero_stage=zero_stage)
-        for each in trained:
+        whole = [each for each in trained if not each.is_by_rows]
+        self._buckets = Buckets(whole, mesh, zero_stage=zero_stage if zero_stage == 1 else 0)
+        for each in whole:
             each.tensor.register_post_accumulate_grad_hook(_add_to_main_grad)
 
     def watch(self, parts: Iterable[nn.Module]) -> None:
@@ -60,7 +62,7 @@ class Gradients:
     @property
     def shares(self) -> list[Tensor]:
         """This rank's run of each gradient, in the order of the parameters: flat views, fp32."""
-        return [each.share(each.tensor.main_grad) for each in self._trained]
+        return [_share(each) for each in self._trained]
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -70,8 +72,10 @@ class Gradients:
         """
         self._buckets.reduce()
         for each in self._trained:
-            if each.facts.tied_with is not None and self._mesh.tied_group is not None:
-                sum_over(each.share(each.tensor.main_grad), self._mesh.tied_group)
+            if each.is_by_rows and each.facts.sums_over_tp and each.run[0] < each.run[1]:
+                sum_over(_share(each), self._mesh.tp_group)
+            if each.facts.tied_with is not None and each.run[0] < each.run[1]:
+                sum_over(_share(each), self._mesh.tied_group)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -104,6 +108,18 @@ class Gradients:
     def clear(self) -> None:
         """Sets all of them to zero."""
         self._buckets.buffer.zero_()
+        for each in self._trained:
+            if each.is_by_rows:
+                each.tensor.grad = None
+
+
+def _share(trained: Trained) -> Tensor:
+    """This rank's run of a gradient, to be written to."""
+    if not trained.is_by_rows:
+        return trained.share(trained.tensor.main_grad)
+    if trained.tensor.grad is None:  # the step has not come by it
+        trained.tensor.grad = torch.zeros_like(trained.tensor)
+    return trained.share(trained.tensor.grad)
 
 
 @torch.no_grad()

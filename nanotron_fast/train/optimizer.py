@@ -49,7 +49,7 @@ class AdamW:
         betas, eps: of AdamW.
         weight_decay: of every parameter that no pattern excludes.
         excluded: regular expressions that match the beginning of a name.
-        zero_stage: 1 where each data-parallel rank steps its runs alone.
+        zero_stage: with 1 a parameter is made whole after the step; with 3 when it is needed.
     """
 
     def __init__(
@@ -114,7 +114,7 @@ class AdamW:
             torch._foreach_mul_(filled, scale)
         for group in self._groups.values():
             self._step_group(group, shares, rate(group.peak), inverse)
-        if self._zero_stage > 0 and self._mesh.dp > 1:
+        if self._zero_stage == 1 and self._mesh.dp > 1:
             self._gather()
 
     def _step_group(

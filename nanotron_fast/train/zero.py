@@ -73,6 +73,21 @@ def gather_runs(tensors: Sequence[Tensor], group: Group) -> None:
     _in_turn(lambda tensor: _start_gather(tensor, ranks), tensors)
 
 
+def gathered(own: Tensor, runs: Sequence[Run], group: Group) -> Tensor:
+    """A flattened tensor from the runs that the ranks of a group have of it.
+
+    Args:
+        own: this rank's run, flat.
+        runs: of all ranks, one after another; some may be shorter than others, or empty.
+    """
+    ranks = resolve(group)
+    whole = own.new_empty(runs[-1][1])
+    start, end = runs[ranks.rank]
+    whole[start:end].copy_(own)
+    _start_gather_of(whole, runs, ranks)()
+    return whole
+
+
 def _in_turn(start: Callable[[Tensor], Callable[[], None]], tensors: Iterable[Tensor]) -> None:
     """Starts the next while the last are on their way."""
     under_way: deque[Callable[[], None]] = deque()
@@ -85,7 +100,11 @@ def _in_turn(start: Callable[[Tensor], Callable[[], None]], tensors: Iterable[Te
 
 
 def _start_gather(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
-    runs = runs_of(flat.numel(), ranks.size)
+    return _start_gather_of(flat, runs_of(flat.numel(), ranks.size), ranks)
+
+
+def _start_gather_of(flat: Tensor, runs: Sequence[Run], ranks: Ranks) -> Callable[[], None]:
+    """The first run is the longest."""
     start, end = runs[ranks.rank]
     longest = runs[0][1]
     own = flat[start:end]

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanotron_fast.models.build import load
 from nanotron_fast.train.checkpoint import metadata_document, save, snapshot
 from nanotron_fast.train.optimizer_files import MASTERS, MOMENTS
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
@@ -47,13 +46,7 @@ def save_run(run: Run, root: Path, step: int) -> Path:
 
 
 def resumed(case: Case, folder: Path) -> Run:
-    run = Run(case)
-    for part in run.parts:
-        with torch.no_grad():
-            for tensor in part.parameters():
-                tensor.fill_(float("nan"))
-        load(part, folder, tp_rank=run.mesh.tp_rank)
-    run.build()
+    run = Run(case, folder)
     load_states(folder, run.optimizer, run.mesh)
     return run
 
@@ -62,7 +55,7 @@ def values_of(run: Run) -> dict[str, Tensor]:
     found = {}
     for state in run.optimizer.states:
         name = state.trained.facts.name
-        found[name] = state.trained.tensor.detach().clone()
+        found[name] = state.trained.values(run.mesh).clone()
         for key in ("master", *MOMENTS):
             found[f"{name} {key}"] = getattr(state, key).clone()
     return found

@@ -19,6 +19,7 @@ from nanotron_fast.parallel.attention import tensor_parallel_attention
 from nanotron_fast.parallel.mlp import tensor_parallel_mlp
 from nanotron_fast.train import TrainingConfig
 from nanotron_fast.train.activations import MicroBatch, in_flight
+from nanotron_fast.train.advice import advice
 from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.devices import peak_flops
 from nanotron_fast.train.estimate import Estimate, estimate
@@ -105,6 +106,38 @@ def test_shards_and_slices() -> None:
     slices = 4 * (sum(-(-each // 3) for each in matrices) + 2 * 22) + 22 + 2 * -(-ROWS // 3)
     assert shared.memory.masters == 4 * slices
     assert shared.memory.moments == 8 * slices
+
+
+def test_rows_and_what_is_gathered_of_them() -> None:
+    # Of 64, 128, 320 and 512 rows each of three ranks has 22, 43, 107 and 171 at the most.
+    layer = (43 + 22 + 107) * 64 + 22 * 160 + 2 * 22
+    rows = 4 * layer + 22 + 2 * 171 * 64
+    beside = 64 + 2 * ROWS
+    memory = of(**layout(dp=3), optimizer__zero_stage=3).memory
+    assert memory.masters == 4 * rows
+    assert memory.moments == 8 * rows
+    assert memory.weights == 2 * (beside + 2 * LAYER)
+    assert memory.gradients == 4 * rows + 2 * (beside + LAYER) + 4 * max(beside, LAYER)
+    fp32 = of(**layout(dp=3), optimizer__zero_stage=3, model__dtype="float32").memory
+    assert (fp32.masters, fp32.moments) == (0, 8 * rows)
+    assert fp32.weights == 4 * rows + 4 * (beside + 2 * LAYER)
+    # A single data-parallel rank has nobody to share with.
+    assert of(optimizer__zero_stage=3).memory == of().memory
+
+
+def test_zero_3_is_proposed_where_nothing_but_more_ranks_would_help() -> None:
+    document_ = document(**layout(dp=8), optimizer__zero_stage=1)
+    document_["parallelism"]["recompute_layer"] = True
+    document_["tokens"]["micro_batch_size"] = 1
+    document_["model"]["model_config"]["num_hidden_layers"] = 32
+    config = TrainingConfig.from_dict(document_)
+    model = architecture(config)
+    needed = estimate(config, model).memory.total
+    first, *_ = advice(config, model, needed * 2 // 3)[1:]
+    assert first.startswith("--optimizer.zero_stage=3 (8 ranks):")
+    document_["optimizer"]["optimizer_factory"] = {"name": "muon"}
+    config = TrainingConfig.from_dict(document_)
+    assert "zero_stage" not in " ".join(advice(config, model, needed // 2))
 
 
 def test_stages_own_their_layers_and_a_tied_embedding_twice() -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.train.config.optimizer import Sgd
+from nanotron_fast.train.config.optimizer import Muon, Sgd
 from nanotron_fast.train.config.place import Place, shown
 from nanotron_fast.train.config.sections import CheckpointInit, RandomInit
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanotron_fast.train.config.training_config import TrainingConfig
 
 DTYPES = ("bfloat16", "float32")
-ZERO_STAGES = (0, 1)
+ZERO_STAGES = (0, 1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +42,10 @@ def _over_one(size: int) -> int | None:
 
 def _sgd(config: TrainingConfig) -> object | None:
     return "sgd" if isinstance(config.optimizer.optimizer_factory, Sgd) else None
+
+
+def _is_muon(config: TrainingConfig) -> bool:
+    return isinstance(config.optimizer.optimizer_factory, Muon)
 
 
 def _scaling(config: TrainingConfig) -> object | None:
@@ -81,8 +85,13 @@ REFUSALS = (
     Refusal(
         "optimizer.zero_stage",
         lambda config: _outside(config.optimizer.zero_stage, ZERO_STAGES),
-        "there is 0 (every rank keeps all states of the optimizer) and 1 (they are shared out "
-        "among dp ranks)",
+        "there is 0 (every rank keeps all states of the optimizer), 1 (they are shared out among "
+        "dp ranks) and 3 (weights and gradients as well)",
+    ),
+    Refusal(
+        "optimizer.optimizer_factory.name",
+        lambda config: "muon" if _is_muon(config) and config.optimizer.zero_stage == 3 else None,
+        "it steps whole matrices, and with zero_stage 3 no rank has one. Use zero_stage 1",
     ),
     Refusal(
         "optimizer.optimizer_factory.name",
