@@ -68,7 +68,7 @@ class Mesh:
             if size < 1:
                 raise TopologyError(f"{name}={size}: a group has at least one rank")
         where = _device(device)
-        wanted, started = dp * pp * tp, _num_processes()
+        wanted, started = dp * pp * tp, num_processes()
         if wanted != started:
             raise TopologyError(
                 f"dp={dp} pp={pp} tp={tp} are {wanted} ranks, and {started} "
@@ -79,9 +79,7 @@ class Mesh:
             torch.cuda.set_device(where)
         if wanted == 1:
             return cls(device=where)
-        is_ours = not dist.is_initialized()
-        if is_ours:
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        is_ours = join(where)
         mesh = init_device_mesh(where.type, (pp, dp, tp), mesh_dim_names=AXES)
         groups = {
             f"{axis}_group": mesh.get_group(axis) if size > 1 else None
@@ -124,7 +122,24 @@ class Mesh:
     def close(self) -> None:
         """Disconnects the processes, where `connect` has connected them."""
         if self.is_ours:
-            dist.destroy_process_group()
+            leave()
+
+
+def join(device: torch.device | str | None = None) -> bool:
+    """Connects the processes that torchrun started: GPUs over NCCL, everything else over gloo.
+
+    Returns whether that was done here: there may be one process alone, or they are connected.
+    """
+    if dist.is_initialized() or num_processes() == 1:
+        return False
+    where = _device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    return True
+
+
+def leave() -> None:
+    """Disconnects them."""
+    dist.destroy_process_group()
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -135,7 +150,8 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Of this run: those that are connected, or that torchrun has started."""
     if dist.is_initialized():
         return int(dist.get_world_size())
     return int(os.environ.get("WORLD_SIZE") or 1)

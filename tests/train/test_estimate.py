@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nanotron_fast
-from nanotron_fast.cli.train import dry_run, overrides_of
+from nanotron_fast.cli.dry_run import dry_run, overrides_of
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.model.spec import Attention, Dense, Layer
