@@ -160,11 +160,12 @@ def metadata_document(
 
 @dataclass(frozen=True, slots=True)
 class Beside:
-    """What lies beside the weights of every checkpoint of a run: the first rank writes it.
+    """What lies beside the weights of every checkpoint of a run.
 
     Args:
-        documents: contents by name: the configurations, a tokenizer's files.
-        exports_hf: a Hugging Face folder `hf/` as well, by the converter.
+        documents: contents by name: the configurations, a tokenizer's files. The first rank writes
+            them, and others need not have them.
+        exports_hf: a Hugging Face folder `hf/` as well, on which all ranks work.
     """
 
     documents: Mapping[str, bytes] = field(default_factory=dict)

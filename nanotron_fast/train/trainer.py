@@ -97,7 +97,9 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         for warning in (*trainer.config.warnings, *model.warnings):
             tell("warning", warning)
     with everyone.step():
-        beside = beside_of_run(config, model, weights) if mesh.rank == 0 else Beside()
+        beside = Beside(exports_hf=config.checkpoints.export_hf)
+        if mesh.rank == 0:
+            beside = beside_of_run(config, model, weights)
     data = _data(trainer, sourced, model, mesh, start, everyone)
     with everyone.step(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
