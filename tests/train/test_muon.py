@@ -48,7 +48,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def decoder_of(tp: int = 1, tp_rank: int = 0) -> Decoder:
+def decoder_of(tp: int = 1, tp_rank: int = 0, dtype: torch.dtype = torch.float32) -> Decoder:
     """A dense layer and one of experts, filled with the same numbers at every topology."""
     attention = Attention(4, 2, 8, (0, 8), has_qkv_bias=True)
     experts = Experts(NUM_EXPERTS, 2, INNER, 20, has_shared_expert=True)
@@ -64,7 +64,8 @@ def decoder_of(tp: int = 1, tp_rank: int = 0) -> Decoder:
         rope_theta=1e4,
         tie_word_embeddings=False,
     )
-    decoder = Decoder(Architecture.of_spec(spec), topology=Topology(tp=tp), device="cpu")
+    architecture = Architecture.of_spec(spec)
+    decoder = Decoder(architecture, topology=Topology(tp=tp), dtype=dtype, device="cpu")
     initialize(decoder, tp_rank=tp_rank)
     return decoder
 
@@ -177,6 +178,24 @@ def test_matrices_become_orthogonal_and_zeros_stay() -> None:
     both = orthogonal(torch.cat([torch.zeros_like(given), given]), steps=5, dtype=torch.float32)
     assert not both[0].any()
     torch.testing.assert_close(both[1], alone[0], rtol=1e-5, atol=1e-6)
+
+
+def test_masters_are_fp32_and_parameters_their_rounding() -> None:
+    mesh = Mesh(device=CPU)
+    decoder = decoder_of(dtype=torch.bfloat16)
+    trained = trained_parameters([decoder], [facts_of(decoder)], mesh, zero_stage=0)
+    optimizer = Muon(trained, mesh, learning_rate=PEAK)
+    in_fp32 = rank_of(mesh, 0, weight_decay=0.0, betas=(0.9, 0.999))
+    for state, other in zip(optimizer.states, in_fp32.states, strict=True):
+        other.master.copy_(state.master)  # rounded once
+    for number in range(2):
+        step(optimizer, mesh, number)
+        step(in_fp32, mesh, number)
+    for state, other in zip(optimizer.states, in_fp32.states, strict=True):
+        assert state.master.dtype == torch.float32
+        torch.testing.assert_close(state.master, other.master, rtol=1e-5, atol=1e-6)
+        tensor = state.trained.tensor
+        assert torch.equal(tensor, state.master.to(tensor.dtype).view_as(tensor))
 
 
 # --- However it is spread
