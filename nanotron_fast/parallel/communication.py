@@ -7,6 +7,7 @@ reorder and fuse itself.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,28 @@ def start_reduce_scatter(tensor: Tensor, ranks: Ranks) -> Pending:
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     out = tensor.new_empty((tensor.shape[0] // ranks.size, *tensor.shape[1:]))
     return Pending(out, scatter(out, tensor, group=_group(ranks), async_op=True))
+
+
+def start_all_to_all(
+    tensor: Tensor, ranks: Ranks, *, sent: Sequence[int], received: Sequence[int]
+) -> Pending:
+    """Rows for each rank, one rank's after another's, become those that each has for this one.
+
+    Not to be traced.
+
+    Args:
+        tensor: (sum of sent, ...).
+        sent, received: how many rows go to each rank, and come from it. What a rank sends to
+            another is what that one receives from it.
+    """
+    if ranks.size == 1:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    out = tensor.new_empty((sum(received), *tensor.shape[1:]))
+    work = dist.all_to_all_single(
+        out, tensor, list(received), list(sent), group=_group(ranks), async_op=True
+    )
+    return Pending(out, work)
 
 
 def _group(ranks: Ranks) -> dist.ProcessGroup:

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import Experts
 from nanotron_fast.train.activations import MicroBatch, in_flight
@@ -172,9 +173,8 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
     # ZeRO gives each data-parallel rank a slice of the flattened parameter.
     is_shared = optimizer.zero_stage > 0
     share = -(-elements // config.parallelism.dp) if is_shared else elements
-    is_hidden_matrix = isinstance(param.block, int) and len(param.shape) > 1
     is_muon = isinstance(optimizer.optimizer_factory, Muon)
-    num_moments = 1 if is_muon and is_hidden_matrix else 2
+    num_moments = 1 if is_muon and is_hidden_matrix(param) else 2
     return Memory(
         weights=elements * value_bytes,
         gradients=elements * (4 if in_fp32 else value_bytes),

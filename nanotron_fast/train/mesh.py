@@ -9,6 +9,7 @@ groups have one rank here.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class Mesh:
         device: on which it computes.
         device_mesh: the same in torch's words, its dimensions called as AXES; None for one rank.
         tp_group, dp_group, pp_group: the groups that this rank is in; None where it is alone.
+        stage_group: the ranks of its pipeline stage, tp fastest; None where it is alone.
         tied_group: the first and the last stage of a pipeline, with the same dp and tp rank; None
             on other stages and without a pipeline.
         world: all ranks; None for one rank.
@@ -46,6 +48,7 @@ class Mesh:
     tp_group: Group = None
     dp_group: Group = None
     pp_group: Group = None
+    stage_group: Group = None
     tied_group: Group = None
     world: Group = None
     is_ours: bool = False
@@ -92,6 +95,7 @@ class Mesh:
             rank=dist.get_rank(),
             device=where,
             device_mesh=mesh,
+            stage_group=_stage_group(dp, pp, tp, groups),
             tied_group=_tied_group(dp, pp, tp),
             world=dist.group.WORLD,
             is_ours=is_ours,
@@ -155,6 +159,21 @@ def num_processes() -> int:
     if dist.is_initialized():
         return int(dist.get_world_size())
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _stage_group(dp: int, pp: int, tp: int, groups: Mapping[str, Group]) -> Group:
+    """The group of this rank's pipeline stage: one that is there, where one has just its ranks."""
+    if pp == 1:
+        return dist.group.WORLD
+    if dp == 1 or tp == 1:
+        return groups["tp_group" if dp == 1 else "dp_group"]
+    mine: Group = None
+    for first in range(0, pp * dp * tp, dp * tp):  # every rank takes part in making every group
+        members = list(range(first, first + dp * tp))
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
 
 
 def _tied_group(dp: int, pp: int, tp: int) -> Group:

@@ -27,7 +27,6 @@ OPTIMIZER, LR_SCHEDULER = "optimizer", "lr_scheduler"
 OPTIMIZER_CONFIG = "optimizer_config.json"
 MASTERS = "gradient_accumulator"
 ZERO, PLAIN = "ZeroDistributedOptimizer", "OptimizerFromGradientAccumulator"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _NAME = re.compile(
     r"optimizer_pp-(?P<pp>\d+)-of-(?P<pps>\d+)(_dp-(?P<dp>\d+)-of-(?P<dps>\d+))?"
@@ -90,15 +89,7 @@ def optimizer_document(optimizer: AdamW, rate: Rate, *, zero_stage: int) -> dict
             {
                 "lr": rate(peak),
                 "weight_decay": decay,
-                "betas": optimizer.betas,
-                "eps": optimizer.eps,
-                "amsgrad": False,
-                "maximize": False,
-                "foreach": None,
-                "capturable": False,
-                "differentiable": False,
-                "fused": True,
-                "decoupled_weight_decay": True,
+                **optimizer.options_of(each.trained),
                 "initial_lr": peak,
                 "params": [index] if is_here else [],
             }
@@ -109,8 +100,7 @@ def optimizer_document(optimizer: AdamW, rate: Rate, *, zero_stage: int) -> dict
         names[index] = each.trained.name
         state[index] = {
             "step": torch.tensor(steps, dtype=torch.float32),
-            "exp_avg": _kept(each.exp_avg, shape),
-            "exp_avg_sq": _kept(each.exp_avg_sq, shape),
+            **{key: _kept(moment, shape) for key, moment in each.moments.items()},
         }
         masters[each.trained.name] = _kept(each.master, shape)
     return {"state": state, "param_groups": groups, "names": names, MASTERS: masters}

@@ -23,13 +23,20 @@ CASES = {
         Case(pp=2, schedule="interleaved", chunks=2, has_documents=True),
         Case(dp=2),
         Case(dp=2, zero=1),
+        Case(tp=2, mode="reduce_scatter", is_muon=True),
+        Case(dp=2, is_muon=True),
+        Case(dp=2, zero=1, is_muon=True),
     ),
     4: (
         Case(tp=2, pp=2, schedule="1f1b", mode="reduce_scatter", is_tied=True),
         Case(tp=2, dp=2, mode="reduce_scatter", zero=1),
         Case(pp=2, dp=2, schedule="interleaved", chunks=2, zero=1),
+        Case(tp=2, pp=2, schedule="1f1b", is_muon=True),
     ),
-    8: (Case(tp=2, pp=2, dp=2, schedule="1f1b", mode="reduce_scatter", zero=1, is_tied=True),),
+    8: (
+        Case(tp=2, pp=2, dp=2, schedule="1f1b", mode="reduce_scatter", zero=1, is_tied=True),
+        Case(tp=2, pp=2, dp=2, schedule="1f1b", zero=1, is_muon=True),
+    ),
 }
 # What is saved, and where it is gone on with.
 RESUMED = {
@@ -37,7 +44,10 @@ RESUMED = {
         (Case(tp=2, is_tied=True), [Case(pp=2, schedule="interleaved", chunks=2)]),
         (Case(dp=2, zero=1, dtype=torch.bfloat16), [Case(tp=2)]),
     ),
-    4: ((Case(tp=2, dp=2, zero=1), [Case(pp=2, dp=2, zero=1), Case(tp=2, pp=2)]),),
+    4: (
+        (Case(tp=2, dp=2, zero=1), [Case(pp=2, dp=2, zero=1), Case(tp=2, pp=2)]),
+        (Case(tp=2, dp=2, zero=1, is_muon=True), [Case(tp=2, pp=2)]),
+    ),
     8: (),
 }
 

@@ -87,6 +87,19 @@ def test_states_of_every_kind() -> None:
     # Muon keeps one number for each element of a layer's matrices, AdamW two for the rest.
     muon = of(optimizer__optimizer_factory={"name": "muon"}).memory
     assert muon.moments == 4 * (2 * LLAMA - 4 * LAYER_PRODUCTS)
+    # Experts are matrices of the layer, a router and a gate of one row are not.
+    experts = {
+        "num_experts": 8, "top_k": 2, "moe_intermediate_size": 16, "layers": [1],
+        "enable_shared_expert": True, "shared_expert_intermediate_size": 24,
+    }  # fmt: skip
+    sizes = {key: value for key, value in MODEL_CONFIG.items() if key != "is_llama_config"}
+    moe = {**sizes, "is_qwen2_config": True, "moe_config": experts}
+    adamw, muon = (
+        of(model__model_config=moe, **changes).memory.moments
+        for changes in ({}, {"optimizer__optimizer_factory": {"name": "muon"}})
+    )
+    matrices = 4 * LAYER_PRODUCTS - 3 * 160 * 64 + 8 * 3 * 16 * 64 + 3 * 24 * 64
+    assert adamw - muon == 4 * matrices
 
 
 def test_shards_and_slices() -> None:
