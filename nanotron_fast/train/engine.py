@@ -17,10 +17,10 @@ from nanotron_fast.models.facts import facts_of
 from nanotron_fast.models.initialize import initialize, mup_learning_rate_factor
 from nanotron_fast.parallel.pipeline import Pipeline
 from nanotron_fast.train.config import CheckpointInit, MupInit, RandomInit, TrainingConfig
-from nanotron_fast.train.config.optimizer import Sgd
 from nanotron_fast.train.gradients import Gradients
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW
+from nanotron_fast.train.optimizer_choice import optimizer_of
 from nanotron_fast.train.parameters import Trained, trained_parameters
 from nanotron_fast.train.step import TrainingStep
 
@@ -72,7 +72,7 @@ def engine_of(
         device=mesh.device,
         tokens_split=layout.tp if layout.tp_mode == "REDUCE_SCATTER" else 1,
     )
-    optimizer = _optimizer(config, trained, mesh)
+    optimizer = optimizer_of(config, trained, mesh, _peaks(config, trained))
     step = TrainingStep(
         pipeline,
         Gradients(trained, mesh, zero_stage=zero_stage),
@@ -128,22 +128,9 @@ def _fill(part: Decoder, config: TrainingConfig, mesh: Mesh, weights: Path | Non
         initialize(part, tp_rank=mesh.tp_rank, seed=seed, is_mup=True)
 
 
-def _optimizer(config: TrainingConfig, trained: tuple[Trained, ...], mesh: Mesh) -> AdamW:
-    section = config.optimizer
-    factory = section.optimizer_factory
-    assert not isinstance(factory, Sgd)  # or the configuration was refused
-    highest = section.learning_rate_scheduler.learning_rate
-    peaks: dict[str, float] = {}
-    if isinstance(config.model.init_method, MupInit):
-        peaks = {each.name: highest * mup_learning_rate_factor(each.facts) for each in trained}
-    return AdamW(
-        trained,
-        mesh,
-        learning_rate=highest,
-        betas=(factory.adam_beta1, factory.adam_beta2),
-        eps=factory.adam_eps,
-        weight_decay=section.weight_decay,
-        excluded=section.weight_decay_exclude_named_params,
-        peaks=peaks,
-        zero_stage=section.zero_stage,
-    )
+def _peaks(config: TrainingConfig, trained: tuple[Trained, ...]) -> dict[str, float]:
+    """The highest learning rate of each parameter, where muP gives it one of its own."""
+    if not isinstance(config.model.init_method, MupInit):
+        return {}
+    highest = config.optimizer.learning_rate_scheduler.learning_rate
+    return {each.name: highest * mup_learning_rate_factor(each.facts) for each in trained}
