@@ -20,6 +20,19 @@ class PeerFailed(NanotronFastError):
     """Another process failed, and has said why."""
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of a collective means that a process on the other end is gone."""
+    text = str(error)
+    return any(
+        words in text
+        for words in (
+            "Connection closed by peer",
+            "Connection reset by peer",
+            "remote process exited",
+        )
+    )
+
+
 class Processes:
     """The only process there is."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanotron_fast import interruption
-from nanotron_fast.cli.entry import EXIT_BAD_INPUT
+from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_FAULT
 
 if TYPE_CHECKING:
     from nanotron_fast.train import TrainingResult
@@ -121,7 +121,7 @@ class _TokenBar:
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Of several ranks that end for one reason, one says it."""
-    from nanotron_fast.checkpoints.processes import PeerFailed
+    from nanotron_fast.checkpoints.processes import PeerFailed, is_lost_peer
     from nanotron_fast.errors import TrainingError
 
     try:
@@ -132,6 +132,11 @@ def _told_once() -> Iterator[None]:
         if _rank() == 0:
             raise
         raise typer.Exit(EXIT_BAD_INPUT) from None
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        typer.echo(f"error: rank {_rank()} ends, since another rank is gone: {error}", err=True)
+        raise typer.Exit(EXIT_FAULT) from None
 
 
 def _tell(result: TrainingResult, *, json: bool, is_quiet: bool) -> None:

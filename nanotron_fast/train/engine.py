@@ -66,7 +66,7 @@ def engine_of(
     pipeline = Pipeline(
         parts,
         group=mesh.pp_group,
-        schedule=layout.pp_engine,
+        schedule=_schedule(config),
         hidden_size=architecture.spec.hidden_size,
         dtype=dtype_of(config),
         device=mesh.device,
@@ -81,6 +81,13 @@ def engine_of(
         max_norm=config.optimizer.clip_grad,
     )
     return Engine(architecture, parts, trained, optimizer, step)
+
+
+def _schedule(config: TrainingConfig) -> str:
+    """With fewer micro-batches than stages 1f1b has nothing to alternate."""
+    layout = config.parallelism
+    is_short = config.tokens.batch_accumulation_per_replica < layout.pp
+    return "afab" if layout.pp_engine == "1f1b" and is_short else layout.pp_engine
 
 
 def dtype_of(config: TrainingConfig) -> torch.dtype:

@@ -34,8 +34,8 @@ class Memory:
 
     Args:
         weights: the parameters.
-        gradients: in fp32 with accumulate_grad_in_fp32.
-        masters: fp32 copies of parameters that are not fp32, with accumulate_grad_in_fp32.
+        gradients: in fp32.
+        masters: fp32 copies of parameters that are not fp32.
         moments: the optimizer's.
         activations: of the micro batches that are under way at once, the largest layer's backward
             pass, and what a pipeline receives into.
@@ -169,7 +169,6 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
     optimizer = config.optimizer
     elements = math.prod(param.local_shape(model.topology.sizes))
     value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
-    in_fp32 = optimizer.accumulate_grad_in_fp32
     # ZeRO gives each data-parallel rank a slice of the flattened parameter.
     is_shared = optimizer.zero_stage > 0
     share = -(-elements // config.parallelism.dp) if is_shared else elements
@@ -177,9 +176,9 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
     num_moments = 1 if is_muon and is_hidden_matrix(param) else 2
     return Memory(
         weights=elements * value_bytes,
-        gradients=elements * (4 if in_fp32 else value_bytes),
-        masters=share * 4 if in_fp32 and value_bytes < 4 else 0,
-        moments=share * num_moments * (4 if in_fp32 else value_bytes),
+        gradients=elements * 4,
+        masters=share * 4 if value_bytes < 4 else 0,
+        moments=share * num_moments * 4,
     )
 
 

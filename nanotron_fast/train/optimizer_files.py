@@ -170,7 +170,11 @@ def found_files(folder: Path) -> tuple[dict[Place, Path], dict[str, int]]:
         dps = None if match["dps"] is None else int(match["dps"])
         sizes.add((int(match["pps"]), int(match["tps"]), dps))
     if not files:
-        raise CheckpointError(f"{folder / OPTIMIZER}: there are no states of an optimizer in it")
+        raise CheckpointError(
+            f"{folder / OPTIMIZER}: there are no states of an optimizer in it; "
+            "checkpoints.load_optimizer=false goes on without them, and model.init_method.path "
+            "begins a new run with the weights"
+        )
     if len(sizes) > 1:
         raise CheckpointError(f"{folder / OPTIMIZER}: files of two topologies are mixed")
     ((pp, tp, dp_size),) = sizes

@@ -133,9 +133,10 @@ class Run:
                 batch, failure = _next(batches)
                 is_stopped, memory = self._agree(failure or self.saver.error)
                 metrics = self._metrics(step, loss, norm, seconds, memory)
-                if self._is_validated(step):
-                    validation_loss = self._validation_loss(step)
-                    metrics = replace(metrics, validation_loss=validation_loss)
+                validated = self._validation_loss(step)
+                if validated is not None:
+                    validation_loss = validated
+                    metrics = replace(metrics, validation_loss=validated)
                 self.report(metrics)
                 self._check(metrics)
                 if step % section.checkpoint_interval == 0:
@@ -247,12 +248,15 @@ class Run:
                     + (f"{kept} is the last checkpoint" if kept else "there is no checkpoint yet")
                 )
 
-    def _is_validated(self, step: int) -> bool:
+    def _validation_loss(self, step: int) -> float | None:
+        """The mean over the samples that are held out; None where it is not the time for it."""
         interval = self.config.tokens.val_check_interval
-        return interval > 0 and step % interval == 0 and bool(self.data.validation(step))
-
-    def _validation_loss(self, step: int) -> float:
-        tensors = self._moved(self._joined(self.data.validation(step)))
+        if interval <= 0 or step % interval:
+            return None
+        micro_batches = self.data.validation(step)
+        if not micro_batches:
+            return None
+        tensors = self._moved(self._joined(micro_batches))
         size = self.config.tokens.micro_batch_size
         return float(self.engine.step.evaluate(**tensors, micro_batch_size=size).item())
 

@@ -15,6 +15,7 @@ import torch
 
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.checkpoints.source import resolve
+from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.train.architecture import Architecture, architecture
 from nanotron_fast.train.beside import beside_of_run
 from nanotron_fast.train.checkpoint import Beside
@@ -74,9 +75,13 @@ class Trainer:
         mesh = Mesh.connect(dp=layout.dp, pp=layout.pp, tp=layout.tp, device=self._device)
         try:
             with stop_request() as stop, ExitStack() as stack:
-                return _prepared(self, mesh, stop, stack).to_the_end()
-        finally:
+                result = _prepared(self, mesh, stop, stack).to_the_end()
+        except (NanotronFastError, OSError):
+            # All ranks come here. After any other error the rest may be waiting for ever.
             mesh.close()
+            raise
+        mesh.close()
+        return result
 
 
 def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack) -> Run:

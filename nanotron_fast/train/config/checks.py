@@ -209,6 +209,11 @@ def _pointless(config: TrainingConfig, place: Place) -> list[str]:
             f"{place.at('optimizer.accumulate_grad_in_fp32')} has no effect: the parameters are "
             "float32 themselves. Nanotron refuses it so"
         )
+    if config.model.dtype != "float32" and not config.optimizer.accumulate_grad_in_fp32:
+        warnings.append(
+            f"{place.at('optimizer.accumulate_grad_in_fp32')} is false and has no effect: sums "
+            "of gradients and masters of parameters are in fp32 in any case"
+        )
     return warnings
 
 

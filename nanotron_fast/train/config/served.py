@@ -138,6 +138,15 @@ IDLE = (
         "communication runs beside the products wherever that pays",
         (False,),
     ),
+    Idle(
+        "parallelism.tp_recompute_allgather",
+        "with REDUCE_SCATTER inputs are always gathered again in backward, which takes less memory",
+        (True,),
+    ),
+    Idle(
+        "logging.log_level", "warnings and figures are always printed, by the first rank", ("info",)
+    ),
+    Idle("logging.log_level_replica", "the first rank alone prints", ("info",)),
     Idle("model.ddp_bucket_cap_mb", "gradients are not summed by DistributedDataParallel"),
     Idle("tokenizer.tokenizer_max_length", "samples have the length of the stage"),
     Idle(
@@ -181,12 +190,17 @@ def without_effect(document: Mapping[str, Any], place: Place) -> list[str]:
         found = [
             (path, value)
             for path, value in _values(document, each.path.split("."), "")
-            if value is not None and not any(value is idle for idle in each.asks_for_nothing)
+            if value is not None and not _is_one_of(value, each.asks_for_nothing)
         ]
         if found:
             path, _ = found[0]
             warnings.append(f"{place.at(path)} has no effect: {each.reason}")
     return warnings
+
+
+def _is_one_of(value: object, others: tuple[object, ...]) -> bool:
+    """As YAML has them: true is not 1."""
+    return any(type(value) is type(other) and value == other for other in others)
 
 
 def _values(holder: object, keys: list[str], path: str) -> Iterator[tuple[str, object]]:
