@@ -21,6 +21,10 @@ class DataError(NanotronFastError, ValueError):
     """What a model is to be trained on is missing, malformed, or not for this model."""
 
 
+class TrainingError(NanotronFastError):
+    """A run cannot go on: its loss is no number any more."""
+
+
 class UnsupportedModelError(NanotronFastError, ValueError):
     """The other format cannot express this model, or would compute something else with it."""
 

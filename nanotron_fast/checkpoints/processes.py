@@ -20,6 +20,19 @@ class PeerFailed(NanotronFastError):
     """Another process failed, and has said why."""
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an error of a collective means that a process on the other end is gone."""
+    text = str(error)
+    return any(
+        words in text
+        for words in (
+            "Connection closed by peer",
+            "Connection reset by peer",
+            "remote process exited",
+        )
+    )
+
+
 class Processes:
     """The only process there is."""
 
@@ -39,12 +52,18 @@ class Processes:
 
 
 class TorchProcesses(Processes):
-    """Those of torchrun, over gloo. They see one file system."""
+    """Those of torchrun, over gloo. They see one file system.
 
-    def __init__(self) -> None:
+    Args:
+        group: a process group of all of them, for a thread that works beside others; by default the
+            one that is there, or one that is made here.
+    """
+
+    def __init__(self, group: Any = None) -> None:
         import torch.distributed as dist
 
         self._dist: Any = dist
+        self._group = group
         self._is_ours = not dist.is_initialized()
         self._is_abandoned = False
         if self._is_ours:
@@ -63,7 +82,7 @@ class TorchProcesses(Processes):
         is_interrupted = isinstance(failure, Interrupted | KeyboardInterrupt)
         try:
             _call_patiently(
-                lambda: self._dist.all_gather_object(messages, _reason(failure)),
+                lambda: self._dist.all_gather_object(messages, _reason(failure), self._group),
                 _FAREWELL_SECONDS if is_interrupted else None,
             )
         except RuntimeError as error:  # a process that is gone says nothing
@@ -72,7 +91,8 @@ class TorchProcesses(Processes):
             # The others have not come; a connection in use cannot be closed in order.
             self._is_abandoned = True
             raise (failure or error) from None
-        if failure is not None:
+        # What all of them find wrong is said once.
+        if failure is not None and messages.index(messages[self.rank]) == self.rank:
             raise failure
         for rank, message in enumerate(messages):
             if message is not None:

@@ -179,7 +179,7 @@ class NanotronModel(StoredModel):
         self.warnings += unknown_fields_warnings(self.unknown_fields)
         self.padded_vocab_size = stored.vocab_size
         self.spec = replace(stored, vocab_size=self._vocab_size(options.vocab_size))
-        if self.like is not None and self.side is not None:
+        if self.like is not None and self.side is not None and self.side.config is not None:
             family = family_of_config(self.side.config, self.family.name)
             check_shapes(self.like, read_config(family, self.side.config), self.spec)
 

@@ -19,13 +19,14 @@ from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.cli.generate import generate
 from nanotron_fast.cli.tokenize import tokenize
+from nanotron_fast.cli.train import train
 from nanotron_fast.errors import NanotronFastError
 from nanotron_fast.version import __version__
 
 app = typer.Typer(
     name="nanotron-fast",
-    help="Converts checkpoints between Hugging Face and Nanotron: bit-exact, at any topology, "
-    "without a GPU.",
+    help="Converts checkpoints between Hugging Face and Nanotron, bit-exact, at any topology, "
+    "without a GPU; and trains Nanotron's models.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -38,7 +39,9 @@ Workers = Annotated[
 ]
 
 
-def _command(body: Callable[..., None]) -> Callable[..., None]:
+def _command(
+    body: Callable[..., None], context_settings: dict[str, Any] | None = None
+) -> Callable[..., None]:
     """Makes a command whose expected errors are one message and an exit code.
 
     A parameter of a type such as `Choices` stands for its flags; see `with_flags`.
@@ -56,7 +59,7 @@ def _command(body: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 
-    app.command()(run)
+    app.command(context_settings=context_settings)(run)
     return body
 
 
@@ -208,9 +211,6 @@ def inspect(
         _warn(found.warnings)
 
 
-_command(generate)
-
-
 @_command
 def env(json: Json = False) -> None:
     """Print versions, devices, what was built, and which path each operation takes."""
@@ -298,6 +298,7 @@ def run(
         raise typer.Exit(1) from None
 
 
+_command(train, {"allow_extra_args": True, "ignore_unknown_options": True})
 _command(generate)
 _command(tokenize)
 

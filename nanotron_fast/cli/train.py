@@ -1,107 +1,154 @@
-"""What `nanotron-fast train --dry-run` and `nanotron-fast plot` do."""
+"""`nanotron-fast train`: a run of training, or what it would come to."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
 
-from nanotron_fast.cli import reporting
-from nanotron_fast.errors import ConfigError
-from nanotron_fast.train.advice import advice
-from nanotron_fast.train.architecture import Architecture, architecture
-from nanotron_fast.train.config import TrainingConfig
-from nanotron_fast.train.estimate import Estimate, estimate
-from nanotron_fast.units import parse_size, size
+import typer
+
+from nanotron_fast import interruption
+from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_FAULT
+
+if TYPE_CHECKING:
+    from nanotron_fast.train import TrainingResult
 
 
-@dataclass(frozen=True, slots=True)
-class DryRun:
-    """What a configuration comes to.
+def train(
+    context: typer.Context,
+    config: Annotated[str, typer.Argument(help="A YAML file as Nanotron's.")],
+    *,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print parameters, stages, FLOPs, memory; train nothing."),
+    ] = False,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="With --dry-run: of one rank, such as 80GB; says what to change."
+        ),
+    ] = None,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+) -> None:
+    """Train a model: --section.key=value changes what CONFIG says.
 
-    Args:
-        advice: what to change where a rank has too little memory; else empty.
-        memory_bytes: of a rank, as the user gave it.
+    Over several ranks: torchrun --nproc-per-node=8 -m nanotron_fast train CONFIG. SIGTERM and
+    SIGUSR1 save a checkpoint and end the run.
     """
+    from nanotron_fast.cli.dry_run import overrides_of
+    from nanotron_fast.errors import ConfigError
 
-    config: TrainingConfig
-    model: Architecture
-    estimate: Estimate
-    advice: tuple[str, ...] = ()
-    memory_bytes: int | None = None
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """Of the configuration, and of the model's source."""
-        return (*self.config.warnings, *self.model.warnings)
-
-    def to_json(self) -> dict[str, Any]:
-        """The estimate, and with a memory to fit in, whether it does and what to change."""
-        document = self.estimate.to_json()
-        if self.memory_bytes is not None:
-            document |= {"fits": not self.advice, "advice": list(self.advice)}
-        return document
-
-    def lines(self) -> Iterator[str]:
-        """The same for people."""
-        layout, found = self.config.parallelism, self.estimate
-        tied = ", tied" if self.model.spec.tie_word_embeddings else ""
-        yield f"{self.config.place}"
-        yield f"  family      {self.model.family.name} ({self.model.model_class})"
-        yield f"  parameters  {found.parameters:,} in {self.config.model.dtype}{tied}"
-        engine = f", {layout.pp_engine}" if layout.pp > 1 else ""
-        mode = f", {layout.tp_mode}" if layout.tp > 1 else ""
-        yield (
-            f"  ranks       {layout.world_size}: dp={layout.dp} pp={layout.pp} tp={layout.tp}"
-            f"{engine}{mode}"
-        )
-        for line in reporting.stage_lines(found.layer_stages):
-            yield f"              {line}"
-        yield (
-            f"  step        {found.tokens_per_step:,} tokens in {self.config.global_batch_size:,} "
-            f"samples, {found.flops_per_step:.3g} FLOPs"
-        )
-        yield f"  training    {self.config.tokens.train_steps:,} steps"
-        where = f" of stage {found.fullest_stage}, which needs most" if layout.pp > 1 else ""
-        yield f"  memory      {size(found.memory.total)} for a rank{where}"
-        for name, num_bytes in asdict(found.memory).items():
-            yield f"              {name:<11} {size(num_bytes):>10}"
-        for line in self.advice:
-            yield f"  {line}"
+    overrides = overrides_of(context.args)
+    if dry_run:
+        _dry_run(config, overrides, memory, json=json, is_quiet=quiet)
+        return
+    if memory is not None:
+        raise ConfigError("--memory goes with --dry-run: it says whether a run would fit")
+    with _told_once():
+        result = _run(config, overrides, is_quiet=quiet or json)
+    if _rank() == 0:
+        with interruption.telling(lambda: "the run is at its end"):
+            _tell(result, json=json, is_quiet=quiet)
 
 
-def overrides_of(arguments: Sequence[str]) -> list[str]:
-    """What the command line has beside the known options: `--section.key=value` alone.
-
-    Raises ConfigError.
-    """
-    for each in arguments:
-        path, has_value, _ = each.partition("=")
-        if not path.startswith("--"):
-            raise ConfigError(f"{each}: one configuration is read, and options begin with --")
-        if not has_value and "." in path:
-            raise ConfigError(f"{each}: write {each}=VALUE")
-        if not has_value:
-            raise ConfigError(f"{each}: no such option; keys are set by --section.key=VALUE")
-    return list(arguments)
+def _rank() -> int:
+    return int(os.environ.get("RANK") or 0)
 
 
-def dry_run(
-    config: str | Path, overrides: Iterable[str] = (), *, memory: str | None = None
-) -> DryRun:
-    """What a configuration comes to, without a GPU and without reading weights.
+def _dry_run(
+    config: str, overrides: list[str], memory: str | None, *, json: bool, is_quiet: bool
+) -> None:
+    from nanotron_fast.cli.dry_run import dry_run
 
-    Args:
-        config: the YAML file.
-        overrides: `--section.key=value`.
-        memory: of a rank, such as "80GB".
+    found = dry_run(config, overrides, memory=memory)
+    if _rank() > 0:
+        return
+    if json:
+        _print_json(found.to_json())
+    elif not is_quiet:
+        for warning in found.warnings:
+            typer.echo(f"warning: {warning}", err=True)
+        for line in found.lines():
+            typer.echo(line)
 
-    Raises what TrainingConfig.load and architecture raise, and ConfigError for a memory that is no
-    size.
-    """
-    memory_bytes = None if memory is None else parse_size(memory, "--memory")
-    read = TrainingConfig.load(config, overrides)
-    model = architecture(read)
-    changes = () if memory_bytes is None else tuple(advice(read, model, memory_bytes))
-    return DryRun(read, model, estimate(read, model), changes, memory_bytes)
+
+def _run(config: str, overrides: list[str], *, is_quiet: bool) -> TrainingResult:
+    from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
+    from nanotron_fast.train import Trainer, TrainingConfig
+    from nanotron_fast.train.mesh import join, leave, num_processes
+
+    is_ours = join()
+    everyone = TorchProcesses() if num_processes() > 1 else Processes()
+    with everyone.step():
+        read = TrainingConfig.load(config, overrides)
+    with ExitStack() as stack:
+        bar = _TokenBar(stack, is_quiet=is_quiet or _rank() > 0)
+        trainer = Trainer(read, is_quiet=is_quiet, on_tokens=bar)
+        with interruption.telling(lambda: "checkpoints that were whole are there still"):
+            result = trainer.run()
+    if is_ours:
+        leave()
+    return result
+
+
+class _TokenBar:
+    """A bar for the text that is made into tokens, which there is only where some is."""
+
+    def __init__(self, stack: ExitStack, *, is_quiet: bool) -> None:
+        from nanotron_fast.cli.reporting import Progress
+
+        self._progress = Progress(is_quiet=is_quiet)
+        self._stack = stack
+        self._is_open = False
+        self._show: Any = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if not self._is_open:
+            self._is_open = True
+            self._progress.total_bytes = total
+            self._show = self._stack.enter_context(self._progress.running("tokenizing"))
+        if self._show is not None:
+            self._show(done)
+        if done >= total:
+            self._stack.close()
+
+
+@contextmanager
+def _told_once() -> Iterator[None]:
+    """Of several ranks that end for one reason, one says it."""
+    from nanotron_fast.checkpoints.processes import PeerFailed, is_lost_peer
+    from nanotron_fast.errors import TrainingError
+
+    try:
+        yield
+    except PeerFailed:
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except TrainingError:
+        if _rank() == 0:
+            raise
+        raise typer.Exit(EXIT_BAD_INPUT) from None
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        typer.echo(f"error: rank {_rank()} ends, since another rank is gone: {error}", err=True)
+        raise typer.Exit(EXIT_FAULT) from None
+
+
+def _tell(result: TrainingResult, *, json: bool, is_quiet: bool) -> None:
+    if json:
+        _print_json(result.to_json())
+    elif not is_quiet:
+        where = f"; {result.checkpoint} is its checkpoint" if result.checkpoint else ""
+        how = f"stopped by {result.stopped_by} after" if result.stopped_by else "trained to"
+        typer.echo(f"{how} step {result.step}{where}")
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    import json
+
+    typer.echo(json.dumps(document, indent=2))

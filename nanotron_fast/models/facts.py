@@ -7,18 +7,15 @@ to be summed over the tensor-parallel group, where its other copy is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.roles import Role, is_hidden_matrix, role_of
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import EMBEDDING, HEAD, Architecture, Block
-
-# What a parameter is for. "column" and "row" are the matrices of the layers, whose output or input
-# features are split; a head is an "embedding" of its own, a gate to a shared expert a "column".
-Role = Literal["embedding", "head", "column", "row", "router", "norm", "bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +48,7 @@ class Facts:
     @property
     def is_hidden_matrix(self) -> bool:
         """A matrix of a layer, as Muon takes them: no embedding, head, router, norm or bias."""
-        return self.role in ("column", "row") and min(self.param.shape[-2:]) > 1
+        return is_hidden_matrix(self.param)
 
     def is_decayed(self, excluded: Iterable[str]) -> bool:
         """Whether weight decay applies, where names that match a pattern are excluded.
@@ -126,27 +123,6 @@ def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mo
 
 
 _HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
-# Cut by no axis, so that their names say what they are.
-_UNCUT: Mapping[str, Role] = {
-    ".router.weight": "router",
-    ".merged_gate_up_proj": "column",
-    ".merged_down_proj": "row",
-    ".shared_expert_gate.weight": "column",
-}
-
-
-def role_of(param: Param) -> Role:
-    """What a parameter of a table is for."""
-    if param.name.endswith(".bias"):
-        return "bias"
-    if param.block in ("embedding", "head"):
-        return "embedding" if param.block == "embedding" else "head"
-    for suffix, role in _UNCUT.items():
-        if param.name.endswith(suffix):
-            return role
-    if len(param.shape) == 1:
-        return "norm"
-    return "row" if param.cuts.get("tp") == 1 else "column"
 
 
 def _tied_with(param: Param, architecture: Architecture, blocks: Iterable[Block]) -> str | None:

@@ -112,5 +112,27 @@ def start_reduce_scatters(tensors: Sequence[Tensor], ranks: Ranks) -> PendingTen
     return PendingTensors(outs, scatter(outs, list(tensors), options))
 
 
+def start_all_to_all(
+    tensor: Tensor, ranks: Ranks, *, sent: Sequence[int], received: Sequence[int]
+) -> Pending:
+    """Rows for each rank, one rank's after another's, become those that each has for this one.
+
+    Not to be traced.
+
+    Args:
+        tensor: (sum of sent, ...).
+        sent, received: how many rows go to each rank, and come from it. What a rank sends to
+            another is what that one receives from it.
+    """
+    if ranks.size == 1:
+        return Pending(tensor)
+    tensor = tensor.contiguous()
+    out = tensor.new_empty((sum(received), *tensor.shape[1:]))
+    work = dist.all_to_all_single(
+        out, tensor, list(received), list(sent), group=_group(ranks), async_op=True
+    )
+    return Pending(out, work)
+
+
 def _group(ranks: Ranks) -> dist.ProcessGroup:
     return dist.distributed_c10d._resolve_process_group(ranks.name)

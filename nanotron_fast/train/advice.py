@@ -8,7 +8,7 @@ from typing import Any
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.train.architecture import Architecture
-from nanotron_fast.train.config import Muon, TrainingConfig
+from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import estimate
 from nanotron_fast.units import size
 
@@ -90,8 +90,7 @@ def _changes(config: TrainingConfig) -> Iterator[_Change]:
         )
     if not layout.recompute_layer:
         yield _with_layout(config, recompute_layer=True)
-    is_muon = isinstance(config.optimizer.optimizer_factory, Muon)
-    if config.optimizer.zero_stage < 3 and layout.dp > 1 and not is_muon:
+    if config.optimizer.zero_stage < 3 and layout.dp > 1:
         yield _with_zero(config, 3)
     yield _with_layout(config, tp=2 * layout.tp)
     yield _with_layout(config, pp=2 * layout.pp)

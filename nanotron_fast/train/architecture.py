@@ -21,6 +21,7 @@ from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
+from nanotron_fast.models.architecture import Architecture as BuiltArchitecture
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
 from nanotron_fast.train.config.checks import check_lengths
 from nanotron_fast.train.config.place import Place
@@ -75,6 +76,12 @@ class Architecture:
             version=_VERSION,
             rope_interleaved=self.rope_interleaved,
         )
+
+    @property
+    def built(self) -> BuiltArchitecture:
+        """What `nanotron_fast.models` builds. Raises UnsupportedModelError."""
+        whole = BuiltArchitecture.of_model_config(self.model_config)
+        return replace(whole, vocab_size=self.spec.vocab_size)
 
     def stages(self) -> Stages:
         """What each stage of the model owns, chunks being stages of their own.

@@ -13,7 +13,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanotron_fast.checkpoints.convert import convert
 from nanotron_fast.checkpoints.load import DTYPES
-from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
+from nanotron_fast.checkpoints.plan.plan import Plan
+from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.formats.nanotron.checkpoint import (
     LATEST,
@@ -48,6 +50,8 @@ from nanotron_fast.train.parameters import Trained
 from nanotron_fast.train.zero import resolve_group
 
 VERSION = "1.5"
+# The folder of a checkpoint that transformers loads.
+HF = "hf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,24 +163,40 @@ def metadata_document(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What lies beside the weights of every checkpoint of a run.
+
+    Args:
+        documents: contents by name: the configurations, a tokenizer's files. The first rank writes
+            them, and others need not have them.
+        exports_hf: a Hugging Face folder `hf/` as well, on which all ranks work.
+    """
+
+    documents: Mapping[str, bytes] = field(default_factory=dict)
+    exports_hf: bool = False
+
+
 def save(
     root: Path,
     step: int,
     taken: Snapshot,
-    mesh: Mesh,
+    processes: Processes,
     *,
-    small_files: Mapping[str, bytes],
+    beside: Beside,
     metadata: Mapping[str, Any],
     fsync: bool = True,
+    warn: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes the checkpoint of a step; every rank calls it, and returns when it is whole.
 
     Args:
         root: the folder of the run, which all ranks see.
         taken: of this rank.
-        small_files: contents of more files by name, from the first rank: the configurations.
+        processes: the ranks.
         metadata: what `metadata_document` gives, from the first rank.
         fsync: return when the disk has it.
+        warn: is told what the Hugging Face folder lacks.
 
     Returns:
         Its folder.
@@ -184,23 +204,45 @@ def save(
     Raises:
         OSError: a file cannot be written. PeerFailed: on another rank; it has said why.
     """
-    processes = Processes() if mesh.world is None else TorchProcesses()
-    partial = root / f".{step}.partial"
+    partial, hf = root / f".{step}.partial", root / f".{step}.{HF}"
     with processes.step():
-        if mesh.rank == 0:
-            for left in root.glob(".*.partial"):  # by a run that was killed
+        if processes.rank == 0:
+            for left in (*root.glob(".*.partial"), *root.glob(f".*.{HF}")):  # by a killed run
                 _remove(left)
             partial.mkdir(parents=True)
     with processes.step():
         write(partial, taken, fsync=fsync)
+        if processes.rank == 0:
+            for name, contents in beside.documents.items():
+                write_file(_made(partial / name), contents, fsync=fsync)
+    if beside.exports_hf:
+        _export(partial, hf, processes, fsync=fsync, warn=warn)
     with processes.step():
-        if mesh.rank == 0:
-            for name, contents in small_files.items():
-                write_file(partial / name, contents, fsync=fsync)
+        if processes.rank == 0:
+            if beside.exports_hf:
+                hf.rename(partial / HF)
             text = json.dumps(metadata, indent=2, sort_keys=True)
             write_file(partial / METADATA, text.encode(), fsync=fsync)
             publish(root, partial, step, fsync=fsync)
     return root / str(step)
+
+
+def _export(
+    partial: Path,
+    destination: Path,
+    processes: Processes,
+    *,
+    fsync: bool,
+    warn: Callable[[str], None] | None,
+) -> None:
+    """The same weights as a Hugging Face folder; all ranks share the work."""
+
+    def on_plan(plan: Plan) -> None:
+        if warn is not None:
+            for warning in plan.warnings:
+                warn(f"{HF}: {warning}")
+
+    convert(partial, destination, to="hf", fsync=fsync, on_plan=on_plan, processes=processes)
 
 
 def write(folder: Path, taken: Snapshot, *, fsync: bool) -> None:

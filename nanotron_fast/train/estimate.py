@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import Experts
 from nanotron_fast.train.activations import MicroBatch, in_flight
@@ -36,10 +37,8 @@ class Memory:
     Args:
         weights: the parameters; with ZeRO-3 what is gathered of them at once, and of parameters in
             fp32 the rank's rows.
-        gradients: in fp32 with accumulate_grad_in_fp32; with ZeRO-3 of the rank's rows, and those
-            that are not scattered yet.
-        masters: fp32 copies of parameters that are not fp32, with accumulate_grad_in_fp32; with
-            ZeRO-3 of the rank's rows.
+        gradients: in fp32; with ZeRO-3 of the rank's rows, and those that are not scattered yet.
+        masters: fp32 copies of parameters that are not fp32; with ZeRO-3 of the rank's rows.
         moments: the optimizer's.
         activations: of the micro batches that are under way at once, the largest layer's backward
             pass, and what a pipeline receives into.
@@ -179,19 +178,20 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
     value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
     if _is_by_rows(config) and not param.is_fp32:
         return _states_by_rows(config, model, param)
-    in_fp32 = optimizer.accumulate_grad_in_fp32
     # ZeRO-1 gives each data-parallel rank a slice of the flattened parameter.
     is_shared = optimizer.zero_stage == 1
     share = -(-elements // config.parallelism.dp) if is_shared else elements
-    is_hidden_matrix = isinstance(param.block, int) and len(param.shape) > 1
-    is_muon = isinstance(optimizer.optimizer_factory, Muon)
-    num_moments = 1 if is_muon and is_hidden_matrix else 2
     return Memory(
         weights=elements * value_bytes,
-        gradients=elements * (4 if in_fp32 else value_bytes),
-        masters=share * 4 if in_fp32 and value_bytes < 4 else 0,
-        moments=share * num_moments * (4 if in_fp32 else value_bytes),
+        gradients=elements * 4,
+        masters=share * 4 if value_bytes < 4 else 0,
+        moments=share * _num_moments(config, param) * 4,
     )
+
+
+def _num_moments(config: TrainingConfig, param: Param) -> int:
+    is_muon = isinstance(config.optimizer.optimizer_factory, Muon)
+    return 1 if is_muon and is_hidden_matrix(param) else 2
 
 
 def _is_by_rows(config: TrainingConfig) -> bool:
@@ -207,7 +207,7 @@ def _states_by_rows(config: TrainingConfig, model: Architecture, param: Param) -
         weights=share if in_fp32 else 0,
         masters=0 if in_fp32 else share,
         gradients=share,
-        moments=2 * share,
+        moments=_num_moments(config, param) * share,
     )
 
 

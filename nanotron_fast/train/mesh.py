@@ -9,6 +9,7 @@ groups have one rank here.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,7 @@ class Mesh:
         device: on which it computes.
         device_mesh: the same in torch's words, its dimensions called as AXES; None for one rank.
         tp_group, dp_group, pp_group: the groups that this rank is in; None where it is alone.
+        stage_group: the ranks of its pipeline stage, tp fastest; None where it is alone.
         tied_group: the first and the last stage of a pipeline, with the same dp and tp rank; None
             on other stages and without a pipeline.
         world: all ranks; None for one rank.
@@ -46,6 +48,7 @@ class Mesh:
     tp_group: Group = None
     dp_group: Group = None
     pp_group: Group = None
+    stage_group: Group = None
     tied_group: Group = None
     world: Group = None
     is_ours: bool = False
@@ -68,7 +71,7 @@ class Mesh:
             if size < 1:
                 raise TopologyError(f"{name}={size}: a group has at least one rank")
         where = _device(device)
-        wanted, started = dp * pp * tp, _num_processes()
+        wanted, started = dp * pp * tp, num_processes()
         if wanted != started:
             raise TopologyError(
                 f"dp={dp} pp={pp} tp={tp} are {wanted} ranks, and {started} "
@@ -79,9 +82,7 @@ class Mesh:
             torch.cuda.set_device(where)
         if wanted == 1:
             return cls(device=where)
-        is_ours = not dist.is_initialized()
-        if is_ours:
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        is_ours = join(where)
         mesh = init_device_mesh(where.type, (pp, dp, tp), mesh_dim_names=AXES)
         groups = {
             f"{axis}_group": mesh.get_group(axis) if size > 1 else None
@@ -94,6 +95,7 @@ class Mesh:
             rank=dist.get_rank(),
             device=where,
             device_mesh=mesh,
+            stage_group=_stage_group(dp, pp, tp, groups),
             tied_group=_tied_group(dp, pp, tp),
             world=dist.group.WORLD,
             is_ours=is_ours,
@@ -124,7 +126,24 @@ class Mesh:
     def close(self) -> None:
         """Disconnects the processes, where `connect` has connected them."""
         if self.is_ours:
-            dist.destroy_process_group()
+            leave()
+
+
+def join(device: torch.device | str | None = None) -> bool:
+    """Connects the processes that torchrun started: GPUs over NCCL, everything else over gloo.
+
+    Returns whether that was done here: there may be one process alone, or they are connected.
+    """
+    if dist.is_initialized() or num_processes() == 1:
+        return False
+    where = _device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    return True
+
+
+def leave() -> None:
+    """Disconnects them."""
+    dist.destroy_process_group()
 
 
 def _device(device: torch.device | str | None) -> torch.device:
@@ -135,10 +154,26 @@ def _device(device: torch.device | str | None) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
 
 
-def _num_processes() -> int:
+def num_processes() -> int:
+    """Of this run: those that are connected, or that torchrun has started."""
     if dist.is_initialized():
         return int(dist.get_world_size())
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def _stage_group(dp: int, pp: int, tp: int, groups: Mapping[str, Group]) -> Group:
+    """The group of this rank's pipeline stage: one that is there, where one has just its ranks."""
+    if pp == 1:
+        return dist.group.WORLD
+    if dp == 1 or tp == 1:
+        return groups["tp_group" if dp == 1 else "dp_group"]
+    mine: Group = None
+    for first in range(0, pp * dp * tp, dp * tp):  # every rank takes part in making every group
+        members = list(range(first, first + dp * tp))
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
 
 
 def _tied_group(dp: int, pp: int, tp: int) -> Group:

@@ -5,8 +5,9 @@ A parameter in fp32 is its own master. One in bf16 has a master beside it, whose
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +18,37 @@ from nanotron_fast.train.parameters import Trained
 from nanotron_fast.train.zero import gather_runs
 
 Rate = Callable[[float], float]
+# By the names that torch and Nanotron give to them, in files too.
+ADAMW_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(slots=True)
 class State:
-    """What the optimizer keeps of one parameter's run: flat, fp32, each as long as the run."""
+    """What the optimizer keeps of one parameter's run: flat, fp32, each as long as the run.
+
+    Args:
+        moments: by the names that they have in files.
+    """
 
     trained: Trained
     master: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: dict[str, Tensor]
 
 
-@dataclass(slots=True)
-class _Group:
-    """Parameters with the same constants."""
+@dataclass(slots=True, eq=False)
+class Group:
+    """Parameters that are stepped alike.
+
+    Args:
+        peak: their highest learning rate.
+        moments: what is kept of each.
+        step: how many were taken; fp32, 0-d.
+        places: of the parameters among all.
+    """
 
     peak: float
     weight_decay: float
+    moments: tuple[str, ...]
     step: Tensor
     places: list[int] = field(default_factory=list)
 
@@ -67,15 +81,34 @@ class AdamW:
     ) -> None:
         self.betas, self.eps = betas, eps
         self._mesh, self._zero_stage = mesh, zero_stage
-        self.states = [_new_state(each) for each in trained]
-        self._groups: dict[tuple[float, float], _Group] = {}
+        self.states = [_new_state(each, self.moments_of(each)) for each in trained]
+        self._groups: dict[tuple[float, float, tuple[str, ...]], Group] = {}
         for place, each in enumerate(trained):
             peak = (peaks or {}).get(each.name, learning_rate)
             decay = weight_decay if each.is_decayed(excluded) else 0.0
-            if (peak, decay) not in self._groups:
+            key = peak, decay, self.moments_of(each)
+            if key not in self._groups:
                 step = torch.zeros((), dtype=torch.float32, device=mesh.device)
-                self._groups[peak, decay] = _Group(peak, decay, step)
-            self._groups[peak, decay].places.append(place)
+                self._groups[key] = Group(*key, step)
+            self._groups[key].places.append(place)
+
+    def moments_of(self, trained: Trained) -> tuple[str, ...]:
+        """What is kept of a parameter beside its master."""
+        return ADAMW_MOMENTS
+
+    def options_of(self, trained: Trained) -> dict[str, Any]:
+        """How a parameter is stepped, in torch's words, its learning rate and decay left out."""
+        return {
+            "betas": self.betas,
+            "eps": self.eps,
+            "amsgrad": False,
+            "maximize": False,
+            "foreach": None,
+            "capturable": False,
+            "differentiable": False,
+            "fused": True,
+            "decoupled_weight_decay": True,
+        }
 
     @property
     def num_steps(self) -> int:
@@ -105,57 +138,60 @@ class AdamW:
             scale: 0-d; gradients are multiplied by it.
         """
         shares = list(shares)
-        inverse = None
-        if scale is not None and scale.is_cuda:
-            inverse = scale.reciprocal()
-        elif scale is not None:
+        if scale is not None and not scale.is_cuda:
             # In one pass here: torch's fused step would not take gradients and a scale as they are.
-            filled = [share for share in shares if share.numel()]
-            torch._foreach_mul_(filled, scale)
+            multiply_(shares, scale)
+            scale = None
         for group in self._groups.values():
-            self._step_group(group, shares, rate(group.peak), inverse)
+            self._step_group(group, shares, rate(group.peak), scale)
+            # The counter of a group counts once, whichever lists it is cut into.
+            group.step.add_(1)
         if self._zero_stage == 1 and self._mesh.dp > 1:
             self._gather()
 
     def _step_group(
-        self, group: _Group, shares: list[Tensor], lr: float, inverse: Tensor | None
+        self, group: Group, shares: list[Tensor], lr: float, scale: Tensor | None
     ) -> None:
+        """Steps this rank's runs of a group, whose gradients are still to be scaled, or not."""
+        inverse = None if scale is None else scale.reciprocal()
         by_copy: dict[bool, list[tuple[State, Tensor]]] = {}
         for place in group.places:
             state = self.states[place]
             if state.master.numel():
                 has_copy = state.trained.tensor.dtype != torch.float32
                 by_copy.setdefault(has_copy, []).append((state, shares[place]))
-        steps = group.step
         for has_copy, members in by_copy.items():
             states = [state for state, _ in members]
-            # The counter of a group counts once, whichever lists it is cut into.
-            step = steps.clone()
             adamw_step_(
                 [state.master for state in states],
                 [share for _, share in members],
-                [state.exp_avg for state in states],
-                [state.exp_avg_sq for state in states],
-                step,
+                *([state.moments[key] for state in states] for key in ADAMW_MOMENTS),
+                group.step.clone(),
                 lr=lr,
                 betas=self.betas,
                 eps=self.eps,
                 weight_decay=group.weight_decay,
-                copies=[_own(state.trained) for state in states] if has_copy else None,
+                copies=[own_run(state.trained) for state in states] if has_copy else None,
                 grad_scale=inverse,
             )
-        steps.add_(1)
 
     def _gather(self) -> None:
         gather_runs([state.trained.tensor.detach() for state in self.states], self._mesh.dp_group)
 
 
-def _own(trained: Trained) -> Tensor:
+def multiply_(shares: Iterable[Tensor], scale: Tensor) -> None:
+    """Multiplies gradients in place."""
+    filled = [share for share in shares if share.numel()]
+    if filled:
+        torch._foreach_mul_(filled, scale)
+
+
+def own_run(trained: Trained) -> Tensor:
     """This rank's run of a parameter, to be written to."""
     return trained.share(trained.tensor.detach())
 
 
-def _new_state(trained: Trained) -> State:
-    own = _own(trained)
+def _new_state(trained: Trained, moments: Iterable[str]) -> State:
+    own = own_run(trained)
     master = own if own.dtype == torch.float32 else own.float()
-    return State(trained, master, torch.zeros_like(master), torch.zeros_like(master))
+    return State(trained, master, {key: torch.zeros_like(master) for key in moments})

@@ -27,7 +27,6 @@ OPTIMIZER, LR_SCHEDULER = "optimizer", "lr_scheduler"
 OPTIMIZER_CONFIG = "optimizer_config.json"
 MASTERS = "gradient_accumulator"
 ZERO, PLAIN = "ZeroDistributedOptimizer", "OptimizerFromGradientAccumulator"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 _NAME = re.compile(
     r"optimizer_pp-(?P<pp>\d+)-of-(?P<pps>\d+)(_dp-(?P<dp>\d+)-of-(?P<dps>\d+))?"
@@ -87,24 +86,16 @@ def optimizer_document(
     steps = float(optimizer.num_steps)
     for each, (peak, decay) in zip(optimizer.states, optimizer.constants(), strict=True):
         index = len(names)
-        stored = [
-            _kept(each.trained.stored(own, mesh))
-            for own in (each.exp_avg, each.exp_avg_sq, each.master)
-        ]
-        is_here = stored[0].numel() > 0
+        stored = {
+            key: _kept(each.trained.stored(own, mesh))
+            for key, own in {**each.moments, MASTERS: each.master}.items()
+        }
+        is_here = stored[MASTERS].numel() > 0
         groups.append(
             {
                 "lr": rate(peak),
                 "weight_decay": decay,
-                "betas": optimizer.betas,
-                "eps": optimizer.eps,
-                "amsgrad": False,
-                "maximize": False,
-                "foreach": None,
-                "capturable": False,
-                "differentiable": False,
-                "fused": True,
-                "decoupled_weight_decay": True,
+                **optimizer.options_of(each.trained),
                 "initial_lr": peak,
                 "params": [index] if is_here else [],
             }
@@ -112,13 +103,13 @@ def optimizer_document(
         if not is_here:
             continue
         if zero_stage == 0:
-            stored = [tensor.view(each.trained.tensor.shape) for tensor in stored]
-        exp_avg, exp_avg_sq, masters[each.trained.name] = stored
+            shape = each.trained.tensor.shape
+            stored = {key: tensor.view(shape) for key, tensor in stored.items()}
+        masters[each.trained.name] = stored.pop(MASTERS)
         names[index] = each.trained.name
         state[index] = {
             "step": torch.tensor(steps, dtype=torch.float32),
-            "exp_avg": exp_avg,
-            "exp_avg_sq": exp_avg_sq,
+            **stored,
         }
     return {"state": state, "param_groups": groups, "names": names, MASTERS: masters}
 
@@ -187,7 +178,11 @@ def found_files(folder: Path) -> tuple[dict[Place, Path], dict[str, int]]:
         dps = None if match["dps"] is None else int(match["dps"])
         sizes.add((int(match["pps"]), int(match["tps"]), dps))
     if not files:
-        raise CheckpointError(f"{folder / OPTIMIZER}: there are no states of an optimizer in it")
+        raise CheckpointError(
+            f"{folder / OPTIMIZER}: there are no states of an optimizer in it; "
+            "checkpoints.load_optimizer=false goes on without them, and model.init_method.path "
+            "begins a new run with the weights"
+        )
     if len(sizes) > 1:
         raise CheckpointError(f"{folder / OPTIMIZER}: files of two topologies are mixed")
     ((pp, tp, dp_size),) = sizes

@@ -21,7 +21,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW, State
-from nanotron_fast.train.optimizer_files import MASTERS, MOMENTS, Place, found_files
+from nanotron_fast.train.optimizer_files import MASTERS, Place, found_files
 from nanotron_fast.train.zero import Run, runs_of
 
 
@@ -112,7 +112,11 @@ class StoredStates:
         if key not in states[name]:
             if key == MASTERS:
                 return None
-            raise CheckpointError(f"{path}: {name} has no {key}")
+            has = ", ".join(sorted(set(states[name]) - {"step", MASTERS})) or "nothing"
+            raise CheckpointError(
+                f"{path}: {name} has no {key}, it has {has}: go on with the optimizer that wrote "
+                "it, or with checkpoints.load_optimizer false"
+            )
         value = states[name][key]
         if tuple(value.shape) != tuple(shape):
             raise CheckpointError(
@@ -194,5 +198,4 @@ def load_states(folder: Path, optimizer: AdamW, mesh: Mesh) -> None:
 
 
 def _targets(state: State) -> list[tuple[str, Tensor]]:
-    moments = [(key, getattr(state, key)) for key in MOMENTS]
-    return [*moments, (MASTERS, state.master)]
+    return [*state.moments.items(), (MASTERS, state.master)]

@@ -7,10 +7,11 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.model.spec import Attention, Dense, Layer, ModelSpec
@@ -22,6 +23,7 @@ from nanotron_fast.models.facts import Facts, facts_of
 from nanotron_fast.parallel.pipeline import Pipeline
 from nanotron_fast.train.gradients import Gradients
 from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.muon import Muon
 from nanotron_fast.train.optimizer import AdamW
 from nanotron_fast.train.parameters import Trained, trained_parameters
 from nanotron_fast.train.step import TrainingStep
@@ -48,6 +50,7 @@ class Case:
     recompute: str = "none"
     dtype: torch.dtype = torch.float32
     has_documents: bool = False
+    is_muon: bool = False
 
 
 def architecture(is_tied: bool) -> Architecture:
@@ -156,7 +159,7 @@ class Run:
             device=mesh.device,
             tokens_split=case.tp if case.mode == "reduce_scatter" else 1,
         )
-        self.optimizer = AdamW(
+        self.optimizer = (Muon if case.is_muon else AdamW)(
             self.trained,
             mesh,
             learning_rate=PEAK,
@@ -202,13 +205,21 @@ def blocks(model: Architecture, case: Case, chunk: int, pp_rank: int):
 
 
 def plain(
-    is_tied: bool, has_documents: bool, num_steps: int
+    is_tied: bool, has_documents: bool, num_steps: int, is_muon: bool = False
 ) -> tuple[list[tuple[float, float]], float]:
-    """Losses and norms by one process, torch's AdamW and its clipping; at last a validation."""
+    """Losses and norms by one process, torch's optimizers and clipping; at last a validation."""
     model = architecture(is_tied)
     decoder = Decoder(model, device="cpu")
-    fill(decoder, facts_of(decoder), 1, 0)
+    facts = facts_of(decoder)
+    fill(decoder, facts, 1, 0)
     named = list(decoder.named_parameters())
+    matrices = [
+        (tensor, facts[name].param.chunks or (len(tensor),))
+        for name, tensor in named
+        if is_muon and facts[name].is_hidden_matrix
+    ]
+    named = [pair for pair in named if all(pair[1] is not tensor for tensor, _ in matrices)]
+    muon = TorchMuon(matrices)
     # A tied head goes by its embedding's name, and is decayed.
     no_decay = [tensor for name, tensor in named if "norm" in name or "lm_head" in name]
     decay = [tensor for name, tensor in named if "norm" not in name and "lm_head" not in name]
@@ -236,29 +247,64 @@ def plain(
         for group in optimizer.param_groups:
             group["lr"] = rate(number, PEAK)
         optimizer.step()
-        optimizer.zero_grad()
+        muon.step(rate(number, PEAK))
+        decoder.zero_grad()
         found.append((total, norm.item()))
     with torch.no_grad():
         return found, sum(loss.item() for loss in losses(99))
 
 
+class TorchMuon:
+    """torch.optim.Muon in fp32, by AdamW's learning rates, on matrices that are packed in others.
+
+    Each is given with the lengths of what is packed below each other in it.
+    """
+
+    def __init__(self, packed: list[tuple[Tensor, tuple[int, ...]]]) -> None:
+        self.packed = packed
+        self.pieces = [
+            [nn.Parameter(piece) for piece in tensor.detach().split(lengths)]
+            for tensor, lengths in packed
+        ]
+        pieces = [piece for of_one in self.pieces for piece in of_one]
+        self.optimizer = pieces and torch.optim.Muon(
+            pieces, weight_decay=DECAY, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        )
+
+    def step(self, lr: float) -> None:
+        if not self.optimizer:
+            return
+        for (tensor, lengths), pieces in zip(self.packed, self.pieces, strict=True):
+            for piece, grad in zip(pieces, tensor.grad.split(lengths), strict=True):
+                piece.grad = grad
+        self.optimizer.param_groups[0]["lr"] = lr
+        # It knows bf16 alone, in which it could not be told from what is wrong by little.
+        with mock.patch.object(Tensor, "bfloat16", Tensor.clone):
+            self.optimizer.step()
+
+
 @functools.cache
 def expected(
-    is_tied: bool, has_documents: bool, num_steps: int
+    is_tied: bool, has_documents: bool, num_steps: int, is_muon: bool = False
 ) -> tuple[list[tuple[float, float]], float]:
     """What `plain` says; of several ranks the first asks it and tells the others."""
     if not dist.is_initialized():
-        return plain(is_tied, has_documents, num_steps)
+        return plain(is_tied, has_documents, num_steps, is_muon)
     found: list[Any] = [None]
     if dist.get_rank() == 0:
-        found = [plain(is_tied, has_documents, num_steps)]
+        found = [plain(is_tied, has_documents, num_steps, is_muon)]
     dist.broadcast_object_list(found, 0)
     return found[0]
 
 
-def check_against_plain(case: Case, num_steps: int = 10) -> None:
-    """Ten steps, one validation among them and one after them, against one process."""
-    losses, expected_validation = expected(case.is_tied, case.has_documents, num_steps)
+def expected_of(case: Case) -> tuple[list[tuple[float, float]], float]:
+    """What is expected of a case: ten steps, of Muon six, which are as many products."""
+    return expected(case.is_tied, case.has_documents, 6 if case.is_muon else 10, case.is_muon)
+
+
+def check_against_plain(case: Case) -> None:
+    """Some steps, one validation among them and one after them, against one process."""
+    losses, expected_validation = expected_of(case)
     run = Run(case)
     tolerance = 1e-5 if case.is_tied else 1e-6
     if case.dtype != torch.float32:

@@ -26,6 +26,9 @@ CASES = {
         Case(dp=2, zero=1),
         Case(dp=2, zero=3, is_tied=True, recompute="layer"),
         Case(dp=2, zero=3, dtype=torch.bfloat16),
+        Case(tp=2, mode="reduce_scatter", is_muon=True),
+        Case(dp=2, is_muon=True),
+        Case(dp=2, zero=1, is_muon=True),
     ),
     4: (
         Case(tp=2, pp=2, schedule="1f1b", mode="reduce_scatter", is_tied=True),
@@ -33,8 +36,12 @@ CASES = {
         Case(pp=2, dp=2, schedule="interleaved", chunks=2, zero=1),
         Case(pp=2, dp=2, schedule="interleaved", chunks=2, zero=3),
         Case(pp=2, dp=2, schedule="1f1b", zero=3, is_tied=True),
+        Case(tp=2, pp=2, schedule="1f1b", is_muon=True),
     ),
-    8: (Case(tp=2, pp=2, dp=2, schedule="1f1b", mode="reduce_scatter", zero=1, is_tied=True),),
+    8: (
+        Case(tp=2, pp=2, dp=2, schedule="1f1b", mode="reduce_scatter", zero=1, is_tied=True),
+        Case(tp=2, pp=2, dp=2, schedule="1f1b", zero=1, is_muon=True),
+    ),
 }
 # What is saved, and where it is gone on with.
 RESUMED = {
@@ -47,6 +54,10 @@ RESUMED = {
         (
             Case(tp=2, dp=2, zero=3, mode="reduce_scatter"),
             [Case(pp=2, dp=2, zero=1), Case(tp=2, dp=2, zero=1), Case(tp=2, pp=2)],
+        ),
+        (
+            Case(tp=2, dp=2, zero=1, is_muon=True),
+            [Case(tp=2, pp=2), Case(tp=2, dp=2, zero=3)],
         ),
     ),
     8: (),

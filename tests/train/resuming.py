@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.train.checkpoint import metadata_document, save, snapshot
-from nanotron_fast.train.optimizer_files import MASTERS, MOMENTS
+from nanotron_fast.train.muon import MOMENTUM
+from nanotron_fast.train.optimizer import ADAMW_MOMENTS
+from nanotron_fast.train.optimizer_files import MASTERS
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
-from tests.train.engine import Case, Run, expected, rate
+from tests.train.engine import Case, Run, expected_of, rate
 
 SAVED, END = 3, 6
 
@@ -56,8 +59,8 @@ def values_of(run: Run) -> dict[str, Tensor]:
     for state in run.optimizer.states:
         name = state.trained.facts.name
         found[name] = state.trained.values(run.mesh).clone()
-        for key in ("master", *MOMENTS):
-            found[f"{name} {key}"] = getattr(state, key).clone()
+        for key, value in {"master": state.master, **state.moments}.items():
+            found[f"{name} {key}"] = value.clone()
     return found
 
 
@@ -79,11 +82,12 @@ def check_resume(case: Case, others: list[Case], root: Path) -> None:
         assert torch.equal(value, wanted[name]), f"{case}: {name}"
 
     for number, other in enumerate(others):
-        run = resumed(replace(other, is_tied=case.is_tied, dtype=case.dtype), folder)
+        alike = replace(other, is_tied=case.is_tied, dtype=case.dtype, is_muon=case.is_muon)
+        run = resumed(alike, folder)
         again = save_run(run, root / f"other-{number}", SAVED)
         check_same_states(run, folder, again)
         if case.dtype == torch.float32:
-            losses = expected(case.is_tied, False, 10)[0][SAVED:END]
+            losses = expected_of(case)[0][SAVED:END]
             for ours, theirs in zip(run.steps(SAVED, END), losses, strict=True):
                 assert abs(ours[0] - theirs[0]) <= 1e-5 * theirs[0], other
 
@@ -94,7 +98,8 @@ def check_same_states(run: Run, one: Path, other: Path) -> None:
     assert first.num_steps() == second.num_steps() == SAVED
     params = run.architecture.params()
     for param in params:
-        for key in (*MOMENTS, MASTERS):
+        is_muon = run.case.is_muon and is_hidden_matrix(param)
+        for key in (*((MOMENTUM,) if is_muon else ADAMW_MOMENTS), MASTERS):
             whole = [
                 each.share(
                     param.name,

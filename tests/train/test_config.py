@@ -158,6 +158,13 @@ def test_our_keys_are_kept_apart() -> None:
     )
     assert config.optimizer.optimizer_factory == Muon(muon_momentum=0.9)
     assert config.parallelism.chunks == 4
+    assert [
+        warning.partition(", which Nanotron does not have")[0] for warning in config.warnings
+    ] == [
+        "x.yaml: parallelism.pp_engine is interleaved",
+        "x.yaml: optimizer.optimizer_factory.name is muon",
+    ]
+    assert all("it cannot resume this run" in warning for warning in config.warnings)
     stock = config.to_dict()
     assert stock["parallelism"]["pp_engine"] == "1f1b"
     assert stock["optimizer"]["optimizer_factory"]["name"] == "adamW"

@@ -103,10 +103,6 @@ def test_what_is_no_configuration_is_named(changes: dict[str, Any], message: str
             "zero_stage is 2, which cannot be served: there is 0 .* 1 .* and 3",
         ),
         (
-            {"optimizer__zero_stage": 3, "optimizer__optimizer_factory": {"name": "muon"}},
-            "name is 'muon', .*: it steps whole matrices, .* Use zero_stage 1",
-        ),
-        (
             {"optimizer__optimizer_factory": {"name": "sgd"}},
             "name is 'sgd', .*: there are adamW and",
         ),

@@ -34,7 +34,7 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     written = write_config(model.family, model.spec, dtype)
     unknown = {UNKNOWN_FIELDS: model.unknown_fields} if model.unknown_fields else {}
     side = model.side
-    if side is None or side.family != model.family.name:
+    if side is None or side.config is None or side.family != model.family.name:
         config = {**written, **unknown}
         _check(config, model, model.spec)
         return config, []

@@ -137,7 +137,7 @@ def _unknown(model: NanotronModel, options: Options) -> list[str]:
 
 
 def _generation_config(side: SideFile | None, spec: ModelSpec) -> dict[str, Any] | None:
-    if side is not None:
+    if side is not None and side.config is not None:
         return None if side.generation_config is None else dict(side.generation_config)
     tokens = {
         name: getattr(spec, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")

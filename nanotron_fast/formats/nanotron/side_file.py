@@ -28,12 +28,15 @@ class SideFile:
     target: str
     dtype: str
     vocab_size: int
-    config: Mapping[str, Any]
+    # Of the model that this one was made from; None where it was made from nothing.
+    config: Mapping[str, Any] | None
     generation_config: Mapping[str, Any] | None = None
     # Safetensors dtypes of the Hugging Face tensors that Nanotron keeps in another one.
     dtypes: Mapping[str, str] = field(default_factory=dict)
     # Paths of the files that were carried, for who replaces the checkpoint: they are its own.
     carried: Sequence[str] = ()
+    # What Nanotron's config.yaml has no place for, of the run that wrote the checkpoint.
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The file's contents."""
@@ -52,7 +55,7 @@ def read_side_file(root: Path) -> SideFile | None:
         "target": str,
         "dtype": str,
         "vocab_size": int,
-        "config": dict,
+        "config": (dict, type(None)),
         "generation_config": (dict, type(None)),
         "dtypes": dict,
     }

@@ -30,7 +30,12 @@ def check(config: TrainingConfig, place: Place) -> list[str]:
         )
     if config.model.model_config is not None:
         check_lengths(config, int(config.model.model_config["max_position_embeddings"]), place)
-    return [*_unreached(config, place), *_about_the_rate(config, place), *_pointless(config, place)]
+    return [
+        *_unreached(config, place),
+        *_about_the_rate(config, place),
+        *_pointless(config, place),
+        *_ours_alone(config, place),
+    ]
 
 
 def check_lengths(config: TrainingConfig, max_positions: int, place: Place) -> None:
@@ -204,4 +209,23 @@ def _pointless(config: TrainingConfig, place: Place) -> list[str]:
             f"{place.at('optimizer.accumulate_grad_in_fp32')} has no effect: the parameters are "
             "float32 themselves. Nanotron refuses it so"
         )
+    if config.model.dtype != "float32" and not config.optimizer.accumulate_grad_in_fp32:
+        warnings.append(
+            f"{place.at('optimizer.accumulate_grad_in_fp32')} is false and has no effect: sums "
+            "of gradients and masters of parameters are in fp32 in any case"
+        )
     return warnings
+
+
+def _ours_alone(config: TrainingConfig, place: Place) -> list[str]:
+    """What Nanotron does not have, so that it cannot go on where such a run was saved."""
+    asked = {
+        "parallelism.pp_engine": (config.parallelism.pp_engine, "interleaved"),
+        "optimizer.optimizer_factory.name": (config.optimizer.optimizer_factory.name, "muon"),
+    }
+    return [
+        f"{place.at(path)} is {value}, which Nanotron does not have: it cannot resume this run's "
+        "checkpoints"
+        for path, (value, ours) in asked.items()
+        if value == ours
+    ]

@@ -117,7 +117,8 @@ class Optimizer:
             ours, the weights and the gradients as well.
         weight_decay: for every parameter that is not excluded.
         clip_grad: the largest norm of all gradients together; None for any.
-        accumulate_grad_in_fp32: sum gradients in fp32, and keep fp32 masters of the parameters.
+        accumulate_grad_in_fp32: no effect; gradients are summed in fp32, and the parameters have
+            fp32 masters, in any case.
         learning_rate_scheduler: the rate at each step.
         weight_decay_exclude_named_params: regular expressions that match the beginning of a name.
     """

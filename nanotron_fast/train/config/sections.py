@@ -12,7 +12,15 @@ from typing import Annotated, Any, Literal
 
 from nanotron_fast.train.config.data import DEFAULT_SEED
 from nanotron_fast.train.config.place import Place
-from nanotron_fast.train.config.schema import FILLED, OURS, AtLeast, Count, Spelled, ToldApart
+from nanotron_fast.train.config.schema import (
+    FILLED,
+    OURS,
+    Amount,
+    AtLeast,
+    Count,
+    Spelled,
+    ToldApart,
+)
 
 LogLevel = Literal["debug", "info", "warning", "error", "critical", "passive"]
 
@@ -210,7 +218,7 @@ class Tokens:
 
     Args:
         sequence_length: tokens of a sample.
-        train_steps: the last step.
+        train_steps: the last step; with 0 the weights are saved as they begin.
         micro_batch_size: samples of one pass through the model.
         batch_accumulation_per_replica: such passes of each data-parallel replica in a step.
         val_check_interval: steps between two validations; -1 for none.
@@ -219,7 +227,7 @@ class Tokens:
     """
 
     sequence_length: Count
-    train_steps: Count
+    train_steps: Amount
     micro_batch_size: Count
     batch_accumulation_per_replica: Count
     val_check_interval: Annotated[int, AtLeast(-1)] = field(default=-1, metadata=FILLED)

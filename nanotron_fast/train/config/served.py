@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.train.config.optimizer import Muon, Sgd
+from nanotron_fast.train.config.optimizer import Sgd
 from nanotron_fast.train.config.place import Place, shown
 from nanotron_fast.train.config.sections import CheckpointInit, RandomInit
 
@@ -42,10 +42,6 @@ def _over_one(size: int) -> int | None:
 
 def _sgd(config: TrainingConfig) -> object | None:
     return "sgd" if isinstance(config.optimizer.optimizer_factory, Sgd) else None
-
-
-def _is_muon(config: TrainingConfig) -> bool:
-    return isinstance(config.optimizer.optimizer_factory, Muon)
 
 
 def _scaling(config: TrainingConfig) -> object | None:
@@ -87,11 +83,6 @@ REFUSALS = (
         lambda config: _outside(config.optimizer.zero_stage, ZERO_STAGES),
         "there is 0 (every rank keeps all states of the optimizer), 1 (they are shared out among "
         "dp ranks) and 3 (weights and gradients as well)",
-    ),
-    Refusal(
-        "optimizer.optimizer_factory.name",
-        lambda config: "muon" if _is_muon(config) and config.optimizer.zero_stage == 3 else None,
-        "it steps whole matrices, and with zero_stage 3 no rank has one. Use zero_stage 1",
     ),
     Refusal(
         "optimizer.optimizer_factory.name",
@@ -147,6 +138,15 @@ IDLE = (
         "communication runs beside the products wherever that pays",
         (False,),
     ),
+    Idle(
+        "parallelism.tp_recompute_allgather",
+        "with REDUCE_SCATTER inputs are always gathered again in backward, which takes less memory",
+        (True,),
+    ),
+    Idle(
+        "logging.log_level", "warnings and figures are always printed, by the first rank", ("info",)
+    ),
+    Idle("logging.log_level_replica", "the first rank alone prints", ("info",)),
     Idle("model.ddp_bucket_cap_mb", "gradients are not summed by DistributedDataParallel"),
     Idle("tokenizer.tokenizer_max_length", "samples have the length of the stage"),
     Idle(
@@ -190,12 +190,17 @@ def without_effect(document: Mapping[str, Any], place: Place) -> list[str]:
         found = [
             (path, value)
             for path, value in _values(document, each.path.split("."), "")
-            if value is not None and not any(value is idle for idle in each.asks_for_nothing)
+            if value is not None and not _is_one_of(value, each.asks_for_nothing)
         ]
         if found:
             path, _ = found[0]
             warnings.append(f"{place.at(path)} has no effect: {each.reason}")
     return warnings
+
+
+def _is_one_of(value: object, others: tuple[object, ...]) -> bool:
+    """As YAML has them: true is not 1."""
+    return any(type(value) is type(other) and value == other for other in others)
 
 
 def _values(holder: object, keys: list[str], path: str) -> Iterator[tuple[str, object]]:

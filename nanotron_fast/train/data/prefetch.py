@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Batch = TypeVar("Batch")
 
 
-def ahead(batch: Callable[[int], Batch], steps: Iterable[int]) -> Iterator[Batch]:
+def ahead(batch: Callable[[int], Batch], steps: Iterable[int]) -> Generator[Batch, None, None]:
     """The batches of some steps, of which the next is made while one is used.
 
     An error comes with the step that it belongs to. Closing the iterator waits for the batch that

@@ -110,7 +110,7 @@ class StagedBatches:
 
     def stage_at(self, step: int) -> StageBatches:
         """The data stage of a step, counted from 1."""
-        return [stage for stage in self.stages if stage.first_step <= max(step, 1)][-1]
+        return self._begun(step)[-1]
 
     def batch(self, step: int) -> list[MicroBatch]:
         """The micro-batches of a step, counted from 1. Raises DataError."""
@@ -123,6 +123,31 @@ class StagedBatches:
         """
         batches = self.stage_at(step).validation
         return [] if batches is None else batches.batch(1)
+
+    def consumed(self, step: int) -> list[dict[str, Any]]:
+        """What each stage that was begun has given once a step is done, the one in use last.
+
+        In the words of Nanotron's `checkpoint_metadata.json`.
+        """
+        return [
+            {
+                "name": stage.name,
+                "sequence_length": stage.sequence_length,
+                "start_training_step": stage.first_step,
+                "consumed_train_samples": stage.consumed_samples(step),
+                "consumed_tokens_per_dataset_folder": stage.consumed_tokens(step),
+            }
+            for stage in self._begun(step)
+        ]
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all ranks that are taken once a step is done."""
+        return sum(
+            stage.consumed_samples(step) * stage.sequence_length for stage in self._begun(step)
+        )
+
+    def _begun(self, step: int) -> list[StageBatches]:
+        return [stage for stage in self.stages if stage.first_step <= max(step, 1)]
 
 
 def batches_of(

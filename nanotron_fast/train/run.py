@@ -1,0 +1,289 @@
+"""The steps of a run, one after another: batch, step, validation, report, checkpoint.
+
+Every rank does the same in the same order. What can go wrong on one of them (a file, a batch, a
+signal) is told to all before they take the next step together, so that none waits for one that has
+left.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nanotron_fast.checkpoints.processes import PeerFailed
+from nanotron_fast.errors import NanotronFastError, TrainingError
+from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.checkpoint import metadata_document, snapshot
+from nanotron_fast.train.config import TrainingConfig
+from nanotron_fast.train.data import MicroBatch
+from nanotron_fast.train.data.prefetch import ahead
+from nanotron_fast.train.devices import peak_flops
+from nanotron_fast.train.engine import Engine
+from nanotron_fast.train.estimate import flops_of_sequence
+from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.metrics import StepMetrics
+from nanotron_fast.train.optimizer import Rate
+from nanotron_fast.train.reporting import Report, peak_memory_bytes
+from nanotron_fast.train.saver import Saver
+from nanotron_fast.train.schedule import learning_rate
+from nanotron_fast.train.signals import StopRequest
+from nanotron_fast.train.start import Start
+from nanotron_fast.train.step import StepResult
+from nanotron_fast.train.zero import resolve_group
+
+Batch = TypeVar("Batch")
+
+
+class BatchSource(Protocol):
+    """What is asked of the data."""
+
+    def batch(self, step: int) -> list[MicroBatch]:
+        """This rank's micro-batches of a step, counted from 1. Raises DataError, OSError."""
+
+    def validation(self, step: int) -> list[MicroBatch]:
+        """Those of a validation after a step; empty where there is none."""
+
+    def consumed(self, step: int) -> Sequence[dict[str, Any]]:
+        """What each data stage that was begun has given once a step is done.
+
+        As `checkpoint.metadata_document` takes them, the one in use last.
+        """
+
+    def tokens(self, step: int) -> int:
+        """Tokens of all ranks that are taken once a step is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a run came to.
+
+    Args:
+        step: the last one that was taken.
+        loss: of it; None where the run took none.
+        validation_loss: of the last validation; None where there was none.
+        checkpoint: the last that is whole; None where none was written.
+        stopped_by: the signal that ended the run before its last step, else None.
+    """
+
+    step: int
+    loss: float | None
+    validation_loss: float | None
+    checkpoint: Path | None
+    stopped_by: str | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of `train --json`."""
+        return {
+            "step": self.step,
+            "loss": self.loss,
+            "validation_loss": self.validation_loss,
+            "checkpoint": None if self.checkpoint is None else str(self.checkpoint),
+            "stopped_by": self.stopped_by,
+        }
+
+
+@dataclass(slots=True)
+class Run:
+    """A rank of a run that is ready to begin.
+
+    Args:
+        config: with the model's own fields.
+        start: after which step it begins.
+        data: of this data-parallel rank.
+        report: called with the figures of each step.
+        stop: what signals ask for.
+    """
+
+    config: TrainingConfig
+    model: Architecture
+    mesh: Mesh
+    start: Start
+    data: BatchSource
+    engine: Engine
+    saver: Saver
+    report: Report
+    stop: StopRequest
+
+    def to_the_end(self) -> TrainingResult:
+        """Takes the steps. Raises what `Trainer.run` does."""
+        step, last = self.start.step, self.config.tokens.train_steps
+        section = self.config.checkpoints
+        metrics: StepMetrics | None = None
+        validation_loss: float | None = None
+        if section.save_initial_state and self.start.folder is None:
+            self._save(step)
+        with closing(ahead(self._batch, range(step + 1, last + 1))) as batches:
+            batch, failure = _next(batches)
+            is_stopped, _ = self._agree(failure)
+            while batch is not None and not is_stopped:
+                step += 1
+                begun = time.perf_counter()
+                result = self._step(step, batch)
+                loss, norm = result.loss.item(), result.grad_norm.item()
+                seconds = time.perf_counter() - begun
+                batch, failure = _next(batches)
+                is_stopped, memory = self._agree(failure or self.saver.error)
+                metrics = self._metrics(step, loss, norm, seconds, memory)
+                validated = self._validation_loss(step)
+                if validated is not None:
+                    validation_loss = validated
+                    metrics = replace(metrics, validation_loss=validated)
+                self.report(metrics)
+                self._check(metrics)
+                if step % section.checkpoint_interval == 0:
+                    self._save(step)
+        is_cut = is_stopped and step < last
+        is_new = metrics is not None or self.start.folder is None
+        if is_new and (is_cut or section.save_final_state):
+            self._save(step)
+        self._agree(self.saver.finished())
+        return TrainingResult(
+            step,
+            None if metrics is None else metrics.loss,
+            validation_loss,
+            self.saver.last,
+            self.stop.name if is_cut else None,
+        )
+
+    def _batch(self, step: int) -> dict[str, Tensor]:
+        return self._joined(self.data.batch(step))
+
+    def _joined(self, micro_batches: Sequence[MicroBatch]) -> dict[str, Tensor]:
+        """The rows of all micro-batches, in memory from which a GPU can take them."""
+        tensors = {
+            "input_ids": torch.cat([each.input_ids for each in micro_batches]),
+            "labels": torch.cat([each.labels for each in micro_batches]),
+        }
+        positions = [each.position_ids for each in micro_batches if each.position_ids is not None]
+        if positions:
+            tensors["position_ids"] = torch.cat(positions)
+        if self.mesh.device.type == "cuda":
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        device = self.mesh.device
+        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+
+    def _rate(self, step: int) -> Rate:
+        """The learning rate of a step, from a parameter's highest one."""
+        schedule = self.config.optimizer.learning_rate_scheduler
+        if not self.config.checkpoints.load_lr_scheduler:
+            # As in Nanotron, it begins anew where a run is resumed without it.
+            step -= self.start.step
+        return lambda peak: learning_rate(schedule, step, peak=peak)
+
+    def _step(self, step: int, batch: Mapping[str, Tensor]) -> StepResult:
+        return self.engine.step(
+            **self._moved(batch),
+            rate=self._rate(step),
+            micro_batch_size=self.config.tokens.micro_batch_size,
+        )
+
+    def _agree(self, failure: BaseException | None) -> tuple[bool, int]:
+        """What all ranks say: whether one was asked to stop, and the most memory that one uses.
+
+        Raises the failure of the first rank that has one, and PeerFailed on every other.
+        """
+        mesh = self.mesh
+        # The first rank that failed says the most.
+        failed = mesh.world_size - mesh.rank if failure is not None else 0
+        said = [float(failed), float(self.stop.is_made), float(peak_memory_bytes(mesh.device))]
+        if mesh.world is not None:
+            votes = torch.tensor(said, dtype=torch.float64, device=mesh.device)
+            dist.all_reduce(votes, dist.ReduceOp.MAX, group=resolve_group(mesh.world))
+            said = votes.tolist()
+        first = mesh.world_size - int(said[0])
+        if failure is not None and first == mesh.rank:
+            raise failure
+        if said[0]:
+            raise PeerFailed(f"rank {first} failed, and has said why")
+        return bool(said[1]), int(said[2])
+
+    def _metrics(
+        self, step: int, loss: float, norm: float, seconds: float, memory: int
+    ) -> StepMetrics:
+        tokens, before = self.data.tokens(step), self.data.tokens(step - 1)
+        device = self.mesh.device
+        mfu = None
+        if device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            peak = peak_flops(name, self.config.model.dtype)
+            if peak is not None:
+                samples = self.config.global_batch_size
+                length = (tokens - before) // samples
+                flops = samples * flops_of_sequence(self.model, length)
+                mfu = flops / seconds / peak / self.mesh.world_size
+        return StepMetrics(
+            step=step,
+            loss=loss,
+            learning_rate=self._rate(step)(
+                self.config.optimizer.learning_rate_scheduler.learning_rate
+            ),
+            grad_norm=norm,
+            tokens=tokens,
+            tokens_per_second=(tokens - before) / seconds,
+            mfu=mfu,
+            memory_bytes=memory,
+            seconds=seconds,
+        )
+
+    def _check(self, metrics: StepMetrics) -> None:
+        """Ends a run that computes nothing any more. Raises TrainingError."""
+        for name, value in (("loss", metrics.loss), ("norm of the gradient", metrics.grad_norm)):
+            if not math.isfinite(value):
+                self._agree(self.saver.finished())
+                kept = self.saver.last or self.start.folder
+                raise TrainingError(
+                    f"step {metrics.step}: the {name} is {value}; the run ends without saving, and "
+                    + (f"{kept} is the last checkpoint" if kept else "there is no checkpoint yet")
+                )
+
+    def _validation_loss(self, step: int) -> float | None:
+        """The mean over the samples that are held out; None where it is not the time for it."""
+        interval = self.config.tokens.val_check_interval
+        if interval <= 0 or step % interval:
+            return None
+        micro_batches = self.data.validation(step)
+        if not micro_batches:
+            return None
+        tensors = self._moved(self._joined(micro_batches))
+        size = self.config.tokens.micro_batch_size
+        return float(self.engine.step.evaluate(**tensors, micro_batch_size=size).item())
+
+    def _save(self, step: int) -> None:
+        """Copies what there is to save; another thread writes it.
+
+        Raises what went wrong with the checkpoint before, as `_agree` does.
+        """
+        if self.saver.has_begun(step):
+            return
+        self._agree(self.saver.finished())
+        mesh = self.mesh
+        taken = snapshot(
+            self.engine.trained,
+            self.engine.optimizer,
+            mesh,
+            self._rate(step + 1),
+            zero_stage=self.config.optimizer.zero_stage,
+        )
+        stages = self.data.consumed(step)
+        metadata = metadata_document(mesh, step=step, stages=stages, last_stage=len(stages) - 1)
+        self.saver.start(step, taken, metadata)
+
+
+def _next(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+    """The next batch, or None where they are at an end, or why it cannot be had."""
+    try:
+        return next(batches, None), None
+    except (NanotronFastError, OSError) as error:
+        return None, error

@@ -1,0 +1,198 @@
+"""A run from its configuration: what all ranks agree on, build and open before the first step."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
+from nanotron_fast.checkpoints.source import resolve
+from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.train.architecture import Architecture, architecture
+from nanotron_fast.train.beside import beside_of_run
+from nanotron_fast.train.checkpoint import Beside
+from nanotron_fast.train.config import CheckpointInit, TrainingConfig
+from nanotron_fast.train.config.checks import check_world_size
+from nanotron_fast.train.data import StagedBatches, batches_of
+from nanotron_fast.train.data.cache import Progress
+from nanotron_fast.train.data.given import GivenBatches
+from nanotron_fast.train.engine import engine_of
+from nanotron_fast.train.mesh import Mesh, num_processes
+from nanotron_fast.train.optimizer_states import load_states
+from nanotron_fast.train.reporting import reporting
+from nanotron_fast.train.run import BatchSource, Run, TrainingResult
+from nanotron_fast.train.saver import Saver
+from nanotron_fast.train.signals import StopRequest, stop_request
+from nanotron_fast.train.start import Start, find_start
+
+
+class Trainer:
+    """Trains the model of a configuration.
+
+    Args:
+        config: read by `TrainingConfig.load`.
+        batches: a user's own data in place of data_stages: an iterable with this data-parallel
+            rank's part of each global batch, see `train.data.given.GivenBatches`. It begins with
+            the first step; a run that is resumed passes over what it has taken.
+        device: to compute on; by default the GPU of LOCAL_RANK, else the CPU.
+        is_quiet: nothing is printed but errors' consequences: warnings and progress are left out.
+        on_tokens: told the bytes of text that are made into tokens, done and in all.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        batches: Iterable[Any] | None = None,
+        device: torch.device | str | None = None,
+        is_quiet: bool = False,
+        on_tokens: Progress | None = None,
+    ) -> None:
+        self.config = config
+        self._given, self._device = batches, device
+        self._is_quiet, self._on_tokens = is_quiet, on_tokens
+
+    def run(self) -> TrainingResult:
+        """Trains to the last step, or until SIGTERM or SIGUSR1 asks for a checkpoint and an end.
+
+        Every rank calls it, and gets the same.
+
+        Raises:
+            NanotronFastError: the configuration, the data, a checkpoint or the number of ranks will
+                not do; TrainingError: the loss is no number any more. PeerFailed: on another rank,
+                which raises the reason. OSError: a file cannot be read or written.
+        """
+        layout = self.config.parallelism
+        check_world_size(self.config, num_processes())
+        mesh = Mesh.connect(dp=layout.dp, pp=layout.pp, tp=layout.tp, device=self._device)
+        try:
+            with stop_request() as stop, ExitStack() as stack:
+                result = _prepared(self, mesh, stop, stack).to_the_end()
+        except (NanotronFastError, OSError):
+            # All ranks come here. After any other error the rest may be waiting for ever.
+            mesh.close()
+            raise
+        mesh.close()
+        return result
+
+
+def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack) -> Run:
+    """All that a run needs, ready for its first step. Raises what `Trainer.run` does."""
+    config = trainer.config
+    tell = _Teller(is_silent=trainer._is_quiet or mesh.rank > 0)
+    everyone = Processes() if mesh.world is None else TorchProcesses()
+    with everyone.step():
+        start = find_start(config)
+        root = Path(config.checkpoints.checkpoints_path)
+        root.mkdir(parents=True, exist_ok=True)
+    weights = start.folder or _initial_weights(config, everyone)
+    sourced = config if weights is None else _from_weights(config, weights)
+    with everyone.step():
+        model = architecture(sourced)
+        sourced = sourced.with_model_config(model.model_config)
+        config = config.with_model_config(model.model_config)
+        for warning in (*trainer.config.warnings, *model.warnings):
+            tell("warning", warning)
+    with everyone.step():
+        beside = Beside(exports_hf=config.checkpoints.export_hf)
+        if mesh.rank == 0:
+            beside = beside_of_run(config, model, weights)
+    data = _data(trainer, sourced, model, mesh, start, everyone)
+    with everyone.step(), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        engine = engine_of(config, model.built, mesh, weights=weights)
+        if start.folder is not None and config.checkpoints.load_optimizer:
+            load_states(start.folder, engine.optimizer, mesh)
+    for each in caught:
+        tell("warning", str(each.message))
+    with everyone.step():
+        report = stack.enter_context(
+            reporting(
+                config,
+                is_first_rank=mesh.rank == 0,
+                is_quiet=trainer._is_quiet,
+                done=start.step,
+                warn=partial(tell, "warning"),
+            )
+        )
+    saver = Saver(
+        root,
+        mesh,
+        beside=beside,
+        keep_last=config.checkpoints.keep_last,
+        warn=partial(tell, "warning"),
+    )
+    return Run(config, model, mesh, start, data, engine, saver, report, stop)
+
+
+def _initial_weights(config: TrainingConfig, everyone: Processes) -> Path | None:
+    """The folder that a new run's weights come from, fetched from the Hub where it is an id."""
+    init = config.model.init_method
+    if not isinstance(init, CheckpointInit):
+        return None
+    found: Path | None = None
+    for is_first in (True, False):
+        with everyone.step():
+            if (everyone.rank == 0) is is_first:
+                found = resolve(init.path)
+    return found
+
+
+def _from_weights(config: TrainingConfig, weights: Path) -> TrainingConfig:
+    """The configuration as if its model came from a folder: one that is resumed stands alone."""
+    return replace(
+        config, model=replace(config.model, init_method=CheckpointInit(path=str(weights)))
+    )
+
+
+def _data(
+    trainer: Trainer,
+    config: TrainingConfig,
+    model: Architecture,
+    mesh: Mesh,
+    start: Start,
+    everyone: Processes,
+) -> BatchSource:
+    """The first rank goes first: an error is told once, and tokens are made once."""
+    if trainer._given is not None:
+        return GivenBatches(
+            trainer._given,
+            rows=config.global_batch_size // mesh.dp,
+            dp=mesh.dp,
+            vocab_size=model.spec.vocab_size,
+        )
+    found: StagedBatches | None = None
+    for is_first in (True, False):
+        with everyone.step():
+            if (mesh.rank == 0) is is_first:
+                found = batches_of(
+                    config,
+                    dp_rank=mesh.dp_rank,
+                    vocab_size=model.spec.vocab_size,
+                    consumed=start.consumed,
+                    is_first_rank=is_first,
+                    on_progress=trainer._on_tokens if is_first else None,
+                )
+    assert found is not None
+    return found
+
+
+class _Teller:
+    """Says each thing once, on stderr."""
+
+    def __init__(self, *, is_silent: bool) -> None:
+        self._is_silent = is_silent
+        self._said: set[str] = set()
+
+    def __call__(self, kind: str, text: str) -> None:
+        if not self._is_silent and text not in self._said:
+            self._said.add(text)
+            print(f"{kind}: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,316 @@
+"""A run in one process: what it writes, how it goes on, how it ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from nanotron_fast.checkpoints.verify import verify
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TopologyError,
+    TrainingError,
+)
+from nanotron_fast.train import Trainer, TrainingConfig, TrainingResult
+from nanotron_fast.train import checkpoint as saving
+from nanotron_fast.train import run as running
+from nanotron_fast.train.metrics import read_metrics
+from tests.modelzoo import FAMILIES, make
+from tests.train.configs import document
+
+SIZES: dict[str, Any] = {
+    "tokens__sequence_length": 16,
+    "tokens__micro_batch_size": 2,
+    "tokens__batch_accumulation_per_replica": 2,
+    "model__dtype": "float32",
+    "optimizer__accumulate_grad_in_fp32": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(root: Path, **changes: Any) -> TrainingConfig:
+    changes = {**SIZES, "checkpoints__checkpoints_path": str(root), **changes}
+    return TrainingConfig.from_dict(document(**changes), name="x.yaml")
+
+
+def train(root: Path, *, batches: Any = None, **changes: Any) -> TrainingResult:
+    return Trainer(config(root, **changes), batches=batches, device="cpu", is_quiet=True).run()
+
+
+def stage(name: str, start: int, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "start_training_step": start,
+        "data": {"dataset": None, "seed": start},
+        **more,
+    }
+
+
+def tensors_of(folder: Path) -> dict[str, Any]:
+    """Every value of a checkpoint's weights and of its optimizer."""
+    found: dict[str, Any] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        found[str(path.relative_to(folder))] = path.read_bytes()
+    for path in sorted(folder.rglob("*.pt")):
+        found[str(path.relative_to(folder))] = torch.load(path, weights_only=True)
+    return found
+
+
+def assert_same(one: Any, other: Any, where: str = "") -> None:
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), where
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key, value in one.items():
+            assert_same(value, other[key], f"{where}/{key}")
+    else:
+        assert one == other, where
+
+
+def comparable(root: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without what its clock says."""
+    timed = ("tokens_per_second", "mfu", "memory_bytes", "seconds")
+    return [
+        {key: value for key, value in line.items() if key not in timed}
+        for line in read_metrics(root / "metrics.jsonl")
+    ]
+
+
+def test_a_run_in_two_halves_is_the_straight_run(tmp_path: Path) -> None:
+    """With a validation and a data stage's change in between, bit for bit."""
+    changes: dict[str, Any] = {
+        "data_stages": [stage("short", 1), stage("long", 5, sequence_length=24)],
+        "tokens__val_check_interval": 2,
+        "tokens__limit_val_batches": 1,
+        "tokens__train_steps": 6,
+        "optimizer__learning_rate_scheduler": {
+            "learning_rate": 1e-3, "lr_warmup_steps": 2, "lr_decay_style": "cosine",
+            "min_decay_lr": 1e-4,
+        },
+    }  # fmt: skip
+    straight = train(tmp_path / "straight", **changes)
+    assert straight.step == 6
+    assert straight.checkpoint == tmp_path / "straight" / "6"
+
+    root = tmp_path / "halves"
+    changes["checkpoints__resume_checkpoint_path"] = str(root)
+    # The first half does not know that it is one: the schedule is that of the whole run.
+    with signalled_after(3):
+        first = train(root, **changes)
+    assert (first.step, first.stopped_by) == (3, "SIGUSR1")
+    assert (root / "latest.txt").read_text() == "3"
+    second = train(root, **changes)
+    assert second == TrainingResult(6, straight.loss, straight.validation_loss, root / "6", None)
+    lines = comparable(root)
+    assert lines == comparable(tmp_path / "straight")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert ["validation_loss" in line for line in lines] == [False, True] * 3
+    assert [line["tokens"] for line in lines] == [64, 128, 192, 256, 352, 448]
+    assert lines[0]["learning_rate"] == 0.0
+    assert_same(tensors_of(root / "6"), tensors_of(tmp_path / "straight" / "6"))
+    stages = json.loads((root / "6" / "checkpoint_metadata.json").read_text())["metas"]
+    assert [each["consumed_train_samples"] for each in stages["data_stages"]] == [16, 8]
+
+
+@contextmanager
+def signalled_after(step: int) -> Iterator[None]:
+    """Sends this process SIGUSR1 when a step has been taken."""
+    inner = running.Run._step
+
+    def stepping(run: Any, number: int, batch: Any) -> Any:
+        result = inner(run, number, batch)
+        if number == step:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "_step", stepping)
+        yield
+
+
+def test_signals_are_given_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
+    train(tmp_path, tokens__train_steps=1)
+    assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
+
+
+@pytest.mark.parametrize("family", [each for each in FAMILIES if each != "starcoder2"])
+def test_from_hugging_face_and_back_without_a_step(tmp_path: Path, family: str) -> None:
+    source = make(family).save(tmp_path / "hf")
+    result = train(
+        tmp_path / "run",
+        model={"init_method": {"path": str(source)}, "dtype": "bfloat16"},
+        tokens__train_steps=0,
+        checkpoints__export_hf=True,
+    )
+    assert result == TrainingResult(0, None, None, tmp_path / "run" / "0", None)
+    exported = result.checkpoint / "hf"
+    assert verify(source, exported).equal
+    assert verify(source, result.checkpoint).equal
+    before, after = (json.loads((each / "config.json").read_text()) for each in (source, exported))
+    for key in set(before) - {"torch_dtype", "dtype", "transformers_version"}:
+        assert after.get(key) == before[key], key
+
+
+def test_what_is_ours_is_not_in_the_yaml(tmp_path: Path) -> None:
+    train(
+        tmp_path,
+        tokens__train_steps=3,
+        checkpoints__checkpoint_interval=1,
+        checkpoints__keep_last=2,
+        optimizer__optimizer_factory={"name": "muon"},
+    )
+    assert sorted(os.listdir(tmp_path)) == ["2", "3", "latest.txt", "metrics.jsonl"] + (
+        ["tensorboard"] if (tmp_path / "tensorboard").exists() else []
+    )
+    written = yaml.safe_load((tmp_path / "3" / "config.yaml").read_text())
+    assert "keep_last" not in written["checkpoints"]
+    assert written["optimizer"]["optimizer_factory"]["name"] == "adamW"
+    ours = json.loads((tmp_path / "3" / "nanotron_fast.json").read_text())["training"]
+    assert ours["checkpoints"] == {"keep_last": 2}
+    assert ours["optimizer"]["optimizer_factory"]["name"] == "muon"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "tokens__train_steps": 6,
+        "checkpoints__checkpoint_interval": 2,
+        "optimizer__learning_rate_scheduler": {"learning_rate": 1e-3},
+    }
+    patch = pytest.MonkeyPatch()
+    inner = running.Run._step
+
+    def stepping(run: Any, number: int, batch: Any) -> Any:
+        if number == 5:
+            with torch.no_grad():
+                next(run.engine.parts[0].parameters()).fill_(float("nan"))
+        return inner(run, number, batch)
+
+    patch.setattr(running.Run, "_step", stepping)
+    with pytest.raises(TrainingError, match=r"step 5: the loss is nan.*/4 is the last checkpoint"):
+        train(tmp_path, **changes)
+    patch.undo()
+    assert (tmp_path / "latest.txt").read_text() == "4"
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert lines[-1]["step"] == 5
+    assert lines[-1]["loss"] is None
+    again = train(tmp_path, checkpoints__resume_checkpoint_path=str(tmp_path), **changes)
+    assert again.step == 6
+    assert again.loss is not None
+
+
+def test_a_disk_that_is_full_leaves_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = saving._write_document
+
+    def writing(path: Path, contents: Any, *, fsync: bool) -> None:
+        if "/.4.partial/" in str(path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        inner(path, contents, fsync=fsync)
+
+    monkeypatch.setattr(saving, "_write_document", writing)
+    with pytest.raises(OSError, match=r"No space left.*\.4\.partial"):
+        train(tmp_path, tokens__train_steps=9, checkpoints__checkpoint_interval=2)
+    assert (tmp_path / "latest.txt").read_text() == "2"
+    monkeypatch.undo()
+    resumed = train(
+        tmp_path, tokens__train_steps=5, checkpoints__resume_checkpoint_path=str(tmp_path)
+    )
+    assert resumed.checkpoint == tmp_path / "5"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_new_run_does_not_write_over_another(tmp_path: Path) -> None:
+    train(tmp_path / "run", tokens__train_steps=1)
+    for changes in ({}, {"checkpoints__resume_checkpoint_path": str(tmp_path / "copy")}):
+        if changes:
+            (tmp_path / "run").joinpath("1").rename(tmp_path / "copy")
+        with pytest.raises(ConfigError, match="has the checkpoints of a run already"):
+            train(tmp_path / "run", tokens__train_steps=2, **changes)
+    assert len(read_metrics(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_what_cannot_be_resumed(tmp_path: Path) -> None:
+    train(tmp_path / "run", tokens__train_steps=2)
+    resume = "checkpoints__resume_checkpoint_path"
+    with pytest.raises(
+        CheckpointError, match=r"neither latest.txt nor a checkpoint.*no such folder"
+    ):
+        train(tmp_path / "new", **{resume: str(tmp_path / "missing")})
+    with pytest.raises(
+        ConfigError, match=r"train_steps is 1, .* after step 2: there is nothing left"
+    ):
+        train(tmp_path / "run", tokens__train_steps=1, **{resume: str(tmp_path / "run")})
+    for path in (tmp_path / "run" / "2" / "optimizer").iterdir():
+        path.unlink()
+    changes = {resume: str(tmp_path / "run"), "tokens__train_steps": 3}
+    with pytest.raises(CheckpointError, match=r"no states of an optimizer.*load_optimizer=false"):
+        train(tmp_path / "run", **changes)
+    assert train(tmp_path / "run", checkpoints__load_optimizer=False, **changes).step == 3
+
+
+def test_a_run_stands_alone_when_it_is_resumed(tmp_path: Path) -> None:
+    """What its weights came from may be gone."""
+    source = make("llama").save(tmp_path / "hf")
+    changes: dict[str, Any] = {
+        "model": {"init_method": {"path": str(source)}, "dtype": "float32"},
+        "checkpoints__resume_checkpoint_path": str(tmp_path / "run"),
+    }
+    train(tmp_path / "run", tokens__train_steps=1, **changes)
+    source.rename(tmp_path / "moved")
+    result = train(tmp_path / "run", tokens__train_steps=2, checkpoints__export_hf=True, **changes)
+    exported = json.loads((result.checkpoint / "hf" / "config.json").read_text())
+    original = json.loads((tmp_path / "moved" / "config.json").read_text())
+    assert exported["architectures"] == original["architectures"]
+
+
+def test_batches_of_the_user(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(512, (4, 17), generator=generator) for _ in range(4)]
+    as_mappings = [{"input_ids": each[:, :-1], "labels": each[:, 1:]} for each in tokens]
+    one = train(tmp_path / "one", batches=tokens, tokens__train_steps=4)
+    train(tmp_path / "two", batches=iter(as_mappings), tokens__train_steps=2)
+    two = train(
+        tmp_path / "two",
+        batches=as_mappings,
+        tokens__train_steps=4,
+        checkpoints__resume_checkpoint_path=str(tmp_path / "two"),
+    )
+    assert one.loss == two.loss
+    assert [line["tokens"] for line in comparable(tmp_path / "two")] == [64, 128, 192, 256]
+    with pytest.raises(DataError, match="end after 4, and step 5 needs one"):
+        train(tmp_path / "three", batches=tokens, tokens__train_steps=5)
+    for wrong, message in (
+        (torch.zeros(3, 17, dtype=torch.int64), r"shape \(3, 16\): it should be \(4, length\)"),
+        (torch.zeros(4, 17), "should be integers"),
+        (torch.full((4, 17), 512), "token 512, which is not in the model's vocabulary of 512"),
+        ({"input_ids": tokens[0]}, "keys .*input_ids.*: it should have input_ids, labels"),
+    ):
+        with pytest.raises(DataError, match=message):
+            train(tmp_path / "wrong", batches=[wrong], tokens__train_steps=1)
+
+
+def test_too_few_ranks(tmp_path: Path) -> None:
+    with pytest.raises(TopologyError, match="dp=2 x pp=1 x tp=1 are 2 ranks, and 1 were started"):
+        train(tmp_path / "run", parallelism__dp=2)
+    assert not (tmp_path / "run").exists()
