@@ -20,7 +20,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import Experts
 from nanotron_fast.train.activations import MicroBatch, in_flight
-from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.config import Muon, TrainingConfig
 
 VALUE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -94,11 +94,11 @@ class Estimate:
         }
 
 
-def estimate(config: TrainingConfig, model: Architecture) -> Estimate:
+def estimate(config: TrainingConfig, model: ModelPlan) -> Estimate:
     """What a run will take. Raises TopologyError where a stage would own no layer."""
     stages, spec = model.stages(), model.spec
     pp = config.parallelism.pp
-    padding = model.padded_vocab_size - spec.vocab_size
+    padding = spec.vocab_size - model.architecture.vocab_size
     padded_elements = sum(math.prod(param.shape) for param in model.params)
     num_matrices = 1 if spec.tie_word_embeddings else 2
     length = config.stage_at(1).sequence_length or config.tokens.sequence_length
@@ -111,7 +111,7 @@ def estimate(config: TrainingConfig, model: Architecture) -> Estimate:
     )
 
 
-def flops_of_sequence(model: Architecture, length: int) -> int:
+def flops_of_sequence(model: ModelPlan, length: int) -> int:
     """FLOPs of training on one sequence, forward and backward."""
     products = sum(_multiplied(model, param) for param in model.params)
     attention = sum(
@@ -130,7 +130,7 @@ def _pairs(length: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def _multiplied(model: Architecture, param: Param) -> int:
+def _multiplied(model: ModelPlan, param: Param) -> int:
     """The elements of a parameter that a token is multiplied by."""
     is_lookup = param.block == "embedding" and not model.spec.tie_word_embeddings
     if len(param.shape) < 2 or is_lookup:
@@ -143,7 +143,7 @@ def _multiplied(model: Architecture, param: Param) -> int:
     return elements
 
 
-def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: int) -> Memory:
+def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int) -> Memory:
     """What a rank of a pipeline stage needs."""
     pp = config.parallelism.pp
     has_head = stages.of("head") % pp == rank
@@ -155,7 +155,7 @@ def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: i
             states = _sum(states, _states(config, model, param))
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
-    columns = model.padded_vocab_size // config.parallelism.tp
+    columns = model.spec.vocab_size // config.parallelism.tp
     return replace(
         states,
         activations=_activations(config, model, stages, rank, tokens),
@@ -163,7 +163,7 @@ def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: i
     )
 
 
-def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory:
+def _states(config: TrainingConfig, model: ModelPlan, param: Param) -> Memory:
     """A parameter, its gradient, and what the optimizer keeps of it."""
     optimizer = config.optimizer
     elements = math.prod(param.local_shape(model.topology.sizes))
@@ -184,7 +184,7 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
 
 
 def _activations(
-    config: TrainingConfig, model: Architecture, stages: Stages, rank: int, tokens: int
+    config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int, tokens: int
 ) -> int:
     layout = config.parallelism
     batch = MicroBatch(

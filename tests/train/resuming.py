@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nanotron_fast.models.build import load
+from nanotron_fast.models.building import load
 from nanotron_fast.train.checkpoint import metadata_document, save, snapshot
 from nanotron_fast.train.optimizer_files import MASTERS, MOMENTS
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
