@@ -17,7 +17,6 @@ from nanotron_fast.formats.huggingface.checkpoint import CONFIG
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import is_nanotron_checkpoint, read_nanotron
 from nanotron_fast.formats.nanotron.stages import Stages
-from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import Architecture
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
@@ -30,8 +29,8 @@ class ModelPlan:
     """A model, and how a configuration spreads it over ranks.
 
     Args:
-        architecture: what is built, its vocabulary padded to a multiple of
-            make_vocab_size_divisible_by * tp.
+        architecture: what is built. The vocabulary of its spec is padded, to a multiple of
+            make_vocab_size_divisible_by * tp; its vocab_size counts the ids that can occur.
         params: every parameter of it, in the order of the layers.
         given: model.model_config, where there is one.
         topology: tp and pp.
@@ -47,15 +46,10 @@ class ModelPlan:
     warnings: tuple[str, ...] = ()
 
     @property
-    def spec(self) -> ModelSpec:
-        """The architecture's, the vocabulary padded."""
-        return self.architecture.spec
-
-    @property
     def model_config(self) -> dict[str, Any]:
         """Every field of the class, the vocabulary padded, for the checkpoints of a run."""
         if self.given is not None:
-            return {**self.given, "vocab_size": self.spec.vocab_size}
+            return {**self.given, "vocab_size": self.architecture.spec.vocab_size}
         return self.architecture.model_config()
 
     def stages(self) -> Stages:
@@ -64,7 +58,7 @@ class ModelPlan:
         Stage s lies on pipeline rank s % pp. Raises TopologyError where one would own nothing.
         """
         topology = Topology(tp=self.topology.tp, pp=self.topology.pp * self.chunks)
-        return Stages(self.spec, self.architecture.model_class, topology)
+        return Stages(self.architecture.spec, self.architecture.model_class, topology)
 
     def spread(self, config: TrainingConfig) -> ModelPlan:
         """The same model over the ranks of another configuration. Raises TopologyError."""

@@ -96,7 +96,7 @@ class Estimate:
 
 def estimate(config: TrainingConfig, model: ModelPlan) -> Estimate:
     """What a run will take. Raises TopologyError where a stage would own no layer."""
-    stages, spec = model.stages(), model.spec
+    stages, spec = model.stages(), model.architecture.spec
     pp = config.parallelism.pp
     padding = spec.vocab_size - model.architecture.vocab_size
     padded_elements = sum(math.prod(param.shape) for param in model.params)
@@ -119,7 +119,7 @@ def flops_of_sequence(model: ModelPlan, length: int) -> int:
         * layer.attention.num_heads
         * layer.attention.head_dim
         * _pairs(length, layer.attention.window)
-        for layer in model.spec.layers
+        for layer in model.architecture.spec.layers
     )
     return 6 * products * length + attention
 
@@ -132,12 +132,12 @@ def _pairs(length: int, window: int | None) -> int:
 
 def _multiplied(model: ModelPlan, param: Param) -> int:
     """The elements of a parameter that a token is multiplied by."""
-    is_lookup = param.block == "embedding" and not model.spec.tie_word_embeddings
+    is_lookup = param.block == "embedding" and not model.architecture.spec.tie_word_embeddings
     if len(param.shape) < 2 or is_lookup:
         return 0
     elements = math.prod(param.shape)
     if isinstance(param.block, int) and _EXPERTS in param.name:
-        experts = model.spec.layers[param.block].mlp
+        experts = model.architecture.spec.layers[param.block].mlp
         assert isinstance(experts, Experts)
         return elements * experts.top_k // experts.num_experts
     return elements
@@ -150,12 +150,14 @@ def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int)
     states = Memory()
     for param in model.params:
         # The last stage has a copy of a tied embedding.
-        has_copy = param.block == "embedding" and has_head and model.spec.tie_word_embeddings
+        has_copy = (
+            param.block == "embedding" and has_head and model.architecture.spec.tie_word_embeddings
+        )
         if stages.of(param.block) % pp == rank or has_copy:
             states = _sum(states, _states(config, model, param))
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
-    columns = model.spec.vocab_size // config.parallelism.tp
+    columns = model.architecture.spec.vocab_size // config.parallelism.tp
     return replace(
         states,
         activations=_activations(config, model, stages, rank, tokens),
@@ -189,7 +191,7 @@ def _activations(
     layout = config.parallelism
     batch = MicroBatch(
         tokens=tokens,
-        hidden_size=model.spec.hidden_size,
+        hidden_size=model.architecture.spec.hidden_size,
         value_bytes=VALUE_BYTES[config.model.dtype],
         tp=layout.tp,
         is_scattered=layout.tp_mode == "REDUCE_SCATTER",
@@ -197,7 +199,7 @@ def _activations(
     )
     layers = [
         layer
-        for layer, stage in zip(model.spec.layers, stages.layers, strict=True)
+        for layer, stage in zip(model.architecture.spec.layers, stages.layers, strict=True)
         if stage % layout.pp == rank
     ]
     count = config.tokens.batch_accumulation_per_replica

@@ -104,7 +104,7 @@ def test_a_scaling_that_nanotron_ignored_is_left_out_and_said(tmp_path: Path) ->
     plan = plan_of(stored)
     (warning,) = plan.warnings
     assert f"{stored}: its rope_scaling is left out" in warning
-    assert plan.spec.rope_scaling is None
+    assert plan.architecture.spec.rope_scaling is None
     assert plan.model_config["rope_scaling"] is None
 
 
@@ -115,15 +115,15 @@ def test_layers_that_nanotron_gives_no_window_have_none(tmp_path: Path) -> None:
     config = {**json.loads(path.read_text()), "sliding_window_size": 5}
     path.write_text(json.dumps(config))
     plan = plan_of(stored)
-    assert set(plan.spec.windows) == {5, None}
+    assert set(plan.architecture.spec.windows) == {5, None}
     # And the next checkpoint has the field still.
     assert plan.model_config["sliding_window_size"] == 5
-    assert Architecture.of_model_config(plan.model_config).spec == plan.spec
+    assert Architecture.of_model_config(plan.model_config).spec == plan.architecture.spec
 
 
 def test_nanotrons_llama_has_no_biases() -> None:
     plan = given(attention_bias=True)
-    assert not plan.spec.has_qkv_bias
+    assert not plan.architecture.spec.has_qkv_bias
     assert plan.warnings == (
         "x.yaml: model.model_config.attention_bias has no effect: whatever it says, Nanotron's "
         "LlamaConfig has no biases",
