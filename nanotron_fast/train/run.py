@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanotron_fast.checkpoints.processes import PeerFailed
 from nanotron_fast.errors import NanotronFastError, TrainingError
-from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.checkpoint import metadata_document, snapshot
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import MicroBatch
@@ -104,7 +104,7 @@ class Run:
     """
 
     config: TrainingConfig
-    model: Architecture
+    model: ModelPlan
     mesh: Mesh
     start: Start
     data: BatchSource

@@ -68,7 +68,7 @@ def prepared(root: Path, prepare: Callable[[Path], object]) -> Path:
 
 def goes_on_at_other_topologies(root: Path) -> None:
     """From a Hugging Face folder whose vocabulary has to be padded for tp=2."""
-    source = prepared(root / "hf", lambda path: make("llama", vocab_size=160).save(path))
+    source = prepared(root / "hf", lambda path: make("llama", vocab_size=161).save(path))
     changes: dict[str, Any] = {
         "model": {"init_method": {"path": str(source)}, "dtype": "float32"},
         "data_stages": [
