@@ -14,7 +14,7 @@ from nanotron_fast.models.architecture import Architecture
 from nanotron_fast.models.building import load
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import facts_of
-from nanotron_fast.models.initialize import initialize, mup_learning_rate_factor
+from nanotron_fast.models.initial_weights import initialize, mup_learning_rate_factor
 from nanotron_fast.parallel.pipeline import Pipeline
 from nanotron_fast.train.config import CheckpointInit, MupInit, RandomInit, TrainingConfig
 from nanotron_fast.train.gradients import Gradients
