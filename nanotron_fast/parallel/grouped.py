@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nanotron_fast.parallel.products import main_gradients, weight_gradient
+from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.parallel.products import weight_gradient
 
 # Bytes that rows of a grouped product's operands have to be a multiple of.
 _ALIGNMENT_BYTES = 16
