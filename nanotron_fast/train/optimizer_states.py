@@ -18,6 +18,8 @@ from torch import Tensor
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
+from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
 from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW, State
@@ -39,6 +41,8 @@ class StoredStates:
         self._open: dict[Place, dict[str, Any]] = {}
         self._by_name: dict[Place, dict[str, dict[str, Tensor]]] = {}
         self._is_zero = any(place.dp is not None for place in self._files)
+        # Rows of the vocabulary, padded to what that topology needed.
+        self._vocab_size = read_json_object(folder / MODEL_CONFIG).get("vocab_size")
 
     def num_steps(self) -> int:
         """Steps that were taken. Raises CheckpointError where parameters took different numbers."""
@@ -66,31 +70,46 @@ class StoredStates:
         Returns None for masters where the checkpoint has none. Raises CheckpointError where the
         parameter is missing, or has another shape.
         """
-        stage = self._stage_of(name)
-        if not param.cuts or self.sizes["tp"] == tp:
-            return self._stored(name, key, param, stage, tp_rank if param.cuts else 0, run)
+        stage, was_tp = self._stage_of(name), self.sizes["tp"]
+        num_rows = self._num_rows(param)
+        if not param.cuts or (was_tp == tp and num_rows == param.shape[0]):
+            same = param.local_shape({"tp": tp})
+            return self._stored(name, key, same, stage, tp_rank if param.cuts else 0, run)
         whole: Tensor | None = None
-        for rank in range(self.sizes["tp"]):
-            shape = param.local_shape({"tp": self.sizes["tp"]})
-            stored = self._stored(name, key, param, stage, rank, (0, math.prod(shape)))
+        shape = list(param.shape)
+        shape[0] = num_rows
+        shape[param.cuts["tp"]] //= was_tp
+        for rank in range(was_tp):
+            stored = self._stored(name, key, shape, stage, rank, (0, math.prod(shape)))
             if stored is None:
                 return None
             stored = stored.view(*shape)
             if whole is None:
-                whole = torch.empty(param.shape, dtype=torch.float32)
-            for pair in _pairs(param, self.sizes["tp"], rank):
+                whole = torch.empty(num_rows, *param.shape[1:], dtype=torch.float32)
+            for pair in _pairs(param, was_tp, rank, tuple(whole.shape)):
                 whole[pair.whole] = stored[pair.local]
         assert whole is not None
+        if num_rows < param.shape[0]:
+            # Rows that pad the vocabulary were never learned.
+            more = whole.new_zeros(param.shape[0] - num_rows, *param.shape[1:])
+            whole = torch.cat([whole, more])
+        whole = whole[: param.shape[0]]
         wanted = torch.empty(param.local_shape({"tp": tp}), dtype=torch.float32)
-        for pair in _pairs(param, tp, tp_rank):
+        for pair in _pairs(param, tp, tp_rank, param.shape):
             wanted[pair.local] = whole[pair.whole]
         return wanted.view(-1)[run[0] : run[1]]
 
+    def _num_rows(self, param: Param) -> int:
+        """Of the whole parameter as it was stored: a vocabulary is padded for its topology."""
+        is_vocabulary = param.block in ("embedding", "head") and len(param.shape) == 2
+        if is_vocabulary and isinstance(self._vocab_size, int):
+            return self._vocab_size
+        return param.shape[0]
+
     def _stored(
-        self, name: str, key: str, param: Param, stage: int, tp_rank: int, run: Run
+        self, name: str, key: str, shape: Sequence[int], stage: int, tp_rank: int, run: Run
     ) -> Tensor | None:
         """A run of a shard that was stored, from as many data-parallel ranks as have some of it."""
-        shape = param.local_shape({"tp": self.sizes["tp"]})
         if not self._is_zero:
             value = self._value(Place(stage, tp_rank, None), name, key, shape)
             return None if value is None else value.reshape(-1)[run[0] : run[1]]
@@ -160,10 +179,8 @@ class StoredStates:
         return self._open[place]
 
 
-def _pairs(param: Param, tp: int, rank: int) -> Any:
-    return shard_pairs(
-        param.shape, split=param.cuts.get("tp"), chunks=param.chunks, tp=tp, rank=rank
-    )
+def _pairs(param: Param, tp: int, rank: int, shape: tuple[int, ...]) -> Any:
+    return shard_pairs(shape, split=param.cuts.get("tp"), chunks=param.chunks, tp=tp, rank=rank)
 
 
 @torch.no_grad()

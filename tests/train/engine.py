@@ -17,7 +17,7 @@ from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.model.spec import Attention, Dense, Layer, ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import Architecture
-from nanotron_fast.models.build import load
+from nanotron_fast.models.building import load
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import Facts, facts_of
 from nanotron_fast.parallel.pipeline import Pipeline
@@ -307,8 +307,6 @@ def check_against_plain(case: Case) -> None:
     losses, expected_validation = expected_of(case)
     run = Run(case)
     tolerance = 1e-5 if case.is_tied else 1e-6
-    if case.dtype != torch.float32:
-        tolerance = 1e-2
     for number, theirs in enumerate(losses):
         if number == 2:
             run.evaluate(98)  # which leaves nothing behind

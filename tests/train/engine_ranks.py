@@ -25,7 +25,6 @@ CASES = {
         Case(dp=2, recompute="layer"),
         Case(dp=2, zero=1),
         Case(dp=2, zero=3, is_tied=True, recompute="layer"),
-        Case(dp=2, zero=3, dtype=torch.bfloat16),
         Case(tp=2, mode="reduce_scatter", is_muon=True),
         Case(dp=2, is_muon=True),
         Case(dp=2, zero=1, is_muon=True),

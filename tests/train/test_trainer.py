@@ -28,6 +28,7 @@ from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import FAMILIES, make
+from tests.parallel.ranks import run_ranks
 from tests.train.configs import document
 
 SIZES: dict[str, Any] = {
@@ -314,3 +315,8 @@ def test_too_few_ranks(tmp_path: Path) -> None:
     with pytest.raises(TopologyError, match="dp=2 x pp=1 x tp=1 are 2 ranks, and 1 were started"):
         train(tmp_path / "run", parallelism__dp=2)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_runs_on_two_ranks() -> None:
+    run_ranks("tests.train.trainer_ranks", 2)

@@ -1,0 +1,224 @@
+"""A rank of test_trainer.py: whole runs on two ranks, how they go on, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nanotron_fast.checkpoints.processes import PeerFailed
+from nanotron_fast.checkpoints.verify import verify
+from nanotron_fast.cli import commands
+from nanotron_fast.errors import DataError
+from nanotron_fast.train import Trainer, TrainingConfig, TrainingResult
+from nanotron_fast.train import checkpoint as saving
+from nanotron_fast.train import run as running
+from nanotron_fast.train.metrics import read_metrics
+from tests.modelzoo import make
+from tests.parallel.ranks import join, run_cases
+from tests.train.configs import document, save
+
+SIZES: dict[str, Any] = {
+    "tokens__sequence_length": 16,
+    "tokens__micro_batch_size": 1,
+    "model__dtype": "float32",
+    "optimizer__accumulate_grad_in_fp32": False,
+    "optimizer__learning_rate_scheduler": {"learning_rate": 1e-3, "lr_decay_steps": 9},
+}
+TP: dict[str, Any] = {
+    "parallelism__tp": 2,
+    "parallelism__tp_mode": "REDUCE_SCATTER",
+    "tokens__batch_accumulation_per_replica": 4,
+}
+DP: dict[str, Any] = {
+    "parallelism__dp": 2,
+    "optimizer__zero_stage": 1,
+    "tokens__batch_accumulation_per_replica": 2,
+}
+PP: dict[str, Any] = {
+    "parallelism__pp": 2,
+    "parallelism__pp_engine": "interleaved",
+    "tokens__batch_accumulation_per_replica": 4,
+}
+
+
+def train(root: Path, *, batches: Any = None, **changes: Any) -> TrainingResult:
+    changes = {**SIZES, "checkpoints__checkpoints_path": str(root), **changes}
+    config = TrainingConfig.from_dict(document(**changes), name="x.yaml")
+    return Trainer(config, batches=batches, device="cpu", is_quiet=True).run()
+
+
+def prepared(root: Path, prepare: Callable[[Path], object]) -> Path:
+    """What the first rank makes for both."""
+    if dist.get_rank() == 0:
+        prepare(root)
+    dist.barrier()
+    return root
+
+
+def goes_on_at_other_topologies(root: Path) -> None:
+    for vocab_size, runs in ((160, ((DP, PP), (PP, TP))), (161, ((TP, DP),))):
+        # The second has to be padded for tp=2, and stays so.
+        folder = root / str(vocab_size)
+        for number, (before, after) in enumerate(runs):
+            check_topologies(folder, folder / f"run-{number}", vocab_size, before, after)
+
+
+def check_topologies(
+    root: Path, run: Path, vocab_size: int, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    """Three steps at one topology and three at another, beside six at tp=2."""
+    changes: dict[str, Any] = {
+        "model": {"init_method": {"path": str(root / "hf")}, "dtype": "float32"},
+        "data_stages": [
+            {"name": "one", "start_training_step": 1, "data": {"dataset": None, "seed": 3}}
+        ],
+    }
+    if not (root / "straight").exists():
+        prepared(root / "hf", lambda path: make("llama", vocab_size=vocab_size).save(path))
+        train(root / "straight", tokens__train_steps=6, **changes, **TP)
+    expected = read_metrics(root / "straight" / "metrics.jsonl")
+    changes["checkpoints__resume_checkpoint_path"] = str(run)
+    train(run, tokens__train_steps=3, **changes, **before)
+    result = train(run, tokens__train_steps=6, checkpoints__export_hf=True, **changes, **after)
+    assert result.checkpoint == run / "6"
+    for ours, theirs in zip(read_metrics(run / "metrics.jsonl"), expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            error = abs(ours[key] - theirs[key]) / theirs[key]
+            assert error <= 1e-6, f"{key} of step {ours['step']} of {run}: {error:.1e}"
+        assert ours["tokens"] == theirs["tokens"]
+    if dist.get_rank() == 0:
+        differing = verify(run / "6", run / "6" / "hf").differing
+        # What pads the vocabulary was trained too, as in Nanotron.
+        assert all(each.name.endswith("(padding)") for each in differing), differing
+        exported = json.loads((run / "6" / "hf" / "config.json").read_text())
+        assert exported["vocab_size"] == vocab_size
+    dist.barrier()
+
+
+def a_signal_to_one_rank_ends_both(root: Path) -> None:
+    inner = running.Run._step
+
+    def stepping(run: Any, number: int, batch: Any) -> Any:
+        result = inner(run, number, batch)
+        if number == 2 and dist.get_rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running.Run, "_step", stepping)
+        result = train(root, tokens__train_steps=9, **DP)
+    assert (result.step, result.checkpoint) == (2, root / "2")
+    assert result.stopped_by == ("SIGTERM" if dist.get_rank() == 1 else "another rank's")
+
+
+def a_rank_without_data_ends_both(root: Path) -> None:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    count = 4 - dist.get_rank()
+    batches = [torch.randint(512, (2, 17), generator=generator) for _ in range(count)]
+    error = (DataError, "end after 3") if dist.get_rank() == 1 else (PeerFailed, "rank 1 failed")
+    with pytest.raises(error[0], match=error[1]):
+        train(root, batches=batches, tokens__train_steps=4, **DP)
+
+
+def a_rank_whose_disk_is_full_ends_both(root: Path) -> None:
+    inner = saving._write_document
+
+    def writing(path: Path, contents: Any, *, fsync: bool) -> None:
+        if "/.4.partial/" in str(path) and dist.get_rank() == 1:
+            raise OSError(28, "No space left on device", str(path))
+        inner(path, contents, fsync=fsync)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "_write_document", writing)
+        error = (
+            (OSError, "No space left") if dist.get_rank() == 1 else (PeerFailed, "rank 1 failed")
+        )
+        with pytest.raises(error[0], match=error[1]):
+            train(root, tokens__train_steps=9, checkpoints__checkpoint_interval=2, **DP)
+    assert (root / "latest.txt").read_text() == "2"
+
+
+def the_command_says_an_error_once(root: Path) -> None:
+    """Whatever is wrong with the configuration, the data or the ranks: exit code 2, no hang."""
+    root.mkdir(exist_ok=True)
+    text = root / "text.txt"
+    prepared(text, lambda path: path.write_text("a b c\n" * 99))
+    tokenizer = str(Path(__file__).parents[1] / "golden" / "llama_tied" / "hf")
+    dataset = {"dataset": {"hf_dataset_or_datasets": str(text)}, "seed": 1}
+    stages = [{"name": "one", "start_training_step": 1, "data": dataset}]
+    read = {"tokenizer__tokenizer_name_or_path": tokenizer, "data_stages": stages}
+    small = {"model__model_config__vocab_size": 64}
+    missing = {"tokenizer__tokenizer_name_or_path": tokenizer, "data_stages": [
+        {**stages[0], "data": {**dataset, "dataset": {"hf_dataset_or_datasets": f"{root}/no.txt"}}}
+    ]}  # fmt: skip
+    for number, (changes, words) in enumerate(
+        (
+            ({"tokens__train_stepz": 3}, "train_stepz"),
+            ({"parallelism__dp": 4}, "are 4 ranks, and 2 were started"),
+            ({**DP, **read, **small}, "its vocabulary is"),
+            ({**DP, **missing}, "no.txt"),
+        )
+    ):
+        changes = {**SIZES, "checkpoints__checkpoints_path": f"{root}/run-{number}", **changes}
+        path = prepared(root / f"{number}.yaml", partial(save, **changes))
+        code, said = command(["train", str(path), "--quiet"])
+        assert code == 2, said
+        assert (words in said) is (dist.get_rank() == 0), (number, said)
+        assert (said == "") is (dist.get_rank() > 0), said
+
+
+def the_command_trains(root: Path) -> None:
+    root.mkdir(exist_ok=True)
+    changes = {**SIZES, **TP, "checkpoints__checkpoints_path": f"{root}/run"}
+    path = prepared(root / "good.yaml", partial(save, **changes))
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code, said = command(["train", str(path), "--tokens.train_steps=2", "--json"])
+    assert (code, said) == (0, "")
+    if dist.get_rank() > 0:
+        assert out.getvalue() == ""
+    else:
+        assert json.loads(out.getvalue())["checkpoint"] == f"{root}/run/2"
+
+
+def command(words: list[str]) -> tuple[int, str]:
+    """The exit code of nanotron-fast and what it says on stderr."""
+    with contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            commands.app(words, prog_name="nanotron-fast")
+        except SystemExit as ended:
+            return int(ended.code or 0), err.getvalue()
+    raise AssertionError("the command has not ended")
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    root = Path(os.environ["RANKS_STORE"]).parent
+    for number, check in enumerate(
+        (
+            goes_on_at_other_topologies,
+            a_signal_to_one_rank_ends_both,
+            a_rank_without_data_ends_both,
+            a_rank_whose_disk_is_full_ends_both,
+            the_command_says_an_error_once,
+            the_command_trains,
+        )
+    ):
+        folder = root / f"case-{number}"
+        folder.mkdir(exist_ok=True)
+        yield check.__name__, partial(check, folder)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    join()
+    run_cases(cases())
