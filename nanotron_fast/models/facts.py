@@ -14,7 +14,8 @@ from typing import Literal, Protocol
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.models.architecture import EMBEDDING, HEAD, Architecture, Block
+from nanotron_fast.models.architecture import HEAD, Architecture, Block
+from nanotron_fast.models.names import embedding_of
 
 # What a parameter is for. "column" and "row" are the matrices of the layers, whose output or input
 # features are split; a head is an "embedding" of its own, a gate to a shared expert a "column".
@@ -42,6 +43,11 @@ class Facts:
     is_sharded: bool
     sums_over_tp: bool
     tied_with: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """By which files know it: both copies of a tied matrix go by the embedding's name."""
+        return self.name if self.tied_with is None or self.name != HEAD else self.tied_with
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -154,5 +160,5 @@ def _tied_with(param: Param, architecture: Architecture, blocks: Iterable[Block]
         return None
     owned = set(blocks)
     if param.name == HEAD:
-        return EMBEDDING
-    return HEAD if param.name == EMBEDDING and "head" not in owned else None
+        return embedding_of(architecture.family)
+    return HEAD if param.block == "embedding" and "head" not in owned else None
