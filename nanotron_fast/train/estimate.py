@@ -22,6 +22,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import Experts
+from nanotron_fast.models.names import names_of
 from nanotron_fast.train.activations import MicroBatch, in_flight
 from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.config import Muon, TrainingConfig
@@ -240,6 +241,7 @@ def _activations(
         tp=layout.tp,
         is_scattered=layout.tp_mode == "REDUCE_SCATTER",
         recomputes_layers=layout.recompute_layer,
+        packs_by_kv_head=names_of(model.architecture.family).packs_by_kv_head,
     )
     layers = [
         layer

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanotron_fast.models.architecture import EMBEDDING, HEAD
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import Facts
 from nanotron_fast.train.mesh import Mesh
@@ -45,8 +44,7 @@ class Trained:
     @property
     def name(self) -> str:
         """By which files know it: a matrix that two stages have goes by the embedding's name."""
-        is_copy = self.facts.name == HEAD and self.facts.tied_with is not None
-        return EMBEDDING if is_copy else self.facts.name
+        return self.facts.stored_name
 
     def is_decayed(self, excluded: Iterable[str]) -> bool:
         """As of `Facts`; the two copies of a tied matrix alike, by the name in files."""

@@ -118,10 +118,6 @@ def test_what_is_no_configuration_is_named(changes: dict[str, Any], message: str
             {"checkpoints__checkpoints_path": "s3://a/b"},
             "checkpoints_path is 's3://a/b', .*folders",
         ),
-        (
-            {"model__model_config": {"is_starcoder2_config": True, "hidden_size": 64}},
-            "is_starcoder2_config is true, which cannot be served: Starcoder2 is converted",
-        ),
         ({"parallelism__pp_chunks": 2}, "pp_chunks is 2, and pp_engine is afab"),
         ({"parallelism__pp_engine": "interleaved"}, "interleaved, and pp is 1"),
         (

@@ -15,6 +15,8 @@ from nanotron_fast.cli.dry_run import dry_run, overrides_of
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.model.spec import Attention, Dense, Layer
+from nanotron_fast.models import build
+from nanotron_fast.models.batch import Batch
 from nanotron_fast.parallel.attention import tensor_parallel_attention
 from nanotron_fast.parallel.mlp import tensor_parallel_mlp
 from nanotron_fast.train import TrainingConfig
@@ -223,6 +225,44 @@ def test_activations_follow_what_the_operations_save() -> None:
     norms = 2 * tokens * (hidden * 4 + 4)
     assert sum(saved.values()) == batch.kept(layer) - norms
     assert len(results) == 2
+
+
+@pytest.mark.parametrize("family", ["starcoder2", "llama"])
+def test_activations_of_what_is_computed_in_steps(family: str, tmp_path: Path) -> None:
+    """A whole layer of a Starcoder2; of a Llama with biases its MLP."""
+    changes = {"mlp_bias": True} if family == "llama" else {}
+    root = make(family, dtype="F32", **changes).save(tmp_path / "hf")
+    decoder = build(root)
+    layer, spec = decoder.layers[0], decoder.architecture.spec
+    micro = Batch(2, 12, torch.device("cpu"), max_positions=12)
+    tables = decoder.setting.rotary.tables(spec.layers[0].attention, 12, micro.device)
+    given = (*decoder.parameters(), *tables, micro.position_ids)
+    left_out = {each.data_ptr() for each in given}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in left_out:
+            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    batch = MicroBatch(
+        tokens=24, hidden_size=spec.hidden_size, value_bytes=4, tp=1, is_scattered=False,
+        recomputes_layers=False, packs_by_kv_head=family == "starcoder2",
+    )  # fmt: skip
+    x, residual = torch.randn(2, 24, spec.hidden_size, requires_grad=True).unbind()
+    kept = batch.kept(spec.layers[0])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if family == "starcoder2":
+            results = layer(x, residual, micro)
+            # A LayerNorm keeps a mean besides.
+            kept += 2 * 4 * 24
+        else:
+            results = layer.mlp(x)
+            without = Layer(spec.layers[0].attention, Dense(spec.intermediate_size))
+            # Beside what a fused one keeps; and plain torch keeps the gate's activation.
+            kept += batch.stream_bytes - batch.kept(without) + 24 * spec.intermediate_size * 4
+    assert sum(saved.values()) == kept
+    assert len(results) > 0
 
 
 def test_what_recomputation_and_scattering_spare() -> None:
