@@ -137,7 +137,7 @@ def test_signals_are_given_back(tmp_path: Path) -> None:
     assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
 
 
-@pytest.mark.parametrize("family", [each for each in FAMILIES if each != "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_from_hugging_face_and_back_without_a_step(tmp_path: Path, family: str) -> None:
     source = make(family).save(tmp_path / "hf")
     result = train(
