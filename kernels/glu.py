@@ -43,19 +43,16 @@ def _activate_reference(gate: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="none" if activation == "gelu" else "tanh")
 
 
-def _slope_reference(gate: Tensor, activation: str) -> Tensor:
-    """act'(gate)."""
-    if activation == "gelu":
-        density = torch.exp(-0.5 * gate.square()) / math.sqrt(2 * math.pi)
-        return 0.5 * (1 + torch.erf(gate * math.sqrt(0.5))) + gate * density
+def _slope_into(out: Tensor, factor: Tensor, gate: Tensor, activation: str) -> None:
+    """out = factor * act'(gate), by torch's own backward passes."""
     if activation == "silu":
-        sigmoid, inner_slope = torch.sigmoid(gate), 1.0
-    else:
-        # Past 30 the sigmoid is 0 or 1 to the last bit, and the square could still overflow.
-        square = gate.clamp(-30, 30).square()
-        sigmoid = torch.sigmoid(2 * _SQRT_2_OVER_PI * (gate + 0.044715 * square * gate))
-        inner_slope = 2 * _SQRT_2_OVER_PI * (1 + 3 * 0.044715 * square)
-    return sigmoid + gate * sigmoid * (1 - sigmoid) * inner_slope
+        torch.ops.aten.silu_backward.grad_input(factor, gate, grad_input=out)
+        return
+    # Past 30 the slope is 0 or 1 to the last bit, and torch's tanh would overflow further out.
+    approximate = "none" if activation == "gelu" else "tanh"
+    torch.ops.aten.gelu_backward.grad_input(
+        factor, gate.clamp(-30, 30), approximate=approximate, grad_input=out
+    )
 
 
 def glu_reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
@@ -68,13 +65,16 @@ def glu_reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
 def glu_backward_reference(
     dy: Tensor, gate_up: Tensor, activation: str = "silu", with_output: bool = False
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """d_gate_up, or (d_gate_up, h), in plain torch."""
+    """d_gate_up, or (d_gate_up, h), in plain torch, in few passes over memory."""
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(wide).chunk(2, -1)
     activated, dh = _activate_reference(gate, activation), dy.to(wide)
-    d_gate = dh * up * _slope_reference(gate, activation)
-    d_gate_up = torch.cat((d_gate, dh * activated), -1).to(gate_up.dtype)
-    return (d_gate_up, (activated * up).to(gate_up.dtype)) if with_output else d_gate_up
+    d_gate_up = torch.empty_like(gate_up, dtype=wide, memory_format=torch.contiguous_format)
+    d_gate, d_up = d_gate_up.chunk(2, -1)
+    torch.mul(dh, activated, out=d_up)
+    _slope_into(d_gate, dh * up, gate, activation)
+    d_gate_up = d_gate_up.to(gate_up.dtype)
+    return (d_gate_up, activated.mul_(up).to(gate_up.dtype)) if with_output else d_gate_up
 
 
 @triton.jit

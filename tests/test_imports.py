@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import nanotron_fast
+from tests.train.configs import save
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface_hub")
@@ -232,6 +233,18 @@ def test_commands_run_where_the_training_packages_are_not_installed(
         "safetensors",
     )
     assert command != "convert" or (tmp_path / "there" / "model_config.json").is_file()
+
+
+def test_what_a_run_will_take_is_said_without_torch(tmp_path: Path, golden_hf: Path) -> None:
+    changes = {"model": {"init_method": {"path": str(golden_hf)}}, "tokens__sequence_length": 8}
+    path = save(tmp_path / "c.yaml", **changes)
+    run(
+        "from nanotron_fast.cli.train import dry_run\n"
+        f"assert dry_run({str(path)!r}, memory='80GB').estimate.parameters\n"
+        "import nanotron_fast.models as models\n"
+        "assert set(models.__all__) == set(dir(models))\n"
+        f"assert not set({HEAVY!r}) & set(sys.modules), set({HEAVY!r}) & set(sys.modules)"
+    )
 
 
 def test_kernels_run_from_the_tree_with_torch_triton_and_numpy_alone() -> None:

@@ -131,7 +131,7 @@ def forward(
         return out, lse
     mask = _mask(q, k, causal, None, window)
     out, lse = _FORWARD(
-        *(t.transpose(1, 2) for t in (q, k, v)),
+        *_by_head(q, k, v),
         0.0,
         causal and mask is None,
         attn_mask=_scores_mask(mask, q.dtype),
@@ -140,6 +140,14 @@ def forward(
     if mask is not None:
         lse = lse.masked_fill(~mask.any(-1), float("-inf"))
     return out.transpose(1, 2), lse
+
+
+def _by_head(*tensors: Tensor) -> Iterator[Tensor]:
+    """(batch, heads, seq, d), contiguous: a head's rows beside each other, which the kernels walk.
+
+    The copies take a hundredth of the time that views of the packed QKV would cost there.
+    """
+    return (tensor.transpose(1, 2).contiguous() for tensor in tensors)
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
@@ -177,7 +185,7 @@ def backward(
         dq, dk, dv = gradients
         return dq, dk, dv
     mask = _mask(q, k, causal, None, window)
-    dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+    dout, q, k, v, out = _by_head(dout, q, k, v, out)
     # A row that sees nothing has scores and a lse of -inf, whose difference would be NaN. With 0 as
     # its lse, its weights are 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0).contiguous()

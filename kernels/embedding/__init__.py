@@ -11,7 +11,8 @@ give. Where an id stands very often (padding), pieces of its tokens are summed s
 their sums are added up, in order as well.
 
 Bytes for (tokens, hidden) of two-byte elements: forward 4 an element, beside the collective;
-backward 2 an element of dy, and 2 an element of the dense dweight. Saved for backward: the ids.
+backward 2 an element of dy, and 2 an element of the dense dweight, or 8 an element of those rows
+of a `main_grad` alone that ids name. Saved for backward: the ids.
 Shapes: ids (...), output and dy (..., hidden), or (dim 0 / ranks, ..., hidden) where scattered;
 weight, dweight (rows, hidden) with rows = vocab/ranks.
 """
@@ -21,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.embedding.operators import gather, sum_by_id
+from nanotron_fast.kernels.embedding.operators import add_by_id, gather, sum_by_id
 from nanotron_fast.kernels.embedding.reference import vocab_parallel_embedding_reference
 from nanotron_fast.kernels.runtime.collectives import (
     Group,
@@ -30,6 +31,7 @@ from nanotron_fast.kernels.runtime.collectives import (
     reduce_scatter,
     resolve,
 )
+from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
 
 __all__ = ["MODES", "vocab_parallel_embedding", "vocab_parallel_embedding_reference"]
 
@@ -42,7 +44,7 @@ class _Embedding(torch.autograd.Function):
         num_rows, hidden = weight.shape
         ctx.save_for_backward(ids)
         ctx.ranks, ctx.is_scattered, ctx.padding_idx = ranks, is_scattered, padding_idx
-        ctx.num_rows = num_rows
+        ctx.num_rows, ctx.main_grad = num_rows, eager_main_grad(weight)
         first_row, vocab = ranks.rank * num_rows, ranks.size * num_rows
         out = gather(ids.reshape(-1), weight, first_row=first_row, vocab=vocab)
         out = out.view(*ids.shape, hidden)
@@ -54,13 +56,12 @@ class _Embedding(torch.autograd.Function):
         if ctx.is_scattered:
             dy = all_gather(dy, ctx.ranks)
         dy = dy.reshape(ids.numel(), dy.shape[-1]).contiguous()
-        dweight = sum_by_id(
-            dy,
-            ids.reshape(-1),
-            num_rows=ctx.num_rows,
-            first_row=ctx.ranks.rank * ctx.num_rows,
-            padding_idx=ctx.padding_idx,
-        )
+        ids, main_grad, dweight = ids.reshape(-1), ctx.main_grad, None
+        options = {"first_row": ctx.ranks.rank * ctx.num_rows, "padding_idx": ctx.padding_idx}
+        if main_grad is None:
+            dweight = sum_by_id(dy, ids, num_rows=ctx.num_rows, **options)
+        else:
+            add_by_id(main_grad, dy, ids, **options)
         return None, dweight, None, None, None
 
 
@@ -79,7 +80,9 @@ def vocab_parallel_embedding(
 
     Args:
         ids: (...) of any integer dtype, the same on every rank.
-        weight: (vocab/ranks, hidden): rank r holds row r * vocab/ranks and on.
+        weight: (vocab/ranks, hidden): rank r holds row r * vocab/ranks and on. If it has a
+            `main_grad` (fp32, its shape), the gradients of the rows that ids name are added to
+            that, and `grad` stays None.
         group: a process group, a DeviceMesh of one dimension, or None for a rank alone.
         mode: "all_reduce": every rank has the whole result, and passes in the whole gradient.
             "reduce_scatter": each has its share of dim 0 (sequence parallelism), and backward

@@ -38,6 +38,14 @@ def gather_kernel(
 
 
 @triton.jit
+def _write(pointers, total, mask, IS_ADDED: tl.constexpr):
+    """The gradient of a row, which one program alone writes; or adds to what is there."""
+    if IS_ADDED:
+        total += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    tl.store(pointers, total.to(pointers.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def sum_kernel(
     rows_ptr,
     order_ptr,
@@ -48,6 +56,7 @@ def sum_kernel(
     num_cols,
     num_rows,
     num_col_blocks,
+    IS_ADDED: tl.constexpr,
     PIECE: tl.constexpr,
     TOKENS: tl.constexpr,
     COLS: tl.constexpr,
@@ -82,11 +91,7 @@ def sum_kernel(
             piece = first // PIECE * 2 + (first % PIECE != 0).to(tl.int32)
             tl.store(partial_ptr + piece.to(tl.int64) * num_cols + cols, total, mask=mask)
         else:
-            tl.store(
-                dweight_ptr + row.to(tl.int64) * num_cols + cols,
-                total.to(dweight_ptr.dtype.element_ty),
-                mask=mask,
-            )
+            _write(dweight_ptr + row.to(tl.int64) * num_cols + cols, total, mask, IS_ADDED)
 
 
 @triton.jit
@@ -98,6 +103,7 @@ def join_kernel(
     num_cols,
     num_rows,
     num_col_blocks,
+    IS_ADDED: tl.constexpr,
     PIECE: tl.constexpr,
     COLS: tl.constexpr,
 ):
@@ -126,8 +132,4 @@ def join_kernel(
             end = (at + 1) * PIECE
             after = tl.load(rows_ptr + end, mask=end < num_tokens, other=-1)
             at = tl.where(after == row, at + 1, num_pieces)
-        tl.store(
-            dweight_ptr + row.to(tl.int64) * num_cols + cols,
-            total.to(dweight_ptr.dtype.element_ty),
-            mask=mask,
-        )
+        _write(dweight_ptr + row.to(tl.int64) * num_cols + cols, total, mask, IS_ADDED)

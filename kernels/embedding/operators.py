@@ -76,22 +76,36 @@ def sum_by_id(
     dy: Tensor, ids: Tensor, num_rows: int, first_row: int, padding_idx: int | None
 ) -> Tensor:
     """dy (tokens, hidden), contiguous -> dweight (rows, hidden) in dy's dtype."""
-    num_tokens, num_cols = dy.shape
-    rows = _local_rows(ids, num_rows, first_row, padding_idx)
+    num_cols = dy.shape[1]
     if not uses_triton(dy) or dy.dtype == torch.float64:
         wide = torch.promote_types(dy.dtype, torch.float32)
-        total = dy.new_zeros(num_rows + 1, num_cols, dtype=wide)
-        return total.index_add_(0, rows, dy.to(wide))[:num_rows].to(dy.dtype, copy=True)
+        total = dy.new_zeros(num_rows, num_cols, dtype=wide)
+        _add_torch(total, dy, _local_rows(ids, num_rows, first_row, padding_idx))
+        return total.to(dy.dtype)
     dweight = dy.new_zeros(num_rows, num_cols)
+    _launch_sums(dweight, dy, _local_rows(ids, num_rows, first_row, padding_idx), is_added=False)
+    return dweight
+
+
+def _add_torch(total: Tensor, dy: Tensor, rows: Tensor) -> None:
+    """Adds the sums of rows; those that are not here add zeros to the first."""
+    is_here = rows < total.shape[0]
+    values = dy.to(total.dtype).masked_fill(~is_here.unsqueeze(1), 0)
+    total.index_add_(0, torch.where(is_here, rows, 0), values)
+
+
+def _launch_sums(dweight: Tensor, dy: Tensor, rows: Tensor, *, is_added: bool) -> None:
+    """Writes the sums of rows that occur, or adds them to what is there."""
     if dy.numel() == 0:
-        return dweight
+        return
+    num_tokens, num_cols = dy.shape
     rows, order = torch.sort(rows, stable=True)
     num_pieces = triton.cdiv(num_tokens, _PIECE)
     partial = torch.empty(2 * num_pieces, num_cols, dtype=torch.float32, device=dy.device)
     cols = min(triton.next_power_of_2(num_cols), 1024)
     num_col_blocks = triton.cdiv(num_cols, cols)
-    sizes = (num_tokens, num_cols, num_rows, num_col_blocks)
-    blocks = {"PIECE": _PIECE, "COLS": cols, "num_warps": 4}
+    sizes = (num_tokens, num_cols, dweight.shape[0], num_col_blocks)
+    blocks = {"IS_ADDED": is_added, "PIECE": _PIECE, "COLS": cols, "num_warps": 4}
     on_grid(sum_kernel, (num_tokens * num_col_blocks,))(
         rows, order, dy, dweight, partial, *sizes, TOKENS=8, **blocks
     )
@@ -99,9 +113,20 @@ def sum_by_id(
         on_grid(join_kernel, (num_pieces * num_col_blocks,))(
             rows, partial, dweight, *sizes, **blocks
         )
-    return dweight
 
 
 @sum_by_id.register_fake
 def _(dy, ids, num_rows, first_row, padding_idx):
     return dy.new_empty(num_rows, dy.shape[1])
+
+
+@operator("nanotron_fast::embedding_add_", mutates_args=("total",))
+def add_by_id(
+    total: Tensor, dy: Tensor, ids: Tensor, first_row: int, padding_idx: int | None
+) -> None:
+    """Adds what `sum_by_id` gives, unrounded, to total (rows, hidden), fp32: a main gradient."""
+    rows = _local_rows(ids, total.shape[0], first_row, padding_idx)
+    if uses_triton(dy) and dy.dtype != torch.float64:
+        _launch_sums(total, dy, rows, is_added=True)
+    else:
+        _add_torch(total, dy, rows)

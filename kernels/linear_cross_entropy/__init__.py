@@ -38,6 +38,7 @@ from nanotron_fast.kernels.linear_cross_entropy.reference import (
     scale_sum,
 )
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
+from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
 
 __all__ = ["REDUCTIONS", "linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -62,20 +63,22 @@ class _SummedLoss(torch.autograd.Function):
         )
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtypes = (hidden.dtype, weight.dtype)
-        ctx.needed = (of_hidden, of_weight)
+        ctx.needed, ctx.main_grad = (of_hidden, of_weight), eager_main_grad(weight)
         z = z.sum()
         ctx.mark_non_differentiable(z)
         return loss.sum(), z
 
     @staticmethod
     def backward(ctx, dloss, _):
-        scaled = (
-            _scaled(gradient, dloss, dtype) if needed else None
-            for gradient, dtype, needed in zip(
-                ctx.saved_tensors, ctx.dtypes, ctx.needed, strict=True
-            )
+        (dhidden, dweight), (of_hidden, of_weight) = ctx.saved_tensors, ctx.needed
+        if of_weight and ctx.main_grad is not None:
+            ctx.main_grad.addcmul_(dweight, dloss.reshape(1, 1))
+            of_weight = False
+        return (
+            _scaled(dhidden, dloss, ctx.dtypes[0]) if of_hidden else None,
+            _scaled(dweight, dloss, ctx.dtypes[1]) if of_weight else None,
+            *(None,) * 4,
         )
-        return *scaled, None, None, None, None
 
 
 class _TokenLosses(torch.autograd.Function):
@@ -88,6 +91,7 @@ class _TokenLosses(torch.autograd.Function):
         )
         ctx.save_for_backward(hidden, weight, target, maximum_and_sum)
         ctx.settings, ctx.needed = settings, (of_hidden, of_weight)
+        ctx.main_grad = eager_main_grad(weight)
         ctx.mark_non_differentiable(z)
         return loss, z
 
@@ -106,6 +110,9 @@ class _TokenLosses(torch.autograd.Function):
             of_hidden=of_hidden,
             of_weight=of_weight,
         )
+        if of_weight and ctx.main_grad is not None:
+            ctx.main_grad.add_(dweight)
+            of_weight = False
         return (
             dhidden if of_hidden else None,
             dweight.to(weight.dtype) if of_weight else None,
@@ -129,7 +136,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: (tokens, hidden), bf16, fp16 or fp32, the same on every rank of the group.
-        weight: (vocab/ranks, hidden) in hidden's dtype: this rank's rows.
+        weight: (vocab/ranks, hidden) in hidden's dtype: this rank's rows. If it has a `main_grad`
+            (fp32, its shape), its gradient is added to that, unrounded, and `grad` stays None.
         target: (tokens,) of any integer dtype: ids in the whole vocabulary.
         group: a process group, a DeviceMesh of one dimension, or None for a rank alone. dhidden
             comes back summed over it.

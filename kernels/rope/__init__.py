@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rope import operators
-from nanotron_fast.kernels.rope.reference import rope_qkv_reference, rotate_reference
+from nanotron_fast.kernels.rope.reference import (
+    rope_qkv_reference,
+    rotate_in_place,
+    rotate_reference,
+)
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.kernels.runtime.backend import uses_triton
 
@@ -168,13 +172,15 @@ def _turn_in_place(
     if qkv.stride(1) != 1:
         raise ValueError(f"{name}: the rows of qkv are not contiguous: strides {qkv.stride()}")
     if not uses_triton(qkv) or qkv.dtype == torch.float64 or cos.dtype == torch.float64:
+        if inverse:
+            sin = -sin
+        if qkv.dtype == cos.dtype:
+            turning = heads["num_q_heads"] + heads["num_kv_heads"]
+            packed = qkv.unflatten(1, (-1, heads["head_dim"]))
+            rotate_in_place(packed[:, :turning], cos, sin, position_ids, interleaved)
+            return qkv
         parts = rope_qkv_reference(
-            qkv,
-            cos,
-            -sin if inverse else sin,
-            **heads,
-            position_ids=position_ids,
-            interleaved=interleaved,
+            qkv, cos, sin, **heads, position_ids=position_ids, interleaved=interleaved
         )
         return qkv.copy_(torch.cat(parts, dim=1).flatten(1))
     operators.in_place(

@@ -42,3 +42,22 @@ def rope_qkv_reference(
     q, k, v = split_heads(qkv, num_q_heads, num_kv_heads, head_dim)
     q, k = (rotate_reference(x, cos, sin, interleaved) for x in (q, k))
     return q, k, v.clone(memory_format=torch.contiguous_format)
+
+
+def rotate_in_place(
+    heads: Tensor, cos: Tensor, sin: Tensor, position_ids: Tensor | None, interleaved: bool
+) -> None:
+    """Turns heads (tokens, heads, head_dim), which are of the tables' dtype and may be a view.
+
+    To the bits that `rotate_reference` gives, without its copies of the whole.
+    """
+    if position_ids is None:
+        cos, sin = cos[: heads.shape[0]], sin[: heads.shape[0]]
+    else:
+        cos, sin = cos.index_select(0, position_ids), sin.index_select(0, position_ids)
+    cos, sin, half = cos[:, None], sin[:, None], cos.shape[-1]
+    pairs = heads[..., : 2 * half].unflatten(-1, (half, 2) if interleaved else (2, half))
+    a, b = pairs.unbind(-1 if interleaved else -2)
+    turned = (a * cos).sub_(b * sin)
+    b.mul_(cos).add_(a * sin)
+    a.copy_(turned)

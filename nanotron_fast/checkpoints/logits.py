@@ -1,7 +1,9 @@
 """Running two checkpoints on the same tokens: what every guide asks for.
 
-Each side is run by what it is for: a Hugging Face checkpoint by transformers, a Nanotron one by
-Nanotron's own rules (`nanotron_forward`), both in fp32 on the CPU.
+Each side is run by what it is for: a Hugging Face checkpoint by transformers, a Nanotron one, this
+package's own class among them, by Nanotron's own rules (`nanotron_forward`), both in fp32 on the
+CPU. Neither goes by the tables of a conversion, as `nanotron_fast.models` does: a mistake in those
+would be on both sides alike, and not show.
 """
 
 from __future__ import annotations
@@ -75,14 +77,13 @@ def compare_logits(
 ) -> LogitsReport:
     """Runs both models on the same random tokens, and compares their outputs.
 
-    Raises ConfigError where torch or transformers is not there, or transformers cannot run a side;
-    CheckpointError, OSError.
+    Raises ConfigError where torch is not there, or transformers and a side of Hugging Face's, or
+    where transformers cannot run a side; CheckpointError, OSError.
     """
     try:
         import torch
-        import transformers  # noqa: F401
     except ImportError as error:
-        raise ConfigError(f"--logits: it needs torch and transformers: {error}") from None
+        raise ConfigError(f"--logits: it needs torch: {error}") from None
 
     sides = [_side(root, options) for root in (a, b)]
     vocab_size = min(side.vocab_size for side in sides)
@@ -127,8 +128,12 @@ def _side(root: Path, options: Options) -> _Side:
 
 def _hf_side(root: Path) -> _Side:
     import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
+
+    try:
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+    except ImportError as error:
+        raise ConfigError(f"--logits: {root} is run by transformers: {error}") from None
 
     def run(tokens: Tensor) -> Tensor:
         # By this side alone, and no longer than it is needed.

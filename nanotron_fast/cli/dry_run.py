@@ -10,7 +10,7 @@ from typing import Any
 from nanotron_fast.cli import reporting
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.train.advice import advice
-from nanotron_fast.train.architecture import Architecture, architecture
+from nanotron_fast.train.architecture import ModelPlan, architecture
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import Estimate, estimate
 from nanotron_fast.units import parse_size, size
@@ -26,7 +26,7 @@ class DryRun:
     """
 
     config: TrainingConfig
-    model: Architecture
+    model: ModelPlan
     estimate: Estimate
     advice: tuple[str, ...] = ()
     memory_bytes: int | None = None
@@ -46,9 +46,10 @@ class DryRun:
     def lines(self) -> Iterator[str]:
         """The same for people."""
         layout, found = self.config.parallelism, self.estimate
-        tied = ", tied" if self.model.spec.tie_word_embeddings else ""
+        model = self.model.architecture
+        tied = ", tied" if model.spec.tie_word_embeddings else ""
         yield f"{self.config.place}"
-        yield f"  family      {self.model.family.name} ({self.model.model_class})"
+        yield f"  family      {model.family.name} ({model.model_class})"
         yield f"  parameters  {found.parameters:,} in {self.config.model.dtype}{tied}"
         engine = f", {layout.pp_engine}" if layout.pp > 1 else ""
         mode = f", {layout.tp_mode}" if layout.tp > 1 else ""

@@ -1,4 +1,4 @@
-"""What is to be built: a model's architecture, its table of parameters, and what its stages own."""
+"""A model without its weights: its architecture, its table of parameters, what its stages own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,16 @@ from typing import TYPE_CHECKING, Any
 from nanotron_fast.checkpoints.options import LoadChoices, Options
 from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
-from nanotron_fast.checkpoints.stored import HfModel, stored_model
+from nanotron_fast.checkpoints.stored import HfModel, NanotronModel, stored_model
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families import Family, decoder, family_named, family_of_model_config
+from nanotron_fast.families import (
+    Family,
+    decoder,
+    family_named,
+    family_of_config,
+    family_of_model_config,
+)
+from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
@@ -27,6 +34,8 @@ if TYPE_CHECKING:
 HEAD = load.HEAD
 EMBEDDING = decoder.EMBEDDING
 Block = int | str
+# Of the checkpoints that this package trains.
+VERSION = "1.5"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +70,9 @@ class Architecture:
 
         Raises ConfigError, UnsupportedModelError.
         """
-        found = family_named(family or _family_of(spec))
-        chosen = choose_class(found, spec, model_class, "nanotron-fast")
-        _check(found, spec, chosen, rope_interleaved)
-        padded = replace(spec, vocab_size=padded_vocab_size or spec.vocab_size)
-        return cls(found, padded, chosen, rope_interleaved, spec.vocab_size)
+        named = family_named(family or _family_of(spec))
+        found = cls._of_hf(named, spec, model_class, rope_interleaved)
+        return replace(found, spec=replace(spec, vocab_size=padded_vocab_size or spec.vocab_size))
 
     @classmethod
     def of_model_config(cls, config: Mapping[str, Any]) -> Architecture:
@@ -75,17 +82,49 @@ class Architecture:
         """
         model_class = class_of(config)
         family = family_of_model_config(config)
-        spec = _as_computed_by(model_class, model_class.read(config))
-        interleaved = bool({**model_class.fields, **config}.get("rope_interleaved"))
-        _check(family, spec, model_class, interleaved)
-        return cls(family, spec, model_class, interleaved, spec.vocab_size)
+        full = {**model_class.fields, **config}
+        spec = _as_computed_by(model_class, model_class.read(full))
+        if model_class.ignores_attention_bias:
+            spec = spec.with_attention(has_qkv_bias=False)
+        interleaved = model_class.rope_is_interleaved(full)
+        return cls._checked(family, spec, model_class, interleaved, spec.vocab_size)
+
+    @classmethod
+    def of_hf_config(cls, config: Mapping[str, Any]) -> Architecture:
+        """That of a Hugging Face `config.json`, of which `families.refusals` have seen nothing odd.
+
+        Raises ConfigError, UnsupportedModelError.
+        """
+        family = family_of_config(config)
+        return cls._of_hf(family, read_config(family, config))
+
+    @classmethod
+    def of_stored(
+        cls, model: HfModel | NanotronModel, options: Options | None = None
+    ) -> Architecture:
+        """That of a checkpoint's model, its vocabulary with the padding that is stored.
+
+        `options` are those of the load. From Hugging Face, what stock Nanotron cannot compute is
+        computed. A rope_scaling that a stock class of Nanotron's was trained without is left out.
+
+        Raises ConfigError, UnsupportedModelError.
+        """
+        options = options or Options()
+        interleaved = options.rope_interleaved
+        if interleaved is None:
+            interleaved = model.is_interleaved
+        if isinstance(model, HfModel):
+            return cls._of_hf(model.family, model.spec, options.model_class, interleaved)
+        spec = _as_computed_by(model.model_class, model.padded_spec)
+        if model.model_class.is_stock and model.target != "nanotron-fast":
+            spec = replace(spec, rope_scaling=None)
+        return cls._checked(
+            model.family, spec, model.model_class, interleaved, model.spec.vocab_size
+        )
 
     @classmethod
     def of_checkpoint(cls, path: str | Path, **choices: Unpack[LoadChoices]) -> Architecture:
-        """That of a checkpoint in either format, by the options of `load_into`.
-
-        From Hugging Face, what stock Nanotron cannot compute is computed. A rope_scaling that a
-        stock class of Nanotron's was trained without is left out.
+        """That of a checkpoint in either format, by the options of `load_into`; see `of_stored`.
 
         Raises CheckpointError, ConfigError, UnsupportedModelError.
         """
@@ -94,22 +133,43 @@ class Architecture:
         # stored: there the checkpoint decides, or the caller's own target.
         options = replace(wanted, rope_interleaved=None, target=choices.get("target"))
         model = stored_model(read(resolve(path)).without(options.ignore_tensors), options)
-        interleaved = wanted.rope_interleaved
-        if interleaved is None:
-            interleaved = model.is_interleaved
-        spec = model.padded_spec
-        multiple = options.pad_vocab_to_multiple_of
-        if multiple is not None:
-            spec = replace(spec, vocab_size=-(-model.spec.vocab_size // multiple) * multiple)
-        if isinstance(model, HfModel):
-            chosen = choose_class(model.family, model.spec, options.model_class, "nanotron-fast")
-        else:
-            chosen = model.model_class
-            spec = _as_computed_by(chosen, spec)
-            if chosen.is_stock and model.target != "nanotron-fast":
-                spec = replace(spec, rope_scaling=None)
-        _check(model.family, spec, chosen, interleaved)
-        return cls(model.family, spec, chosen, interleaved, model.spec.vocab_size)
+        found = cls.of_stored(model, wanted)
+        multiple = wanted.pad_vocab_to_multiple_of
+        return found if multiple is None else found.padded_to(multiple)
+
+    @classmethod
+    def _of_hf(
+        cls, family: Family, spec: ModelSpec, option: str = "auto", interleaved: bool = False
+    ) -> Architecture:
+        chosen = choose_class(family, spec, option, "nanotron-fast")
+        return cls._checked(family, spec, chosen, interleaved, spec.vocab_size)
+
+    @classmethod
+    def _checked(
+        cls,
+        family: Family,
+        spec: ModelSpec,
+        model_class: NanotronClass,
+        interleaved: bool,
+        vocab_size: int,
+    ) -> Architecture:
+        """Raises UnsupportedModelError where nothing here computes it."""
+        _check(family, spec, model_class, interleaved)
+        return cls(family, spec, model_class, interleaved, vocab_size)
+
+    def padded_to(self, multiple: int, *, min_rows: int = 0) -> Architecture:
+        """The same with the fewest rows for its vocabulary that are a multiple of `multiple`."""
+        rows = -(-max(self.vocab_size, min_rows) // multiple) * multiple
+        return replace(self, spec=replace(self.spec, vocab_size=rows))
+
+    def model_config(self) -> dict[str, Any]:
+        """Every field of the class, for a checkpoint of it; the vocabulary with its padding."""
+        return self.model_class.write(
+            self.spec,
+            family=self.family.name,
+            version=VERSION,
+            rope_interleaved=self.rope_interleaved,
+        )
 
     def params(self) -> list[Param]:
         """Every parameter of the whole model, as the family's table has it."""
@@ -186,6 +246,6 @@ def _check(
             spec,
             model_class,
             target="nanotron-fast",
-            version="1.5",
+            version=VERSION,
             rope_interleaved=rope_interleaved,
         )

@@ -25,6 +25,7 @@ from nanotron_fast.model.spec import Experts as ExpertsSpec
 from nanotron_fast.models.batch import Batch
 from nanotron_fast.models.mlp import Mlp, gated
 from nanotron_fast.models.weights import Setting, Weights
+from nanotron_fast.parallel.grouped import Runs, grouped_linear
 
 
 class _Join(torch.autograd.Function):
@@ -57,17 +58,14 @@ class MergedExperts(nn.Module):
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: (tokens, hidden).
 
-        `chosen` and `weights` are (tokens, top_k). Each expert gets its tokens in one product.
+        `chosen` and `weights` are (tokens, top_k). Each expert gets its tokens beside each other.
         """
         num_experts, top_k = len(self.merged_gate_up_proj), chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts).tolist()
-        tokens = order // top_k
-        outs = []
-        for expert, rows in enumerate(x[tokens].split(counts)):
-            h = gated(rows @ self.merged_gate_up_proj[expert], self.activation)
-            outs.append(h @ self.merged_down_proj[expert])
-        scaled = torch.cat(outs) * weights.flatten()[order, None].to(x.dtype)
+        runs = Runs(torch.bincount(chosen.flatten(), minlength=num_experts))
+        packed = grouped_linear(x[order // top_k], self.merged_gate_up_proj, runs)
+        out = grouped_linear(gated(packed, self.activation), self.merged_down_proj, runs)
+        scaled = out * weights.flatten()[order, None].to(x.dtype)
         # Each token's terms beside each other again, summed in the order of their weights.
         return (
             torch.empty_like(scaled).index_copy(0, order, scaled).unflatten(0, (-1, top_k)).sum(1)

@@ -21,7 +21,7 @@ from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather
-from nanotron_fast.models.build import build
+from nanotron_fast.models.building import build
 from nanotron_fast.models.cache import Cache
 from nanotron_fast.models.decoder import Decoder
 

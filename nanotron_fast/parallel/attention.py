@@ -20,6 +20,7 @@ from nanotron_fast.kernels.attention import attention_backward, attention_forwar
 from nanotron_fast.kernels.matmul import matmul_rope, prefers_fused
 from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward_
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
+from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     bias_gradient,
@@ -27,7 +28,6 @@ from nanotron_fast.parallel.products import (
     input_gradient,
     linear_all_reduce,
     linear_scatter,
-    main_gradients,
     weight_gradient,
 )
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
+from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     bias_gradient,
@@ -26,7 +27,6 @@ from nanotron_fast.parallel.products import (
     input_gradient,
     linear_all_reduce,
     linear_scatter,
-    main_gradients,
     weight_gradient,
 )
 

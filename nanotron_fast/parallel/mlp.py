@@ -17,13 +17,13 @@ from torch import Tensor
 from nanotron_fast.kernels.glu import glu_backward, glu_forward
 from nanotron_fast.kernels.matmul import matmul_glu, prefers_fused
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
+from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     gather_linear,
     input_gradient,
     linear_all_reduce,
     linear_scatter,
-    main_gradients,
     weight_gradient,
 )
 

@@ -11,7 +11,6 @@ full rate: there the collective and the product follow each other.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -177,11 +176,6 @@ def bias_gradient(dy: Tensor, main_grad: Tensor | None) -> Tensor | None:
         return total.to(dy.dtype)
     main_grad.add_(total)
     return None
-
-
-def main_gradients(*parameters: Tensor | None) -> Sequence[Tensor | None]:
-    """The `main_grad` of each parameter, fp32 and of its shape; None where nobody has set one."""
-    return [getattr(parameter, "main_grad", None) for parameter in parameters]
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:

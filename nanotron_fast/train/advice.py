@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.errors import TopologyError
-from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import estimate
 from nanotron_fast.units import size
@@ -26,7 +26,7 @@ class _Change:
         return f"{words} ({ranks} rank{'' if ranks == 1 else 's'})"
 
 
-def advice(config: TrainingConfig, model: Architecture, memory_bytes: int) -> list[str]:
+def advice(config: TrainingConfig, model: ModelPlan, memory_bytes: int) -> list[str]:
     """Lines that say what to change so that a rank needs at most so many bytes.
 
     Each change is tried on the estimate, those first that need no more ranks: one by one, and where
@@ -46,7 +46,7 @@ def advice(config: TrainingConfig, model: Architecture, memory_bytes: int) -> li
     return lines if len(lines) > 1 else [*lines, _together(config, model, needed, memory_bytes)]
 
 
-def _together(config: TrainingConfig, model: Architecture, needed: int, memory_bytes: int) -> str:
+def _together(config: TrainingConfig, model: ModelPlan, needed: int, memory_bytes: int) -> str:
     """The changes that are enough one after the other, each of which helps; or that none are."""
     options: dict[str, object] = {}
     while needed > memory_bytes:
@@ -105,7 +105,7 @@ def _with_layout(config: TrainingConfig, **changes: Any) -> _Change:
     return _Change(options, replace(config, parallelism=replace(config.parallelism, **changes)))
 
 
-def _total(change: _Change, model: Architecture) -> int | None:
+def _total(change: _Change, model: ModelPlan) -> int | None:
     """What a rank needs; None where the model does not spread over so many."""
     try:
         return estimate(change.config, model.spread(change.config)).memory.total

@@ -10,160 +10,123 @@ from nanotron_fast.checkpoints import source
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel, check_divides
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.families import Family, family_of_config, family_of_model_config, warnings_about
-from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.refusals import check_config, choose_class
+from nanotron_fast.families.refusals import check_config
 from nanotron_fast.formats.huggingface.checkpoint import CONFIG
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import is_nanotron_checkpoint, read_nanotron
-from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
-from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.models.architecture import Architecture as BuiltArchitecture
+from nanotron_fast.models.architecture import Architecture
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
 from nanotron_fast.train.config.checks import check_lengths
 from nanotron_fast.train.config.place import Place
 
-_VERSION = "1.5"
-
 
 @dataclass(frozen=True, slots=True)
-class Architecture:
-    """A model, and how its configuration spreads it over ranks.
+class ModelPlan:
+    """A model, and how a configuration spreads it over ranks.
 
     Args:
-        spec: as the source has it, its vocabulary not padded.
-        family: whose table has its parameters.
-        model_class: whose model_config.json a checkpoint of it has.
-        rope_interleaved: rotary pairs lie beside each other in q and k.
+        architecture: what is built. The vocabulary of its spec is padded, to a multiple of
+            make_vocab_size_divisible_by * tp; its vocab_size counts the ids that can occur.
+        params: every parameter of it, in the order of the layers.
         given: model.model_config, where there is one.
-        padded_vocab_size: rows of embedding and head, a multiple of tp.
-        params: every parameter, in the order of the layers, the vocabulary padded.
         topology: tp and pp.
         chunks: parts of the model on each pipeline rank.
         warnings: what to tell about the source.
+        min_rows: of the vocabulary, whatever the ranks need.
     """
 
-    spec: ModelSpec
-    family: Family
-    model_class: NanotronClass
-    rope_interleaved: bool
-    given: Mapping[str, Any] | None
-    padded_vocab_size: int
+    architecture: Architecture
     params: tuple[Param, ...]
+    given: Mapping[str, Any] | None
     topology: Topology
     chunks: int
     warnings: tuple[str, ...] = ()
-
-    @property
-    def padded_spec(self) -> ModelSpec:
-        """The model with the rows that its vocabulary is padded to."""
-        return replace(self.spec, vocab_size=self.padded_vocab_size)
+    min_rows: int = 0
 
     @property
     def model_config(self) -> dict[str, Any]:
-        """Every field of the class, the vocabulary padded: what its checkpoints are written with.
-
-        Raises UnsupportedModelError.
-        """
+        """Every field of the class, the vocabulary padded, for the checkpoints of a run."""
         if self.given is not None:
-            return {**self.given, "vocab_size": self.padded_vocab_size}
-        return self.model_class.write(
-            self.padded_spec,
-            family=self.family.name,
-            version=_VERSION,
-            rope_interleaved=self.rope_interleaved,
-        )
-
-    @property
-    def built(self) -> BuiltArchitecture:
-        """What `nanotron_fast.models` builds. Raises UnsupportedModelError."""
-        whole = BuiltArchitecture.of_model_config(self.model_config)
-        return replace(whole, vocab_size=self.spec.vocab_size)
+            return {**self.given, "vocab_size": self.architecture.spec.vocab_size}
+        return self.architecture.model_config()
 
     def stages(self) -> Stages:
         """What each stage of the model owns, chunks being stages of their own.
 
         Stage s lies on pipeline rank s % pp. Raises TopologyError where one would own nothing.
         """
-        num_stages = self.topology.pp * self.chunks
-        topology = Topology(tp=self.topology.tp, pp=num_stages)
-        return Stages(self.padded_spec, self.model_class, topology)
+        topology = Topology(tp=self.topology.tp, pp=self.topology.pp * self.chunks)
+        return Stages(self.architecture.spec, self.architecture.model_class, topology)
 
-    def spread(self, config: TrainingConfig) -> Architecture:
+    def spread(self, config: TrainingConfig) -> ModelPlan:
         """The same model over the ranks of another configuration. Raises TopologyError."""
         layout = config.parallelism
         multiple = config.model.make_vocab_size_divisible_by * layout.tp
-        padded = -(-self.spec.vocab_size // multiple) * multiple
-        params = self.params
+        padded = self.architecture.padded_to(multiple, min_rows=self.min_rows)
         # With many experts there are tens of thousands of parts, so they are made but once.
-        if padded != self.padded_vocab_size or not params:
-            params = tuple(
-                self.family.params(
-                    self.spec, padded_vocab_size=padded, rope_interleaved=self.rope_interleaved
-                )
-            )
+        is_same = bool(self.params) and padded == self.architecture
+        params = self.params if is_same else tuple(padded.params())
         topology = Topology(tp=layout.tp, pp=layout.pp)
         check_divides(params, topology)
         return replace(
-            self,
-            padded_vocab_size=padded,
-            params=params,
-            topology=topology,
-            chunks=layout.chunks,
+            self, architecture=padded, params=params, topology=topology, chunks=layout.chunks
         )
 
 
-def architecture(config: TrainingConfig) -> Architecture:
+def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:
     """The model that a configuration trains; no weights are read.
+
+    `min_rows` of the vocabulary there are at least, whatever the ranks need.
 
     Raises ConfigError, CheckpointError, UnsupportedModelError where it is none, TopologyError where
     it does not spread over the ranks, OSError.
     """
     given = config.model.model_config
     if given is not None:
-        model_class = class_of(given)
-        spec = model_class.read(given)
-        family = family_of_model_config(given)
-        is_interleaved = model_class.rope_is_interleaved(given)
-        warnings: list[str] = []
+        found = Architecture.of_model_config(given)
+        warnings = _without_effect(found, given, config.place.at("model.model_config"))
     else:
         init = config.model.init_method
         assert isinstance(init, CheckpointInit)  # or the configuration was refused
         where = config.place.at("model.init_method.path")
-        spec, family, model_class, is_interleaved, warnings = _from_checkpoint(init.path, where)
-    check_lengths(config, spec.max_position_embeddings, config.place)
-    return Architecture(
-        spec=spec,
-        family=family,
-        model_class=model_class,
-        rope_interleaved=is_interleaved,
-        given=given,
-        padded_vocab_size=spec.vocab_size,
-        params=(),
-        topology=Topology(),
-        chunks=1,
-        warnings=tuple(warnings),
-    ).spread(config)
+        found, warnings = _from_checkpoint(init.path, where)
+    check_lengths(config, found.spec.max_position_embeddings, config.place)
+    plan = ModelPlan(found, (), given, Topology(), 1, tuple(warnings), min_rows)
+    return plan.spread(config)
 
 
-def _from_checkpoint(
-    path: str, where: Place
-) -> tuple[ModelSpec, Family, NanotronClass, bool, list[str]]:
-    """What a folder of either format, or a Hub id, says of its model."""
+def _without_effect(found: Architecture, given: Mapping[str, Any], place: Place) -> list[str]:
+    """What Nanotron's class has a field for, and computes nothing of."""
+    if not (found.model_class.ignores_attention_bias and given.get("attention_bias")):
+        return []
+    return [
+        f"{place.at('attention_bias')} has no effect: whatever it says, Nanotron's "
+        f"{found.model_class} has no biases"
+    ]
+
+
+def _from_checkpoint(path: str, where: Place) -> tuple[Architecture, list[str]]:
+    """The model in a folder of either format, or of a Hub id, and what to tell about it."""
     root = source.resolve_companions(path)
     if is_nanotron_checkpoint(root):
         model = NanotronModel(read_nanotron(root), Options())
-        return model.spec, model.family, model.model_class, model.is_interleaved, model.warnings
+        found = Architecture.of_stored(model)
+        warnings = list(model.warnings)
+        if model.spec.rope_scaling and not found.spec.rope_scaling:
+            warnings.append(
+                f"{root}: its rope_scaling is left out: Nanotron, which it was written for, stores "
+                "it and computes without. model.model_config with a rope_scaling is honoured"
+            )
+        return found, warnings
     if not (root / CONFIG).is_file():
         raise CheckpointError(
             f"{where} is {path}, which is neither a Hugging Face folder (config.json) nor a "
             "Nanotron checkpoint (model_config.json and model/)"
         )
     kept, warnings = check_config(read_json_object(root / CONFIG), ())
-    family = family_of_config(kept)
-    spec = read_config(family, kept)
-    model_class = choose_class(family, spec, "auto", "nanotron-fast")
-    return spec, family, model_class, False, [*warnings, *warnings_about(family, kept)]
+    warnings += warnings_about(family_of_config(kept), kept)
+    return Architecture.of_hf_config(kept), warnings

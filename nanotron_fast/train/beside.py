@@ -13,13 +13,13 @@ from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import CONFIG_YAML, MODEL_CONFIG
 from nanotron_fast.formats.nanotron.side_file import SideFile
 from nanotron_fast.moves.dtypes import Dtype
-from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.checkpoint import Beside
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.version import __version__
 
 
-def beside_of_run(config: TrainingConfig, model: Architecture, weights: Path | None) -> Beside:
+def beside_of_run(config: TrainingConfig, model: ModelPlan, weights: Path | None) -> Beside:
     """Reads all of it into memory, since what it comes from may be gone before the run is.
 
     Args:
@@ -33,10 +33,10 @@ def beside_of_run(config: TrainingConfig, model: Architecture, weights: Path | N
     original = _original(weights)
     side = SideFile(
         tool_version=__version__,
-        family=model.family.name,
+        family=model.architecture.family.name,
         target=_target(model),
         dtype=_dtype(config).short_name,
-        vocab_size=model.spec.vocab_size,
+        vocab_size=model.architecture.vocab_size,
         config=original.config if original else None,
         generation_config=original.generation_config if original else None,
         carried=sorted(carried),
@@ -51,9 +51,10 @@ def beside_of_run(config: TrainingConfig, model: Architecture, weights: Path | N
     return Beside(documents, exports_hf=config.checkpoints.export_hf)
 
 
-def _target(model: Architecture) -> str:
+def _target(model: ModelPlan) -> str:
     """Whose the checkpoint is: what Nanotron by itself does not compute is this package's."""
-    is_ours = not model.model_class.is_stock or model.spec.rope_scaling is not None
+    found = model.architecture
+    is_ours = not found.model_class.is_stock or found.spec.rope_scaling is not None
     return "nanotron-fast" if is_ours else "nanotron"
 
 

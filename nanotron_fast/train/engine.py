@@ -11,10 +11,10 @@ import torch
 
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import Architecture
-from nanotron_fast.models.build import load
+from nanotron_fast.models.building import load
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import facts_of
-from nanotron_fast.models.initialize import initialize, mup_learning_rate_factor
+from nanotron_fast.models.initial_weights import initialize, mup_learning_rate_factor
 from nanotron_fast.parallel.pipeline import Pipeline
 from nanotron_fast.train.config import CheckpointInit, MupInit, RandomInit, TrainingConfig
 from nanotron_fast.train.gradients import Gradients
@@ -124,8 +124,8 @@ def _fill(part: Decoder, config: TrainingConfig, mesh: Mesh, weights: Path | Non
     if weights is None and isinstance(init, CheckpointInit):
         weights = Path(init.path)
     if weights is not None:
-        multiple = config.model.make_vocab_size_divisible_by * config.parallelism.tp
-        load(part, weights, tp_rank=mesh.tp_rank, pad_vocab_to_multiple_of=multiple)
+        rows = part.architecture.spec.vocab_size
+        load(part, weights, tp_rank=mesh.tp_rank, pad_vocab_to_multiple_of=rows)
         return
     seed = config.general.seed
     if isinstance(init, RandomInit):

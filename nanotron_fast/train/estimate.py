@@ -21,7 +21,7 @@ from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import Experts
 from nanotron_fast.train.activations import MicroBatch, in_flight
-from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.config import Muon, TrainingConfig
 
 VALUE_BYTES = {"bfloat16": 2, "float32": 4}
@@ -95,11 +95,11 @@ class Estimate:
         }
 
 
-def estimate(config: TrainingConfig, model: Architecture) -> Estimate:
+def estimate(config: TrainingConfig, model: ModelPlan) -> Estimate:
     """What a run will take. Raises TopologyError where a stage would own no layer."""
-    stages, spec = model.stages(), model.spec
+    stages, spec = model.stages(), model.architecture.spec
     pp = config.parallelism.pp
-    padding = model.padded_vocab_size - spec.vocab_size
+    padding = spec.vocab_size - model.architecture.vocab_size
     padded_elements = sum(math.prod(param.shape) for param in model.params)
     num_matrices = 1 if spec.tie_word_embeddings else 2
     length = config.stage_at(1).sequence_length or config.tokens.sequence_length
@@ -112,7 +112,7 @@ def estimate(config: TrainingConfig, model: Architecture) -> Estimate:
     )
 
 
-def flops_of_sequence(model: Architecture, length: int) -> int:
+def flops_of_sequence(model: ModelPlan, length: int) -> int:
     """FLOPs of training on one sequence, forward and backward."""
     products = sum(_multiplied(model, param) for param in model.params)
     attention = sum(
@@ -120,7 +120,7 @@ def flops_of_sequence(model: Architecture, length: int) -> int:
         * layer.attention.num_heads
         * layer.attention.head_dim
         * _pairs(length, layer.attention.window)
-        for layer in model.spec.layers
+        for layer in model.architecture.spec.layers
     )
     return 6 * products * length + attention
 
@@ -131,32 +131,34 @@ def _pairs(length: int, window: int | None) -> int:
     return reach * (reach + 1) // 2 + (length - reach) * reach
 
 
-def _multiplied(model: Architecture, param: Param) -> int:
+def _multiplied(model: ModelPlan, param: Param) -> int:
     """The elements of a parameter that a token is multiplied by."""
-    is_lookup = param.block == "embedding" and not model.spec.tie_word_embeddings
+    is_lookup = param.block == "embedding" and not model.architecture.spec.tie_word_embeddings
     if len(param.shape) < 2 or is_lookup:
         return 0
     elements = math.prod(param.shape)
     if isinstance(param.block, int) and _EXPERTS in param.name:
-        experts = model.spec.layers[param.block].mlp
+        experts = model.architecture.spec.layers[param.block].mlp
         assert isinstance(experts, Experts)
         return elements * experts.top_k // experts.num_experts
     return elements
 
 
-def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: int) -> Memory:
+def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int) -> Memory:
     """What a rank of a pipeline stage needs."""
     pp = config.parallelism.pp
     has_head = stages.of("head") % pp == rank
     states = Memory()
     for param in model.params:
         # The last stage has a copy of a tied embedding.
-        has_copy = param.block == "embedding" and has_head and model.spec.tie_word_embeddings
+        has_copy = (
+            param.block == "embedding" and has_head and model.architecture.spec.tie_word_embeddings
+        )
         if stages.of(param.block) % pp == rank or has_copy:
             states = _sum(states, _states(config, model, param))
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
-    columns = model.padded_vocab_size // config.parallelism.tp
+    columns = model.architecture.spec.vocab_size // config.parallelism.tp
     return replace(
         states,
         activations=_activations(config, model, stages, rank, tokens),
@@ -164,7 +166,7 @@ def _memory(config: TrainingConfig, model: Architecture, stages: Stages, rank: i
     )
 
 
-def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory:
+def _states(config: TrainingConfig, model: ModelPlan, param: Param) -> Memory:
     """A parameter, its gradient, and what the optimizer keeps of it."""
     optimizer = config.optimizer
     elements = math.prod(param.local_shape(model.topology.sizes))
@@ -183,12 +185,12 @@ def _states(config: TrainingConfig, model: Architecture, param: Param) -> Memory
 
 
 def _activations(
-    config: TrainingConfig, model: Architecture, stages: Stages, rank: int, tokens: int
+    config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int, tokens: int
 ) -> int:
     layout = config.parallelism
     batch = MicroBatch(
         tokens=tokens,
-        hidden_size=model.spec.hidden_size,
+        hidden_size=model.architecture.spec.hidden_size,
         value_bytes=VALUE_BYTES[config.model.dtype],
         tp=layout.tp,
         is_scattered=layout.tp_mode == "REDUCE_SCATTER",
@@ -196,7 +198,7 @@ def _activations(
     )
     layers = [
         layer
-        for layer, stage in zip(model.spec.layers, stages.layers, strict=True)
+        for layer, stage in zip(model.architecture.spec.layers, stages.layers, strict=True)
         if stage % layout.pp == rank
     ]
     count = config.tokens.batch_accumulation_per_replica

@@ -73,10 +73,10 @@ class StoredStates:
         stage, was_tp = self._stage_of(name), self.sizes["tp"]
         num_rows = self._num_rows(param)
         if not param.cuts or (was_tp == tp and num_rows == param.shape[0]):
-            shape = param.local_shape({"tp": tp})
-            return self._stored(name, key, shape, stage, tp_rank if param.cuts else 0, run)
+            same = param.local_shape({"tp": tp})
+            return self._stored(name, key, same, stage, tp_rank if param.cuts else 0, run)
         whole: Tensor | None = None
-        shape = list(param.local_shape({}))
+        shape = list(param.shape)
         shape[0] = num_rows
         shape[param.cuts["tp"]] //= was_tp
         for rank in range(was_tp):

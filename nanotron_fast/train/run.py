@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanotron_fast.checkpoints.processes import PeerFailed
 from nanotron_fast.errors import NanotronFastError, TrainingError
-from nanotron_fast.train.architecture import Architecture
+from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.checkpoint import metadata_document, snapshot
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import MicroBatch
@@ -104,7 +104,7 @@ class Run:
     """
 
     config: TrainingConfig
-    model: Architecture
+    model: ModelPlan
     mesh: Mesh
     start: Start
     data: BatchSource
@@ -195,19 +195,27 @@ class Run:
         Raises the failure of the first rank that has one, and PeerFailed on every other.
         """
         mesh = self.mesh
-        # The first rank that failed says the most.
-        failed = mesh.world_size - mesh.rank if failure is not None else 0
-        said = [float(failed), float(self.stop.is_made), float(peak_memory_bytes(mesh.device))]
-        if mesh.world is not None:
-            votes = torch.tensor(said, dtype=torch.float64, device=mesh.device)
-            dist.all_reduce(votes, dist.ReduceOp.MAX, group=resolve_group(mesh.world))
-            said = votes.tolist()
-        first = mesh.world_size - int(said[0])
+        memory = peak_memory_bytes(mesh.device)
+        is_failed, is_stopped, most = self._most(failure is not None, self.stop.is_made, memory)
+        if not is_failed:
+            return bool(is_stopped), int(most)
+        # A save that failed on another rank fails on this one as well, perhaps a moment later.
+        failure = failure or self.saver.finished()
+        is_own = failure is not None and not isinstance(failure, PeerFailed)
+        (backwards,) = self._most(mesh.world_size - mesh.rank if is_own else 0)
+        first = mesh.world_size - int(backwards)
         if failure is not None and first == mesh.rank:
             raise failure
-        if said[0]:
-            raise PeerFailed(f"rank {first} failed, and has said why")
-        return bool(said[1]), int(said[2])
+        raise PeerFailed(f"rank {first} failed, and has said why")
+
+    def _most(self, *said: float) -> list[float]:
+        """Of each number the largest that a rank says."""
+        mesh = self.mesh
+        if mesh.world is None:
+            return [float(each) for each in said]
+        votes = torch.tensor(said, dtype=torch.float64, device=mesh.device)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=resolve_group(mesh.world))
+        return [float(each) for each in votes.tolist()]
 
     def _metrics(
         self, step: int, loss: float, norm: float, seconds: float, memory: int

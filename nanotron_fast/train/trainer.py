@@ -16,7 +16,9 @@ import torch
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.checkpoints.source import resolve
 from nanotron_fast.errors import NanotronFastError
-from nanotron_fast.train.architecture import Architecture, architecture
+from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
+from nanotron_fast.train.architecture import ModelPlan, architecture
 from nanotron_fast.train.beside import beside_of_run
 from nanotron_fast.train.checkpoint import Beside
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
@@ -96,7 +98,7 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
     weights = start.folder or _initial_weights(config, everyone)
     sourced = config if weights is None else _from_weights(config, weights)
     with everyone.step():
-        model = architecture(sourced)
+        model = architecture(sourced, min_rows=_stored_rows(start.folder))
         sourced = sourced.with_model_config(model.model_config)
         config = config.with_model_config(model.model_config)
         for warning in (*trainer.config.warnings, *model.warnings):
@@ -108,7 +110,7 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
     data = _data(trainer, sourced, model, mesh, start, everyone)
     with everyone.step(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        engine = engine_of(config, model.built, mesh, weights=weights)
+        engine = engine_of(config, model.architecture, mesh, weights=weights)
         if start.folder is not None and config.checkpoints.load_optimizer:
             load_states(start.folder, engine.optimizer, mesh)
     for each in caught:
@@ -131,6 +133,14 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         warn=partial(tell, "warning"),
     )
     return Run(config, model, mesh, start, data, engine, saver, report, stop)
+
+
+def _stored_rows(resumed: Path | None) -> int:
+    """Of the vocabulary in a checkpoint that is resumed: what pads it has been trained as well."""
+    if resumed is None:
+        return 0
+    rows = read_json_object(resumed / MODEL_CONFIG).get("vocab_size")
+    return rows if isinstance(rows, int) else 0
 
 
 def _initial_weights(config: TrainingConfig, everyone: Processes) -> Path | None:
@@ -156,7 +166,7 @@ def _from_weights(config: TrainingConfig, weights: Path) -> TrainingConfig:
 def _data(
     trainer: Trainer,
     config: TrainingConfig,
-    model: Architecture,
+    model: ModelPlan,
     mesh: Mesh,
     start: Start,
     everyone: Processes,
@@ -167,7 +177,7 @@ def _data(
             trainer._given,
             rows=config.global_batch_size // mesh.dp,
             dp=mesh.dp,
-            vocab_size=model.spec.vocab_size,
+            vocab_size=model.architecture.vocab_size,
         )
     found: StagedBatches | None = None
     for is_first in (True, False):
@@ -176,7 +186,7 @@ def _data(
                 found = batches_of(
                     config,
                     dp_rank=mesh.dp_rank,
-                    vocab_size=model.spec.vocab_size,
+                    vocab_size=model.architecture.vocab_size,
                     consumed=start.consumed,
                     is_first_rank=is_first,
                     on_progress=trainer._on_tokens if is_first else None,

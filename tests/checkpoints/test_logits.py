@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,49 @@ def test_a_model_and_its_conversion_compute_the_same(name: str, tmp_path: Path) 
     assert found.logits.programs[0] == "transformers"
 
 
+# What needs this package's own class, each with all that the class can have.
+OWN: dict[str, tuple[str, dict[str, Any]]] = {
+    "biases, head_dim and a scaling": (
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "head_dim": 10, "rope_scaling": SCALING},
+    ),
+    "a window on some layers": (
+        "qwen2",
+        {
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        },
+    ),
+    "starcoder2 without biases, untied": (
+        "starcoder2",
+        {"use_bias": False, "tie_word_embeddings": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_our_own_class_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    family, changes = OWN[name]
+    hf, out = make(family, **changes).save(tmp_path / "hf"), tmp_path / "out"
+    nf.convert(hf, out, topology=nf.Topology(tp=2, pp=2), target="nanotron-fast")
+    assert json.loads((out / "model_config.json").read_text())["is_nanotron_fast_config"]
+    found = nf.verify(hf, out, logits=True)
+    assert found.equal
+    assert found.logits is not None
+    assert 0 < found.logits.max_difference <= 1e-5 * found.logits.max_magnitude
+    assert found.logits.num_same_argmax == found.logits.num_tokens
+    assert found.logits.programs[1].startswith("this package's NanotronFastConfig in plain torch")
+    # The last layer of a stage without its output projection.
+    attention = out / LAYER.format(2) / "attn"
+    for path in [*attention.rglob("o_proj/*weight*"), *attention.rglob("dense/*weight*")]:
+        info = read_header(path).tensors["data"]
+        data = bytearray(path.read_bytes())
+        data[info.begin_bytes : info.end_bytes] = bytes(info.end_bytes - info.begin_bytes)
+        path.write_bytes(data)
+    assert not compare_logits(hf, out, Options(), has_casts=False).equal
+
+
 def test_rope_scaling_is_honoured_for_nanotron_fast_alone(tmp_path: Path) -> None:
     hf = make("llama", rope_scaling=SCALING).save(tmp_path / "hf")
     nf.convert(hf, tmp_path / "out", target="nanotron-fast")
@@ -131,6 +175,17 @@ def test_two_sides_of_one_format(tmp_path: Path) -> None:
         assert found.equal
         assert found.logits is not None
         assert found.logits.programs[0] == found.logits.programs[1]
+
+
+def test_transformers_is_needed_for_what_it_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf, out = make("llama").save(tmp_path / "hf"), tmp_path / "out"
+    nf.convert(hf, out)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert compare_logits(out, out, Options(), has_casts=False).equal
+    with pytest.raises(ConfigError, match=rf"--logits: {hf} is run by transformers: "):
+        compare_logits(hf, out, Options(), has_casts=False)
 
 
 def test_what_transformers_cannot_run_is_one_clear_error(

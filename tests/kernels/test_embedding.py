@@ -63,8 +63,26 @@ def test_ids_that_stand_often(triton_path, monkeypatch, ids) -> None:
     torch.manual_seed(0)
     ids = torch.tensor(ids, device=triton_path)
     _, weight, dy = make(ids.shape, 5, 12, device=triton_path)
-    check(ids, weight, dy)
+    dweight = check(ids, weight, dy)
     check(ids, weight, dy, padding_idx=int(ids[0]))
+    total = torch.ones_like(weight)
+    operators.add_by_id(total, dy, ids, 0, None)
+    assert torch.equal(total, 1 + dweight)
+
+
+@pytest.mark.parametrize("padding_idx", [None, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adds_to_a_main_gradient(path, device, dtype, padding_idx) -> None:
+    """In fp32, whatever the weight's dtype; twice, as two micro-batches do."""
+    ids, weight, dy = make((2, 9), 30, 16, dtype, device)
+    weight.main_grad = torch.ones(weight.shape, device=device)
+    for _ in range(2):
+        vocab_parallel_embedding(ids, weight, padding_idx=padding_idx).backward(dy)
+    assert weight.grad is None
+    weight64 = wide(weight, True)
+    out64 = vocab_parallel_embedding_reference(ids, weight64, padding_idx=padding_idx)
+    (dweight,) = torch.autograd.grad(out64, weight64, wide(dy))
+    assert_close(weight.main_grad, 1 + 2 * dweight)
 
 
 def test_the_order_of_sums_is_fixed(triton_path) -> None:
@@ -108,6 +126,8 @@ def test_a_rank_gathers_zeros_for_the_ids_of_others(path, device) -> None:
     assert torch.equal(out, expected)
     dweight = operators.sum_by_id(torch.ones(6, 6, device=device), ids, 5, 5, None)
     assert dweight.sum(1).tolist() == [6, 0, 0, 0, 6]
+    operators.add_by_id(dweight, torch.ones(6, 6, device=device), ids, 5, None)
+    assert dweight.sum(1).tolist() == [12, 0, 0, 0, 12]
 
 
 @pytest.mark.parametrize("wrong", [-1, 30])
@@ -141,6 +161,7 @@ def test_operators_are_what_torch_expects(path, device) -> None:
     torch.library.opcheck(operators.gather, (ids, weight.detach(), 0, 5))
     torch.library.opcheck(operators.sum_by_id, (dy, ids, 5, 0, None))
     torch.library.opcheck(operators.sum_by_id, (dy, ids, 3, 1, 2))
+    torch.library.opcheck(operators.add_by_id, (torch.zeros(3, 4, device=device), dy, ids, 1, 2))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

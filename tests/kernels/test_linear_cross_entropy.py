@@ -104,6 +104,22 @@ def test_only_what_is_needed_is_computed(path, device) -> None:
         assert not linear_cross_entropy(x, weight, target).requires_grad
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_adds_to_a_main_gradient(path, device, dtype, reduction) -> None:
+    """In fp32, whatever the weight's dtype; twice, as two micro-batches do."""
+    x, weight, target = make(dtype=dtype, device=device)
+    weight.main_grad = torch.ones(weight.shape, device=device)
+    for _ in range(2):
+        (0.3 * linear_cross_entropy(x, weight, target, reduction=reduction)).sum().backward()
+    assert weight.grad is None
+    weight64 = wide(weight, True)
+    loss = linear_cross_entropy_reference(wide(x), weight64, target, reduction=reduction)
+    (dweight,) = torch.autograd.grad(loss.sum(), weight64)
+    # What is rounded to the dtype are the logits and their gradients: see `check`.
+    assert_close(weight.main_grad - 1, 0.6 * dweight, factor=3, dtype=dtype)
+
+
 def test_backward_runs_twice(path, device) -> None:
     x, weight, target = make(device=device)
     for reduction in ("mean", "none"):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
 
 from nanotron_fast import families
+from nanotron_fast.cli.commands import app
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models import build, facts_of
 from nanotron_fast.models.generate import generate_ids
@@ -78,6 +83,30 @@ def generates(root: Path, group) -> None:
     assert generate_ids(build(root, group=group), prompt, max_new_tokens=6) == expected
 
 
+def commands(golden_hf: Path, group) -> None:
+    """`nanotron-fast generate` on every rank: the first prints what one process would."""
+    words = AutoTokenizer.from_pretrained(golden_hf)
+    prompt = words.decode(list(range(40, 52)))
+    ids = words(prompt)["input_ids"]
+    # By no group: what a rank alone computes.
+    new = generate_ids(build(golden_hf), ids, max_new_tokens=4)
+    text = words.decode(new, skip_special_tokens=True)
+    flags = ["generate", str(golden_hf), "--prompt", prompt, "--max-new-tokens", "4"]
+    split = Mock(wraps=build)
+    with patch("nanotron_fast.models.generate.build", split):
+        for more in ([], ["--json"]):
+            result = CliRunner().invoke(app, [*flags, *more])
+            assert result.exit_code == 0, result.output
+            if group.rank() > 0:
+                assert result.output == ""
+            elif more:
+                assert json.loads(result.stdout) == {"text": text, "token_ids": new}
+            else:
+                assert result.stdout == f"{text}\n"
+    sizes = [call.kwargs["group"].size() for call in split.call_args_list]
+    assert sizes == [group.size()] * 2
+
+
 def through_a_mesh(root: Path, group) -> None:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -88,7 +117,7 @@ def through_a_mesh(root: Path, group) -> None:
         assert torch.equal(parameter, by_group.get_parameter(name))
 
 
-def cases(roots: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(roots: Path, golden_hf: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
     for family in FAMILIES:
         root = roots / family
         weight = 0.1 if family == "qwen2_moe" else 0.0
@@ -98,10 +127,11 @@ def cases(roots: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{family} stages", partial(loads_stage, root, group)
         yield f"{family} at random", partial(starts_alike, root, group)
     yield "generation", partial(generates, roots / "qwen2", group)
+    yield "the command", partial(commands, golden_hf, group)
     yield "mesh", partial(through_a_mesh, roots / "llama", group)
 
 
 if __name__ == "__main__":
     families.register(QWEN3)
     group = join()
-    run_cases(cases(Path(sys.argv[1]), group))
+    run_cases(cases(Path(sys.argv[1]), Path(sys.argv[2]), group))

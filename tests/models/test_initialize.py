@@ -10,7 +10,7 @@ import torch
 from nanotron_fast.model.spec import Attention, Dense, Layer, ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models import Architecture, Decoder, build, facts_of, initialize
-from nanotron_fast.models.initialize import mup_learning_rate_factor
+from nanotron_fast.models.initial_weights import mup_learning_rate_factor
 
 BLOCK = "model.decoder.0.pp_block."
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"

@@ -11,10 +11,10 @@ from tests.parallel.ranks import run_ranks
 
 
 @pytest.mark.slow
-def test_ranks_agree_with_one_process(tmp_path: Path) -> None:
+def test_ranks_agree_with_one_process(tmp_path: Path, golden_hf: Path) -> None:
     biases = {"attention_bias": True, "mlp_bias": True}
     save(tmp_path / "llama", "llama", tie_word_embeddings=True, **biases)
     save(tmp_path / "qwen2", "qwen2")
     save(tmp_path / "qwen2_moe", "qwen2_moe", mlp_only_layers=[1])
     save_qwen3(tmp_path / "qwen3")
-    run_ranks("tests.models.decoder_ranks", 2, str(tmp_path))
+    run_ranks("tests.models.decoder_ranks", 2, str(tmp_path), str(golden_hf))

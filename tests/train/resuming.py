@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.families.roles import is_hidden_matrix
-from nanotron_fast.models.build import load
-from nanotron_fast.train.checkpoint import metadata_document, save, snapshot
+from nanotron_fast.models.building import load
+from nanotron_fast.train.checkpoint import Beside, metadata_document, save, snapshot
 from nanotron_fast.train.muon import MOMENTUM
 from nanotron_fast.train.optimizer import ADAMW_MOMENTS
 from nanotron_fast.train.optimizer_files import MASTERS
@@ -42,8 +43,8 @@ def save_run(run: Run, root: Path, step: int) -> Path:
         root,
         step,
         taken,
-        run.mesh,
-        small_files={"model_config.json": json.dumps(config).encode()},
+        Processes() if run.mesh.world is None else TorchProcesses(),
+        beside=Beside({"model_config.json": json.dumps(config).encode()}),
         metadata=metadata_document(run.mesh, step=step, stages=[stage], last_stage=0),
         fsync=False,
     )

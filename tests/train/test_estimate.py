@@ -220,13 +220,13 @@ def test_the_architecture_of_a_folder(family: str, tmp_path: Path) -> None:
         )
         model = architecture(config)
         assert stored.spec is not None
-        assert model.spec.layers == stored.spec.layers
+        assert model.architecture.spec.layers == stored.spec.layers
         found[kind] = (estimate(config, model), model.model_config)
         # What a checkpoint is written with is a configuration's architecture again.
         again = config.with_model_config(model.model_config)
-        spec = architecture(again).spec
-        assert spec.layers == model.spec.layers
-        assert spec.vocab_size == model.spec.vocab_size
+        spec = architecture(again).architecture.spec
+        assert spec.layers == model.architecture.spec.layers
+        assert spec.vocab_size == model.architecture.spec.vocab_size
     assert found["hf"] == found["nanotron"]
     assert found["hf"][0].parameters == sum(stored.dtypes.values())
 

@@ -102,7 +102,9 @@ def _write_llama(config: dict[str, Any], spec: ModelSpec, rope_interleaved: bool
 
 def _write_qwen2(config: dict[str, Any], spec: ModelSpec, rope_interleaved: bool) -> None:
     _write_llama(config, spec, rope_interleaved)
-    config["sliding_window_size"] = spec.sliding_window
+    # Of the layers that rotate: the class gives the others none.
+    windows = {each.attention.window for each in spec.layers if each.attention.rotary is not None}
+    config["sliding_window_size"] = windows.pop() if len(windows) == 1 else None
     config["no_rope_layer"] = spec.no_rope_interval
     config["moe_config"] = write_moe(spec)
 

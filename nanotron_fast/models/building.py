@@ -17,7 +17,7 @@ from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import Architecture, Block, with_our_target
 from nanotron_fast.models.decoder import Decoder
-from nanotron_fast.models.initialize import initialize
+from nanotron_fast.models.initial_weights import initialize
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -55,7 +55,7 @@ def build(
             the first stage, and the place in the group.
         blocks, mode, recompute, z_loss, z_loss_mode, auxiliary_loss, dtype: as of `Decoder`.
         device: where the parameters are.
-        seed: of random weights; see `models.initialize`.
+        seed: of random weights; see `models.initial_weights`.
         choices: the options of `load_into`, for a checkpoint.
 
     Raises:
@@ -104,6 +104,8 @@ def load(
     """
     wanted: dict[str, Any] = {**with_our_target(choices)}
     wanted.setdefault("rope_interleaved", decoder.architecture.rope_interleaved)
+    # The decoder has its rows already: the next multiple of their number is that.
+    wanted.setdefault("pad_vocab_to_multiple_of", decoder.architecture.spec.vocab_size)
     load_into(
         decoder,
         path,
