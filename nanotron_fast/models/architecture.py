@@ -24,6 +24,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.needs import is_computed_here
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 
@@ -227,7 +228,7 @@ def _check(
     family: Family, spec: ModelSpec, model_class: NanotronClass, rope_interleaved: bool
 ) -> None:
     """Refuses what nothing here computes. Raises UnsupportedModelError."""
-    if spec.norm != "rms_norm" or not spec.has_gated_mlp:
+    if not is_computed_here(spec):
         raise UnsupportedModelError(
             f"a {family.name} has LayerNorms and an MLP without a gate: nanotron_fast.models "
             "computes models with RMSNorm and gated MLPs; the checkpoint can be converted, and "
