@@ -59,8 +59,8 @@ test-versions: build ## a few tests with other versions of triton, transformers,
 	$(BIN)/python -m tests.versions
 
 # On a machine with a GPU, with the torch that is there: nothing is installed.
-test-gpu: build-here ## build what can be built, then test kernels and parallel on the GPU, the packer under compute-sanitizer
-	$(PYTHON) -m pytest tests/kernels tests/parallel --gpu
+test-gpu: build-here ## build what can be built, then test kernels, parallel and a run on the GPU, the packer under compute-sanitizer
+	$(PYTHON) -m pytest tests/kernels tests/parallel tests/train/test_on_gpu.py --gpu
 	@if test -z '$(SANITIZER_GPU)'; then echo "compute-sanitizer is not here: skipped" >&2; \
 	elif ! $(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; \
 	  then echo "compute-sanitizer refuses this device, or there is none: skipped" >&2; \

@@ -123,11 +123,13 @@ class _TokenBar:
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Of several ranks that end for one reason, one says it."""
-    from nanotron_fast.checkpoints.processes import PeerFailed, is_lost_peer
+    from nanotron_fast.checkpoints.processes import PeerFailed, PeerGone, is_lost_peer
     from nanotron_fast.errors import TrainingError
 
     try:
         yield
+    except PeerGone:
+        raise
     except PeerFailed:
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except TrainingError:
@@ -137,7 +139,7 @@ def _told_once() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        typer.echo(f"error: rank {_rank()} ends, since another rank is gone: {error}", err=True)
+        typer.echo(f"error: rank {_rank()} ends, since another rank is gone", err=True)
         raise typer.Exit(EXIT_FAULT) from None
 
 
