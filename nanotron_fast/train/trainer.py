@@ -103,6 +103,9 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         config = config.with_model_config(model.model_config)
         for warning in (*trainer.config.warnings, *model.warnings):
             tell("warning", warning)
+        if start.folder is not None:
+            last = config.tokens.train_steps
+            tell("resuming", f"{start.folder}, after step {start.step} of {last}")
     with everyone.step():
         beside = Beside(exports_hf=config.checkpoints.export_hf)
         if mesh.rank == 0:

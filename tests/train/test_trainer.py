@@ -23,13 +23,13 @@ from nanotron_fast.errors import (
     TopologyError,
     TrainingError,
 )
-from nanotron_fast.train import TrainingResult
+from nanotron_fast.train import Trainer, TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import FAMILIES, make
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import train
+from tests.train.runs import config, train
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +113,18 @@ def test_a_run_in_two_halves_is_the_straight_run(tmp_path: Path) -> None:
     assert_same(tensors_of(root / "6"), tensors_of(tmp_path / "straight" / "6"))
     stages = json.loads((root / "6" / "checkpoint_metadata.json").read_text())["metas"]
     assert [each["consumed_train_samples"] for each in stages["data_stages"]] == [16, 8]
+
+
+def test_a_run_that_goes_on_says_from_where(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    changes: dict[str, Any] = {"checkpoints__resume_checkpoint_path": str(root)}
+    for last in (1, 2):
+        read = config(root, tokens__train_steps=last, **changes)
+        Trainer(read, device="cpu").run()
+        told = capfd.readouterr().err
+        assert (f"resuming: {root / '1'}, after step 1 of 2\n" in told) is (last == 2)
 
 
 @contextmanager
