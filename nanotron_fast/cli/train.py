@@ -37,8 +37,9 @@ def train(
 ) -> None:
     """Train a model: --section.key=value changes what CONFIG says.
 
-    Over several ranks: torchrun --nproc-per-node=8 -m nanotron_fast train CONFIG. SIGTERM and
-    SIGUSR1 save a checkpoint and end the run.
+    Over several ranks: torchrun --nproc-per-node=8 -m nanotron_fast train CONFIG.
+
+    SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
     from nanotron_fast.cli.dry_run import overrides_of
     from nanotron_fast.errors import ConfigError

@@ -9,7 +9,7 @@ from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import like_llama, refusal_of
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
-from nanotron_fast.model.needs import is_computed_here, needs
+from nanotron_fast.model.needs import needs
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
@@ -174,10 +174,7 @@ def _refused(
     """Why a class cannot hold a model, and the way out."""
     hint = ""
     if target != "nanotron-fast":
-        end = ", and nanotron-fast train trains it"
-        if not is_computed_here(spec):
-            end = ", for conversion and load_into alone: nothing trains such a model"
-        hint = f"; --target nanotron-fast admits it{end}"
+        hint = "; --target nanotron-fast admits it, and nanotron-fast train trains it"
     name, scaling = model_class.option.title(), spec.rope_scaling or {}
     windowed = sum(window is not None for window in spec.windows)
     reasons = {

@@ -50,11 +50,6 @@ _NEEDS: dict[str, Callable[[ModelSpec], bool]] = {
 ALL_NEEDS = frozenset(_NEEDS)
 
 
-def is_computed_here(spec: ModelSpec) -> bool:
-    """Whether nanotron_fast.models has the parts that a model is made of, so that it is trained."""
-    return spec.norm == "rms_norm" and spec.has_gated_mlp
-
-
 def needs(spec: ModelSpec) -> tuple[str, ...]:
     """The names of what a model needs."""
     return tuple(name for name, is_needed in _NEEDS.items() if is_needed(spec))

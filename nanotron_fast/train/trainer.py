@@ -111,6 +111,8 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         if mesh.rank == 0:
             beside = beside_of_run(config, model, weights)
     data = _data(trainer, sourced, model, mesh, start, everyone)
+    for note in data.notes if isinstance(data, StagedBatches) else ():
+        tell("note", note)
     with everyone.step(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine = engine_of(config, model.architecture, mesh, weights=weights)

@@ -27,7 +27,6 @@ from nanotron_fast.formats.nanotron.classes import NanotronClass
 from nanotron_fast.formats.nanotron.side_file import SideFile
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.formats.nanotron.training_config import training_config
-from nanotron_fast.model.needs import is_computed_here
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -201,15 +200,9 @@ def _target_warnings(spec: ModelSpec, model_class: NanotronClass) -> list[str]:
     """What runs a model that stock Nanotron does not."""
     warnings: list[str] = []
     if not model_class.is_stock:
-        use = "nanotron-fast train trains it"
-        if not is_computed_here(spec):
-            use = (
-                "Nothing trains such a model: it can be converted back, compared, and loaded with "
-                "load_into"
-            )
         warnings.append(
-            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses. "
-            f"{use}"
+            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses: "
+            "nanotron-fast train trains it"
         )
     elif spec.rope_scaling is not None:
         warnings.append(
