@@ -12,6 +12,7 @@ import torch
 
 import nanotron_fast
 from nanotron_fast.cli.dry_run import dry_run, overrides_of
+from nanotron_fast.cli.reporting import stage_lines
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.model.spec import Attention, Dense, Layer
@@ -54,6 +55,18 @@ def test_parameters_tokens_and_flops() -> None:
     assert found.flops_per_step == 8 * (6 * products * 16 + 4 * 12 * 64 * pairs)
     tied = of(model__model_config={**MODEL_CONFIG, "tie_word_embeddings": True})
     assert tied.parameters == LLAMA - ROWS
+
+
+def test_layers_of_a_stage_with_several_parts_are_shown_part_by_part() -> None:
+    assert list(stage_lines((0, 0, 1, 0))) == [
+        "stage 0: layers 0-1, 3",
+        "stage 1: layers 2",
+    ]
+    assert list(stage_lines((0, 0, 2, 2))) == [
+        "stage 0: layers 0-1",
+        "stage 1: no decoder layer",
+        "stage 2: layers 2-3",
+    ]
 
 
 def test_a_window_and_experts_count_what_a_token_goes_through() -> None:
@@ -213,9 +226,11 @@ def test_activations_follow_what_the_operations_save() -> None:
         results = (
             tensor_parallel_attention(
                 x.clone().requires_grad_(), weights["qkv"], weights["o"], cos, sin,
-                num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+                num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, recompute=False,
             ),
-            tensor_parallel_mlp(y.clone().requires_grad_(), weights["gate_up"], weights["down"]),
+            tensor_parallel_mlp(
+                y.clone().requires_grad_(), weights["gate_up"], weights["down"], recompute=False
+            ),
         )  # fmt: skip
     layer = Layer(Attention(heads, kv_heads, head_dim, (0, head_dim)), Dense(inner))
     batch = MicroBatch(
@@ -259,8 +274,9 @@ def test_activations_of_what_is_computed_in_steps(family: str, tmp_path: Path) -
         else:
             results = layer.mlp(x)
             without = Layer(spec.layers[0].attention, Dense(spec.intermediate_size))
-            # Beside what a fused one keeps; and plain torch keeps the gate's activation.
-            kept += batch.stream_bytes - batch.kept(without) + 24 * spec.intermediate_size * 4
+            # Beside what a fused one keeps: its input, gate and up. And plain torch keeps the
+            # gate's activation.
+            kept += batch.stream_bytes - batch.kept(without) + 3 * 24 * spec.intermediate_size * 4
     assert sum(saved.values()) == kept
     assert len(results) > 0
 
