@@ -61,17 +61,22 @@ class Layer(nn.Module):
     """Takes the last block's output and the stream that it is to be added to, and gives both.
 
     So that the sum and the norm after it are one operation. The first layer of a stage gets the
-    whole stream, and no residual.
+    whole stream, and no residual. The modules are in the order of Nanotron's.
     """
 
-    def __init__(self, layer: LayerSpec, setting: Setting, number: int) -> None:
+    def __init__(
+        self, layer: LayerSpec, setting: Setting, number: int, *, has_norms_first: bool
+    ) -> None:
         super().__init__()
         names = setting.names
         before, after = names.norms
         self._order = (before, "attn", after, names.mlp)
         self.add_module(before, Norm(setting))
+        if has_norms_first:
+            self.add_module(after, Norm(setting))
         self.attn = Attention(layer.attention, setting, number)
-        self.add_module(after, Norm(setting))
+        if not has_norms_first:
+            self.add_module(after, Norm(setting))
         self.add_module(
             names.mlp,
             Mlp(setting, is_gated=layer.mlp.is_gated)
@@ -369,8 +374,10 @@ def _modules(architecture: Architecture, blocks: Iterable[Block], setting: Setti
     model = nn.Module()
     if "embedding" in owned:
         model.add_module(setting.names.embedding, _PpBlock(_Embedding()))
+    norms_first = architecture.model_class.has_norms_first
+    specs = architecture.spec.layers
     layers = {
-        str(number): _PpBlock(Layer(architecture.spec.layers[number], setting, number))
+        str(number): _PpBlock(Layer(specs[number], setting, number, has_norms_first=norms_first))
         for number in owned
         if isinstance(number, int)
     }

@@ -78,11 +78,12 @@ class Experts(nn.Module):
     def __init__(self, experts: ExpertsSpec, setting: Setting) -> None:
         super().__init__()
         self.spec, self.setting = experts, setting
+        # In the order of Nanotron's modules, by which an optimizer's file numbers its states.
         self.router = Weights()
-        self.experts = MergedExperts(setting.spec.hidden_act)
         if experts.has_shared_expert:
             self.shared_expert = Mlp(setting)
             self.shared_expert_gate = Weights()
+        self.experts = MergedExperts(setting.spec.hidden_act)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         logits = F.linear(x.float(), self.router.weight.float())

@@ -265,3 +265,38 @@ def test_a_model_config_of_a_yaml(tmp_path: Path) -> None:
     assert architecture.params() == expected.params()
     assert architecture.spec.layers == expected.spec.layers
     assert architecture.vocab_size == VOCAB
+
+
+QWEN2_LAYER = """
+input_layernorm.weight post_attention_layernorm.weight
+attn.qkv_proj.weight attn.qkv_proj.bias attn.o_proj.weight
+"""
+DENSE = "mlp.gate_up_proj.weight mlp.down_proj.weight"
+# As named_parameters() of Nanotron's models gives them, at 2411b022.
+ORDERS = {
+    "llama": f"""
+        input_layernorm.weight attn.qkv_proj.weight attn.o_proj.weight
+        post_attention_layernorm.weight {DENSE}
+    """,
+    "qwen2": f"{QWEN2_LAYER} {DENSE}",
+    "qwen2_moe": f"""
+        {QWEN2_LAYER} mlp.router.weight
+        mlp.shared_expert.gate_up_proj.weight mlp.shared_expert.down_proj.weight
+        mlp.shared_expert_gate.weight
+        mlp.experts.merged_gate_up_proj mlp.experts.merged_down_proj
+    """,
+}
+
+
+@pytest.mark.parametrize("family", ORDERS)
+def test_parameters_come_in_the_order_of_nanotrons(family: str, tmp_path: Path) -> None:
+    """The states in an optimizer's file are numbered in it, and Nanotron takes them by number."""
+    decoder = Decoder(Architecture.of_checkpoint(saved(tmp_path, family)))
+    names = [name for name, _ in decoder.named_parameters()]
+    prefix = "model.decoder.0.pp_block."
+    found = [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
+    assert found == ORDERS[family].split()
+    ends = [name for name in names if ".decoder." not in name]
+    assert ends == [EMBEDDING, "model.final_layer_norm.pp_block.weight", HEAD]
+    assert names[0] == EMBEDDING
+    assert names[-2:] == ends[1:]

@@ -40,8 +40,8 @@ from tests.train.configs import DOCUMENT, read, save
         ({"tokens__train_steps": "5"}, "tokens.train_steps is '5', and should be an integer of at"),
         ({"tokens__train_steps": True}, "tokens.train_steps is true, and should be an integer"),
         (
-            {"tokens__train_steps": 0},
-            "tokens.train_steps is 0, and should be an integer of at least 1",
+            {"tokens__train_steps": -1},
+            "tokens.train_steps is -1, and should be an integer of at least 0",
         ),
         ({"tokens__train_steps": 1.5}, "tokens.train_steps is 1.5, and should be an integer"),
         ({"tokens": [1]}, r"x.yaml: tokens is \[1\], and should be a mapping with sequence_length"),

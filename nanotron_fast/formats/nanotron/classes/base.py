@@ -74,6 +74,8 @@ class NanotronClass:
         drop_in_holds: what the drop-in adds to that, for --target nanotron-fast.
         layer_cost: what a layer counts when Nanotron assigns layers to pipeline stages.
         casts_to_fp32: the model ends with a pipeline block that casts logits.
+        has_norms_first: both norms of a layer come before its attention among the parameters, by
+            whose order the file of an optimizer numbers its states.
         ignores_attention_bias: it has the field, and stock models of it no bias whatever it says.
         rotates_neighbours_in_1_2: before September 2024 there was no other way, and no field.
         can_rotate_neighbours: it has rope_interleaved.
@@ -92,6 +94,7 @@ class NanotronClass:
     drop_in_holds: frozenset[str] = frozenset()
     layer_cost: LayerCost
     casts_to_fp32: bool = False
+    has_norms_first: bool = False
     ignores_attention_bias: bool = False
     rotates_neighbours_in_1_2: bool = False
     can_rotate_neighbours: bool = True

@@ -192,6 +192,7 @@ QWEN2_CONFIG = register(
         write_rest=_write_qwen2,
         read_rest=_read,
         layer_cost=layer_cost(mlp_matrices=3),
+        has_norms_first=True,
         pp_warning={
             "1.5": "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
             "pp={pp}); nanotron-fast train takes it"

@@ -1,0 +1,152 @@
+"""Ranks that train with real Nanotron and with ours, and go on with each other's checkpoints.
+
+`python -m tests.nanotron.beside_ranks FOLDER PORT SIZE`
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+import nanotron_fast as nf
+from nanotron_fast.patch.cpu import cpu_mode
+from nanotron_fast.patch.importing import import_nanotron
+from tests import modelzoo
+from tests.nanotron.beside import (
+    SAVED,
+    Figures,
+    Grid,
+    check_same,
+    document,
+    is_main,
+    train_nanotron,
+    train_ours,
+    written,
+)
+from tests.nanotron.training import SIZES, join_environment
+from tests.parallel.ranks import run_cases
+
+# bf16 rounds where each multiplies and sums in another order.
+BF16: dict[str, Any] = {"dtype": "bfloat16", "tolerance": 2e-3}
+SCATTERED = "REDUCE_SCATTER"
+GRIDS = [
+    Grid(tp=2, is_tied=True, mode=SCATTERED),
+    Grid(dp=2),
+    Grid(pp=2, is_tied=True),
+    Grid(tp=2, dp=2, mode=SCATTERED, zero_stage=1),
+]
+if is_main():
+    GRIDS += [
+        Grid("qwen2", is_tied=True),
+        Grid("qwen2_moe"),
+        Grid("qwen2", tp=2, mode=SCATTERED, recomputes=True),
+        Grid(tp=2, **BF16),
+        Grid(dp=2, zero_stage=1),
+    ]
+else:
+    # Main has not implemented it.
+    GRIDS += [Grid(dp=2, zero_stage=1, **BF16)]
+
+
+def weights_of(grid: Grid, folder: Path) -> Path:
+    """A checkpoint for the ranks to begin with, and what it was converted from."""
+    name = f"{grid.family}-{grid.is_tied}-{grid.dtype}"
+    root = folder / f"{name}-pp{grid.pp}-tp{grid.tp}"
+    if not root.exists():
+        dtype = "F32" if grid.dtype == "float32" else "BF16"
+        model = modelzoo.make(grid.family, dtype=dtype, **SIZES, tie_word_embeddings=grid.is_tied)
+        hf = folder / f"{name}-hf"
+        if not hf.exists():
+            model.save(hf)
+        old = {} if is_main() else {"checkpoint_version": "1.2", "rope_interleaved": True}
+        nf.convert(hf, root, topology=nf.Topology(tp=grid.tp, pp=grid.pp), **old)
+    return root
+
+
+def compare(grid: Grid, folder: Path) -> None:
+    """Straight runs of both, and of each the second half from the other's checkpoint."""
+    if dist.get_rank() == 0:
+        weights_of(grid, folder)
+    dist.barrier()
+    weights = weights_of(grid, folder)
+    straight: dict[str, Figures] = {}
+    saved: dict[str, Path] = {}
+    for who, train in (("nanotron", train_nanotron), ("ours", train_ours)):
+        root = folder / f"{grid}-{who}"
+        straight[who] = train(written(root, document(grid, weights, root, None)), grid)
+        saved[who] = root / str(SAVED)
+    check_same(straight["ours"], straight["nanotron"], grid, "straight")
+
+    root = folder / f"{grid}-ours-from-nanotron"
+    config = written(root, document(grid, weights, root, saved["nanotron"]))
+    resumed = train_ours(config, grid)
+    check_same(resumed, second_half(straight["nanotron"]), grid, "Nanotron's, resumed by ours")
+
+    root = folder / f"{grid}-nanotron-from-ours"
+    config = written(root, document_of(saved["ours"], root, grid, weights))
+    resumed = train_nanotron(config, grid, saved["ours"])
+    check_same(resumed, second_half(straight["ours"]), grid, "ours, resumed by Nanotron")
+
+
+def second_half(figures: Figures) -> Figures:
+    return {step: pair for step, pair in figures.items() if step > SAVED}
+
+
+def document_of(saved: Path, root: Path, grid: Grid, weights: Path) -> dict[str, Any]:
+    """The configuration for Nanotron to go on with a checkpoint of ours: main reads the one in it.
+
+    The released 0.4 has another schema, and refuses a later version than its own 1.2.
+    """
+    if is_main():
+        parts: dict[str, Any] = yaml.safe_load((saved / "config.yaml").read_text())
+        parts["checkpoints"] |= {
+            "checkpoints_path": str(root),
+            "resume_checkpoint_path": str(saved),
+        }
+        return parts
+    if dist.get_rank() == 0:
+        make_older(saved)
+    dist.barrier()
+    return document(grid, weights, root, saved)
+
+
+def make_older(saved: Path) -> None:
+    """What 0.4 has otherwise: the version, one group of all parameters, one learning rate."""
+    path = saved / "checkpoint_metadata.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "version": "1.2"}))
+    for path in (saved / "optimizer").glob("*.pt"):
+        states = torch.load(path)
+        indices = [index for group in states["param_groups"] for index in group["params"]]
+        states["param_groups"] = [{**states["param_groups"][0], "params": indices}]
+        torch.save(states, path)
+    paths = list((saved / "lr_scheduler").glob("*.pt"))
+    rate = torch.load(paths[0])
+    for key in ("base_lrs", "_last_lr", "lr_lambdas"):
+        del rate[key][1:]
+    torch.save(rate, saved / "lr_scheduler/lr_scheduler.pt")
+    for path in paths:
+        path.unlink()
+
+
+def cases(folder: str, port: str, size: str) -> Iterator[tuple[str, Callable[[], None]]]:
+    import_nanotron()
+    join_environment(int(port))
+    with cpu_mode():
+        from nanotron.distributed import initialize_torch_distributed
+
+        initialize_torch_distributed()
+    for grid in GRIDS:
+        if grid.size == int(size):
+            yield str(grid), partial(compare, grid, Path(folder))
+
+
+if __name__ == "__main__":
+    run_cases(cases(*sys.argv[1:]))
