@@ -367,6 +367,7 @@ def test_what_to_change_where_it_does_not_fit(tmp_path: Path) -> None:
     needed = dry_run(path).estimate.memory.total
     roomy = dry_run(path, memory=str(needed))
     assert roomy.to_json()["fits"] is True
+    assert [*roomy.lines()][-1].startswith("  it fits into ")
     tight = dry_run(path, memory=str(needed - 1))
     assert tight.to_json()["fits"] is False
     first, *ways = tight.advice
