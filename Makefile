@@ -42,9 +42,10 @@ format: $(READY) ## rewrite everything in the house style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: build ## time conversion against cp and torch, and the kernels' CPU paths
+bench: build ## time conversion against cp and torch, the kernels' CPU paths, a training step
 	$(BIN)/python benchmarks/bench_convert.py
 	$(BIN)/pytest benchmarks/test_kernels.py
+	$(BIN)/python benchmarks/bench_train.py --cpu
 
 # Its own environment, laid over .venv: what Nanotron needs is older than what we are tested with.
 NANOTRON_VENV := .venv-nanotron
@@ -59,8 +60,8 @@ test-versions: build ## a few tests with other versions of triton, transformers,
 	$(BIN)/python -m tests.versions
 
 # On a machine with a GPU, with the torch that is there: nothing is installed.
-test-gpu: build-here ## build what can be built, then test kernels and parallel on the GPU, the packer under compute-sanitizer
-	$(PYTHON) -m pytest tests/kernels tests/parallel --gpu
+test-gpu: build-here ## build what can be built, then test kernels, parallel and a run on the GPU, the packer under compute-sanitizer
+	$(PYTHON) -m pytest tests/kernels tests/parallel tests/train/test_on_gpu.py --gpu
 	@if test -z '$(SANITIZER_GPU)'; then echo "compute-sanitizer is not here: skipped" >&2; \
 	elif ! $(SANITIZER_GPU) --error-exitcode 1 $(PYTHON) -c 'import torch; torch.ones(1).cuda()' >/dev/null 2>&1; \
 	  then echo "compute-sanitizer refuses this device, or there is none: skipped" >&2; \
@@ -72,9 +73,10 @@ build-here:
 	  then $(PYTHON) setup.py --quiet build_ext --inplace; \
 	  else echo "no native build: it needs pybind11, ninja, setuptools and a C++ compiler" >&2; fi
 
-bench-gpu: build-here ## time the kernels beside torch and the peers that are installed, and Nanotron's step
+bench-gpu: build-here ## time the kernels, and training steps, beside torch and the peers that are installed
 	$(PYTHON) benchmarks/bench_kernels.py $(if $(ONLY),--only $(ONLY)) \
 	  $(if $(DRY),--dry,--save benchmarks/results/kernels.json)
+	$(if $(ONLY),,$(PYTHON) benchmarks/bench_train.py $(if $(DRY),--dry,--save))
 	@if $(PYTHON) -c 'import nanotron' 2>/dev/null; \
 	  then $(PYTHON) benchmarks/bench_step.py --save; \
 	  else echo "nanotron is not here: its training step is not timed" >&2; fi

@@ -2,9 +2,9 @@
 
     python benchmarks/report.py [--out docs/results]
 
-Takes what bench_convert.py, bench_load.py, bench_kernels.py, bench_step.py and pytest-benchmark
-write, and tells them apart by their keys. Plots need matplotlib; without it the tables are written
-alone, and it says so.
+Takes what bench_convert.py, bench_load.py, bench_kernels.py, bench_step.py, bench_train.py and
+pytest-benchmark write, and tells them apart by their keys. Plots need matplotlib; without it the
+tables are written alone, and it says so.
 """
 
 from __future__ import annotations
@@ -144,6 +144,47 @@ def step_section(name: str, document: dict[str, Any]) -> Section:
     return Section(name, lines + table(header, rows), [bars])
 
 
+def training_section(name: str, document: dict[str, Any]) -> Section:
+    """Of a training step on the CPU, or of several on a GPU."""
+    lines = [f"Measured: {about(document['environment'])}.", ""]
+    if "training" in document:
+        found = document["training"]
+        low, high = min(found["ratios"]), max(found["ratios"])
+        lines += [
+            f"A step of {found['parameters_m']:.0f} M parameters and {found['tokens']} tokens in "
+            f"fp32, {found['threads']} threads: ours takes {found['ratio']:.2f} of the other's "
+            f"process time, {low:.2f} to {high:.2f} in {len(found['ratios'])} rounds.",
+            "",
+        ]
+        rows = [
+            (side["name"], f"{side['process_seconds']:.2f}", f"{side['clock_seconds']:.2f}")
+            for side in found["sides"]
+        ]
+        return Section(name, lines + table(("", "process s", "clock s"), rows), [])
+    rows, groups = [], {}
+    for step in document["steps"]:
+        key = (step["operation"], step["variant"])
+        if not step["ok"]:
+            rows.append((*key, step.get("note") or step["error"], "", "", "", ""))
+            continue
+        groups.setdefault(step["operation"], []).append(step)
+        spread = f"{step['p20_ms']:.1f} to {step['p80_ms']:.1f}"
+        mfu = "" if step["mfu"] is None else f"{step['mfu']:.1%}"
+        cells = (f"{step['p50_ms']:.1f}", spread, f"{step['tokens_per_s']:.0f}", mfu)
+        rows.append((*key, *cells, step["peak_memory_gb"]))
+    header = ("model", "variant", "p50 ms", "p20 to p80", "tokens/s", "MFU", "peak GB")
+    bars = [
+        Bars(
+            f"training, {setting}",
+            "tokens a second",
+            [step["variant"] for step in steps],
+            [step["tokens_per_s"] for step in steps],
+        )
+        for setting, steps in groups.items()
+    ]
+    return Section(name, lines + table(header, rows), bars)
+
+
 def pytest_section(name: str, document: dict[str, Any]) -> Section:
     machine = document["machine_info"]
     cpu = machine.get("cpu", {})
@@ -176,9 +217,13 @@ def read(path: Path) -> Section:
         return step_section(path.stem, document)
     if "ceilings" in document:
         return kernel_section(path.stem, document)
+    if "training" in document or "steps" in document:
+        return training_section(path.stem, document)
     if "benchmarks" in document:
         return pytest_section(path.stem, document)
-    raise ValueError(f"{path}: neither cases, variants, ceilings nor benchmarks in it")
+    raise ValueError(
+        f"{path}: neither cases, variants, ceilings, training, steps nor benchmarks in it"
+    )
 
 
 def plot(section: Section, path: Path) -> None:

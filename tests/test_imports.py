@@ -190,6 +190,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.cli.generate",
         "nanotron_fast.cli.streams",
         "nanotron_fast.cli.tokenize",
+        "nanotron_fast.cli.train",
     }
     run(
         "import contextlib\n"
@@ -239,7 +240,7 @@ def test_what_a_run_will_take_is_said_without_torch(tmp_path: Path, golden_hf: P
     changes = {"model": {"init_method": {"path": str(golden_hf)}}, "tokens__sequence_length": 8}
     path = save(tmp_path / "c.yaml", **changes)
     run(
-        "from nanotron_fast.cli.train import dry_run\n"
+        "from nanotron_fast.cli.dry_run import dry_run\n"
         f"assert dry_run({str(path)!r}, memory='80GB').estimate.parameters\n"
         "import nanotron_fast.models as models\n"
         "assert set(models.__all__) == set(dir(models))\n"

@@ -182,7 +182,7 @@ def native_builds(dry: bool) -> Iterator[Job]:
 
 
 def suite(dry: bool, workers: int) -> Job:
-    paths: tuple[str, ...] = ("tests/kernels", "tests/parallel")
+    paths: tuple[str, ...] = ("tests/kernels", "tests/parallel", "tests/train/test_on_gpu.py")
     if dry:
         paths = ("tests/kernels/test_glu.py", "-k", "bfloat16 and silu")
     parallel = ("-n", str(workers)) if workers > 1 and find_spec("xdist") else ()

@@ -20,6 +20,10 @@ class PeerFailed(NanotronFastError):
     """Another process failed, and has said why."""
 
 
+class PeerGone(PeerFailed):
+    """Another process has ended, and could say nothing."""
+
+
 def is_lost_peer(error: RuntimeError) -> bool:
     """Whether an error of a collective means that a process on the other end is gone."""
     text = str(error)
@@ -86,7 +90,7 @@ class TorchProcesses(Processes):
                 _FAREWELL_SECONDS if is_interrupted else None,
             )
         except RuntimeError as error:  # a process that is gone says nothing
-            raise (failure or PeerFailed(f"another process is gone: {error}")) from None
+            raise (failure or PeerGone(f"another process is gone: {error}")) from None
         except BaseException as error:
             # The others have not come; a connection in use cannot be closed in order.
             self._is_abandoned = True

@@ -37,8 +37,9 @@ def train(
 ) -> None:
     """Train a model: --section.key=value changes what CONFIG says.
 
-    Over several ranks: torchrun --nproc-per-node=8 -m nanotron_fast train CONFIG. SIGTERM and
-    SIGUSR1 save a checkpoint and end the run.
+    Over several ranks: torchrun --nproc-per-node=8 -m nanotron_fast train CONFIG.
+
+    SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
     from nanotron_fast.cli.dry_run import overrides_of
     from nanotron_fast.errors import ConfigError
@@ -123,11 +124,13 @@ class _TokenBar:
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Of several ranks that end for one reason, one says it."""
-    from nanotron_fast.checkpoints.processes import PeerFailed, is_lost_peer
+    from nanotron_fast.checkpoints.processes import PeerFailed, PeerGone, is_lost_peer
     from nanotron_fast.errors import TrainingError
 
     try:
         yield
+    except PeerGone:
+        raise
     except PeerFailed:
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except TrainingError:
@@ -137,7 +140,7 @@ def _told_once() -> Iterator[None]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        typer.echo(f"error: rank {_rank()} ends, since another rank is gone: {error}", err=True)
+        typer.echo(f"error: rank {_rank()} ends, since another rank is gone", err=True)
         raise typer.Exit(EXIT_FAULT) from None
 
 

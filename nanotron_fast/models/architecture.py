@@ -14,7 +14,6 @@ from nanotron_fast.checkpoints.stored import HfModel, NanotronModel, stored_mode
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families import (
     Family,
-    decoder,
     family_named,
     family_of_config,
     family_of_model_config,
@@ -26,13 +25,13 @@ from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
+from nanotron_fast.models.names import names_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-# The names of the matrix that a tied model has twice where its ends lie on two stages.
+# The name that a tied matrix has a second time where a model's ends lie on two stages.
 HEAD = load.HEAD
-EMBEDDING = decoder.EMBEDDING
 Block = int | str
 # Of the checkpoints that this package trains.
 VERSION = "1.5"
@@ -227,12 +226,7 @@ def _check(
     family: Family, spec: ModelSpec, model_class: NanotronClass, rope_interleaved: bool
 ) -> None:
     """Refuses what nothing here computes. Raises UnsupportedModelError."""
-    if spec.norm != "rms_norm" or not spec.has_gated_mlp:
-        raise UnsupportedModelError(
-            f"a {family.name} has LayerNorms and an MLP without a gate: nanotron_fast.models "
-            "computes models with RMSNorm and gated MLPs; the checkpoint can be converted, and "
-            "trained by Nanotron"
-        )
+    names_of(family)
     for number, layer in enumerate(spec.layers):
         rotary = layer.attention.rotary
         if rotary is not None and rotary[0] != 0:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor, nn
 
 from nanotron_fast.errors import TopologyError
@@ -23,25 +25,35 @@ class Attention(nn.Module):
     def __init__(self, attention: AttentionSpec, setting: Setting, layer: int) -> None:
         super().__init__()
         self.spec, self.setting, self.layer = attention, setting, layer
-        self.qkv_proj = Weights()
-        self.o_proj = Weights()
+        self.add_module(setting.names.qkv, Weights(may_have_bias=True))
+        self.add_module(setting.names.output, Weights(may_have_bias=True))
         if attention.has_qk_norm:
             self.q_norm = Weights()
             self.k_norm = Weights()
 
+    @property
+    def _qkv(self) -> Weights:
+        return cast(Weights, self.get_submodule(self.setting.names.qkv))
+
+    @property
+    def _output(self) -> Weights:
+        return cast(Weights, self.get_submodule(self.setting.names.output))
+
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        is_fused = not self.spec.has_qk_norm and batch.cache is None
+        packs_by_kv_head = self.setting.names.packs_by_kv_head
+        is_fused = not (self.spec.has_qk_norm or packs_by_kv_head) and batch.cache is None
         out = self._fused(x, batch) if is_fused else self._in_steps(x, batch)
         # Every rank has the whole bias, and adds it once: after the sum over ranks.
-        return out if self.o_proj.bias is None else out + self.o_proj.bias
+        bias = self._output.bias
+        return out if bias is None else out + bias
 
     def _fused(self, x: Tensor, batch: Batch) -> Tensor:
         spec, setting = self.spec, self.setting
         cos, sin = setting.rotary.tables(spec, batch.max_positions, x.device)
         return tensor_parallel_attention(
             x,
-            self.qkv_proj.weight,
-            self.o_proj.weight,
+            self._qkv.weight,
+            self._output.weight,
             cos,
             sin,
             num_q_heads=spec.num_heads,
@@ -50,7 +62,7 @@ class Attention(nn.Module):
             batch=batch.size if batch.cu_seqlens is None else 1,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=None if batch.cu_seqlens is None else batch.length,
-            qkv_bias=self.qkv_proj.bias,
+            qkv_bias=self._qkv.bias,
             group=setting.group,
             mode=setting.mode,
             window=spec.window,
@@ -59,18 +71,23 @@ class Attention(nn.Module):
         )
 
     def _in_steps(self, x: Tensor, batch: Batch) -> Tensor:
-        """With norms between the projections and the rotary embedding, or with a cache."""
+        """Where something is between projections and rotary embedding, or there is a cache."""
         spec, setting = self.spec, self.setting
         parallel = {"group": setting.group, "mode": setting.mode}
-        packed = column_linear(x, self.qkv_proj.weight, self.qkv_proj.bias, **parallel)
+        packed = column_linear(x, self._qkv.weight, self._qkv.bias, **parallel)
         size = setting.ranks.size
         if spec.num_heads % size or spec.num_kv_heads % size:
             raise TopologyError(
                 f"{spec.num_heads} and {spec.num_kv_heads} heads do not split over tp={size}"
             )
         heads, kv_heads = spec.num_heads // size, spec.num_kv_heads // size
-        by_head = packed.view(-1, heads + 2 * kv_heads, spec.head_dim)
-        q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
+        if setting.names.packs_by_kv_head:
+            queries = heads // kv_heads
+            by_kv_head = packed.view(-1, kv_heads, queries + 2, spec.head_dim)
+            q, k, v = (each.flatten(1, 2) for each in by_kv_head.split((queries, 1, 1), 2))
+        else:
+            by_head = packed.view(-1, heads + 2 * kv_heads, spec.head_dim)
+            q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
         if spec.has_qk_norm:
             q = rms_norm(q, self.q_norm.weight, setting.spec.norm_eps)
             k = rms_norm(k, self.k_norm.weight, setting.spec.norm_eps)
@@ -90,4 +107,4 @@ class Attention(nn.Module):
             window=spec.window,
         )
         out = out.reshape(packed.shape[0], heads * spec.head_dim)
-        return row_linear(out, self.o_proj.weight, **parallel)
+        return row_linear(out, self._output.weight, **parallel)

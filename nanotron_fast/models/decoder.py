@@ -20,7 +20,6 @@ from torch.utils.checkpoint import checkpoint
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
-from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, all_gather
 from nanotron_fast.model.spec import Dense
 from nanotron_fast.model.spec import Layer as LayerSpec
@@ -32,6 +31,8 @@ from nanotron_fast.models.cache import Cache
 from nanotron_fast.models.experts import Experts
 from nanotron_fast.models.facts import params_of
 from nanotron_fast.models.mlp import Mlp
+from nanotron_fast.models.names import names_of
+from nanotron_fast.models.norm import Norm
 from nanotron_fast.models.rotary import Rotary
 from nanotron_fast.models.weights import Setting, Weights, place
 from nanotron_fast.parallel import column_linear
@@ -67,34 +68,25 @@ class Layer(nn.Module):
         self, layer: LayerSpec, setting: Setting, number: int, *, has_norms_first: bool
     ) -> None:
         super().__init__()
-        self.eps = setting.spec.norm_eps
-        self.input_layernorm = Weights()
-        if has_norms_first:
-            self.post_attention_layernorm = Weights()
-        self.attn = Attention(layer.attention, setting, number)
-        if not has_norms_first:
-            self.post_attention_layernorm = Weights()
-        self.mlp: Mlp | Experts
-        if isinstance(layer.mlp, Dense):
-            self.mlp = Mlp(setting)
-        else:
-            self.mlp = Experts(layer.mlp, setting)
+        names = setting.names
+        before, after = names.norms
+        self._order = (before, "attn", after, names.mlp)
+        modules = {
+            before: Norm(setting),
+            after: Norm(setting),
+            "attn": Attention(layer.attention, setting, number),
+            names.mlp: Mlp(setting, is_gated=layer.mlp.is_gated)
+            if isinstance(layer.mlp, Dense)
+            else Experts(layer.mlp, setting),
+        }
+        for name in modules if has_norms_first else self._order:
+            self.add_module(name, modules[name])
 
     def forward(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
-        x, residual = add_norm(x, residual, self.input_layernorm.weight, self.eps)
-        x = self.attn(x, batch)
-        x, residual = add_norm(x, residual, self.post_attention_layernorm.weight, self.eps)
-        x = self.mlp(x) if isinstance(self.mlp, Mlp) else self.mlp(x, batch)
-        return x, residual
-
-
-def add_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The sum's RMSNorm, and the sum."""
-    if residual is None:
-        return cast(Tensor, rms_norm(x, weight, eps)), x
-    return cast(tuple[Tensor, Tensor], rms_norm(x, weight, eps, residual))
+        before, attention, after, mlp = (getattr(self, name) for name in self._order)
+        x, residual = before(x, residual)
+        x, residual = after(attention(x, batch), residual)
+        return mlp(x) if isinstance(mlp, Mlp) else mlp(x, batch), residual
 
 
 class _Gather(torch.autograd.Function):
@@ -171,6 +163,7 @@ class Decoder(nn.Module):
             self.mode,
             architecture.rope_interleaved,
             recompute == "products",
+            names_of(architecture.family),
         )
         self.model = _modules(architecture, self.blocks, self.setting)
         self._fill_from_table(dtype)
@@ -219,11 +212,12 @@ class Decoder(nn.Module):
     @property
     def head_weight(self) -> Tensor:
         """(vocab / tp, hidden): the head's own matrix, or the embedding's of a tied model."""
-        is_tied = self.architecture.spec.tie_word_embeddings
-        shares = is_tied and self.is_first
-        return self._weight(
-            "token_position_embeddings.pp_block.token_embedding" if shares else "lm_head.pp_block"
-        )
+        shares = self.architecture.spec.tie_word_embeddings and self.is_first
+        return self._embedding_weight if shares else self._weight("lm_head.pp_block")
+
+    @property
+    def _embedding_weight(self) -> Tensor:
+        return self._weight(f"{self.setting.names.embedding}.pp_block.token_embedding")
 
     def forward(
         self,
@@ -285,8 +279,7 @@ class Decoder(nn.Module):
             cache.advance(length)
         if "norm" not in self.blocks:
             return x if residual is None else x + residual
-        norm = self._weight("final_layer_norm.pp_block")
-        x, _ = add_norm(x, residual, norm, self.architecture.spec.norm_eps)
+        x, _ = self.model.get_submodule("final_layer_norm.pp_block")(x, residual)
         if labels is not None:
             return self._loss(x, labels)
         if last_alone:
@@ -294,8 +287,8 @@ class Decoder(nn.Module):
         return self._logits(x).view(rows, 1 if last_alone else length, -1)
 
     def _embedded(self, ids: Tensor) -> Tensor:
-        weight = self._weight("token_position_embeddings.pp_block.token_embedding")
-        return vocab_parallel_embedding(ids.reshape(-1), weight, self.setting.group, mode=self.mode)
+        weight, group = self._embedding_weight, self.setting.group
+        return vocab_parallel_embedding(ids.reshape(-1), weight, group, mode=self.mode)
 
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
         if self.setting.is_scattered:
@@ -378,7 +371,7 @@ def _modules(architecture: Architecture, blocks: Iterable[Block], setting: Setti
     owned = list(blocks)
     model = nn.Module()
     if "embedding" in owned:
-        model.token_position_embeddings = _PpBlock(_Embedding())
+        model.add_module(setting.names.embedding, _PpBlock(_Embedding()))
     norms_first = architecture.model_class.has_norms_first
     specs = architecture.spec.layers
     layers = {
@@ -388,7 +381,7 @@ def _modules(architecture: Architecture, blocks: Iterable[Block], setting: Setti
     }
     model.decoder = nn.ModuleDict(layers)
     if "norm" in owned:
-        model.final_layer_norm = _PpBlock(Weights())
+        model.final_layer_norm = _PpBlock(Norm(setting))
     if "head" in owned and not (architecture.spec.tie_word_embeddings and "embedding" in owned):
         model.lm_head = _PpBlock(Weights())
     return model

@@ -15,7 +15,8 @@ from nanotron_fast.errors import TopologyError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.roles import Role, is_hidden_matrix, role_of
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.models.architecture import EMBEDDING, HEAD, Architecture, Block
+from nanotron_fast.models.architecture import HEAD, Architecture, Block
+from nanotron_fast.models.names import embedding_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,11 @@ class Facts:
     is_sharded: bool
     sums_over_tp: bool
     tied_with: str | None = None
+
+    @property
+    def stored_name(self) -> str:
+        """By which files know it: both copies of a tied matrix go by the embedding's name."""
+        return self.name if self.tied_with is None or self.name != HEAD else self.tied_with
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -130,5 +136,5 @@ def _tied_with(param: Param, architecture: Architecture, blocks: Iterable[Block]
         return None
     owned = set(blocks)
     if param.name == HEAD:
-        return EMBEDDING
-    return HEAD if param.name == EMBEDDING and "head" not in owned else None
+        return embedding_of(architecture.family)
+    return HEAD if param.block == "embedding" and "head" not in owned else None

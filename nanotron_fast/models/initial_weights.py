@@ -21,7 +21,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from nanotron_fast.models.architecture import EMBEDDING
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import Facts, facts_of
 
@@ -83,8 +82,7 @@ def _mup_std(facts: Facts) -> float:
 
 def _drawn(facts: Facts, seed: int, tp_rank: int, tp: int) -> Tensor:
     """This rank's shard of normal(0, 1), fp32 on the CPU."""
-    # Both copies of a tied matrix are one.
-    name = EMBEDDING if facts.tied_with is not None else facts.name
+    name = facts.stored_name  # both copies of a tied matrix are one
     generator = torch.Generator()
     if not facts.is_sharded:
         generator.manual_seed(_seed(seed, name))

@@ -1,4 +1,4 @@
-"""The gated MLP of a layer, or of an expert that all tokens share."""
+"""The dense MLP of a layer, or of an expert that all tokens share."""
 
 from __future__ import annotations
 
@@ -31,26 +31,29 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
 class Mlp(nn.Module):
     """Takes and gives (tokens, hidden), or this rank's share of the tokens."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, *, is_gated: bool = True) -> None:
         super().__init__()
-        self.setting = setting
-        self.gate_up_proj = Weights()
-        self.down_proj = Weights()
+        self.setting, self.is_gated = setting, is_gated
+        self.add_module(setting.names.up, Weights(may_have_bias=True))
+        self.add_module(setting.names.down, Weights(may_have_bias=True))
 
     def forward(self, x: Tensor) -> Tensor:
         setting, activation = self.setting, self.setting.spec.hidden_act
         parallel = {"group": setting.group, "mode": setting.mode}
-        gate_up, down = self.gate_up_proj, self.down_proj
-        if gate_up.bias is None and down.bias is None and activation in FUSED:
+        up = self.get_submodule(setting.names.up)
+        down = self.get_submodule(setting.names.down)
+        has_bias = up.bias is not None or down.bias is not None
+        if self.is_gated and not has_bias and activation in FUSED:
             return tensor_parallel_mlp(
                 x,
-                gate_up.weight,
+                up.weight,
                 down.weight,
                 activation=FUSED[activation],
                 recompute=setting.recompute,
                 **parallel,
             )
-        packed = column_linear(x, gate_up.weight, gate_up.bias, **parallel)
-        out = row_linear(gated(packed, activation), down.weight, **parallel)
+        h = column_linear(x, up.weight, up.bias, **parallel)
+        h = gated(h, activation) if self.is_gated else ACTIVATIONS[activation](h)
+        out = row_linear(h, down.weight, **parallel)
         # Every rank has the whole bias, and adds it once: after the sum over ranks.
         return out if down.bias is None else out + down.bias

@@ -9,19 +9,24 @@ from torch import nn
 
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.models.names import Names
 from nanotron_fast.models.rotary import Rotary
 
 
 class Weights(nn.Module):
-    """A weight and perhaps a bias, which a function of the block takes. Filled from the table."""
+    """A weight, which a function of the block takes. Filled from the family's table.
+
+    With `may_have_bias` there is a bias where the table has one; else the table may have none.
+    """
 
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self) -> None:
+    def __init__(self, *, may_have_bias: bool = False) -> None:
         super().__init__()
         self.register_parameter("weight", None)
-        self.register_parameter("bias", None)
+        if may_have_bias:
+            self.register_parameter("bias", None)
 
     def extra_repr(self) -> str:
         return ", ".join(
@@ -38,6 +43,7 @@ class Setting:
         mode: "all_reduce" or "reduce_scatter", see `nanotron_fast.parallel`.
         interleaved: rotary pairs lie beside each other.
         recompute: the products of a block are computed again in backward.
+        names: of the modules that have parameters.
     """
 
     spec: ModelSpec
@@ -46,6 +52,7 @@ class Setting:
     mode: str
     interleaved: bool
     recompute: bool
+    names: Names
 
     @property
     def ranks(self) -> Ranks:

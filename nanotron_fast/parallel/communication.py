@@ -40,6 +40,19 @@ class Pending:
         return self.tensor
 
 
+@dataclass
+class PendingTensors:
+    """Tensors that are on their way together."""
+
+    tensors: list[Tensor]
+    work: Any = None
+
+    def wait(self) -> list[Tensor]:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensors
+
+
 def start_all_reduce(tensor: Tensor, ranks: Ranks) -> Pending:
     """The sum over ranks, in place of a tensor that nobody else reads."""
     if ranks.size == 1:
@@ -78,6 +91,25 @@ def start_reduce_scatter(tensor: Tensor, ranks: Ranks) -> Pending:
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     out = tensor.new_empty((tensor.shape[0] // ranks.size, *tensor.shape[1:]))
     return Pending(out, scatter(out, tensor, group=_group(ranks), async_op=True))
+
+
+def start_reduce_scatters(tensors: Sequence[Tensor], ranks: Ranks) -> PendingTensors:
+    """(size * n,) -> (n,) of each, summed over ranks, in one collective. Not to be traced.
+
+    Args:
+        tensors: contiguous, of one dtype.
+    """
+    if ranks.size == 1 or not tensors:
+        return PendingTensors(list(tensors))
+    group = _group(ranks)
+    # Renamed in torch 2.13.
+    scatter = getattr(group, "reduce_scatter_single_coalesced", None) or (
+        group.reduce_scatter_tensor_coalesced
+    )
+    options = dist.ReduceScatterOptions()
+    options.asyncOp = True
+    outs = [tensor.new_empty(tensor.numel() // ranks.size) for tensor in tensors]
+    return PendingTensors(outs, scatter(outs, list(tensors), options))
 
 
 def start_all_to_all(

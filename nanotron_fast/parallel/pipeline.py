@@ -140,6 +140,11 @@ class Pipeline:
         self._made: dict[_Shape, Any] = {}
 
     @property
+    def parts(self) -> Sequence[nn.Module]:
+        """Those of this rank."""
+        return self._parts
+
+    @property
     def is_first(self) -> bool:
         """Whether this rank takes the token ids."""
         return self._rank == 0

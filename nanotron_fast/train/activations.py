@@ -6,13 +6,17 @@ REDUCE_SCATTER (else t), H and d heads and their size, all of a rank's heads H /
 
     two norms           2 t' (h b + 4)                    the residual stream, and 1 / rms
     attention           t' h b + t (H d b + 4 H) / tp     its input, output and log-sum-exp
-    a dense MLP         t' h b                            its input
+                        + t (H + 2 K) d b / tp            and q, k and v, of which K heads
+    a dense MLP         t' h b + 2 t i b / tp             its input, gate and up
+      in steps          t' h b + t (i + j) b / tp         the activation too; j = 2 i with a gate
     experts             t (h b + 4 E) + t k (h + 3 m) b   their input, the router's probabilities;
                                                           of k experts a token: input, gate and up,
                                                           activation (m wide)
     recompute_layer     t' h b                            in place of all these: the layer's input
 
-q, k and v and the MLP's gate and up are computed again in the backward pass in any case.
+An MLP without a gate or with biases is computed in steps, which keep what they make; so is
+attention with norms of q and k, or packed by key-value head: before those norms it keeps q and k
+once more, and each token's sines and cosines.
 """
 
 from __future__ import annotations
@@ -34,6 +38,7 @@ class MicroBatch:
         tp: ranks that share a layer.
         is_scattered: tp_mode is REDUCE_SCATTER.
         recomputes_layers: parallelism.recompute_layer.
+        packs_by_kv_head: as of `models.names`.
     """
 
     tokens: int
@@ -42,6 +47,7 @@ class MicroBatch:
     tp: int
     is_scattered: bool
     recomputes_layers: bool
+    packs_by_kv_head: bool = False
 
     @property
     def stream_bytes(self) -> int:
@@ -70,12 +76,27 @@ class MicroBatch:
         attention = layer.attention
         heads = attention.num_heads * (attention.head_dim * self.value_bytes + 4)
         saved = 2 * self._norm_bytes + self.stream_bytes + self.tokens * heads // self.tp
+        saved += self.tokens * self._products(layer) * self.value_bytes // self.tp
+        if attention.has_qk_norm or self.packs_by_kv_head:
+            saved += self.tokens * attention.head_dim * 4
         mlp = layer.mlp
         if not isinstance(mlp, Experts):
             return saved + self.stream_bytes
         routed = mlp.top_k * (self.hidden_size + 3 * mlp.intermediate_size) * self.value_bytes
         saved += self.tokens * (self.hidden_size * self.value_bytes + 4 * mlp.num_experts + routed)
         return saved + (self.stream_bytes if mlp.has_shared_expert else 0)
+
+    def _products(self, layer: Layer) -> int:
+        """Values of a token that attention and MLP keep of their products, over all ranks of tp."""
+        attention, mlp = layer.attention, layer.mlp
+        rows = attention.num_heads + 2 * attention.num_kv_heads
+        if attention.has_qk_norm:
+            rows += attention.num_heads + attention.num_kv_heads
+        rows *= attention.head_dim
+        if isinstance(mlp, Experts):
+            return rows + 2 * mlp.shared_intermediate_size
+        is_in_steps = mlp.has_bias or not mlp.is_gated
+        return rows + (3 if mlp.is_gated and is_in_steps else 2) * mlp.intermediate_size
 
     def _working(self, layer: Layer) -> int:
         attention, mlp = layer.attention, layer.mlp

@@ -70,10 +70,7 @@ def _changes(config: TrainingConfig) -> Iterator[_Change]:
     """Single changes that may need less, those first that cost least time and no more ranks."""
     layout, tokens = config.parallelism, config.tokens
     if config.optimizer.zero_stage == 0 and layout.dp > 1:
-        yield _Change(
-            {"optimizer.zero_stage": 1},
-            replace(config, optimizer=replace(config.optimizer, zero_stage=1)),
-        )
+        yield _with_zero(config, 1)
     if layout.tp > 1 and layout.tp_mode == "ALL_REDUCE":
         yield _with_layout(config, tp_mode="REDUCE_SCATTER")
     if layout.pp > 1 and layout.pp_engine == "afab":
@@ -93,8 +90,15 @@ def _changes(config: TrainingConfig) -> Iterator[_Change]:
         )
     if not layout.recompute_layer:
         yield _with_layout(config, recompute_layer=True)
+    if config.optimizer.zero_stage < 3 and layout.dp > 1:
+        yield _with_zero(config, 3)
     yield _with_layout(config, tp=2 * layout.tp)
     yield _with_layout(config, pp=2 * layout.pp)
+
+
+def _with_zero(config: TrainingConfig, stage: int) -> _Change:
+    changed = replace(config.optimizer, zero_stage=stage)
+    return _Change({"optimizer.zero_stage": stage}, replace(config, optimizer=changed))
 
 
 def _with_layout(config: TrainingConfig, **changes: Any) -> _Change:

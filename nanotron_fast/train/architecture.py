@@ -88,12 +88,14 @@ def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:
     given = config.model.model_config
     if given is not None:
         found = Architecture.of_model_config(given)
-        warnings = _without_effect(found, given, config.place.at("model.model_config"))
+        place = config.place.at("model.model_config")
+        warnings = [*_without_effect(found, given, place), *_dropout(found, place)]
     else:
         init = config.model.init_method
         assert isinstance(init, CheckpointInit)  # or the configuration was refused
         where = config.place.at("model.init_method.path")
         found, warnings = _from_checkpoint(init.path, where)
+        warnings += _dropout(found, where)
     check_lengths(config, found.spec.max_position_embeddings, config.place)
     plan = ModelPlan(found, (), given, Topology(), 1, tuple(warnings), min_rows)
     return plan.spread(config)
@@ -107,6 +109,13 @@ def _without_effect(found: Architecture, given: Mapping[str, Any], place: Place)
         f"{place.at('attention_bias')} has no effect: whatever it says, Nanotron's "
         f"{found.model_class} has no biases"
     ]
+
+
+def _dropout(found: Architecture, place: Place) -> list[str]:
+    """Rates of dropout, which pretraining has long left out."""
+    rates = {name: rate for name, rate in found.spec.extras.items() if name.endswith("dropout")}
+    asked = [f"{name} {rate:g}" for name, rate in rates.items() if rate]
+    return [f"{place}: {', '.join(asked)} without effect: nothing is dropped"] if asked else []
 
 
 def _from_checkpoint(path: str, where: Place) -> tuple[Architecture, list[str]]:

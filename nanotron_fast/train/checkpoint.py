@@ -79,14 +79,14 @@ def snapshot(
         rate: the learning rate of the next step, from a parameter's highest one.
     """
     taken = Snapshot()
+    for each in trained:
+        found = _weight(each, mesh)
+        if found is not None:
+            taken.tensors.append(found)
     if mesh.dp_rank == 0:
-        for each in trained:
-            found = _weight(each, mesh)
-            if found is not None:
-                taken.tensors.append(found)
         taken.documents[lr_scheduler_path(mesh)] = lr_scheduler_document(optimizer, rate)
     if zero_stage > 0 or mesh.dp_rank == 0:
-        document = optimizer_document(optimizer, rate, zero_stage=zero_stage)
+        document = optimizer_document(optimizer, rate, mesh, zero_stage=zero_stage)
         taken.documents[optimizer_path(mesh, zero_stage=zero_stage)] = document
     everywhere = _of_all_stages(trained, mesh)
     if mesh.rank == 0:
@@ -101,6 +101,11 @@ def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
     is_copy = each.name != each.facts.name
     if is_copy or (not param.cuts and mesh.tp_rank > 0):
         return None
+    if not each.is_by_rows and mesh.dp_rank > 0:
+        return None
+    whole = each.values(mesh)
+    if mesh.dp_rank > 0:
+        return None
     metadata: Mapping[str, str] = {}
     shard = None
     if param.cuts:
@@ -113,14 +118,14 @@ def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
             rank=mesh.tp_rank,
             version=VERSION,
         )
-    values = each.tensor.detach().to("cpu", copy=True)
+    values = whole.to("cpu", copy=not each.is_by_rows)
     header, _ = tensor_header(DTYPES[values.dtype], tuple(values.shape), metadata)
     return tensor_path(each.name, shard), header, values
 
 
 def _of_all_stages(trained: Sequence[Trained], mesh: Mesh) -> list[Described]:
     """The parameters of all pipeline stages, each once."""
-    mine = [Described(each.name, each.runs, tuple(each.tensor.shape)) for each in trained]
+    mine = [Described(each.name, each.stored_runs, tuple(each.tensor.shape)) for each in trained]
     if mesh.pp_group is None:
         return mine
     gathered: list[list[Described]] = [[] for _ in range(mesh.pp)]

@@ -13,6 +13,8 @@ backward pass takes twice a forward pass.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.spec import Experts
+from nanotron_fast.models.names import names_of
 from nanotron_fast.train.activations import MicroBatch, in_flight
 from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.config import Muon, TrainingConfig
@@ -33,9 +36,10 @@ class Memory:
     """Bytes of one rank. What CUDA, NCCL and the allocator's gaps take comes on top.
 
     Args:
-        weights: the parameters.
-        gradients: in fp32.
-        masters: fp32 copies of parameters that are not fp32.
+        weights: the parameters; with ZeRO-3 what is gathered of them at once, and of parameters in
+            fp32 the rank's rows.
+        gradients: in fp32; with ZeRO-3 of the rank's rows, and those that are not scattered yet.
+        masters: fp32 copies of parameters that are not fp32; with ZeRO-3 of the rank's rows.
         moments: the optimizer's.
         activations: of the micro batches that are under way at once, the largest layer's backward
             pass, and what a pipeline receives into.
@@ -148,7 +152,7 @@ def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int)
     """What a rank of a pipeline stage needs."""
     pp = config.parallelism.pp
     has_head = stages.of("head") % pp == rank
-    states = Memory()
+    states, blocks = Memory(), Counter[int | str]()
     for param in model.params:
         # The last stage has a copy of a tied embedding.
         has_copy = (
@@ -156,6 +160,10 @@ def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int)
         )
         if stages.of(param.block) % pp == rank or has_copy:
             states = _sum(states, _states(config, model, param))
+            if not param.is_fp32:
+                blocks[param.block] += math.prod(param.local_shape(model.topology.sizes))
+    if _is_by_rows(config):
+        states = _sum(states, _gathered(blocks, VALUE_BYTES[config.model.dtype]))
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
     columns = model.architecture.spec.vocab_size // config.parallelism.tp
@@ -171,16 +179,54 @@ def _states(config: TrainingConfig, model: ModelPlan, param: Param) -> Memory:
     optimizer = config.optimizer
     elements = math.prod(param.local_shape(model.topology.sizes))
     value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
-    # ZeRO gives each data-parallel rank a slice of the flattened parameter.
-    is_shared = optimizer.zero_stage > 0
+    if _is_by_rows(config) and not param.is_fp32:
+        return _states_by_rows(config, model, param)
+    # ZeRO-1 gives each data-parallel rank a slice of the flattened parameter.
+    is_shared = optimizer.zero_stage == 1
     share = -(-elements // config.parallelism.dp) if is_shared else elements
-    is_muon = isinstance(optimizer.optimizer_factory, Muon)
-    num_moments = 1 if is_muon and is_hidden_matrix(param) else 2
     return Memory(
         weights=elements * value_bytes,
         gradients=elements * 4,
         masters=share * 4 if value_bytes < 4 else 0,
-        moments=share * num_moments * 4,
+        moments=share * _num_moments(config, param) * 4,
+    )
+
+
+def _num_moments(config: TrainingConfig, param: Param) -> int:
+    is_muon = isinstance(config.optimizer.optimizer_factory, Muon)
+    return 1 if is_muon and is_hidden_matrix(param) else 2
+
+
+def _is_by_rows(config: TrainingConfig) -> bool:
+    return config.optimizer.zero_stage == 3 and config.parallelism.dp > 1
+
+
+def _states_by_rows(config: TrainingConfig, model: ModelPlan, param: Param) -> Memory:
+    """The rows that the first data-parallel rank keeps, in fp32 whatever the model's dtype."""
+    rows, *width = param.local_shape(model.topology.sizes)
+    share = 4 * -(-rows // config.parallelism.dp) * math.prod(width)
+    in_fp32 = config.model.dtype == "float32"
+    return Memory(
+        weights=share if in_fp32 else 0,
+        masters=0 if in_fp32 else share,
+        gradients=share,
+        moments=_num_moments(config, param) * share,
+    )
+
+
+def _gathered(blocks: Mapping[int | str, int], value_bytes: int) -> Memory:
+    """What ZeRO-3 has of whole parameters at once: all beside the layers, and of those two.
+
+    One computes while the next is gathered. Gradients are summed in fp32.
+
+    Args:
+        blocks: elements of each block of a rank.
+    """
+    layer = max((count for block, count in blocks.items() if isinstance(block, int)), default=0)
+    beside = sum(count for block, count in blocks.items() if not isinstance(block, int))
+    return Memory(
+        weights=(beside + 2 * layer) * value_bytes,
+        gradients=(beside + layer) * value_bytes + 4 * max(beside, layer),
     )
 
 
@@ -195,6 +241,7 @@ def _activations(
         tp=layout.tp,
         is_scattered=layout.tp_mode == "REDUCE_SCATTER",
         recomputes_layers=layout.recompute_layer,
+        packs_by_kv_head=names_of(model.architecture.family).packs_by_kv_head,
     )
     layers = [
         layer

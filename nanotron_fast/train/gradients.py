@@ -2,57 +2,67 @@
 
 Every parameter has a `main_grad` in fp32, all of them in one buffer. Our fused functions add to it
 themselves; what other functions give as `grad` is added when autograd has finished it, and let go.
-The order of `reduce` is that of what depends on what: over tensor-parallel ranks where each has
-seen its own tokens alone, over data-parallel ranks, over the two copies of a tied matrix.
+A layer's sums over data-parallel ranks are started when the last micro-batch's backward has left
+it, and are under way while the layers before it compute; `reduce` waits for them, and adds what the
+two copies of a tied matrix have.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.kernels.optimizer import get_total_norm
+from nanotron_fast.models.architecture import Block
+from nanotron_fast.models.decoder import Decoder
+from nanotron_fast.train.buckets import Buckets
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.parameters import Trained
-from nanotron_fast.train.zero import reduce_to_runs, sum_over
-
-# Addresses that wide accesses and reductions like.
-_ALIGNMENT = 64
+from nanotron_fast.train.zero import sum_over
 
 
 class Gradients:
     """The gradients of a rank's parameters.
 
     Args:
-        trained: the parameters. Each is given its `main_grad`, zero.
+        trained: the parameters. Each is given its `main_grad`, zero; with ZeRO-3 those that no rank
+            has whole have their sums in `grad`, which fully_shard adds to.
         zero_stage: with 1 a rank has the sums of its own runs alone after `reduce`.
     """
 
     def __init__(self, trained: Sequence[Trained], mesh: Mesh, *, zero_stage: int) -> None:
-        # Those that are summed over tensor-parallel ranks lie together, in front.
-        self._in_order = sorted(trained, key=lambda each: not each.facts.sums_over_tp)
-        self._mesh, self._zero_stage = mesh, zero_stage
+        self._mesh = mesh
         self._trained = list(trained)
-        sizes = [math.ceil(each.num_elements / _ALIGNMENT) * _ALIGNMENT for each in self._in_order]
-        self._buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=mesh.device)
-        at = 0
-        self._num_summed_over_tp = 0
-        for each, size in zip(self._in_order, sizes, strict=True):
-            parameter = each.tensor
-            parameter.main_grad = self._buffer[at : at + each.num_elements].view_as(parameter)
-            parameter.register_post_accumulate_grad_hook(_add_to_main_grad)
-            at += size
-            if each.facts.sums_over_tp:
-                self._num_summed_over_tp = at
+        whole = [each for each in trained if not each.is_by_rows]
+        self._buckets = Buckets(whole, mesh, zero_stage=zero_stage if zero_stage == 1 else 0)
+        for each in whole:
+            each.tensor.register_post_accumulate_grad_hook(_add_to_main_grad)
+
+    def watch(self, parts: Iterable[nn.Module]) -> None:
+        """Takes the sums of these decoders' layers while backward goes on, see `begin`."""
+        for part in parts:
+            if isinstance(part, Decoder):
+                self._buckets.watch(part)
+
+    def begin(self, num_micro_batches: int) -> None:
+        """Before the micro-batches of a step: with the last of them sums may be started."""
+        self._buckets.begin(num_micro_batches)
+
+    @property
+    def started(self) -> frozenset[Block]:
+        """The blocks whose sums over data-parallel ranks are started, until `reduce` is done.
+
+        "head" is all that is behind the last layer, "embedding" what is before the first.
+        """
+        return frozenset(self._buckets.started)
 
     @property
     def shares(self) -> list[Tensor]:
         """This rank's run of each gradient, in the order of the parameters: flat views, fp32."""
-        return [each.share(each.tensor.main_grad) for each in self._trained]
+        return [_share(each) for each in self._trained]
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -60,18 +70,12 @@ class Gradients:
 
         Over data-parallel ranks it is the sum too, and no mean: see `scale`.
         """
-        mesh = self._mesh
-        if self._num_summed_over_tp:
-            sum_over(self._buffer[: self._num_summed_over_tp], mesh.tp_group)
-        if mesh.dp > 1:
-            if self._zero_stage > 0:
-                grads = [each.tensor.main_grad for each in self._in_order]
-                reduce_to_runs(grads, mesh.dp_group)
-            else:
-                sum_over(self._buffer, mesh.dp_group)
+        self._buckets.reduce()
         for each in self._trained:
-            if each.facts.tied_with is not None and mesh.tied_group is not None:
-                sum_over(each.share(each.tensor.main_grad), mesh.tied_group)
+            if each.is_by_rows and each.facts.sums_over_tp and each.run[0] < each.run[1]:
+                sum_over(_share(each), self._mesh.tp_group)
+            if each.facts.tied_with is not None and each.run[0] < each.run[1]:
+                sum_over(_share(each), self._mesh.tied_group)
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -103,7 +107,19 @@ class Gradients:
 
     def clear(self) -> None:
         """Sets all of them to zero."""
-        self._buffer.zero_()
+        self._buckets.buffer.zero_()
+        for each in self._trained:
+            if each.is_by_rows:
+                each.tensor.grad = None
+
+
+def _share(trained: Trained) -> Tensor:
+    """This rank's run of a gradient, to be written to."""
+    if not trained.is_by_rows:
+        return trained.share(trained.tensor.main_grad)
+    if trained.tensor.grad is None:  # the step has not come by it
+        trained.tensor.grad = torch.zeros_like(trained.tensor)
+    return trained.share(trained.tensor.grad)
 
 
 @torch.no_grad()

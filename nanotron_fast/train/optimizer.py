@@ -63,7 +63,7 @@ class AdamW:
         betas, eps: of AdamW.
         weight_decay: of every parameter that no pattern excludes.
         excluded: regular expressions that match the beginning of a name.
-        zero_stage: 1 where each data-parallel rank steps its runs alone.
+        zero_stage: with 1 a parameter is made whole after the step; with 3 when it is needed.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ class AdamW:
             self._step_group(group, shares, rate(group.peak), scale)
             # The counter of a group counts once, whichever lists it is cut into.
             group.step.add_(1)
-        if self._zero_stage > 0 and self._mesh.dp > 1:
+        if self._zero_stage == 1 and self._mesh.dp > 1:
             self._gather()
 
     def _step_group(

@@ -71,8 +71,10 @@ def _tp(mesh: Mesh) -> str:
     return f"tp-{mesh.tp_rank}-of-{mesh.tp}"
 
 
-def optimizer_document(optimizer: AdamW, rate: Rate, *, zero_stage: int) -> dict[str, Any]:
-    """What a rank's file holds: copies, on the CPU.
+def optimizer_document(
+    optimizer: AdamW, rate: Rate, mesh: Mesh, *, zero_stage: int
+) -> dict[str, Any]:
+    """What a rank's file holds: copies, on the CPU. With ZeRO every data-parallel rank calls it.
 
     Args:
         rate: the learning rate of the next step, from a parameter's highest one.
@@ -84,7 +86,11 @@ def optimizer_document(optimizer: AdamW, rate: Rate, *, zero_stage: int) -> dict
     steps = float(optimizer.num_steps)
     for each, (peak, decay) in zip(optimizer.states, optimizer.constants(), strict=True):
         index = len(names)
-        is_here = each.master.numel() > 0
+        stored = {
+            key: _kept(each.trained.stored(own, mesh))
+            for key, own in {**each.moments, MASTERS: each.master}.items()
+        }
+        is_here = stored[MASTERS].numel() > 0
         groups.append(
             {
                 "lr": rate(peak),
@@ -96,18 +102,20 @@ def optimizer_document(optimizer: AdamW, rate: Rate, *, zero_stage: int) -> dict
         )
         if not is_here:
             continue
-        shape = each.master.shape if zero_stage > 0 else each.trained.tensor.shape
+        if zero_stage == 0:
+            shape = each.trained.tensor.shape
+            stored = {key: tensor.view(shape) for key, tensor in stored.items()}
+        masters[each.trained.name] = stored.pop(MASTERS)
         names[index] = each.trained.name
         state[index] = {
             "step": torch.tensor(steps, dtype=torch.float32),
-            **{key: _kept(moment, shape) for key, moment in each.moments.items()},
+            **stored,
         }
-        masters[each.trained.name] = _kept(each.master, shape)
     return {"state": state, "param_groups": groups, "names": names, MASTERS: masters}
 
 
-def _kept(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).view(*shape)
+def _kept(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
 
 
 def lr_scheduler_document(optimizer: AdamW, rate: Rate) -> dict[str, Any]:

@@ -46,6 +46,7 @@ class TrainingStep:
     ) -> None:
         self.pipeline, self.gradients, self.optimizer = pipeline, gradients, optimizer
         self._mesh, self._max_norm = mesh, max_norm
+        gradients.watch(pipeline.parts)
 
     def __call__(
         self,
@@ -65,6 +66,7 @@ class TrainingStep:
             micro_batch_size: rows that pass through the model together.
             tensors: as of `Pipeline.step`.
         """
+        self.gradients.begin(len(input_ids) // micro_batch_size)
         loss = self.pipeline.step(input_ids, labels, micro_batch_size=micro_batch_size, **tensors)
         self.gradients.reduce()
         norm = self.gradients.norm()

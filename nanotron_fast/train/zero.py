@@ -5,8 +5,7 @@ the last ceil(n / dp) * dp - n ranks have one element less; a run without elemen
 Source: ZeroDistributedOptimizer in nanotron/optim/zero.py at 2411b022.
 
 Where all runs are equally long, a reduce-scatter and an all-gather work on the parameter as it
-lies. Others are small (norms, biases) or rare: they are summed whole, and gathered through a
-buffer.
+lies. Others are rare: they are summed whole, and gathered through a buffer.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.parallel.communication import (
     start_all_gather,
     start_all_reduce,
-    start_reduce_scatter,
+    start_reduce_scatters,
 )
 
 Run = tuple[int, int]
@@ -42,20 +41,51 @@ def runs_of(num_elements: int, dp: int) -> list[Run]:
     return runs
 
 
-def reduce_to_runs(tensors: Sequence[Tensor], group: Group) -> None:
-    """Sums tensors over a group, so that each rank has the sums of its run; the rest is spoilt.
+def start_sums_of_runs(tensors: Sequence[Tensor], group: Group) -> Callable[[], None]:
+    """Starts to sum tensors over a group, so that each rank has the sums of its run.
+
+    The rest of them is spoilt. All whose runs are equally long go together, as one collective.
 
     Args:
         tensors: contiguous, the same on every rank but for their values.
+
+    Returns what waits until the sums are there.
     """
     ranks = resolve(group)
-    _in_turn(lambda tensor: _start_sum(tensor, ranks), tensors)
+    flat = [tensor.view(-1) for tensor in tensors]
+    even = [tensor for tensor in flat if tensor.numel() % ranks.size == 0]
+    scattering = start_reduce_scatters(even, ranks)
+    summing = [start_all_reduce(tensor, ranks) for tensor in flat if tensor.numel() % ranks.size]
+
+    def finish() -> None:
+        for tensor, own in zip(even, scattering.wait(), strict=True):
+            start = ranks.rank * own.numel()
+            tensor[start : start + own.numel()].copy_(own)
+        for pending in summing:
+            pending.wait()
+
+    return finish
 
 
 def gather_runs(tensors: Sequence[Tensor], group: Group) -> None:
     """Makes tensors whole of which each rank has its run. They are contiguous."""
     ranks = resolve(group)
     _in_turn(lambda tensor: _start_gather(tensor, ranks), tensors)
+
+
+def gathered(own: Tensor, runs: Sequence[Run], group: Group) -> Tensor:
+    """A flattened tensor from the runs that the ranks of a group have of it.
+
+    Args:
+        own: this rank's run, flat.
+        runs: of all ranks, one after another; some may be shorter than others, or empty.
+    """
+    ranks = resolve(group)
+    whole = own.new_empty(runs[-1][1])
+    start, end = runs[ranks.rank]
+    whole[start:end].copy_(own)
+    _start_gather_of(whole, runs, ranks)()
+    return whole
 
 
 def _in_turn(start: Callable[[Tensor], Callable[[], None]], tensors: Iterable[Tensor]) -> None:
@@ -69,17 +99,12 @@ def _in_turn(start: Callable[[Tensor], Callable[[], None]], tensors: Iterable[Te
         under_way.popleft()()
 
 
-def _start_sum(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
-    if flat.numel() % ranks.size:
-        pending = start_all_reduce(flat, ranks)
-        return lambda: _ended(pending.wait())
-    scattering = start_reduce_scatter(flat, ranks)
-    start, end = runs_of(flat.numel(), ranks.size)[ranks.rank]
-    return lambda: _ended(flat[start:end].copy_(scattering.wait()))
-
-
 def _start_gather(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
-    runs = runs_of(flat.numel(), ranks.size)
+    return _start_gather_of(flat, runs_of(flat.numel(), ranks.size), ranks)
+
+
+def _start_gather_of(flat: Tensor, runs: Sequence[Run], ranks: Ranks) -> Callable[[], None]:
+    """The first run is the longest."""
     start, end = runs[ranks.rank]
     longest = runs[0][1]
     own = flat[start:end]
@@ -94,10 +119,6 @@ def _start_gather(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
                 flat[first:last].copy_(gathered[rank, : last - first])
 
     return finish
-
-
-def _ended(result: Tensor) -> None:
-    """Nothing: a collective's result is where it was asked for."""
 
 
 def sum_over(tensor: Tensor, group: Group) -> None:

@@ -22,7 +22,7 @@ from nanotron_fast.models.generate import generate_ids
 from tests.models.tiny import QWEN3, assert_near, shard_of, tokens
 from tests.parallel.ranks import join, run_cases
 
-FAMILIES = ("llama", "qwen2", "qwen2_moe", "qwen3")
+FAMILIES = ("llama", "qwen2", "qwen2_moe", "qwen3", "starcoder2")
 
 
 def gathered(logits: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:

@@ -54,8 +54,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, some windows": ("qwen2", EVERY_OTHER),
     "smollm3": ("smollm3", {}),
     "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [1]}),
+    "starcoder2": ("starcoder2", {}),
+    "starcoder2, window": ("starcoder2", {"sliding_window": 7}),
+    "starcoder2, untied and without biases": (
+        "starcoder2",
+        {"use_bias": False, "tie_word_embeddings": False, "hidden_act": "gelu"},
+    ),
 }
-WITH_GRADIENTS = {"llama, tied", "llama, biases and head_dim", "qwen2", "qwen2_moe"}
+WITH_GRADIENTS = {"llama, tied", "llama, biases and head_dim", "qwen2", "qwen2_moe", "starcoder2"}
 
 
 def theirs(root: Path) -> Any:
@@ -100,7 +106,9 @@ def check(root: Path, *, has_gradients: bool) -> None:
             assert_near(parameter.grad, wanted[key], key)
 
 
-@pytest.mark.parametrize("family", ["llama_tied", "llama_untied", "qwen2", "qwen2_moe"])
+@pytest.mark.parametrize(
+    "family", ["llama_tied", "llama_untied", "qwen2", "qwen2_moe", "starcoder2"]
+)
 def test_the_goldens_logits(family: str, golden: Path) -> None:
     reference = json.loads((golden / family / "reference_logits.json").read_text())
     decoder = build(golden / family / "hf")

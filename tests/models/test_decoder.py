@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import torch
 
 import nanotron_fast as nf
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
+from nanotron_fast.families.decoder import BLOCK, LAYER
+from nanotron_fast.families.rules import Copy, Rule
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models import Architecture, Decoder, build, facts_of
-from tests import modelzoo
-from tests.models.tiny import VOCAB, assert_near, save, tokens
+from nanotron_fast.models.names import embedding_of
+from tests.models.tiny import LLAMA, VOCAB, assert_near, save, tokens
 
-FAMILIES = ("llama", "mistral", "qwen2_moe")
+FAMILIES = ("llama", "mistral", "qwen2_moe", "starcoder2")
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
 HEAD = "model.lm_head.pp_block.weight"
 
@@ -49,10 +52,12 @@ def test_two_stages_are_one_model(family: str, is_tied: bool, tmp_path: Path) ->
     stream.backward(handed.grad)
     found = {**grads(first), **grads(second)}
     if is_tied:
-        assert facts_of(first)[EMBEDDING].tied_with == HEAD
-        assert facts_of(second)[HEAD].tied_with == EMBEDDING
-        assert torch.equal(first.get_parameter(EMBEDDING), second.get_parameter(HEAD))
-        found[EMBEDDING] += found.pop(HEAD)
+        embedding = embedding_of(whole.architecture.family)
+        assert facts_of(first)[embedding].tied_with == HEAD
+        assert facts_of(second)[HEAD].tied_with == embedding
+        assert facts_of(second)[HEAD].stored_name == embedding
+        assert torch.equal(first.get_parameter(embedding), second.get_parameter(HEAD))
+        found[embedding] += found.pop(HEAD)
     for name, grad in grads(whole).items():
         assert_near(found.pop(name), grad, name, 1e-6)
     assert not found
@@ -91,7 +96,7 @@ def test_documents_packed_are_documents_apart(family: str, tmp_path: Path) -> No
     assert_near(loss, expected, "loss", 1e-6)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "starcoder2"])
 def test_recomputing_changes_nothing(family: str, tmp_path: Path) -> None:
     root = saved(tmp_path, family)
     ids, labels = tokens(2, 12)
@@ -148,6 +153,23 @@ def test_what_no_family_has_a_parameter_for_is_refused(tmp_path: Path) -> None:
         build(spec)
 
 
+def test_what_no_module_computes_with_is_refused(tmp_path: Path) -> None:
+    rule = Copy(f"{LAYER}input_layernorm.bias", f"{BLOCK}input_layernorm.bias", rows="hidden")
+    family = replace(LLAMA, rules=(*LLAMA.rules, rule))
+    root = saved(tmp_path, "llama")
+    architecture = replace(Architecture.of_checkpoint(root), family=family)
+    with pytest.raises(UnsupportedModelError, match=r"0.pp_block.input_layernorm.bias: it is a "):
+        Decoder(architecture)
+    elsewhere = replace(LLAMA, rules=tuple(map(_renamed, LLAMA.rules)))
+    with pytest.raises(UnsupportedModelError, match=r"embedding is model\.words\.weight, a name"):
+        Decoder(replace(architecture, family=elsewhere))
+
+
+def _renamed(rule: Rule) -> Rule:
+    is_embedding = rule.block == "embedding"
+    return replace(rule, param="model.words.weight") if is_embedding else rule
+
+
 @pytest.mark.parametrize("scaling", [None, {"rope_type": "linear", "factor": 2.0}])
 def test_a_scaling_is_honoured_where_it_was_trained_with(scaling, tmp_path: Path) -> None:
     root = saved(tmp_path, "llama", rope_scaling=scaling)
@@ -197,9 +219,6 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         build(root, topology=Topology(tp=2), rank=0)(ids)
     with pytest.raises(TopologyError, match="8 heads do not split over tp=3"):
         build(root, topology=Topology(tp=3), rank=0)
-    starcoder2 = modelzoo.make("starcoder2").save(tmp_path / "starcoder2")
-    with pytest.raises(UnsupportedModelError, match="LayerNorms and an MLP without a gate"):
-        build(starcoder2)
 
 
 def test_facts_say_how_each_parameter_is_kept(tmp_path: Path) -> None:

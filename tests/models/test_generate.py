@@ -20,6 +20,7 @@ CASES = {
     "llama": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "attention_bias": True},
     "mistral": {"sliding_window": 5},
     "smollm3": {},
+    "starcoder2": {"sliding_window": 5},
     "qwen2_moe": {"num_hidden_layers": 2},
 }
 

@@ -34,7 +34,7 @@ def spec(**changes: object) -> ModelSpec:
 
 
 def spread(decoder: Decoder, name: str) -> float:
-    return float(decoder.get_parameter(name).std())
+    return float(decoder.get_parameter(name).detach().std())
 
 
 def test_matrices_are_normal_and_rows_scaled_by_the_depth() -> None:

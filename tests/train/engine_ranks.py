@@ -11,6 +11,7 @@ import torch
 
 from tests.parallel.ranks import join, run_cases
 from tests.train.engine import Case, check_against_plain
+from tests.train.experts import check_experts
 from tests.train.resuming import check_resume
 
 # Every combination of few ranks, and of many those in which more things meet.
@@ -21,8 +22,9 @@ CASES = {
         Case(pp=2, schedule="afab", is_tied=True),
         Case(pp=2, schedule="1f1b"),
         Case(pp=2, schedule="interleaved", chunks=2, has_documents=True),
-        Case(dp=2),
+        Case(dp=2, recompute="layer"),
         Case(dp=2, zero=1),
+        Case(dp=2, zero=3, is_tied=True, recompute="layer"),
         Case(tp=2, mode="reduce_scatter", is_muon=True),
         Case(dp=2, is_muon=True),
         Case(dp=2, zero=1, is_muon=True),
@@ -31,6 +33,8 @@ CASES = {
         Case(tp=2, pp=2, schedule="1f1b", mode="reduce_scatter", is_tied=True),
         Case(tp=2, dp=2, mode="reduce_scatter", zero=1),
         Case(pp=2, dp=2, schedule="interleaved", chunks=2, zero=1),
+        Case(pp=2, dp=2, schedule="interleaved", chunks=2, zero=3),
+        Case(pp=2, dp=2, schedule="1f1b", zero=3, is_tied=True),
         Case(tp=2, pp=2, schedule="1f1b", is_muon=True),
     ),
     8: (
@@ -42,11 +46,18 @@ CASES = {
 RESUMED = {
     2: (
         (Case(tp=2, is_tied=True), [Case(pp=2, schedule="interleaved", chunks=2)]),
-        (Case(dp=2, zero=1, dtype=torch.bfloat16), [Case(tp=2)]),
+        (Case(dp=2, zero=1, dtype=torch.bfloat16), [Case(tp=2), Case(dp=2, zero=3)]),
+        (Case(dp=2, zero=3, dtype=torch.bfloat16), []),
     ),
     4: (
-        (Case(tp=2, dp=2, zero=1), [Case(pp=2, dp=2, zero=1), Case(tp=2, pp=2)]),
-        (Case(tp=2, dp=2, zero=1, is_muon=True), [Case(tp=2, pp=2)]),
+        (
+            Case(tp=2, dp=2, zero=3, mode="reduce_scatter"),
+            [Case(pp=2, dp=2, zero=1), Case(tp=2, dp=2, zero=1), Case(tp=2, pp=2)],
+        ),
+        (
+            Case(tp=2, dp=2, zero=1, is_muon=True),
+            [Case(tp=2, pp=2), Case(tp=2, dp=2, zero=3)],
+        ),
     ),
     8: (),
 }
@@ -55,6 +66,8 @@ RESUMED = {
 def cases(size: int) -> Iterator[tuple[str, Callable[[], None]]]:
     for case in CASES[size]:
         yield str(case), partial(check_against_plain, case)
+    if size == 2:
+        yield "experts", check_experts
     for number, (case, others) in enumerate(RESUMED[size]):
         root = Path(os.environ["RANKS_STORE"]).with_name(f"saved-{number}")
         yield f"resume {case}", partial(check_resume, case, others, root)

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.families.roles import is_hidden_matrix
-from nanotron_fast.models.building import load
 from nanotron_fast.train.checkpoint import Beside, metadata_document, save, snapshot
 from nanotron_fast.train.muon import MOMENTUM
 from nanotron_fast.train.optimizer import ADAMW_MOMENTS
@@ -51,13 +50,7 @@ def save_run(run: Run, root: Path, step: int) -> Path:
 
 
 def resumed(case: Case, folder: Path) -> Run:
-    run = Run(case)
-    for part in run.parts:
-        with torch.no_grad():
-            for tensor in part.parameters():
-                tensor.fill_(float("nan"))
-        load(part, folder, tp_rank=run.mesh.tp_rank)
-    run.build()
+    run = Run(case, folder)
     load_states(folder, run.optimizer, run.mesh)
     return run
 
@@ -66,7 +59,7 @@ def values_of(run: Run) -> dict[str, Tensor]:
     found = {}
     for state in run.optimizer.states:
         name = state.trained.facts.name
-        found[name] = state.trained.tensor.detach().clone()
+        found[name] = state.trained.values(run.mesh).clone()
         for key, value in {"master": state.master, **state.moments}.items():
             found[f"{name} {key}"] = value.clone()
     return found

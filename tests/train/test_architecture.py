@@ -28,6 +28,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama of our class": ("llama", {"attention_bias": True, "rope_scaling": LINEAR}),
     "mistral with a window": ("mistral", {"sliding_window": 9}),
     "smollm3": ("smollm3", {}),
+    "starcoder2": ("starcoder2", {"vocab_size": 99, "sliding_window": 9}),
     "qwen2_moe": ("qwen2_moe", {"vocab_size": 99}),
 }
 
@@ -48,7 +49,7 @@ def given(**changes: Any) -> ModelPlan:
 def test_a_plan_and_a_load_agree(name: str, tmp_path: Path) -> None:
     family, changes = MODELS[name]
     hf = make(family, **changes).save(tmp_path / "hf")
-    interleaved = family != "mistral" and "our class" not in name
+    interleaved = family not in ("mistral", "starcoder2") and "our class" not in name
     nf.convert(
         hf,
         tmp_path / "nanotron",
@@ -131,7 +132,27 @@ def test_nanotrons_llama_has_no_biases() -> None:
     assert given().warnings == ()
 
 
-def test_what_nothing_here_trains_is_refused_at_the_start(tmp_path: Path) -> None:
-    hf = make("starcoder2").save(tmp_path / "hf")
-    with pytest.raises(UnsupportedModelError, match="LayerNorms and an MLP without a gate"):
-        plan_of(hf)
+def test_a_starcoder2_of_a_yaml_is_grouped() -> None:
+    sizes = {"is_starcoder2_config": True, "hidden_size": 64, "num_attention_heads": 8}
+    with pytest.raises(
+        UnsupportedModelError, match=r"^config: model\.model_config\.grouped_query is false: such"
+    ):
+        TrainingConfig.from_dict(document(model__model_config=sizes))
+    sizes |= {"grouped_query": True, "num_kv_heads": 2, "vocab_size": 100}
+    plan = architecture(TrainingConfig.from_dict(document(model__model_config=sizes)))
+    assert plan.architecture.spec.num_kv_heads == 2
+    assert not plan.architecture.spec.has_gated_mlp
+
+
+def test_dropout_is_said_to_have_no_effect(tmp_path: Path) -> None:
+    rates = {"residual_dropout": 0.1, "embedding_dropout": 0.25}
+    plan = plan_of(make("starcoder2", **rates).save(tmp_path / "hf"))
+    assert plan.warnings == (
+        "config: model.init_method.path: embedding_dropout 0.25, residual_dropout 0.1 without "
+        "effect: nothing is dropped",
+    )
+    config = document(model__model_config=plan.model_config, tokens__sequence_length=16)
+    again = architecture(TrainingConfig.from_dict(config))
+    assert again.architecture.spec.layers == plan.architecture.spec.layers
+    (warning,) = again.warnings
+    assert warning.startswith("config: model.model_config: embedding_dropout 0.25,")

@@ -28,7 +28,7 @@ from nanotron_fast.train.optimizer_files import (
 )
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
 from nanotron_fast.train.zero import runs_of
-from tests.train.engine import Case, Run, rate
+from tests.train.engine import HIDDEN, VOCAB, Case, Run, rate
 from tests.train.resuming import save_run
 
 CPU = torch.device("cpu")
@@ -221,7 +221,7 @@ def change(edit: Callable[[dict], object]) -> Callable[[Path], None]:
         ),
         (
             change(lambda found: found["state"][0].update(exp_avg=torch.zeros(2, 2))),
-            r"exp_avg of .* has shape \[2, 2\], and the model calls for \[64, 32\]",
+            rf"exp_avg of .* has shape \[2, 2\], and the model calls for \[{VOCAB}, {HIDDEN}\]",
         ),
         (
             change(lambda found: found["state"][1].update(step=torch.tensor(7.0))),

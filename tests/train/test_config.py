@@ -142,6 +142,13 @@ def test_the_command_line_overrides(tmp_path: Path) -> None:
     assert config.optimizer.clip_grad is None
 
 
+def test_zero_3_is_written_as_zero_1_whose_files_it_has() -> None:
+    config = read(optimizer__zero_stage=3)
+    assert config.to_dict()["optimizer"]["zero_stage"] == 1
+    assert config.ours() == {"optimizer": {"zero_stage": 3}}
+    assert TrainingConfig.from_dict(with_ours(config.to_dict(), config.ours())) == config
+
+
 def test_our_keys_are_kept_apart() -> None:
     config = read(
         checkpoints__keep_last=2,

@@ -15,10 +15,13 @@ from nanotron_fast.cli.dry_run import dry_run, overrides_of
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.model.spec import Attention, Dense, Layer
+from nanotron_fast.models import build
+from nanotron_fast.models.batch import Batch
 from nanotron_fast.parallel.attention import tensor_parallel_attention
 from nanotron_fast.parallel.mlp import tensor_parallel_mlp
 from nanotron_fast.train import TrainingConfig
 from nanotron_fast.train.activations import MicroBatch, in_flight
+from nanotron_fast.train.advice import advice
 from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.devices import peak_flops
 from nanotron_fast.train.estimate import Estimate, estimate
@@ -120,6 +123,39 @@ def test_shards_and_slices() -> None:
     assert shared.memory.moments == 8 * slices
 
 
+def test_rows_and_what_is_gathered_of_them() -> None:
+    # Of 64, 128, 320 and 512 rows each of three ranks has 22, 43, 107 and 171 at the most.
+    layer = (43 + 22 + 107) * 64 + 22 * 160 + 2 * 22
+    rows = 4 * layer + 22 + 2 * 171 * 64
+    beside = 64 + 2 * ROWS
+    memory = of(**layout(dp=3), optimizer__zero_stage=3).memory
+    assert memory.masters == 4 * rows
+    assert memory.moments == 8 * rows
+    assert memory.weights == 2 * (beside + 2 * LAYER)
+    assert memory.gradients == 4 * rows + 2 * (beside + LAYER) + 4 * max(beside, LAYER)
+    fp32 = of(**layout(dp=3), optimizer__zero_stage=3, model__dtype="float32").memory
+    assert (fp32.masters, fp32.moments) == (0, 8 * rows)
+    assert fp32.weights == 4 * rows + 4 * (beside + 2 * LAYER)
+    muon = of(
+        **layout(dp=3), optimizer__zero_stage=3, optimizer__optimizer_factory={"name": "muon"}
+    )
+    assert muon.memory.moments == 8 * rows - 4 * 4 * (layer - 2 * 22)
+    # A single data-parallel rank has nobody to share with.
+    assert of(optimizer__zero_stage=3).memory == of().memory
+
+
+def test_zero_3_is_proposed_where_nothing_but_more_ranks_would_help() -> None:
+    document_ = document(**layout(dp=8), optimizer__zero_stage=1)
+    document_["parallelism"]["recompute_layer"] = True
+    document_["tokens"]["micro_batch_size"] = 1
+    document_["model"]["model_config"]["num_hidden_layers"] = 32
+    config = TrainingConfig.from_dict(document_)
+    model = architecture(config)
+    needed = estimate(config, model).memory.total
+    first, *_ = advice(config, model, needed * 2 // 3)[1:]
+    assert first.startswith("--optimizer.zero_stage=3 (8 ranks):")
+
+
 def test_stages_own_their_layers_and_a_tied_embedding_twice() -> None:
     tied = {**MODEL_CONFIG, "tie_word_embeddings": True}
     found = of(**layout(pp=2), model__model_config=tied)
@@ -177,9 +213,11 @@ def test_activations_follow_what_the_operations_save() -> None:
         results = (
             tensor_parallel_attention(
                 x.clone().requires_grad_(), weights["qkv"], weights["o"], cos, sin,
-                num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim,
+                num_q_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, recompute=False,
             ),
-            tensor_parallel_mlp(y.clone().requires_grad_(), weights["gate_up"], weights["down"]),
+            tensor_parallel_mlp(
+                y.clone().requires_grad_(), weights["gate_up"], weights["down"], recompute=False
+            ),
         )  # fmt: skip
     layer = Layer(Attention(heads, kv_heads, head_dim, (0, head_dim)), Dense(inner))
     batch = MicroBatch(
@@ -189,6 +227,45 @@ def test_activations_follow_what_the_operations_save() -> None:
     norms = 2 * tokens * (hidden * 4 + 4)
     assert sum(saved.values()) == batch.kept(layer) - norms
     assert len(results) == 2
+
+
+@pytest.mark.parametrize("family", ["starcoder2", "llama"])
+def test_activations_of_what_is_computed_in_steps(family: str, tmp_path: Path) -> None:
+    """A whole layer of a Starcoder2; of a Llama with biases its MLP."""
+    changes = {"mlp_bias": True} if family == "llama" else {}
+    root = make(family, dtype="F32", **changes).save(tmp_path / "hf")
+    decoder = build(root)
+    layer, spec = decoder.layers[0], decoder.architecture.spec
+    micro = Batch(2, 12, torch.device("cpu"), max_positions=12)
+    tables = decoder.setting.rotary.tables(spec.layers[0].attention, 12, micro.device)
+    given = (*decoder.parameters(), *tables, micro.position_ids)
+    left_out = {each.data_ptr() for each in given}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.data_ptr() not in left_out:
+            saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    batch = MicroBatch(
+        tokens=24, hidden_size=spec.hidden_size, value_bytes=4, tp=1, is_scattered=False,
+        recomputes_layers=False, packs_by_kv_head=family == "starcoder2",
+    )  # fmt: skip
+    x, residual = torch.randn(2, 24, spec.hidden_size, requires_grad=True).unbind()
+    kept = batch.kept(spec.layers[0])
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        if family == "starcoder2":
+            results = layer(x, residual, micro)
+            # A LayerNorm keeps a mean besides.
+            kept += 2 * 4 * 24
+        else:
+            results = layer.mlp(x)
+            without = Layer(spec.layers[0].attention, Dense(spec.intermediate_size))
+            # Beside what a fused one keeps: its input, gate and up. And plain torch keeps the
+            # gate's activation.
+            kept += batch.stream_bytes - batch.kept(without) + 3 * 24 * spec.intermediate_size * 4
+    assert sum(saved.values()) == kept
+    assert len(results) > 0
 
 
 def test_what_recomputation_and_scattering_spare() -> None:

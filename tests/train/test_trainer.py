@@ -23,21 +23,13 @@ from nanotron_fast.errors import (
     TopologyError,
     TrainingError,
 )
-from nanotron_fast.train import Trainer, TrainingConfig, TrainingResult
+from nanotron_fast.train import TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import FAMILIES, make
 from tests.parallel.ranks import run_ranks
-from tests.train.configs import document
-
-SIZES: dict[str, Any] = {
-    "tokens__sequence_length": 16,
-    "tokens__micro_batch_size": 2,
-    "tokens__batch_accumulation_per_replica": 2,
-    "model__dtype": "float32",
-    "optimizer__accumulate_grad_in_fp32": False,
-}
+from tests.train.runs import train
 
 
 @pytest.fixture(autouse=True)
@@ -46,15 +38,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def config(root: Path, **changes: Any) -> TrainingConfig:
-    changes = {**SIZES, "checkpoints__checkpoints_path": str(root), **changes}
-    return TrainingConfig.from_dict(document(**changes), name="x.yaml")
-
-
-def train(root: Path, *, batches: Any = None, **changes: Any) -> TrainingResult:
-    return Trainer(config(root, **changes), batches=batches, device="cpu", is_quiet=True).run()
 
 
 def stage(name: str, start: int, **more: Any) -> dict[str, Any]:
@@ -154,7 +137,7 @@ def test_signals_are_given_back(tmp_path: Path) -> None:
     assert before == [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGUSR1)]
 
 
-@pytest.mark.parametrize("family", [each for each in FAMILIES if each != "starcoder2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_from_hugging_face_and_back_without_a_step(tmp_path: Path, family: str) -> None:
     source = make(family).save(tmp_path / "hf")
     result = train(

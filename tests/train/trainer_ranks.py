@@ -20,19 +20,18 @@ from nanotron_fast.checkpoints.processes import PeerFailed
 from nanotron_fast.checkpoints.verify import verify
 from nanotron_fast.cli import commands
 from nanotron_fast.errors import DataError
-from nanotron_fast.train import Trainer, TrainingConfig, TrainingResult
+from nanotron_fast.train import TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import make
 from tests.parallel.ranks import join, run_cases
-from tests.train.configs import document, save
+from tests.train import runs
+from tests.train.configs import save
 
 SIZES: dict[str, Any] = {
-    "tokens__sequence_length": 16,
+    **runs.SIZES,
     "tokens__micro_batch_size": 1,
-    "model__dtype": "float32",
-    "optimizer__accumulate_grad_in_fp32": False,
     "optimizer__learning_rate_scheduler": {"learning_rate": 1e-3, "lr_decay_steps": 9},
 }
 TP: dict[str, Any] = {
@@ -53,9 +52,7 @@ PP: dict[str, Any] = {
 
 
 def train(root: Path, *, batches: Any = None, **changes: Any) -> TrainingResult:
-    changes = {**SIZES, "checkpoints__checkpoints_path": str(root), **changes}
-    config = TrainingConfig.from_dict(document(**changes), name="x.yaml")
-    return Trainer(config, batches=batches, device="cpu", is_quiet=True).run()
+    return runs.train(root, batches=batches, **{**SIZES, **changes})
 
 
 def prepared(root: Path, prepare: Callable[[Path], object]) -> Path:
@@ -67,10 +64,10 @@ def prepared(root: Path, prepare: Callable[[Path], object]) -> Path:
 
 
 def goes_on_at_other_topologies(root: Path) -> None:
-    for vocab_size, runs in ((160, ((DP, PP), (PP, TP))), (161, ((TP, DP),))):
+    for vocab_size, pairs in ((160, ((DP, PP), (PP, TP))), (161, ((TP, DP),))):
         # The second has to be padded for tp=2, and stays so.
         folder = root / str(vocab_size)
-        for number, (before, after) in enumerate(runs):
+        for number, (before, after) in enumerate(pairs):
             check_topologies(folder, folder / f"run-{number}", vocab_size, before, after)
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.classes import (
     MOE_FIELDS,
-    STARCODER2_CONFIG,
     NanotronClass,
     classes,
 )
@@ -48,11 +47,6 @@ def class_named(config: Mapping[str, Any], place: Place) -> NanotronClass:
 def complete(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     """Every field, in Nanotron's order, as Nanotron itself fills them in. Raises ConfigError."""
     model_class = class_named(config, place)
-    if model_class is STARCODER2_CONFIG:
-        raise place.at(model_class.marker).error(
-            " is true, which cannot be served: Starcoder2 is converted, and not trained. Nor does "
-            "Nanotron start it from YAML"
-        )
     known = tuple(model_class.fields)
     for key in config:
         if key not in known:

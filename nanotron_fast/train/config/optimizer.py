@@ -113,7 +113,8 @@ class Optimizer:
 
     Args:
         optimizer_factory: which, and its constants.
-        zero_stage: 1 shares the states of the optimizer out among data-parallel ranks.
+        zero_stage: 1 shares the states of the optimizer out among data-parallel ranks; 3, which is
+            ours, the weights and the gradients as well.
         weight_decay: for every parameter that is not excluded.
         clip_grad: the largest norm of all gradients together; None for any.
         accumulate_grad_in_fp32: no effect; gradients are summed in fp32, and the parameters have

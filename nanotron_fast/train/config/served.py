@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from nanotron_fast.train.config.training_config import TrainingConfig
 
 DTYPES = ("bfloat16", "float32")
-ZERO_STAGES = (0, 1)
+ZERO_STAGES = (0, 1, 3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +81,8 @@ REFUSALS = (
     Refusal(
         "optimizer.zero_stage",
         lambda config: _outside(config.optimizer.zero_stage, ZERO_STAGES),
-        "there is 0 (every rank keeps all states of the optimizer) and 1 (they are shared out "
-        "among dp ranks)",
+        "there is 0 (every rank keeps all states of the optimizer), 1 (they are shared out among "
+        "dp ranks) and 3 (weights and gradients as well)",
     ),
     Refusal(
         "optimizer.optimizer_factory.name",

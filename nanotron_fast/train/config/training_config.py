@@ -95,11 +95,14 @@ class TrainingConfig:
         """The document that real Nanotron reads: its sections and fields alone, in its order.
 
         What is ours is left out, and `ours()` returns it: the interleaved schedule is written as
-        1f1b, and Muon as the AdamW that it uses for what is no hidden matrix.
+        1f1b, ZeRO-3 as ZeRO-1, whose files it has, and Muon as the AdamW that it uses for what is
+        no hidden matrix.
         """
         document: dict[str, Any] = write(self, with_ours=False)
         if self.parallelism.pp_engine == "interleaved":
             document["parallelism"]["pp_engine"] = "1f1b"
+        if self.optimizer.zero_stage == 3:
+            document["optimizer"]["zero_stage"] = 1
         factory = self.optimizer.optimizer_factory
         if isinstance(factory, Muon):
             document["optimizer"]["optimizer_factory"] = write(
@@ -117,9 +120,11 @@ class TrainingConfig:
         extra = write_ours(self)
         if self.parallelism.pp_engine == "interleaved":
             extra.setdefault("parallelism", {})["pp_engine"] = "interleaved"
+        if self.optimizer.zero_stage == 3:
+            extra.setdefault("optimizer", {})["zero_stage"] = 3
         factory = self.optimizer.optimizer_factory
         if isinstance(factory, Muon):
-            extra["optimizer"] = {"optimizer_factory": write(factory)}
+            extra.setdefault("optimizer", {})["optimizer_factory"] = write(factory)
         return extra
 
     def to_yaml(self) -> str:

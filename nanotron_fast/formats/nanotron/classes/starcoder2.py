@@ -75,8 +75,8 @@ def _read(full: Fields, fields: dict[str, Any], moe_sizes: Mapping[str, Any]) ->
     num_layers = fields.pop("num_layers")
     if not full.flag("grouped_query"):
         raise UnsupportedModelError(
-            f"{FILE}: a Starcoder2 with multi_query keeps query and key-value "
-            "weights apart; only grouped_query models are converted"
+            f"{FILE}: grouped_query is false: such a Starcoder2 keeps query and key-value "
+            "weights apart, and only grouped_query models are converted"
         )
     for name, value in _FIXED.items():
         if full.get(name) != value:

@@ -1,0 +1,1 @@
+"""Whole training steps, ours beside others': `benchmarks/bench_train.py` is the entry."""
