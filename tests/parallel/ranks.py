@@ -15,7 +15,7 @@ from nanotron_fast.parallel import products
 from tests import forks
 
 ROOT = Path(__file__).parents[2]
-TIMEOUT_SECONDS = 240
+TIMEOUT_SECONDS = 420
 
 
 def run_ranks(module: str, size: int, *words: str) -> None:
