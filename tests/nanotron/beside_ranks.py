@@ -52,8 +52,11 @@ if is_main():
         Grid(dp=2, zero_stage=1),
     ]
 else:
-    # Main has not implemented it.
-    GRIDS += [Grid(dp=2, zero_stage=1, **BF16)]
+    # Main has not implemented the one, and cannot read the other's configuration.
+    GRIDS += [
+        Grid(dp=2, zero_stage=1, **BF16),
+        Grid("starcoder2", tp=2, mode=SCATTERED, is_tied=True),
+    ]
 
 
 def weights_of(grid: Grid, folder: Path) -> Path:
@@ -66,7 +69,10 @@ def weights_of(grid: Grid, folder: Path) -> Path:
         hf = folder / f"{name}-hf"
         if not hf.exists():
             model.save(hf)
-        old = {} if is_main() else {"checkpoint_version": "1.2", "rope_interleaved": True}
+        old: dict[str, Any] = {}
+        if not is_main():
+            interleaved = True if grid.family == "llama" else None
+            old = {"checkpoint_version": "1.2", "rope_interleaved": interleaved}
         nf.convert(hf, root, topology=nf.Topology(tp=grid.tp, pp=grid.pp), **old)
     return root
 
