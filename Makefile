@@ -95,7 +95,7 @@ report: $(READY) ## turn benchmarks/results into tables and plots in docs/result
 	$(BIN)/pip install -qq -c constraints.txt -e '.[bench]' --no-build-isolation
 	$(BIN)/python benchmarks/report.py
 
-demo: build ## convert a small Llama there and back, and prove that nothing changed
+demo: build ## convert a small Llama there and back, train it, and prove that all of it holds
 	$(BIN)/python examples/demo.py
 
 sanitize: ## native tests under ASan, UBSan and TSan (a C++ compiler is enough)

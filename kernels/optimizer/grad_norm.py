@@ -37,17 +37,32 @@ _NUM_WARPS = 4
 # with long segments are better than many.
 _LONG_SEGMENT = 8 * _BLOCK
 _PARTIALS_BLOCK = 1024
+# Elements that plain torch sums in one go.
+_RUN = 4096
 
 
 def power_sums_reference(grads: Sequence[Tensor], norm_type: float) -> Tensor:
     """(tensors,) sums of |g|^p, or max |g| for p = inf, in plain torch, at least in fp32."""
     wide = reduce(torch.promote_types, (grad.dtype for grad in grads), torch.float32)
     sums = torch.zeros(len(grads), dtype=wide, device=grads[0].device)
-    places = [place for place, grad in enumerate(grads) if grad.numel()]
-    if places:
-        norms = torch._foreach_norm([grads[place] for place in places], norm_type, dtype=wide)
-        sums[places] = torch.stack(norms)
-    return sums if math.isinf(norm_type) else sums.pow(norm_type)
+    for place, grad in enumerate(grads):
+        if grad.numel():
+            sums[place] = _power_sum(grad.reshape(-1), norm_type, wide)
+    return sums
+
+
+def _power_sum(flat: Tensor, norm_type: float, wide: torch.dtype) -> Tensor:
+    """Of runs, and over them in fp64: torch's own sum of many squares in fp32 loses what is small
+    beside it, on a CPU a two-thousandth of the norm of 12 million elements.
+    """
+    num_runs = flat.numel() // _RUN
+    whole = num_runs * _RUN
+    runs = flat[:whole].view(num_runs, _RUN)
+    parts = [torch.linalg.vector_norm(runs, norm_type, dim=1, dtype=wide)]
+    if whole < flat.numel():
+        parts.append(torch.linalg.vector_norm(flat[whole:], norm_type, dtype=wide).view(1))
+    norms = torch.cat(parts)
+    return norms.amax() if math.isinf(norm_type) else norms.double().pow(norm_type).sum()
 
 
 def clip_reference_(grads: Sequence[Tensor], max_norm: float, total_norm: Tensor) -> None:

@@ -68,6 +68,8 @@ class DryRun:
         yield f"  memory      {size(found.memory.total)} for a rank{where}"
         for name, num_bytes in asdict(found.memory).items():
             yield f"              {name:<11} {size(num_bytes):>10}"
+        if self.memory_bytes is not None and not self.advice:
+            yield f"  it fits into {size(self.memory_bytes)}"
         for line in self.advice:
             yield f"  {line}"
 

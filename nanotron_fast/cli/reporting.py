@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from nanotron_fast.moves.engine import ProgressCallback
@@ -26,11 +27,18 @@ def _count(number: int, noun: str) -> str:
 
 
 def stage_lines(layer_stages: tuple[int, ...]) -> Iterator[str]:
-    """For each stage, its layers: "0-11"."""
+    """For each stage, its layers: "0-11"; "0-5, 12-17" where it has several parts of the model."""
     for stage in range(max(layer_stages, default=0) + 1):
         layers = [layer for layer, owner in enumerate(layer_stages) if owner == stage]
-        first_last = f"{layers[0]}-{layers[-1]}" if len(layers) > 1 else "".join(map(str, layers))
-        yield f"stage {stage}: {f'layers {first_last}' if layers else 'no decoder layer'}"
+        # Layers that follow each other are equally far ahead of their places in the list.
+        runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), _ahead)]
+        shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+        yield f"stage {stage}: {f'layers {shown}' if layers else 'no decoder layer'}"
+
+
+def _ahead(numbered: tuple[int, int]) -> int:
+    place, layer = numbered
+    return layer - place
 
 
 def plan_lines(plan: Plan, workers: int) -> Iterator[str]:

@@ -174,10 +174,7 @@ def _refused(
     """Why a class cannot hold a model, and the way out."""
     hint = ""
     if target != "nanotron-fast":
-        hint = (
-            "; --target nanotron-fast admits it, for conversion and load_into alone: nothing "
-            "trains such a model yet"
-        )
+        hint = "; --target nanotron-fast admits it, and nanotron-fast train trains it"
     name, scaling = model_class.option.title(), spec.rope_scaling or {}
     windowed = sum(window is not None for window in spec.windows)
     reasons = {
@@ -189,8 +186,8 @@ def _refused(
         if target == "nanotron-fast"
         else f"rope_scaling {scaling.get('rope_type', scaling.get('type'))!r}: Nanotron stores "
         "rope_scaling and ignores it, so the model would run with wrong frequencies. Use --target "
-        "nanotron-fast, and train with nanotron-fast run --rope-scaling (the drop-in), which "
-        "honours it",
+        "nanotron-fast, and train with nanotron-fast train, or with Nanotron by nanotron-fast run "
+        "--rope-scaling (the drop-in): both honour it",
         "head_dim": f"head_dim {spec.head_dim} is not hidden_size / heads = {spec.hidden_size} / "
         f"{spec.num_heads}, the only one that Nanotron has{hint}",
         "no_bias": f"use_bias is false: Nanotron's {name} always has biases{hint}",

@@ -196,9 +196,12 @@ class Run:
         """
         mesh = self.mesh
         memory = peak_memory_bytes(mesh.device)
-        is_failed, is_stopped, most = self._most(failure is not None, self.stop.is_made, memory)
+        is_failed, asked, most = self._most(failure is not None, self.stop.number or 0, memory)
         if not is_failed:
-            return bool(is_stopped), int(most)
+            if asked:
+                # The same on all ranks, some of which it may reach a moment later.
+                self.stop.number = int(asked)
+            return bool(asked), int(most)
         # A save that failed on another rank fails on this one as well, perhaps a moment later.
         failure = failure or self.saver.finished()
         is_own = failure is not None and not isinstance(failure, PeerFailed)

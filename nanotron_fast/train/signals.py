@@ -21,13 +21,9 @@ class StopRequest:
         self.number: int | None = None
 
     @property
-    def is_made(self) -> bool:
-        return self.number is not None
-
-    @property
-    def name(self) -> str:
-        """Of the signal; of another rank's, where this one had none."""
-        return "another rank's" if self.number is None else signal.Signals(self.number).name
+    def name(self) -> str | None:
+        """Of the signal, which may have been another rank's; None where there was none."""
+        return None if self.number is None else signal.Signals(self.number).name
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.number = number

@@ -103,11 +103,16 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         config = config.with_model_config(model.model_config)
         for warning in (*trainer.config.warnings, *model.warnings):
             tell("warning", warning)
+        if start.folder is not None:
+            last = config.tokens.train_steps
+            tell("resuming", f"{start.folder}, after step {start.step} of {last}")
     with everyone.step():
         beside = Beside(exports_hf=config.checkpoints.export_hf)
         if mesh.rank == 0:
             beside = beside_of_run(config, model, weights)
     data = _data(trainer, sourced, model, mesh, start, everyone)
+    for note in data.notes if isinstance(data, StagedBatches) else ():
+        tell("note", note)
     with everyone.step(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         engine = engine_of(config, model.architecture, mesh, weights=weights)

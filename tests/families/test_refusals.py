@@ -14,7 +14,7 @@ from tests.modelzoo import make
 from tests.refusals import refused
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0}
-EXTENDED = "--target nanotron-fast admits it, for conversion and load_into alone: nothing trains"
+EXTENDED = "--target nanotron-fast admits it, and nanotron-fast train trains it"
 
 
 # Family, changes to its config, the words of the refusal.
@@ -63,7 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "attention-bias-smollm3": ("smollm3", {"attention_bias": True}, "output projection"),
     "mlp-bias": ("llama", {"mlp_bias": True}, "mlp_bias: the MLP has biases"),
     "mlp-bias-smollm3": ("smollm3", {"mlp_bias": True}, "mlp_bias"),
-    "starcoder2-no-bias": ("starcoder2", {"use_bias": False}, "use_bias"),
+    "starcoder2-no-bias": ("starcoder2", {"use_bias": False}, f"use_bias.*{EXTENDED}"),
     "starcoder2-untied": ("starcoder2", {"tie_word_embeddings": False}, "tie_word_embeddings"),
     "norm-topk-prob": ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob is true"),
     "activation": ("llama", {"hidden_act": "swiglu"}, "hidden_act 'swiglu' is not one of.*silu"),

@@ -37,6 +37,14 @@ def test_clip_against_fp64(path, device, norm_type, offset) -> None:
     assert_guards(buffers)
 
 
+@pytest.mark.parametrize("norm_type", [1.0, 2.0])
+def test_the_norm_of_many_elements_is_exact(torch_path, norm_type) -> None:
+    """A sum of 4 million squares in one fp32 number would be off by 1e-4."""
+    torch.manual_seed(0)
+    grad = torch.rand(4_000_001, device=torch_path)
+    assert_close(get_total_norm([grad], norm_type), wide(grad).norm(norm_type))
+
+
 @pytest.mark.parametrize("norm_type", [1, 2, 3.0, "inf"])
 def test_clip_is_that_of_torch(path, device, norm_type) -> None:
     torch.manual_seed(0)

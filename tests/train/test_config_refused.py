@@ -193,6 +193,10 @@ def test_fields_without_effect_are_named_once() -> None:
         "x.yaml: lighteval",
     ]
     assert read().warnings == ()
+    # What Nanotron writes of itself asks for nothing.
+    stages[0]["data"] = {"dataset": None, "seed": 1, "num_loading_workers": 1}
+    stages[1]["data"] = stages[0]["data"]
+    assert read(data_stages=stages, model__ddp_bucket_cap_mb=25).warnings == ()
 
 
 def test_what_makes_no_sense_together_is_told() -> None:

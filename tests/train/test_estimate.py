@@ -12,6 +12,7 @@ import torch
 
 import nanotron_fast
 from nanotron_fast.cli.dry_run import dry_run, overrides_of
+from nanotron_fast.cli.reporting import stage_lines
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.model.spec import Attention, Dense, Layer
@@ -54,6 +55,18 @@ def test_parameters_tokens_and_flops() -> None:
     assert found.flops_per_step == 8 * (6 * products * 16 + 4 * 12 * 64 * pairs)
     tied = of(model__model_config={**MODEL_CONFIG, "tie_word_embeddings": True})
     assert tied.parameters == LLAMA - ROWS
+
+
+def test_layers_of_a_stage_with_several_parts_are_shown_part_by_part() -> None:
+    assert list(stage_lines((0, 0, 1, 0))) == [
+        "stage 0: layers 0-1, 3",
+        "stage 1: layers 2",
+    ]
+    assert list(stage_lines((0, 0, 2, 2))) == [
+        "stage 0: layers 0-1",
+        "stage 1: no decoder layer",
+        "stage 2: layers 2-3",
+    ]
 
 
 def test_a_window_and_experts_count_what_a_token_goes_through() -> None:
@@ -354,6 +367,7 @@ def test_what_to_change_where_it_does_not_fit(tmp_path: Path) -> None:
     needed = dry_run(path).estimate.memory.total
     roomy = dry_run(path, memory=str(needed))
     assert roomy.to_json()["fits"] is True
+    assert [*roomy.lines()][-1].startswith("  it fits into ")
     tight = dry_run(path, memory=str(needed - 1))
     assert tight.to_json()["fits"] is False
     first, *ways = tight.advice

@@ -23,21 +23,14 @@ from nanotron_fast.errors import (
     TopologyError,
     TrainingError,
 )
-from nanotron_fast.train import TrainingResult
+from nanotron_fast.train import Trainer, TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import FAMILIES, make
 from tests.parallel.ranks import run_ranks
-from tests.train.runs import train
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.train.data.material import write_tokens
+from tests.train.runs import config, train
 
 
 def stage(name: str, start: int, **more: Any) -> dict[str, Any]:
@@ -113,6 +106,23 @@ def test_a_run_in_two_halves_is_the_straight_run(tmp_path: Path) -> None:
     assert_same(tensors_of(root / "6"), tensors_of(tmp_path / "straight" / "6"))
     stages = json.loads((root / "6" / "checkpoint_metadata.json").read_text())["metas"]
     assert [each["consumed_train_samples"] for each in stages["data_stages"]] == [16, 8]
+
+
+def test_a_run_says_from_where_it_goes_on_and_what_its_data_lack(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    write_tokens(tmp_path / "tokens", "a.ds", [[*range(2, 36)]])
+    changes: dict[str, Any] = {
+        "checkpoints__resume_checkpoint_path": str(root),
+        "data_stages__0__data__dataset": {"dataset_folder": str(tmp_path / "tokens")},
+    }
+    for last in (1, 2):
+        read = config(root, tokens__train_steps=last, **changes)
+        Trainer(read, device="cpu").run()
+        told = capfd.readouterr().err
+        assert (f"resuming: {root / '1'}, after step 1 of 2\n" in told) is (last == 2)
+        assert f"note: data stage 'only' takes {4 * last} samples of 16 tokens" in told
 
 
 @contextmanager

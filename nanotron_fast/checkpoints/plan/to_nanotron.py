@@ -201,14 +201,13 @@ def _target_warnings(spec: ModelSpec, model_class: NanotronClass) -> list[str]:
     warnings: list[str] = []
     if not model_class.is_stock:
         warnings.append(
-            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses. "
-            "Nothing trains such a model yet: it can be converted back, compared, and loaded with "
-            "load_into"
+            f"model_config.json and config.yaml are a {model_class}, which stock Nanotron refuses: "
+            "nanotron-fast train trains it"
         )
     elif spec.rope_scaling is not None:
         warnings.append(
-            "Nanotron by itself ignores rope_scaling: train with nanotron-fast run --rope-scaling, "
-            "or nanotron_fast.enable(rope_scaling=True)"
+            "Nanotron by itself ignores rope_scaling: train with nanotron-fast train, with "
+            "nanotron-fast run --rope-scaling, or nanotron_fast.enable(rope_scaling=True)"
         )
     return warnings
 

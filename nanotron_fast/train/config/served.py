@@ -147,7 +147,7 @@ IDLE = (
         "logging.log_level", "warnings and figures are always printed, by the first rank", ("info",)
     ),
     Idle("logging.log_level_replica", "the first rank alone prints", ("info",)),
-    Idle("model.ddp_bucket_cap_mb", "gradients are not summed by DistributedDataParallel"),
+    Idle("model.ddp_bucket_cap_mb", "gradients are not summed by DistributedDataParallel", (25,)),
     Idle("tokenizer.tokenizer_max_length", "samples have the length of the stage"),
     Idle(
         "checkpoints.checkpoints_path_is_shared_file_system",
@@ -156,7 +156,7 @@ IDLE = (
     ),
     Idle("tokens.limit_test_batches", "there is no test after the training", (0,)),
     Idle("optimizer.optimizer_factory.torch_adam_is_fused", "the step is always fused", (True,)),
-    Idle("data_stages.*.data.num_loading_workers", "batches are made ready by a thread", (0,)),
+    Idle("data_stages.*.data.num_loading_workers", "batches are made ready by a thread", (0, 1)),
     Idle(
         "data_stages.*.data.dataset.skip_in_stream",
         "samples are read by their position",
