@@ -7,7 +7,7 @@ to be summed over the tensor-parallel group, where its other copy is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -32,6 +32,8 @@ class Facts:
         sums_over_tp: its ranks have gradients of their own tokens or heads alone: the gradient is
             the sum over the tensor-parallel group. Never where it is sharded.
         tied_with: the name of its copy on another pipeline stage; None where it has none.
+        is_row_bias: of a matrix whose input features are cut. Nanotron has it on the first rank of
+            the tensor-parallel group alone; here every rank has it, and adds it after the sum.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Facts:
     is_sharded: bool
     sums_over_tp: bool
     tied_with: str | None = None
+    is_row_bias: bool = False
 
     @property
     def stored_name(self) -> str:
@@ -108,9 +111,17 @@ def facts_of(decoder: OwnsBlocks) -> dict[str, Facts]:
             f"{', '.join(sorted(set(names) ^ set(params)))}"
         )
     return {
-        name: _facts(params[name], decoder.architecture, decoder.blocks, decoder.mode)
+        name: replace(
+            _facts(params[name], decoder.architecture, decoder.blocks, decoder.mode),
+            is_row_bias=_is_row_bias(name, params),
+        )
         for name in names
     }
+
+
+def _is_row_bias(name: str, params: Mapping[str, Param]) -> bool:
+    weight = params.get(f"{name.removesuffix('.bias')}.weight")
+    return name.endswith(".bias") and weight is not None and role_of(weight) == "row"
 
 
 def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mode: str) -> Facts:

@@ -84,7 +84,7 @@ def snapshot(
         if found is not None:
             taken.tensors.append(found)
     if mesh.dp_rank == 0:
-        taken.documents[lr_scheduler_path(mesh)] = lr_scheduler_document(optimizer, rate)
+        taken.documents[lr_scheduler_path(mesh)] = lr_scheduler_document(optimizer, rate, mesh)
     if zero_stage > 0 or mesh.dp_rank == 0:
         document = optimizer_document(optimizer, rate, mesh, zero_stage=zero_stage)
         taken.documents[optimizer_path(mesh, zero_stage=zero_stage)] = document

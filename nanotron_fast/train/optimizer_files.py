@@ -10,7 +10,7 @@ run of it has left.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.train.mesh import Mesh
-from nanotron_fast.train.optimizer import AdamW, Rate
+from nanotron_fast.train.optimizer import AdamW, Rate, State
 from nanotron_fast.train.zero import Run
 
 OPTIMIZER, LR_SCHEDULER = "optimizer", "lr_scheduler"
@@ -84,7 +84,7 @@ def optimizer_document(
     names: dict[int, str] = {}
     masters: dict[str, Tensor] = {}
     steps = float(optimizer.num_steps)
-    for each, (peak, decay) in zip(optimizer.states, optimizer.constants(), strict=True):
+    for each, peak, decay in _numbered(optimizer, mesh):
         index = len(names)
         stored = {
             key: _kept(each.trained.stored(own, mesh))
@@ -114,13 +114,23 @@ def optimizer_document(
     return {"state": state, "param_groups": groups, "names": names, MASTERS: masters}
 
 
+def _numbered(optimizer: AdamW, mesh: Mesh) -> Iterator[tuple[State, float, float]]:
+    """The states in a rank's file, in Nanotron's order, with their highest rate and weight decay.
+
+    A parameter that Nanotron has on the first tensor-parallel rank alone is in that one's file.
+    """
+    for each, (peak, decay) in zip(optimizer.states, optimizer.constants(), strict=True):
+        if mesh.tp_rank == 0 or not each.trained.facts.is_row_bias:
+            yield each, peak, decay
+
+
 def _kept(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def lr_scheduler_document(optimizer: AdamW, rate: Rate) -> dict[str, Any]:
+def lr_scheduler_document(optimizer: AdamW, rate: Rate, mesh: Mesh) -> dict[str, Any]:
     """What a rank's file of the learning rate holds, as torch's LambdaLR has it."""
-    peaks = [peak for peak, _ in optimizer.constants()]
+    peaks = [peak for _, peak, _ in _numbered(optimizer, mesh)]
     steps = optimizer.num_steps
     return {
         "base_lrs": peaks,

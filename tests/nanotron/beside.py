@@ -151,8 +151,9 @@ def train_ours(config: Path, grid: Grid) -> Figures:
 
     def load(folder: Path, optimizer: AdamW, mesh: Mesh) -> None:
         load_states(folder, optimizer, mesh)
-        found = optimizer_document(optimizer, lambda peak: peak, zero_stage=grid.zero_stage)
-        check_states(found, folder / optimizer_path(mesh, zero_stage=grid.zero_stage))
+        zero = grid.zero_stage
+        found = optimizer_document(optimizer, lambda peak: peak, mesh, zero_stage=zero)
+        check_states(found, folder / optimizer_path(mesh, zero_stage=zero))
 
     read = TrainingConfig.load(config)
     batches = (rows(step, grid) for step in range(1, STEPS + 1))
@@ -256,7 +257,7 @@ def micro_batches(trainer: Any, grid: Grid, first: int) -> Iterator[dict[str, An
         for tokens in rows(step, grid).split(BATCH):
             whole = torch.ones(BATCH, SEQUENCE, dtype=torch.bool)
             inputs = {"input_ids": tokens[:, :-1]}
-            if grid.family == "llama":
+            if grid.family in ("llama", "starcoder2"):
                 inputs["input_mask"] = whole
             else:
                 inputs["position_ids"] = torch.arange(SEQUENCE).repeat(BATCH, 1)

@@ -52,8 +52,11 @@ if is_main():
         Grid(dp=2, zero_stage=1),
     ]
 else:
-    # Main has not implemented it.
-    GRIDS += [Grid(dp=2, zero_stage=1, **BF16)]
+    # Main has not implemented the one, and cannot read the other's configuration.
+    GRIDS += [
+        Grid(dp=2, zero_stage=1, **BF16),
+        Grid("starcoder2", tp=2, mode=SCATTERED, is_tied=True),
+    ]
 
 
 def weights_of(grid: Grid, folder: Path) -> Path:
@@ -66,7 +69,10 @@ def weights_of(grid: Grid, folder: Path) -> Path:
         hf = folder / f"{name}-hf"
         if not hf.exists():
             model.save(hf)
-        old = {} if is_main() else {"checkpoint_version": "1.2", "rope_interleaved": True}
+        old: dict[str, Any] = {}
+        if not is_main():
+            interleaved = True if grid.family == "llama" else None
+            old = {"checkpoint_version": "1.2", "rope_interleaved": interleaved}
         nf.convert(hf, root, topology=nf.Topology(tp=grid.tp, pp=grid.pp), **old)
     return root
 
@@ -86,12 +92,17 @@ def compare(grid: Grid, folder: Path) -> None:
     check_same(straight["ours"], straight["nanotron"], grid, "straight")
 
     root = folder / f"{grid}-ours-from-nanotron"
-    config = written(root, document(grid, weights, root, saved["nanotron"]))
+    config = written(root, document_of(saved["nanotron"], root))
     resumed = train_ours(config, grid)
     check_same(resumed, second_half(straight["nanotron"]), grid, "Nanotron's, resumed by ours")
 
     root = folder / f"{grid}-nanotron-from-ours"
-    config = written(root, document_of(saved["ours"], root, grid, weights))
+    config = written(root, document_of(saved["ours"], root))
+    if not is_main():  # which has another schema, and refuses a later version than its own
+        if dist.get_rank() == 0:
+            make_older(saved["ours"])
+        dist.barrier()
+        config = written(root, document(grid, weights, root, saved["ours"]))
     resumed = train_nanotron(config, grid, saved["ours"])
     check_same(resumed, second_half(straight["ours"]), grid, "ours, resumed by Nanotron")
 
@@ -100,22 +111,11 @@ def second_half(figures: Figures) -> Figures:
     return {step: pair for step, pair in figures.items() if step > SAVED}
 
 
-def document_of(saved: Path, root: Path, grid: Grid, weights: Path) -> dict[str, Any]:
-    """The configuration for Nanotron to go on with a checkpoint of ours: main reads the one in it.
-
-    The released 0.4 has another schema, and refuses a later version than its own 1.2.
-    """
-    if is_main():
-        parts: dict[str, Any] = yaml.safe_load((saved / "config.yaml").read_text())
-        parts["checkpoints"] |= {
-            "checkpoints_path": str(root),
-            "resume_checkpoint_path": str(saved),
-        }
-        return parts
-    if dist.get_rank() == 0:
-        make_older(saved)
-    dist.barrier()
-    return document(grid, weights, root, saved)
+def document_of(saved: Path, root: Path) -> dict[str, Any]:
+    """The configuration that lies in a checkpoint, to go on with it in another folder."""
+    parts: dict[str, Any] = yaml.safe_load((saved / "config.yaml").read_text())
+    parts["checkpoints"] |= {"checkpoints_path": str(root), "resume_checkpoint_path": str(saved)}
+    return parts
 
 
 def make_older(saved: Path) -> None:

@@ -36,4 +36,7 @@ def modernise(document: dict[str, Any], file: str) -> tuple[dict[str, Any], list
     config = model.get("model_config") if isinstance(model, dict) else None
     if isinstance(model, dict) and isinstance(config, dict) and config.get("is_llama_config"):
         modern["model"] = {**model, "model_config": {"rope_interleaved": True, **config}}
-    return modern, [f"{file}: written for Nanotron 0.4, and read as the same of today's Nanotron"]
+    return modern, [
+        f"{file}: written for Nanotron 0.4, and read as the same of today's Nanotron; the "
+        "checkpoints are today's too, and 0.4 does not resume them"
+    ]
