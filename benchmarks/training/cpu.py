@@ -25,8 +25,9 @@ from benchmarks.training.sides import (
 )
 
 OURS, THEIRS = "ours", "transformers + fused AdamW"
-# Relative, in a step. torch's own norm of a large fp32 tensor is not more exact on a CPU.
-_LOSS_TOLERANCE, _NORM_TOLERANCE = 1e-5, 1e-4
+# Relative, in a step. torch sums all squares of a tensor in one fp32 number on a CPU: its own norm
+# of 12 million elements may be off by as much.
+_LOSS_TOLERANCE, _NORM_TOLERANCE = 1e-5, 1e-3
 
 
 def sides(shape: Shape) -> dict[str, Step]:

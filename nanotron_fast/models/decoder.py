@@ -71,18 +71,16 @@ class Layer(nn.Module):
         names = setting.names
         before, after = names.norms
         self._order = (before, "attn", after, names.mlp)
-        self.add_module(before, Norm(setting))
-        if has_norms_first:
-            self.add_module(after, Norm(setting))
-        self.attn = Attention(layer.attention, setting, number)
-        if not has_norms_first:
-            self.add_module(after, Norm(setting))
-        self.add_module(
-            names.mlp,
-            Mlp(setting, is_gated=layer.mlp.is_gated)
+        modules = {
+            before: Norm(setting),
+            after: Norm(setting),
+            "attn": Attention(layer.attention, setting, number),
+            names.mlp: Mlp(setting, is_gated=layer.mlp.is_gated)
             if isinstance(layer.mlp, Dense)
             else Experts(layer.mlp, setting),
-        )
+        }
+        for name in modules if has_norms_first else self._order:
+            self.add_module(name, modules[name])
 
     def forward(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
         before, attention, after, mlp = (getattr(self, name) for name in self._order)

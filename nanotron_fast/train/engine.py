@@ -105,6 +105,8 @@ def _part(config: TrainingConfig, architecture: Architecture, mesh: Mesh, chunk:
         stages = Topology(tp=layout.tp, pp=layout.pp * layout.chunks)
         blocks = architecture.blocks_of(stages, chunk * layout.pp + mesh.pp_rank)
     given: Mapping[str, Any] = config.model.model_config or {}
+    # With ZeRO-3 all of it may be too large for the device, which gets a layer at a time.
+    is_by_rows = config.optimizer.zero_stage == 3 and layout.dp > 1
     return Decoder(
         architecture,
         topology=topology,
@@ -115,7 +117,7 @@ def _part(config: TrainingConfig, architecture: Architecture, mesh: Mesh, chunk:
         recompute="layer" if layout.recompute_layer else "none",
         z_loss=given.get("z_loss_coefficient", 0.0) if given.get("z_loss_enabled") else 0.0,
         dtype=dtype_of(config),
-        device=mesh.device,
+        device="cpu" if is_by_rows else mesh.device,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,6 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
     "smollm3": ("smollm3", {"no_rope_layers": [1, 1, 0], "pad_token_id": None}, 1e-6),
     "qwen2_moe": ("qwen2_moe", {"mlp_only_layers": [1]}, 1e-5),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def batches() -> list[torch.Tensor]:

@@ -40,14 +40,6 @@ EXCLUDED = (r".*layernorm", r".*bias")
 INNER, NUM_EXPERTS = 12, 3
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def decoder_of(tp: int = 1, tp_rank: int = 0, dtype: torch.dtype = torch.float32) -> Decoder:
     """A dense layer and one of experts, filled with the same numbers at every topology."""
     attention = Attention(4, 2, 8, (0, 8), has_qkv_bias=True)

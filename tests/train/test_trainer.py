@@ -33,14 +33,6 @@ from tests.train.data.material import write_tokens
 from tests.train.runs import config, train
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def stage(name: str, start: int, **more: Any) -> dict[str, Any]:
     return {
         "name": name,

@@ -64,7 +64,8 @@ def prepared(root: Path, prepare: Callable[[Path], object]) -> Path:
 
 
 def goes_on_at_other_topologies(root: Path) -> None:
-    for vocab_size, pairs in ((160, ((DP, PP), (PP, TP))), (161, ((TP, DP),))):
+    rows = {**DP, "optimizer__zero_stage": 3}
+    for vocab_size, pairs in ((160, ((rows, PP), (PP, TP))), (161, ((TP, DP),))):
         # The second has to be padded for tp=2, and stays so.
         folder = root / str(vocab_size)
         for number, (before, after) in enumerate(pairs):
