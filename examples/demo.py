@@ -22,7 +22,7 @@ from nanotron_fast.cli.reporting import size
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPT = "A checkpoint of Nanotron"
 VOCAB_SIZE = 2048
-TRAIN_STEPS, HALF_WAY = 10, 6
+TRAIN_STEPS, HALF_WAY = 9, 6
 
 
 def main() -> None:
@@ -108,6 +108,8 @@ def convert_there_and_back(hf: Path, nanotron: Path, back: Path) -> None:
 def train(nanotron: Path, texts: Path, run_folder: Path) -> None:
     import yaml
 
+    from nanotron_fast.train import Trainer, TrainingConfig
+
     config = Path("train.yaml")
     config.write_text(yaml.safe_dump(training_config(nanotron, texts, run_folder), sort_keys=False))
 
@@ -115,8 +117,10 @@ def train(nanotron: Path, texts: Path, run_folder: Path) -> None:
     run("train", config, f"--tokens.train_steps={HALF_WAY}", num_ranks=2)
     check(last_checkpoint(run_folder) == HALF_WAY, f"latest.txt names step {HALF_WAY}")
 
-    step("8. go on with it in one process, which takes both replicas' samples of a step")
-    run("train", config, "--parallelism.dp=1", "--tokens.batch_accumulation_per_replica=2")
+    step("8. go on with it in this one process, from Python, with both replicas' samples")
+    changes = ["--parallelism.dp=1", "--tokens.batch_accumulation_per_replica=2"]
+    result = Trainer(TrainingConfig.load(config, changes), is_quiet=True).run()
+    say(f"trained to step {result.step}; {result.checkpoint} is its checkpoint")
     check(last_checkpoint(run_folder) == TRAIN_STEPS, f"latest.txt names step {TRAIN_STEPS}")
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").open()]
     steps = [line["step"] for line in lines]

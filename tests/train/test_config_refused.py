@@ -271,6 +271,8 @@ def test_a_file_that_is_no_document(text: str, message: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ("--token.train_steps=3", r"^--token is not known: did you mean tokens\?"),
+        ("--profiler.wait=2", "^--profiler.profiler_export_path is missing"),
         ("--tokens.train_steps=x", "^--tokens.train_steps is 'x', and should be an integer"),
         ("--tokens.steps=5", "^--tokens.steps is not known: did you mean train_steps?"),
         ("--tokens={a: 1}", "^--tokens.a is not known"),

@@ -26,43 +26,45 @@ def read_document(path: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def override(document: dict[str, Any], overrides: Iterable[str]) -> frozenset[str]:
-    """Sets values in a document, in place; returns the dotted paths that were set.
+    """Sets values in a document, in place; returns the dotted paths that are from here alone.
 
     Each is `--section.key=value`, with or without the dashes, the value in YAML; an element of a
     list is named by its index, from 0. What a path leads through and is missing becomes a mapping,
     which is then read as strictly as the rest. Raises ConfigError.
     """
-    paths = set()
+    paths: set[str] = set()
     for given in overrides:
         path, has_value, text = given.removeprefix("--").partition("=")
         if not has_value:
             raise ConfigError(f"{given}: it has no value; write --{path}=VALUE")
         if not all(path.split(".")):
             raise ConfigError(f"{given}: write --section.key=VALUE")
-        _set(document, path, _parse(text.encode(), f"--{path}", []))
+        _set(document, path, _parse(text.encode(), f"--{path}", []), paths)
         paths.add(path)
     return frozenset(paths)
 
 
-def _set(document: dict[str, Any], path: str, value: object) -> None:
+def _set(document: dict[str, Any], path: str, value: object, made: set[str]) -> None:
+    """Sets one value; adds the paths of mappings that were missing to those that were made."""
     holder: Any = document
     *parents, last = path.split(".")
     for depth, key in enumerate(parents):
         name = ".".join(parents[: depth + 1])
-        holder = _enter(holder, key, path, name)
+        holder = _enter(holder, key, path, name, made)
     if isinstance(holder, list):
         holder[_index(holder, last, path)] = value
     else:
         holder[last] = value
 
 
-def _enter(holder: Any, key: str, path: str, name: str) -> Any:
+def _enter(holder: Any, key: str, path: str, name: str, made: set[str]) -> Any:
     """What lies below a key, to set something in it: a mapping or a list."""
     if isinstance(holder, list):
         inner = holder[_index(holder, key, path)]
     else:
         if holder.get(key) is None:
             holder[key] = {}
+            made.add(name)
         inner = holder[key]
     if not isinstance(inner, dict | list):
         raise ConfigError(f"--{path}: {name} is {inner!r}, which has nothing below it")
