@@ -22,7 +22,7 @@ from nanotron_fast.cli.reporting import size
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PROMPT = "A checkpoint of Nanotron"
 VOCAB_SIZE = 2048
-TRAIN_STEPS, HALF_WAY = 9, 6
+TRAIN_STEPS, HALF_WAY = 6, 4
 
 
 def main() -> None:
