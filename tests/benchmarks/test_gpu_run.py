@@ -77,7 +77,8 @@ def test_planted_faults_are_the_failures_of_their_operations(tree: Path) -> None
     for row in rows:
         assert row["ok"] is (row["operation"] == "rope_apart"), row
         if row["operation"] in ("glu", "rope_apart"):
-            assert row["path"] == "triton"
+            # One that is cut off at its limit has none of this.
+            assert row.get("path") == "triton", row
             assert row["kernels"]
         if row["operation"] == "glu":
             assert row["error"].startswith("gradient 0 is off by")
