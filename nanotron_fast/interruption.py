@@ -49,9 +49,9 @@ def _handle(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
 
-def install() -> None:
-    """Lets the signals raise Interrupted; one that is ignored (nohup) stays so."""
-    for number in _SIGNALS:
+def install(*more: int) -> None:
+    """Lets the signals, and more, raise Interrupted; one that is ignored (nohup) stays so."""
+    for number in (*_SIGNALS, *more):
         before = signal.getsignal(number)
         if before is not signal.SIG_IGN and before is not _handle:
             _state.previous[number] = before
@@ -67,7 +67,7 @@ def restore() -> None:
 
 def ignore() -> None:
     """From here on the work is done, and its exit code stands."""
-    for number in _SIGNALS:
+    for number in {*_SIGNALS, *_state.previous}:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +42,7 @@ def train(
 
     SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
+    interruption.install(signal.SIGUSR1)
     from nanotron_fast.cli.dry_run import overrides_of
     from nanotron_fast.errors import ConfigError
 

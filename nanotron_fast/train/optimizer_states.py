@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import math
 import pickle
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,8 @@ class StoredStates:
     def num_steps(self) -> int:
         """Steps that were taken. Raises CheckpointError where parameters took different numbers."""
         place = next(iter(self._files))
-        counts = {int(state["step"]) for state in self._document(place)["state"].values()}
+        with _laid_out(self._files[place]):
+            counts = {int(state["step"]) for state in self._document(place)["state"].values()}
         if len(counts) != 1:
             raise CheckpointError(
                 f"{self._files[place]}: its parameters took {sorted(counts)} steps, and should "
@@ -156,18 +159,23 @@ class StoredStates:
         """The tensors of each parameter in a file, by its name."""
         if place not in self._by_name:
             document = self._document(place)
-            masters = document.get(MASTERS, {})
             found: dict[str, dict[str, Tensor]] = {}
-            for index, name in document["names"].items():
-                found[name] = dict(document["state"][index])
-                if name in masters:
-                    found[name][MASTERS] = masters[name]
+            with _laid_out(self._files[place]):
+                masters = document.get(MASTERS, {})
+                for index, name in document["names"].items():
+                    found[name] = dict(document["state"][index])
+                    if name in masters:
+                        found[name][MASTERS] = masters[name]
             self._by_name[place] = found
         return self._by_name[place]
 
     def _document(self, place: Place) -> dict[str, Any]:
         if place not in self._open:
             path = self._files[place]
+            if not zipfile.is_zipfile(path):
+                raise CheckpointError(
+                    f"{path}: it is not, or not the whole of, what torch.save writes"
+                )
             try:
                 document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
@@ -177,6 +185,20 @@ class StoredStates:
                 raise CheckpointError(f"{path}: it lacks {', '.join(sorted(missing))}")
             self._open[place] = document
         return self._open[place]
+
+
+@contextmanager
+def _laid_out(path: Path) -> Iterator[None]:
+    """What is read within is where Nanotron has it. Raises CheckpointError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(
+            f"{path}: it is not laid out as an optimizer's file of Nanotron's: "
+            f"{type(error).__name__}: {error}"
+        ) from None
 
 
 def _pairs(param: Param, tp: int, rank: int, shape: tuple[int, ...]) -> Any:

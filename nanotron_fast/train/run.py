@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -40,7 +41,20 @@ from nanotron_fast.train.start import Start
 from nanotron_fast.train.step import StepResult
 from nanotron_fast.train.zero import resolve_group
 
-Batch = TypeVar("Batch")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """What the ranks say after a step: one has failed, one was asked to stop; the most memory."""
+
+    is_failed: bool
+    is_stopped: bool
+    memory: int
+
+    @property
+    def ends(self) -> bool:
+        return self.is_failed or self.is_stopped
 
 
 class BatchSource(Protocol):
@@ -111,7 +125,7 @@ class Run:
     engine: Engine
     saver: Saver
     report: Report
-    stop: StopRequest
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def to_the_end(self) -> TrainingResult:
         """Takes the steps. Raises what `Trainer.run` does."""
@@ -119,38 +133,43 @@ class Run:
         section = self.config.checkpoints
         metrics: StepMetrics | None = None
         validation_loss: float | None = None
+        failure: BaseException | None
+        unreported: BaseException | None = None
         if section.save_initial_state and self.start.folder is None:
             self._save(step)
         with closing(ahead(self._batch, range(step + 1, last + 1))) as batches:
-            batch, failure = _next(batches)
-            is_stopped, _ = self._agree(failure)
-            while batch is not None and not is_stopped:
+            batch, failure, waited = _next(batches)
+            verdict = self._verdict(failure)
+            while batch is not None and not verdict.ends:
                 step += 1
                 begun = time.perf_counter()
                 result = self._step(step, batch)
                 loss, norm = result.loss.item(), result.grad_norm.item()
-                seconds = time.perf_counter() - begun
-                batch, failure = _next(batches)
-                is_stopped, memory = self._agree(failure or self.saver.error)
-                metrics = self._metrics(step, loss, norm, seconds, memory)
-                validated = self._validation_loss(step)
-                if validated is not None:
-                    validation_loss = validated
-                    metrics = replace(metrics, validation_loss=validated)
-                self.report(metrics)
+                seconds = waited + time.perf_counter() - begun
+                batch, failure, waited = _next(batches)
+                held_out, no_validation = _tried(partial(self._held_out, step))
+                failure = unreported or failure or no_validation or self.saver.error
+                verdict = self._verdict(failure)
+                metrics = self._metrics(step, loss, norm, seconds, verdict.memory)
+                if held_out and not verdict.is_failed:
+                    validation_loss = self._validation_loss(held_out)
+                    metrics = replace(metrics, validation_loss=validation_loss)
+                _, unreported = _tried(partial(self.report, metrics))
                 self._check(metrics)
-                if step % section.checkpoint_interval == 0:
+                if step % section.checkpoint_interval == 0 and not verdict.is_failed:
                     self._save(step)
-        is_cut = is_stopped and step < last
+        if verdict.is_failed:
+            self._leave(step, failure)
+        is_cut = verdict.is_stopped and step < last
         is_new = metrics is not None or self.start.folder is None
         if is_new and (is_cut or section.save_final_state):
             self._save(step)
-        self._agree(self.saver.finished())
+        self._agree(unreported or self.saver.finished())
         return TrainingResult(
             step,
             None if metrics is None else metrics.loss,
             validation_loss,
-            self.saver.last,
+            self.saver.last or self.start.folder,
             self.stop.name if is_cut else None,
         )
 
@@ -189,27 +208,36 @@ class Run:
             micro_batch_size=self.config.tokens.micro_batch_size,
         )
 
-    def _agree(self, failure: BaseException | None) -> tuple[bool, int]:
-        """What all ranks say: whether one was asked to stop, and the most memory that one uses.
-
-        Raises the failure of the first rank that has one, and PeerFailed on every other.
-        """
-        mesh = self.mesh
-        memory = peak_memory_bytes(mesh.device)
+    def _verdict(self, failure: BaseException | None) -> _Verdict:
+        """What all ranks say together, this one whether something has failed on it."""
+        memory = peak_memory_bytes(self.mesh.device)
         is_failed, asked, most = self._most(failure is not None, self.stop.number or 0, memory)
-        if not is_failed:
-            if asked:
-                # The same on all ranks, some of which it may reach a moment later.
-                self.stop.number = int(asked)
-            return bool(asked), int(most)
+        if asked:
+            # The same on all ranks, some of which it may reach a moment later.
+            self.stop.number = int(asked)
+        return _Verdict(bool(is_failed), bool(asked), int(most))
+
+    def _agree(self, failure: BaseException | None) -> None:
+        """Raises the failure of the first rank that has one, and PeerFailed on every other."""
+        if not self._verdict(failure).is_failed:
+            return
         # A save that failed on another rank fails on this one as well, perhaps a moment later.
         failure = failure or self.saver.finished()
         is_own = failure is not None and not isinstance(failure, PeerFailed)
-        (backwards,) = self._most(mesh.world_size - mesh.rank if is_own else 0)
-        first = mesh.world_size - int(backwards)
-        if failure is not None and first == mesh.rank:
+        world_size, rank = self.mesh.world_size, self.mesh.rank
+        (backwards,) = self._most(world_size - rank if is_own else 0)
+        first = world_size - int(backwards)
+        if failure is not None and first == rank:
             raise failure
         raise PeerFailed(f"rank {first} failed, and has said why")
+
+    def _leave(self, step: int, failure: BaseException | None) -> None:
+        """Saves what was reached, where saving has not failed itself, and raises the failure."""
+        (has_lost,) = self._most(self.saver.finished() is not None)
+        if not has_lost and step > self.start.step:
+            self._save(step)
+        unsaved = self.saver.finished()
+        self._agree(failure or unsaved)
 
     def _most(self, *said: float) -> list[float]:
         """Of each number the largest that a rank says."""
@@ -259,15 +287,13 @@ class Run:
                     + (f"{kept} is the last checkpoint" if kept else "there is no checkpoint yet")
                 )
 
-    def _validation_loss(self, step: int) -> float | None:
-        """The mean over the samples that are held out; None where it is not the time for it."""
+    def _held_out(self, step: int) -> list[MicroBatch]:
+        """What a validation after a step sees; empty where it is not the time for one."""
         interval = self.config.tokens.val_check_interval
-        if interval <= 0 or step % interval:
-            return None
-        micro_batches = self.data.validation(step)
-        if not micro_batches:
-            return None
-        tensors = self._moved(self._joined(micro_batches))
+        return self.data.validation(step) if interval > 0 and step % interval == 0 else []
+
+    def _validation_loss(self, held_out: Sequence[MicroBatch]) -> float:
+        tensors = self._moved(self._joined(held_out))
         size = self.config.tokens.micro_batch_size
         return float(self.engine.step.evaluate(**tensors, micro_batch_size=size).item())
 
@@ -292,9 +318,16 @@ class Run:
         self.saver.start(step, taken, metadata)
 
 
-def _next(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
-    """The next batch, or None where they are at an end, or why it cannot be had."""
+def _tried(call: Callable[[], Value]) -> tuple[Value | None, Exception | None]:
+    """What a call gives, or the error that all ranks have to hear of first."""
     try:
-        return next(batches, None), None
+        return call(), None
     except (NanotronFastError, OSError) as error:
         return None, error
+
+
+def _next(batches: Iterator[Value]) -> tuple[Value | None, BaseException | None, float]:
+    """The next batch, or None where they are at an end; why it cannot be had; seconds it took."""
+    begun = time.perf_counter()
+    batch, failure = _tried(lambda: next(batches, None))
+    return batch, failure, time.perf_counter() - begun

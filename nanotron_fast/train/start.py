@@ -9,7 +9,12 @@ from typing import Any
 from nanotron_fast.checkpoints.source import resolve
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.json_file import read_json_object
-from nanotron_fast.formats.nanotron.checkpoint import LATEST, METADATA, is_nanotron_checkpoint
+from nanotron_fast.formats.nanotron.checkpoint import (
+    LATEST,
+    METADATA,
+    MODEL_CONFIG,
+    is_nanotron_checkpoint,
+)
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import Consumed
 
@@ -48,28 +53,53 @@ def find_start(config: TrainingConfig) -> Start:
         return Start()
     path, where = Path(given), config.place.at("checkpoints.resume_checkpoint_path")
     is_own = root.resolve() in (path.resolve(), path.resolve().parent)
-    has_one = (path / LATEST).is_file() or (path.is_dir() and is_nanotron_checkpoint(path))
-    if not has_one and is_own:
+    found = _checkpoint_in(path)
+    if found is None and is_own:
         return Start()
-    if not has_one:
+    if found is None:
         raise CheckpointError(
             f"{where} is {path}, where there is neither {LATEST} nor a checkpoint of Nanotron's"
             + ("" if path.exists() else ": there is no such folder")
         )
     if not is_own:
         _check_free(config, root)
-    folder = resolve(path)
+    folder = resolve(found)
+    if not (folder / MODEL_CONFIG).is_file():
+        raise CheckpointError(
+            f"{folder / MODEL_CONFIG}: it is missing, so the checkpoint is not whole"
+        )
     step, consumed = _read_metadata(folder / METADATA)
     _check_not_behind(config, step)
     return Start(folder, step, consumed)
 
 
+def _checkpoint_in(path: Path) -> Path | None:
+    """A checkpoint, or a run's folder that says which is its latest.
+
+    Where latest.txt is missing (a run was killed just before it wrote it, or somebody removed it)
+    it is the newest that is whole. None where there is none.
+    """
+    if (path / LATEST).is_file() or (path.is_dir() and is_nanotron_checkpoint(path)):
+        return path
+    steps = _steps_in(path)
+    return path / str(max(steps)) if steps else None
+
+
+def _steps_in(root: Path) -> list[int]:
+    """The steps of the whole checkpoints in a run's folder."""
+    return [
+        int(each.name)
+        for each in (root.iterdir() if root.is_dir() else ())
+        if each.name.isdecimal() and (each / METADATA).is_file()
+    ]
+
+
 def _check_free(config: TrainingConfig, root: Path) -> None:
     """A new run must not write over another one."""
-    if (root / LATEST).is_file():
+    if (root / LATEST).is_file() or _steps_in(root):
         where = config.place.at("checkpoints.checkpoints_path")
         raise ConfigError(
-            f"{where} is {root}, which has the checkpoints of a run already ({LATEST} is there): "
+            f"{where} is {root}, which has the checkpoints of a run already: "
             f"go on with it by --checkpoints.resume_checkpoint_path={root}, or give another folder"
         )
 

@@ -23,6 +23,7 @@ from nanotron_fast.train.beside import beside_of_run
 from nanotron_fast.train.checkpoint import Beside
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
 from nanotron_fast.train.config.checks import check_world_size
+from nanotron_fast.train.contradictions import check_against_weights
 from nanotron_fast.train.data import StagedBatches, batches_of
 from nanotron_fast.train.data.cache import Progress
 from nanotron_fast.train.data.given import GivenBatches
@@ -32,7 +33,7 @@ from nanotron_fast.train.optimizer_states import load_states
 from nanotron_fast.train.reporting import reporting
 from nanotron_fast.train.run import BatchSource, Run, TrainingResult
 from nanotron_fast.train.saver import Saver
-from nanotron_fast.train.signals import StopRequest, stop_request
+from nanotron_fast.train.signals import stop_request
 from nanotron_fast.train.start import Start, find_start
 
 
@@ -76,8 +77,11 @@ class Trainer:
         check_world_size(self.config, num_processes())
         mesh = Mesh.connect(dp=layout.dp, pp=layout.pp, tp=layout.tp, device=self._device)
         try:
-            with stop_request() as stop, ExitStack() as stack:
-                result = _prepared(self, mesh, stop, stack).to_the_end()
+            with ExitStack() as stack:
+                run = _prepared(self, mesh, stack)
+                # Until here there is nothing that could be saved, and signals end the process.
+                run.stop = stack.enter_context(stop_request())
+                result = run.to_the_end()
         except (NanotronFastError, OSError):
             # All ranks come here. After any other error the rest may be waiting for ever.
             mesh.close()
@@ -86,7 +90,7 @@ class Trainer:
         return result
 
 
-def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack) -> Run:
+def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
     """All that a run needs, ready for its first step. Raises what `Trainer.run` does."""
     config = trainer.config
     tell = _Teller(is_silent=trainer._is_quiet or mesh.rank > 0)
@@ -101,7 +105,11 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         model = architecture(sourced, min_rows=_stored_rows(start.folder))
         sourced = sourced.with_model_config(model.model_config)
         config = config.with_model_config(model.model_config)
-        for warning in (*trainer.config.warnings, *model.warnings):
+        warnings_ = [*trainer.config.warnings, *model.warnings]
+        if weights is not None and trainer.config.model.model_config and mesh.rank == 0:
+            where = config.place.at("model.model_config")
+            warnings_ += check_against_weights(model.architecture, weights, where)
+        for warning in warnings_:
             tell("warning", warning)
         if start.folder is not None:
             last = config.tokens.train_steps
@@ -137,7 +145,7 @@ def _prepared(trainer: Trainer, mesh: Mesh, stop: StopRequest, stack: ExitStack)
         keep_last=config.checkpoints.keep_last,
         warn=partial(tell, "warning"),
     )
-    return Run(config, model, mesh, start, data, engine, saver, report, stop)
+    return Run(config, model, mesh, start, data, engine, saver, report)
 
 
 def _stored_rows(resumed: Path | None) -> int:

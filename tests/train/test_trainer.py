@@ -263,6 +263,66 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     assert train(tmp_path / "run", checkpoints__load_optimizer=False, **changes).step == 3
 
 
+def test_without_latest_txt_the_newest_whole_checkpoint_counts(tmp_path: Path) -> None:
+    changes = {"checkpoints__resume_checkpoint_path": str(tmp_path)}
+    train(tmp_path, tokens__train_steps=4, checkpoints__checkpoint_interval=2, **changes)
+    (tmp_path / "latest.txt").unlink()
+    with pytest.raises(ConfigError, match="has the checkpoints of a run already"):
+        train(tmp_path, tokens__train_steps=6)
+    # One that is not whole has no metadata.
+    (tmp_path / "5").mkdir()
+    assert train(tmp_path, tokens__train_steps=6, **changes).step == 6
+    assert [line["step"] for line in comparable(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_config_and_the_weights_are_one_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(tmp_path, tokens__train_steps=1)
+    changes: dict[str, Any] = {
+        "checkpoints__resume_checkpoint_path": str(tmp_path),
+        "tokens__train_steps": 2,
+    }
+    for key, value, message in (
+        ("num_hidden_layers", 2, "num_layers is 2, and .*/1 holds a model with 4"),
+        ("vocab_size", 300, "vocab_size is 300, and .* with 512"),
+        ("tie_word_embeddings", True, "tie_word_embeddings is True"),
+    ):
+        with pytest.raises(ConfigError, match=rf"model\.model_config: {message}"):
+            train(tmp_path, **changes, **{f"model__model_config__{key}": value})
+    changes["model__model_config__rms_norm_eps"] = 0.01
+    Trainer(config(tmp_path, **changes), device="cpu").run()
+    assert "norm_eps is 0.01, and the model in" in capsys.readouterr().err
+
+
+def test_what_was_reached_is_saved_when_the_data_end(tmp_path: Path) -> None:
+    tokens = [torch.randint(512, (4, 17)) for _ in range(3)]
+    with pytest.raises(DataError, match="end after 3"):
+        train(tmp_path, batches=tokens, tokens__train_steps=9)
+    assert (tmp_path / "latest.txt").read_text() == "3"
+    assert [line["step"] for line in comparable(tmp_path)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("contents", "message"),
+    [
+        (b"", "not the whole of, what torch.save writes"),
+        ({"state": {}, "names": {0: "x"}}, "not laid out .* KeyError: 0"),
+        ({"state": {0: 3}, "names": {0: "x"}}, "not laid out .* TypeError"),
+        ({"state": {}}, "it lacks names"),
+    ],
+)
+def test_a_damaged_optimizer_is_named(tmp_path: Path, contents: Any, message: str) -> None:
+    train(tmp_path, tokens__train_steps=1)
+    (path,) = (tmp_path / "1" / "optimizer").glob("*.pt")
+    if isinstance(contents, bytes):
+        path.write_bytes(contents)
+    else:
+        torch.save(contents, path)
+    with pytest.raises(CheckpointError, match=message):
+        train(tmp_path, tokens__train_steps=2, checkpoints__resume_checkpoint_path=str(tmp_path))
+
+
 def test_a_run_stands_alone_when_it_is_resumed(tmp_path: Path) -> None:
     """What its weights came from may be gone."""
     source = make("llama").save(tmp_path / "hf")

@@ -23,7 +23,7 @@ from nanotron_fast.errors import DataError
 from nanotron_fast.train import TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
-from nanotron_fast.train.metrics import read_metrics
+from nanotron_fast.train.metrics import MetricsFile, read_metrics
 from tests.modelzoo import make
 from tests.parallel.ranks import join, run_cases
 from tests.train import runs
@@ -129,6 +129,32 @@ def a_rank_without_data_ends_both(root: Path) -> None:
         train(root, batches=batches, tokens__train_steps=4, **DP)
 
 
+def what_fails_on_one_rank_after_a_step_ends_both(root: Path) -> None:
+    """Figures that cannot be written, a validation that cannot be read."""
+
+    def full(file: MetricsFile, metrics: Any) -> None:
+        raise OSError(28, "No space left on device", "metrics.jsonl")
+
+    def unreadable(run: Any, step: int) -> list[Any]:
+        if dist.get_rank() == 1:
+            raise DataError("nothing to validate with")
+        return []
+
+    for number, (holder, name, planted, message, teller) in enumerate(
+        (
+            (MetricsFile, "write", full, "No space left", 0),
+            (running.Run, "_held_out", unreadable, "nothing to validate with", 1),
+        )
+    ):
+        error = (Exception, message) if dist.get_rank() == teller else (PeerFailed, "has said why")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(holder, name, planted)
+            with pytest.raises(error[0], match=error[1]):
+                train(root / str(number), tokens__train_steps=3, **DP)
+        # What was reached is saved.
+        assert (root / str(number) / "latest.txt").read_text() == ("2" if number == 0 else "1")
+
+
 def a_rank_whose_disk_is_full_ends_both(root: Path) -> None:
     inner = saving._write_document
 
@@ -206,6 +232,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             goes_on_at_other_topologies,
             a_signal_to_one_rank_ends_both,
             a_rank_without_data_ends_both,
+            what_fails_on_one_rank_after_a_step_ends_both,
             a_rank_whose_disk_is_full_ends_both,
             the_command_says_an_error_once,
             the_command_trains,

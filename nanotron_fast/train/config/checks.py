@@ -156,7 +156,7 @@ def _check_scatter(config: TrainingConfig, place: Place) -> None:
 
 def _unreached(config: TrainingConfig, place: Place) -> list[str]:
     """Stages that begin after the last step."""
-    last = config.tokens.train_steps
+    last = max(config.tokens.train_steps, 1)
     return [
         f"{place.at(f'data_stages.{index}')} ({stage.name}) begins at step "
         f"{stage.start_training_step}, and the last step is {last}: it is never reached"
@@ -169,6 +169,8 @@ def _about_the_rate(config: TrainingConfig, place: Place) -> list[str]:
     """A learning rate that goes another way than its names say, as it would in Nanotron."""
     rate = config.optimizer.learning_rate_scheduler
     here = place.at("optimizer.learning_rate_scheduler")
+    if config.tokens.train_steps == 0:
+        return []
     warnings = []
     if rate.lr_warmup_steps >= config.tokens.train_steps:
         warnings.append(
