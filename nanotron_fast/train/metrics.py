@@ -34,7 +34,7 @@ class StepMetrics:
         mfu: the FLOPs of the step over what the devices can do in its time; None where that is not
             known, as on a CPU.
         memory_bytes: the peak of any rank: what torch allocated on a GPU, else the process.
-        seconds: the step took.
+        seconds: the step took, with the wait for its batch; not a validation, not a save.
         validation_loss: where there was a validation after the step.
     """
 

@@ -164,7 +164,8 @@ class Run:
         is_new = metrics is not None or self.start.folder is None
         if is_new and (is_cut or section.save_final_state):
             self._save(step)
-        self._agree(unreported or self.saver.finished())
+        unsaved = self.saver.finished()
+        self._agree(unreported or unsaved)
         return TrainingResult(
             step,
             None if metrics is None else metrics.loss,
