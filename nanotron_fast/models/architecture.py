@@ -11,7 +11,7 @@ from nanotron_fast.checkpoints.options import LoadChoices, Options
 from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, NanotronModel, stored_model
-from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast.errors import TopologyError, UnsupportedModelError
 from nanotron_fast.families import (
     Family,
     family_named,
@@ -181,10 +181,27 @@ class Architecture:
     def blocks_of(self, topology: Topology, stage: int) -> tuple[Block, ...]:
         """The blocks of a stage by Nanotron's assignment: "embedding", layers, "norm", "head".
 
-        Raises TopologyError.
+        Raises TopologyError where some stage would own none.
+        """
+        return self.blocks_by_stage(topology)[stage]
+
+    def blocks_by_stage(self, topology: Topology) -> list[tuple[Block, ...]]:
+        """Those of every stage. Raises TopologyError where one would own none.
+
+        Nanotron's last stage may compute the loss alone; here the loss is a part of the head.
         """
         stages = Stages(self.spec, self.model_class, topology)
-        return tuple(block for block in self.blocks if stages.of(block) == stage)
+        found = [
+            tuple(block for block in self.blocks if stages.of(block) == stage)
+            for stage in range(topology.pp)
+        ]
+        used = sum(1 for blocks in found if blocks)
+        if used < topology.pp:
+            raise TopologyError(
+                f"pp={topology.pp}: {self.spec.num_layers} layers, norm and head fill {used} "
+                "stages by Nanotron's own assignment, and the last would have the loss alone"
+            )
+        return found
 
     @property
     def blocks(self) -> tuple[Block, ...]:

@@ -110,7 +110,7 @@ class Decoder(nn.Module):
         topology: sizes of the groups.
         stage: of the pipeline; its blocks are those of Nanotron's assignment.
         blocks: which blocks instead, in the words of `Architecture.blocks`: layers in one run,
-            "embedding" before the first, "norm" and "head" together after the last.
+            "embedding" before the first, "norm" and then "head" after the last.
         group: of tensor parallelism: a ProcessGroup, a DeviceMesh of one dimension, or None.
         mode: "all_reduce" or "reduce_scatter" (Nanotron's names in capitals are taken too).
         recompute: what backward computes again: "none"; "products", the projections of attention
@@ -277,9 +277,12 @@ class Decoder(nn.Module):
                 x, residual = layer(x, residual, batch)
         if cache is not None:
             cache.advance(length)
-        if "norm" not in self.blocks:
-            return x if residual is None else x + residual
-        x, _ = self.model.get_submodule("final_layer_norm.pp_block")(x, residual)
+        if "norm" in self.blocks:
+            x, _ = self.model.get_submodule("final_layer_norm.pp_block")(x, residual)
+        elif residual is not None:
+            x = x + residual
+        if not self.is_last:
+            return x
         if labels is not None:
             return self._loss(x, labels)
         if last_alone:
@@ -358,7 +361,11 @@ def _in_order(architecture: Architecture, chosen: Iterable[Block]) -> tuple[Bloc
     wanted = set(chosen)
     known = architecture.blocks
     places = [place for place, block in enumerate(known) if block in wanted]
-    if len(places) != len(wanted) or places != list(range(places[0], places[0] + len(places))):
+    if (
+        not places
+        or len(places) != len(wanted)
+        or places != list(range(places[0], places[0] + len(places)))
+    ):
         raise ConfigError(
             f"blocks {sorted(wanted, key=str)}: give some that follow each other of embedding, "
             f"0 to {architecture.spec.num_layers - 1}, norm, head"

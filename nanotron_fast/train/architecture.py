@@ -9,7 +9,7 @@ from typing import Any
 from nanotron_fast.checkpoints import source
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel, check_divides
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.errors import CheckpointError, TopologyError
 from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_config
@@ -72,9 +72,40 @@ class ModelPlan:
         params = self.params if is_same else tuple(padded.params())
         topology = Topology(tp=layout.tp, pp=layout.pp)
         check_divides(params, topology)
-        return replace(
+        plan = replace(
             self, architecture=padded, params=params, topology=topology, chunks=layout.chunks
         )
+        plan._check_stages(config.place.at("parallelism"))
+        return plan
+
+    def _check_stages(self, place: Place) -> None:
+        """Refuses more stages than there are blocks to fill them. Raises TopologyError."""
+        pp, chunks = self.topology.pp, self.chunks
+        try:
+            self._blocks(pp * chunks)
+        except TopologyError as error:
+            interleaved = f" x pp_chunks={chunks}" if chunks > 1 else ""
+            fits = [count for count in range(1, chunks) if self._runs(pp * count)]
+            if fits:
+                last = f"pp_chunks={fits[-1]}" if fits[-1] > 1 else "pp_engine=1f1b"
+            else:
+                most = max(count for count in range(1, pp + 1) if self._runs(count))
+                last = f"pp={most}" + (" and --parallelism.pp_engine=1f1b" if chunks > 1 else "")
+            raise TopologyError(
+                f"{place}: pp={pp}{interleaved} is too many for this model: {error}; set "
+                f"--parallelism.{last}"
+            ) from None
+
+    def _runs(self, stages: int) -> bool:
+        try:
+            self._blocks(stages)
+        except TopologyError:
+            return False
+        return True
+
+    def _blocks(self, stages: int) -> None:
+        """Raises TopologyError where one of so many stages would own nothing."""
+        self.architecture.blocks_by_stage(Topology(tp=self.topology.tp, pp=stages))
 
 
 def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:

@@ -73,10 +73,11 @@ class Mesh:
         where = _device(device)
         wanted, started = dp * pp * tp, num_processes()
         if wanted != started:
+            advice = f"use torchrun with --nproc-per-node times --nnodes {wanted}"
             raise TopologyError(
-                f"dp={dp} pp={pp} tp={tp} are {wanted} ranks, and {started} "
-                f"{'process was' if started == 1 else 'processes were'} started: use torchrun with "
-                f"--nproc-per-node times --nnodes {wanted}"
+                f"dp={dp} pp={pp} tp={tp} {'is 1 rank' if wanted == 1 else f'are {wanted} ranks'}, "
+                f"and {started} {'process was' if started == 1 else 'processes were'} started: "
+                f"{advice if wanted > 1 else 'start it without torchrun'}"
             )
         if where.type == "cuda":
             torch.cuda.set_device(where)

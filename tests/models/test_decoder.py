@@ -73,8 +73,20 @@ def test_chunks_of_a_rank_are_loaded_by_their_blocks(tmp_path: Path) -> None:
         part = build(root, blocks=blocks, topology=Topology(pp=2))
         x = part(x, shape=(2, 8), labels=labels if "head" in blocks else None)
     assert torch.equal(x, build(root)(ids, labels=labels))
-    with pytest.raises(ConfigError, match="follow each other"):
-        build(root, blocks=[0, 2])
+    for wrong in ([0, 2], []):
+        with pytest.raises(ConfigError, match="follow each other"):
+            build(root, blocks=wrong)
+
+
+def test_norm_and_head_on_stages_of_their_own(tmp_path: Path) -> None:
+    root = saved(tmp_path, "llama")
+    ids, labels = tokens(2, 8)
+    layers = range(Architecture.of_checkpoint(root).spec.num_layers)
+    x = ids
+    for blocks in (["embedding", *layers], ["norm"], ["head"]):
+        part = build(root, blocks=blocks, topology=Topology(pp=3))
+        x = part(x, shape=(2, 8), labels=labels if "head" in blocks else None)
+    assert torch.equal(x, build(root)(ids, labels=labels))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nanotron_fast as nf
-from nanotron_fast.errors import UnsupportedModelError
+from nanotron_fast.errors import TopologyError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.model.spec import COMPUTED
 from nanotron_fast.models import Decoder, build, load
@@ -156,3 +156,19 @@ def test_dropout_is_said_to_have_no_effect(tmp_path: Path) -> None:
     assert again.architecture.spec.layers == plan.architecture.spec.layers
     (warning,) = again.warnings
     assert warning.startswith("config: model.model_config: embedding_dropout 0.25,")
+
+
+@pytest.mark.parametrize(
+    ("layout", "message"),
+    [
+        ({"pp": 8}, r"pp=8 is too many .* 4 layers.*set --parallelism.pp=\d$"),
+        (
+            {"pp": 2, "pp_engine": "interleaved", "pp_chunks": 4},
+            r"pp=2 x pp_chunks=4 is too many .* 4 layers.*set --parallelism.pp_chunks=[23]$",
+        ),
+    ],
+)
+def test_more_stages_than_blocks_are_refused(layout: dict[str, Any], message: str) -> None:
+    config = document(parallelism={"dp": 1, "tp": 1, **layout})
+    with pytest.raises(TopologyError, match=message):
+        architecture(TrainingConfig.from_dict(config, name="x.yaml"))

@@ -12,7 +12,7 @@ import yaml
 from nanotron_fast.errors import ConfigError, TopologyError
 from nanotron_fast.train import TrainingConfig
 from nanotron_fast.train.config.checks import check_world_size
-from tests.train.configs import DOCUMENT, read, save
+from tests.train.configs import DOCUMENT, document, read, save
 
 
 @pytest.mark.parametrize(
@@ -174,6 +174,26 @@ def test_ranks_are_counted() -> None:
         check_world_size(config, 4)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "started", "message"),
+    [
+        ((1, 1, 3), 1, "are 3 ranks, and 1 was started (WORLD_SIZE): start torchrun with 3 in all, "
+            "or set --parallelism.tp=1"),
+        ((4, 1, 1), 1, "start torchrun with 4 in all, or set --parallelism.dp=1"),
+        ((1, 1, 1), 2, "is 1 rank, and 2 were started (WORLD_SIZE): start it without torchrun, or "
+            "set --parallelism.dp=2"),
+        ((1, 1, 3), 2, "and 2 were started (WORLD_SIZE): start torchrun with 3 in all"),
+        ((1, 2, 1), 4, "start torchrun with 2 in all, or set --parallelism.dp=2"),
+    ],
+)  # fmt: skip
+def test_what_to_do_about_another_number_of_ranks(
+    sizes: tuple[int, int, int], started: int, message: str
+) -> None:
+    config = read(parallelism=dict(zip(("dp", "pp", "tp"), sizes, strict=True)))
+    with pytest.raises(TopologyError, match=f"{re.escape(message)}$"):
+        check_world_size(config, started)
+
+
 def test_fields_without_effect_are_named_once() -> None:
     stages = [
         {"name": str(k), "start_training_step": k, "data": {"dataset": None, "seed": 1,
@@ -239,13 +259,31 @@ def test_a_learning_rate_that_goes_another_way_is_told(
     assert re.search(message, warning)
 
 
-def test_a_key_that_is_there_twice_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("added", "key"),
+    [("tokens:\n  train_steps: 5\n", "tokens"), ("extra: {ab: 1,\n b: 2,\n ab: 3}\n", "ab")],
+)
+def test_a_key_that_is_there_twice_is_refused(tmp_path: Path, added: str, key: str) -> None:
     path = tmp_path / "twice.yaml"
     text = yaml.safe_dump(DOCUMENT)
-    path.write_text(text.replace("  train_steps: 20\n", "  train_steps: 20\n  train_steps: 30\n"))
-    config = TrainingConfig.load(path)
-    assert config.tokens.train_steps == 30
-    assert "train_steps is there twice; the last one counts" in config.warnings[0]
+    path.write_text(text + added)
+    lines = enumerate((text + added).splitlines(), 1)
+    first, again = (number for number, line in lines if re.search(rf"(^| |{{){key}:", line))
+    message = f"{path}: {key} is there twice, in line {first} and in line {again}"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        TrainingConfig.load(path)
+    with pytest.raises(ConfigError, match="--model: std is there twice, in line 1 and in line 1"):
+        TrainingConfig.load(save(path), ["--model={std: 1, std: 2}"])
+
+
+def test_what_a_merge_brings_may_be_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    rate = "{learning_rate: 1.0e-4, lr_warmup_steps: 1}"
+    changes = {"optimizer__learning_rate_scheduler": "HERE"}
+    text = yaml.safe_dump(document(**changes))
+    path.write_text(text.replace("HERE", f"{{<<: {rate}, lr_warmup_steps: 2}}"))
+    found = TrainingConfig.load(path).optimizer.learning_rate_scheduler
+    assert (found.learning_rate, found.lr_warmup_steps) == (1e-4, 2)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,7 @@ def test_stages_own_their_layers_and_a_tied_embedding_twice() -> None:
     assert found.memory == first
     chunked = of(**layout(pp=2, pp_engine="interleaved"))
     assert chunked.layer_stages == (0, 0, 1, 0)
-    with pytest.raises(TopologyError, match=r"pp=16: 4 layers fill"):
+    with pytest.raises(TopologyError, match=r"pp=16.*: 4 layers.* fill"):
         of(**layout(pp=16))
     with pytest.raises(TopologyError, match=r"4 kv heads do not split over tp=8"):
         of(**layout(tp=8))

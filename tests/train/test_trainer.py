@@ -365,7 +365,7 @@ def test_batches_of_the_user(tmp_path: Path) -> None:
 
 
 def test_too_few_ranks(tmp_path: Path) -> None:
-    with pytest.raises(TopologyError, match="dp=2 x pp=1 x tp=1 are 2 ranks, and 1 were started"):
+    with pytest.raises(TopologyError, match="dp=2 x pp=1 x tp=1 are 2 ranks, and 1 was started"):
         train(tmp_path / "run", parallelism__dp=2)
     assert not (tmp_path / "run").exists()
 

@@ -55,14 +55,23 @@ def check_lengths(config: TrainingConfig, max_positions: int, place: Place) -> N
 
 def check_world_size(config: TrainingConfig, world_size: int) -> None:
     """Refuses a number of ranks that is not dp x pp x tp. Raises TopologyError."""
-    layout = config.parallelism
-    if layout.world_size != world_size:
-        raise TopologyError(
-            f"{config.place.at('parallelism')}: dp={layout.dp} x pp={layout.pp} x tp={layout.tp} "
-            f"are {layout.world_size} ranks, and {world_size} were started (WORLD_SIZE): start "
-            f"torchrun with {layout.world_size} in all, or set --parallelism.dp="
-            f"{max(world_size // (layout.pp * layout.tp), 1)}"
-        )
+    layout, wanted = config.parallelism, config.parallelism.world_size
+    if wanted == world_size:
+        return
+    is_one = world_size == 1
+    advice = f"start torchrun with {wanted} in all" if wanted > 1 else "start it without torchrun"
+    share = layout.pp * layout.tp
+    if world_size % share == 0:
+        advice += f", or set --parallelism.dp={world_size // share}"
+    elif is_one:
+        sizes = {"dp": layout.dp, "pp": layout.pp, "tp": layout.tp}
+        changes = [f"--parallelism.{name}=1" for name, size in sizes.items() if size > 1]
+        advice += f", or set {' '.join(changes)}"
+    raise TopologyError(
+        f"{config.place.at('parallelism')}: dp={layout.dp} x pp={layout.pp} x tp={layout.tp} "
+        f"{'is 1 rank' if wanted == 1 else f'are {wanted} ranks'}, and {world_size} "
+        f"{'was' if is_one else 'were'} started (WORLD_SIZE): {advice}"
+    )
 
 
 def _check_stages(config: TrainingConfig, place: Place) -> None:

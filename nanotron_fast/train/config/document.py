@@ -10,19 +10,18 @@ from nanotron_fast.errors import ConfigError
 from nanotron_fast.formats.plain_file import read_small
 
 
-def read_document(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """The mapping in a file, and warnings about it. Raises ConfigError, CheckpointError.
+def read_document(path: Path) -> dict[str, Any]:
+    """The mapping in a file. Raises ConfigError, CheckpointError.
 
-    A key that is there twice is no error to Nanotron, which takes the last: neither is it here, but
-    it is told.
+    A key that is there twice is refused: Nanotron takes the last, so that a section pasted in again
+    would silently take the place of the first.
     """
     if not path.exists():
         raise ConfigError(f"{path}: no such file")
-    warnings: list[str] = []
-    document = _parse(read_small(path), str(path), warnings)
+    document = _parse(read_small(path), str(path))
     if not isinstance(document, dict):
         raise ConfigError(f"{path}: not a mapping with sections such as general, model and tokens")
-    return document, warnings
+    return document
 
 
 def override(document: dict[str, Any], overrides: Iterable[str]) -> frozenset[str]:
@@ -39,7 +38,7 @@ def override(document: dict[str, Any], overrides: Iterable[str]) -> frozenset[st
             raise ConfigError(f"{given}: it has no value; write --{path}=VALUE")
         if not all(path.split(".")):
             raise ConfigError(f"{given}: write --section.key=VALUE")
-        _set(document, path, _parse(text.encode(), f"--{path}", []), paths)
+        _set(document, path, _parse(text.encode(), f"--{path}"), paths)
         paths.add(path)
     return frozenset(paths)
 
@@ -79,25 +78,27 @@ def _index(holder: list[Any], key: str, path: str) -> int:
     return int(key)
 
 
-def _parse(text: bytes, name: str, warnings: list[str]) -> Any:
+def _parse(text: bytes, name: str) -> Any:
     """A YAML document, with plain values alone. Raises ConfigError."""
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Tells of keys that are there twice."""
+        """Refuses keys that are there twice: as written, before merges with `<<` add more."""
 
-        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-            seen: set[str] = set()
+        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+            node: yaml.MappingNode = super().compose_mapping_node(anchor)
+            lines: dict[tuple[str, str], int] = {}
             for key, _ in node.value:
                 if not isinstance(key, yaml.ScalarNode):
                     continue
-                if key.value in seen:
-                    warnings.append(
-                        f"{name}: line {key.start_mark.line + 1}: {key.value} is there twice; the "
-                        "last one counts"
+                line, found = key.start_mark.line + 1, (key.tag, key.value)
+                if found in lines:
+                    raise ConfigError(
+                        f"{name}: {key.value} is there twice, in line {lines[found]} and in line "
+                        f"{line}: leave one of them"
                     )
-                seen.add(key.value)
-            return super().construct_mapping(node, deep)
+                lines[found] = line
+            return node
 
     try:
         return yaml.load(text, Loader)
@@ -106,6 +107,8 @@ def _parse(text: bytes, name: str, warnings: list[str]) -> Any:
         where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"
         problem = getattr(error, "problem", None) or str(error)
         raise ConfigError(f"{name}: not YAML{where}: {problem}") from None
+    except ConfigError:
+        raise
     except RecursionError:
         raise ConfigError(f"{name}: nested too deeply") from None
     except ValueError as error:

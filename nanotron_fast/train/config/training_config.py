@@ -63,17 +63,17 @@ class TrainingConfig:
         Raises ConfigError, which names the file or the option, the key and what is wanted;
         UnsupportedModelError for a model that Nanotron's classes cannot express; OSError.
         """
-        document, warnings = read_document(Path(path))
+        document = read_document(Path(path))
         overridden = override(document, overrides)
-        return cls._read(document, Place(str(path), overridden=overridden), warnings)
+        return cls._read(document, Place(str(path), overridden=overridden))
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any], *, name: str = "config") -> TrainingConfig:
         """The same from the document itself, which errors call `name`. Raises ConfigError."""
-        return cls._read(dict(document), Place(name), [])
+        return cls._read(dict(document), Place(name))
 
     @classmethod
-    def _read(cls, document: dict[str, Any], place: Place, warnings: list[str]) -> TrainingConfig:
+    def _read(cls, document: dict[str, Any], place: Place) -> TrainingConfig:
         modern, older = modernise(document, place.file)
         config = read(cls, modern, place)
         if config.model.model_config is not None:
@@ -82,7 +82,7 @@ class TrainingConfig:
         config = _with_defaults_of_others(config)
         served.check(config, place)
         # The stages are still in the document's order, by which errors number them.
-        warnings = [*warnings, *older, *checks.check(config, place)]
+        warnings = [*older, *checks.check(config, place)]
         warnings += served.without_effect(modern, place)
         stages = sorted(config.data_stages, key=lambda stage: stage.start_training_step)
         return replace(config, data_stages=tuple(stages), warnings=tuple(warnings), place=place)
