@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,9 +16,10 @@ from nanotron_fast.train.data.blend import BlendedSamples, BlendOrder
 from nanotron_fast.train.data.cache import Progress, cached_tokens
 from nanotron_fast.train.data.conversations import ChatRecipe
 from nanotron_fast.train.data.encode import TextRecipe
+from nanotron_fast.train.data.held_out import divided
 from nanotron_fast.train.data.nanoset import TokenFolder
 from nanotron_fast.train.data.packing import PackedConversations
-from nanotron_fast.train.data.samples import Part, Samples
+from nanotron_fast.train.data.samples import ENDLESS, Part, Samples
 from nanotron_fast.train.data.synthetic import SyntheticSamples
 from nanotron_fast.train.data.text import open_source
 from nanotron_fast.train.data.tokenizer import (
@@ -209,6 +209,8 @@ class _Data:
     validation: Samples | None
     # Samples in one reading; None where there is no end.
     size: int | None
+    # Those that a validation has to take from; None where there is no end.
+    validation_size: int | None = None
     is_packed: bool = False
     folders: tuple[str, ...] = ()
     order: BlendOrder | None = None
@@ -277,17 +279,23 @@ class _Opening:
                 f"data stage {stage.name!r} takes {needed:,} samples of {length:,} tokens, and its "
                 f"data have {data.size:,}: they are read {needed / data.size:.1f} times"
             )
+        if validation is not None and data.validation_size is not None:
+            needed, there = validation.samples_per_step, data.validation_size
+            if needed > there:
+                self.notes.append(
+                    f"data stage {stage.name!r}: a validation takes {needed:,} samples "
+                    "(tokens.limit_val_batches x micro_batch_size x dp), and there are "
+                    f"{there:,} for it: they are taken {needed / there:.1f} times"
+                )
         return result
 
     def _model_flag(self, name: str) -> bool:
         return bool((self.config.model.model_config or {}).get(name))
 
-    def _num_held_out(self) -> int:
-        """Samples of a validation, of all ranks."""
+    @property
+    def _has_validation(self) -> bool:
         tokens = self.config.tokens
-        if tokens.val_check_interval <= 0:
-            return 0
-        return tokens.limit_val_batches * tokens.micro_batch_size * self.config.parallelism.dp
+        return tokens.val_check_interval > 0 and tokens.limit_val_batches > 0
 
     def _data(self, stage: DataStage, length: int, before: list[StageBatches]) -> _Data:
         dataset, seed = stage.data.dataset, stage.data.seed
@@ -296,8 +304,7 @@ class _Opening:
         if dataset is not None:
             return self._text(dataset, length)
         samples = SyntheticSamples(self.vocab_size, length, seed)
-        held_out = self._num_held_out()
-        part = Part(samples, _FAR, _FAR + held_out) if held_out else None
+        part = Part(samples, _FAR, ENDLESS) if self._has_validation else None
         return _Data(samples, part, None)
 
     @cached_property
@@ -343,22 +350,18 @@ class _Opening:
         weights = dataset.dataset_weights or (1.0,) * len(folders)
         order = BlendOrder(weights)
         shares = [weight / sum(weights) for weight in weights]
-        held_out = [math.ceil(self._num_held_out() * share) for share in shares]
-        parts = [
-            _divided(each, count, each.folder) for each, count in zip(opened, held_out, strict=True)
-        ]
-        training = BlendedSamples(
-            [part for part, _ in parts], order, [_offset(each, length, before) for each in folders]
-        )
-        validation = [part for _, part in parts if part is not None]
-        # The source of which the most readings are taken.
-        size = min(
-            int(len(part) / share) for (part, _), share in zip(parts, shares, strict=True) if share
-        )
+        training: list[Samples] = list(opened)
+        validation: list[Samples] = []
+        if self._has_validation:
+            parts = [divided(each, each.folder) for each in opened]
+            training = [part for part, _ in parts]
+            validation = [part for _, part in parts]
+        offsets = [_offset(each, length, before) for each in folders]
         return _Data(
-            training,
-            BlendedSamples(validation, order) if len(validation) == len(parts) else None,
-            size,
+            BlendedSamples(training, order, offsets),
+            BlendedSamples(validation, order) if validation else None,
+            _one_reading(training, shares),
+            _one_reading(validation, shares) if validation else None,
             folders=folders,
             order=order,
         )
@@ -369,13 +372,18 @@ class _Opening:
         training = "train" if "train" in names or not names else names[0]
         others = [name for name in names if name != training]
         samples = self._samples(dataset, length, training)
-        held_out = self._num_held_out()
-        if held_out and others:
-            validation = self._samples(dataset, length, others[0])
-            return _Data(samples, validation, len(samples), isinstance(dataset, SftDataset))
-        name = _name(dataset.hf_dataset_or_datasets)
-        train, rest = _divided(samples, held_out, name)
-        return _Data(train, rest, len(train), isinstance(dataset, SftDataset))
+        rest: Samples | None = None
+        if self._has_validation and others:
+            rest = self._samples(dataset, length, others[0])
+        elif self._has_validation:
+            samples, rest = divided(samples, _name(dataset.hf_dataset_or_datasets))
+        return _Data(
+            samples,
+            rest,
+            len(samples),
+            len(rest) if rest is not None else None,
+            is_packed=isinstance(dataset, SftDataset),
+        )
 
     def _samples(self, dataset: HfDataset | SftDataset, length: int, split: str) -> Samples:
         tokenizer = self._tokenizer
@@ -424,20 +432,9 @@ def _name(given: str | tuple[str, ...] | Mapping[str, float]) -> str:
     return given if isinstance(given, str) else ", ".join(given)
 
 
-def _divided(samples: Samples, num_held_out: int, name: str) -> tuple[Samples, Samples | None]:
-    """Samples for training, and the last ones for validation where there is one."""
-    if not num_held_out:
-        return samples, None
-    size = len(samples)
-    if size <= num_held_out:
-        raise DataError(
-            f"{name}: it has {size:,} samples, and a validation takes {num_held_out:,} of them "
-            "(tokens.limit_val_batches x micro_batch_size x dp): give it less, or more data"
-        )
-    return (
-        Part(samples, 0, size - num_held_out),
-        Part(samples, size - num_held_out, size),
-    )
+def _one_reading(sources: Sequence[Samples], shares: Sequence[float]) -> int:
+    """Samples of a blend until the first of its sources is at its end."""
+    return min(int(len(each) / share) for each, share in zip(sources, shares, strict=True) if share)
 
 
 def _offset(folder: str, length: int, before: list[StageBatches]) -> int:

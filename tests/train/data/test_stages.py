@@ -14,6 +14,7 @@ from nanotron_fast.errors import DataError
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import Consumed, StagedBatches, batches_of
 from nanotron_fast.train.data.batches import MicroBatch
+from nanotron_fast.train.data.held_out import num_held_out
 from tests.train.configs import document
 from tests.train.data.material import TEXT, write_tokens
 from tests.train.data.nanotron_order import blend, folder_samples, labels, positions
@@ -226,13 +227,69 @@ def test_validation_takes_samples_that_are_never_trained_on(
         assert not trained & {tuple(row) for row in validated}
     without = batches_of(config_of(None))
     assert without.validation(2) == []
-    greedy = config_of(
-        {"hf_dataset_or_datasets": str(text)},
-        **tokenizer,
-        tokens={**TOKENS, **tokens, "limit_val_batches": 10_000},
-    )
-    with pytest.raises(DataError, match=r"a validation takes 20,000 of them .*limit_val_batches"):
-        batches_of(greedy)
+
+
+def test_neither_dp_nor_the_size_of_a_validation_changes_what_is_trained_on(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Long enough that the data are read again: what is held out then matters."""
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT * 8)
+    folders = make_nanosets(tmp_path)
+    blended = {"dataset_folder": {str(folders[0]): 0.7, str(folders[1]): 0.3}}
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+
+    def seen(
+        dataset: object, dp: int, size: int, accumulation: int, validation: int
+    ) -> tuple[list[list[int]], list[list[int]]]:
+        """What all ranks train on and validate on, in the order of the samples."""
+        sizes = {"micro_batch_size": size, "batch_accumulation_per_replica": accumulation}
+        checked = {"val_check_interval": 2, "limit_val_batches": validation, "train_steps": 60}
+        tokens = {**TOKENS, **sizes, **checked}
+        config = config_of(dataset, tokens=tokens, parallelism__dp=dp, **tokenizer)
+        ranks = [batches_of(config, dp_rank=rank) for rank in range(dp)]
+
+        def joined(parts: list[list[MicroBatch]]) -> list[list[int]]:
+            return [row for micros in zip(*parts, strict=True) for row in rows(list(micros))]
+
+        trained = [
+            row for step in range(1, 61) for row in joined([each.batch(step) for each in ranks])
+        ]
+        return trained, joined([each.validation(2) for each in ranks])
+
+    for dataset in ({"hf_dataset_or_datasets": str(text)}, blended, None):
+        trained, validated = seen(dataset, 1, 2, 2, 2)
+        assert seen(dataset, 2, 2, 1, 1) == (trained, validated)
+        assert seen(dataset, 2, 1, 2, 2) == (trained, validated)
+        again, longer = seen(dataset, 1, 2, 2, 3)
+        assert (again, longer[:4]) == (trained, validated)
+
+
+def test_what_is_held_out_is_a_share_of_the_data() -> None:
+    counts = {2: 1, 10: 1, 48: 5, 40_960: 4096, 409_600: 4096, 1_000_000: 10_000}
+    assert {size: num_held_out(size) for size in counts} == counts
+
+
+def test_a_validation_larger_than_what_is_held_out(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """It takes the same samples again, and the run says so."""
+    text = tmp_path / "a.txt"
+    text.write_bytes(b"abcdefghijklmnopq" * 4)
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+    dataset = {"hf_dataset_or_datasets": str(text)}
+    tokens = {**TOKENS, "val_check_interval": 2, "limit_val_batches": 3}
+    batches = batches_of(config_of(dataset, **tokenizer, tokens={**tokens, "sequence_length": 4}))
+    held_out = num_held_out(17)
+    assert held_out < 6
+    validated = rows(batches.validation(2))
+    assert len(validated) == 6
+    assert validated[held_out:] == validated[:-held_out]
+    [note] = [each for each in batches.notes if "validation" in each]
+    assert "a validation takes 6 samples" in note
+    assert "limit_val_batches" in note
+    text.write_text("abc")
+    short = config_of(dataset, **tokenizer, tokens={**tokens, "sequence_length": 2})
+    with pytest.raises(DataError, match=r"a\.txt: it has 1 sample.* val_check_interval"):
+        batches_of(short)
 
 
 def test_conversations_are_packed_and_kept_apart(tmp_path: Path, tokenizer_folder: Path) -> None:
