@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.errors import DataError
-from nanotron_fast.train.data.batches import MicroBatch
+from nanotron_fast.train.data.batches import NO_LABEL, MicroBatch
 
 if TYPE_CHECKING:
     import torch
@@ -25,11 +25,32 @@ class GivenBatches:
         rows: of a batch.
         dp: data-parallel ranks, each of which is given its own.
         vocab_size: token ids lie below it.
+        max_length: the model's positions, which no row may exceed; None for any length.
+        has_validation: the configuration asks for validation, which these batches have none of.
+
+    Attributes:
+        notes: what a user may want to know about the data, each a sentence.
     """
 
-    def __init__(self, batches: Iterable[Any], *, rows: int, dp: int, vocab_size: int) -> None:
+    def __init__(
+        self,
+        batches: Iterable[Any],
+        *,
+        rows: int,
+        dp: int,
+        vocab_size: int,
+        max_length: int | None = None,
+        has_validation: bool = False,
+    ) -> None:
         self._batches: Iterator[Any] = iter(batches)
         self._rows, self._dp, self._vocab_size = rows, dp, vocab_size
+        self._max_length = max_length
+        self.notes: tuple[str, ...] = ()
+        if has_validation:
+            self.notes = (
+                "there is no validation: tokens.val_check_interval and limit_val_batches hold "
+                "samples out of data_stages, and this run is given its batches",
+            )
         self._length = 0
         # Of all ranks, once so many steps are done.
         self._tokens = [0]
@@ -84,9 +105,9 @@ class GivenBatches:
                     f"the batch of step {step} has the keys {sorted(map(str, given))}: it should "
                     "have input_ids, labels and perhaps position_ids"
                 )
-            tensors = {name: torch.as_tensor(each) for name, each in given.items()}
+            tensors = {name: _tensor(each, step) for name, each in given.items()}
         else:
-            tokens = torch.as_tensor(given)
+            tokens = _tensor(given, step)
             if tokens.ndim != 2 or tokens.shape[1] < 2:
                 raise DataError(
                     f"the batch of step {step} has the shape {tuple(tokens.shape)}: tokens are "
@@ -100,6 +121,8 @@ class GivenBatches:
         return MicroBatch(**ready)
 
     def _check(self, name: str, tensor: torch.Tensor, shape: tuple[int, ...], step: int) -> None:
+        import torch
+
         where = f"{name} of the batch of step {step}"
         if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype.itemsize < 2:
             raise DataError(f"{where} is {tensor.dtype}, and should be integers")
@@ -108,10 +131,44 @@ class GivenBatches:
                 f"{where} has the shape {tuple(tensor.shape)}: it should be "
                 f"({self._rows}, length), micro_batch_size x batch_accumulation_per_replica rows"
             )
-        least, most = int(tensor.min()), int(tensor.max())
-        lowest = -100 if name == "labels" else 0
-        if least < lowest or (name != "position_ids" and most >= self._vocab_size):
+        limit = self._max_length
+        if shape[1] < 1 or (limit is not None and shape[1] > limit):
             raise DataError(
-                f"{where} has the token {least if least < lowest else most}, which is not in the "
-                f"model's vocabulary of {self._vocab_size}"
+                f"{where} has the length {shape[1]}, and the model has {limit} positions "
+                "(model.model_config.max_position_embeddings)"
+                if shape[1]
+                else f"{where} has no tokens"
             )
+        numbers = tensor.to("cpu", torch.int64)
+        if name == "labels":
+            numbers = numbers[numbers != NO_LABEL]
+        if not numbers.numel():
+            return
+        is_position = name == "position_ids"
+        bound = limit if is_position else self._vocab_size
+        least, most = int(numbers.min()), int(numbers.max())
+        if least < 0 or (bound is not None and most >= bound):
+            found = least if least < 0 else most
+            raise DataError(
+                f"{where} has the position {found}, and those of the model are from 0 on"
+                + (f", below {bound}" if bound is not None else "")
+                if is_position
+                else f"{where} has the token {found}, which is not in the model's vocabulary of "
+                f"{bound}" + (f"; {NO_LABEL} marks no label" if name == "labels" else "")
+            )
+
+
+def _tensor(given: Any, step: int) -> torch.Tensor:
+    """A tensor of what was given, a sequence of tensors stacked. Raises DataError."""
+    import torch
+
+    try:
+        if isinstance(given, list | tuple) and given and isinstance(given[0], torch.Tensor):
+            return torch.stack(tuple(given))
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"the batch of step {step} cannot be made a tensor, from a {type(given).__name__}: a "
+            "batch is integer tokens (rows, length + 1), or a mapping with input_ids, labels and "
+            f"perhaps position_ids, each (rows, length): {error}"
+        ) from error
