@@ -58,7 +58,10 @@ class _Verdict:
 
 
 class BatchSource(Protocol):
-    """What is asked of the data."""
+    """What is asked of the data. `notes` are sentences about it that a user may want to know."""
+
+    @property
+    def notes(self) -> Sequence[str]: ...
 
     def batch(self, step: int) -> list[MicroBatch]:
         """This rank's micro-batches of a step, counted from 1. Raises DataError, OSError."""

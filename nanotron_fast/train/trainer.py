@@ -119,7 +119,7 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
         if mesh.rank == 0:
             beside = beside_of_run(config, model, weights)
     data = _data(trainer, sourced, model, mesh, start, everyone)
-    for note in data.notes if isinstance(data, StagedBatches) else ():
+    for note in data.notes:
         tell("note", note)
     with everyone.step(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -191,6 +191,9 @@ def _data(
             rows=config.global_batch_size // mesh.dp,
             dp=mesh.dp,
             vocab_size=model.architecture.vocab_size,
+            max_length=model.architecture.spec.max_position_embeddings,
+            has_validation=config.tokens.val_check_interval > 0
+            and config.tokens.limit_val_batches > 0,
         )
     found: StagedBatches | None = None
     for is_first in (True, False):
