@@ -85,7 +85,7 @@ def _parse(text: bytes, name: str) -> Any:
     class Loader(yaml.SafeLoader):
         """Refuses keys that are there twice: as written, before merges with `<<` add more."""
 
-        def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node: yaml.MappingNode = super().compose_mapping_node(anchor)
             lines: dict[tuple[str, str], int] = {}
             for key, _ in node.value:
