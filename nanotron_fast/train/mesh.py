@@ -8,6 +8,7 @@ groups have one rank here.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ class Mesh:
         tied_group: the first and the last stage of a pipeline, with the same dp and tp rank; None
             on other stages and without a pipeline.
         world: all ranks; None for one rank.
-        is_ours: the processes were connected here, and are disconnected by `close`.
+        is_ours: the processes were connected here, and `close` has them disconnected.
     """
 
     dp: int = 1
@@ -125,7 +126,7 @@ class Mesh:
             dist.barrier(group=self.world)
 
     def close(self) -> None:
-        """Disconnects the processes, where `connect` has connected them."""
+        """Has the processes disconnected at the end, where `connect` has connected them."""
         if self.is_ours:
             leave()
 
@@ -143,8 +144,17 @@ def join(device: torch.device | str | None = None) -> bool:
 
 
 def leave() -> None:
-    """Disconnects them."""
-    dist.destroy_process_group()
+    """Disconnects them when the interpreter ends; until then another run may use the connection.
+
+    Processes that torchrun started cannot be connected twice: its store keeps the first
+    connection's keys, and the second would wait for ever.
+    """
+    atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _device(device: torch.device | str | None) -> torch.device:

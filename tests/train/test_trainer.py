@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +30,7 @@ from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import FAMILIES, make
-from tests.parallel.ranks import run_ranks
+from tests.parallel.ranks import ROOT, run_ranks
 from tests.train.data.material import write_tokens
 from tests.train.runs import config, train
 
@@ -373,3 +375,19 @@ def test_too_few_ranks(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_runs_on_two_ranks() -> None:
     run_ranks("tests.train.trainer_ranks", 2)
+
+
+@pytest.mark.slow
+def test_two_runs_in_one_process_under_torchrun(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from tests.train.runs import train\n"
+        "for number in range(2):\n"
+        f"    root = Path({str(tmp_path)!r}) / str(number)\n"
+        "    train(root, tokens__train_steps=1, parallelism__dp=2)\n"
+    )
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *launch, str(script)], check=True, timeout=420, env=environment)
+    assert [(tmp_path / str(number) / "latest.txt").read_text() for number in range(2)] == ["1"] * 2
