@@ -288,7 +288,7 @@ def test_a_validation_larger_than_what_is_held_out(tmp_path: Path, tokenizer_fol
     assert "limit_val_batches" in note
     text.write_text("abc")
     short = config_of(dataset, **tokenizer, tokens={**tokens, "sequence_length": 2})
-    with pytest.raises(DataError, match=r"a\.txt: it has 1 sample.* val_check_interval"):
+    with pytest.raises(DataError, match=r"a\.txt: it has 1 sample.*val_check_interval"):
         batches_of(short)
 
 
