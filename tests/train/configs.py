@@ -6,8 +6,6 @@ import copy
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from nanotron_fast.train import TrainingConfig
 
 MODEL_CONFIG: dict[str, Any] = {
@@ -68,6 +66,8 @@ def document(**changes: Any) -> dict[str, Any]:
 
 def save(path: Path, **changes: Any) -> Path:
     """Writes the document; returns the path."""
+    import yaml  # here alone: what a run on a GPU needs of this module does without
+
     path.write_text(yaml.safe_dump(document(**changes)))
     return path
 
