@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cerrno>
 #include <cstddef>
 #include <optional>
@@ -80,8 +81,22 @@ py::dict tile_columns() {
   return columns;
 }
 
-// (path, header, size in bytes) of a file to be written.
-using OutputTuple = std::tuple<std::string, py::bytes, int64_t>;
+// (path, literals, size in bytes) of a file to be written; a literal is (offset, bytes).
+using OutputTuple = std::tuple<std::string, std::vector<std::pair<int64_t, std::string>>, int64_t>;
+// (path, what it must be: device, inode, bytes, mtime in ns; or None) of a file to be read.
+using SourceTuple = std::tuple<std::string, std::optional<std::array<int64_t, 4>>>;
+
+std::vector<SourceFile> sources_of(const std::vector<SourceTuple>& tuples) {
+  std::vector<SourceFile> sources;
+  for (const auto& [path, state] : tuples) {
+    if (state) {
+      sources.emplace_back(path, FileState{(*state)[0], (*state)[1], (*state)[2], (*state)[3]});
+    } else {
+      sources.emplace_back(path);
+    }
+  }
+  return sources;
+}
 
 EngineOptions make_options(int num_workers, bool sync) {
   if (num_workers < 1) throw std::invalid_argument("workers must be at least 1");
@@ -94,17 +109,20 @@ EngineOptions make_options(int num_workers, bool sync) {
   }
 }
 
-void execute_binding(const std::vector<std::string>& sources,
+void execute_binding(const std::vector<SourceTuple>& sources,
+                     const std::pair<int, std::string>& root,
                      const std::vector<OutputTuple>& outputs, const py::buffer& moves, int workers,
                      bool fsync, Progress& progress) {
   const Table table(moves);
   std::vector<OutputFile> files;
-  for (const auto& [path, header, size_bytes] : outputs) {
-    files.push_back({path, std::string(header), size_bytes});
+  for (const auto& [path, literals, size_bytes] : outputs) {
+    OutputFile& file = files.emplace_back(OutputFile{path, {}, size_bytes});
+    for (const auto& [offset, bytes] : literals) file.literals.push_back({offset, bytes});
   }
   const EngineOptions options = make_options(workers, fsync);
   const py::gil_scoped_release release;
-  execute(sources, files, table.data(), table.num_moves(), options, progress);
+  execute(sources_of(sources), {root.first, root.second}, files, table.data(), table.num_moves(),
+          options, progress);
 }
 
 std::vector<std::tuple<int64_t, int64_t, int64_t>> compare_binding(
@@ -115,7 +133,8 @@ std::vector<std::tuple<int64_t, int64_t, int64_t>> compare_binding(
   const py::gil_scoped_release release;
   std::vector<std::tuple<int64_t, int64_t, int64_t>> result;
   for (const Difference& difference :
-       compare(sources, destinations, table.data(), table.num_moves(), options, progress)) {
+       compare({sources.begin(), sources.end()}, {destinations.begin(), destinations.end()},
+               table.data(), table.num_moves(), options, progress)) {
     result.emplace_back(difference.move, difference.num_elements, difference.first_offset_bytes);
   }
   return result;
@@ -225,6 +244,8 @@ void translate(std::exception_ptr pointer) {
   } catch (const IoError& error) {
     errno = error.error_number();
     PyErr_SetFromErrnoWithFilename(PyExc_OSError, error.path().c_str());
+  } catch (const ChangedError& error) {
+    set_error("CheckpointError", error);
   } catch (const PlanError& error) {
     set_error("PlanError", error);
   } catch (const Cancelled& error) {
@@ -241,6 +262,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Progress>(module, "Progress")
       .def(py::init<>())
       .def_property_readonly("bytes_done", [](const Progress& p) { return p.bytes_done.load(); })
+      .def("take_finished", &Progress::take_finished)
       .def("cancel", [](Progress& p) { p.is_cancelled = true; });
 
   // Read by the tests, which hold Python's names of the columns to these.
@@ -248,8 +270,9 @@ PYBIND11_MODULE(_C, module) {
   module.attr("FILL") = Move::kFill;
   module.attr("COLUMNS") = move_columns();
   module.attr("TILE_COLUMNS") = tile_columns();
-  module.def("execute", &execute_binding, py::arg("sources"), py::arg("outputs"), py::arg("moves"),
-             py::kw_only(), py::arg("workers"), py::arg("fsync"), py::arg("progress"));
+  module.def("execute", &execute_binding, py::arg("sources"), py::arg("root"), py::arg("outputs"),
+             py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("fsync"),
+             py::arg("progress"));
   module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"));
   module.def(

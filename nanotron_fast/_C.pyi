@@ -14,11 +14,13 @@ class Progress:
     def __init__(self) -> None: ...
     @property
     def bytes_done(self) -> int: ...
+    def take_finished(self) -> list[int]: ...
     def cancel(self) -> None: ...
 
 def execute(
-    sources: Sequence[str | bytes],
-    outputs: Sequence[tuple[str | bytes, bytes, int]],
+    sources: Sequence[tuple[str | bytes, tuple[int, int, int, int] | None]],
+    root: tuple[int, str | bytes],
+    outputs: Sequence[tuple[str | bytes, Sequence[tuple[int, bytes]], int]],
     moves: array[int],
     *,
     workers: int,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from nanotron_fast.version import __version__
 
 if TYPE_CHECKING:
-    from nanotron_fast.checkpoints.convert import Report, convert, plan
+    from nanotron_fast.checkpoints.carrying_out import Report
+    from nanotron_fast.checkpoints.convert import convert, plan
     from nanotron_fast.checkpoints.inspect import inspect
     from nanotron_fast.checkpoints.load import load_into
     from nanotron_fast.checkpoints.plan.plan import Plan
@@ -44,7 +45,7 @@ __all__ = [
 _HOMES = {
     "NanotronFastError": "errors",
     "Plan": "checkpoints.plan.plan",
-    "Report": "checkpoints.convert",
+    "Report": "checkpoints.carrying_out",
     "Topology": "model.topology",
     "convert": "checkpoints.convert",
     "disable": "patch.nanotron.registry",

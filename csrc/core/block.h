@@ -24,20 +24,20 @@ class Buffer {
 // Open source files of one worker: the last few it used.
 class SourceFiles {
  public:
-  explicit SourceFiles(const std::vector<std::string>& paths) : paths_(paths) {}
+  explicit SourceFiles(const std::vector<SourceFile>& files) : files_(files) {}
   const File& get(int64_t index);
 
  private:
   static constexpr size_t kMaxOpen = 32;
-  const std::vector<std::string>& paths_;
+  const std::vector<SourceFile>& files_;
   std::unordered_map<int64_t, File> open_;
 };
 
 // What one worker needs to build blocks: buffers and files.
 class BlockBuilder {
  public:
-  BlockBuilder(const std::vector<std::string>& source_paths, SimdLevel level)
-      : sources_(source_paths), level_(level) {}
+  BlockBuilder(const std::vector<SourceFile>& sources, SimdLevel level)
+      : sources_(sources), level_(level) {}
 
   // Reads what a block needs and lays it out as its destination views want it. The result holds
   // the views of job.destinations one after another, and stays valid until the next call.

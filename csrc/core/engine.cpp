@@ -28,7 +28,7 @@ using Sink = std::function<void(const Job&, int64_t, int64_t, const std::byte*)>
 // enough of them, and the last large tensor still uses every core. Helpers begin at places of their
 // own: two threads whose writes alternate in one file's range wait for each other more often than
 // two that each write a long run of it.
-void run_schedule(const Schedule& schedule, const std::vector<std::string>& sources,
+void run_schedule(const Schedule& schedule, const std::vector<SourceFile>& sources,
                   const EngineOptions& options, Progress& progress,
                   const std::function<Sink()>& make_sink) {
   std::atomic<size_t> next_unit{0};
@@ -68,8 +68,9 @@ void run_schedule(const Schedule& schedule, const std::vector<std::string>& sour
 // Output files, each created by whoever writes to it first and closed by whoever writes last.
 class Outputs {
  public:
-  Outputs(const std::vector<OutputFile>& files, const Schedule& schedule, bool sync)
-      : files_(files), states_(files.size()), sync_(sync) {
+  Outputs(const Folder& root, const std::vector<OutputFile>& files, const Schedule& schedule,
+          bool sync, Progress& progress)
+      : root_(root), files_(files), states_(files.size()), sync_(sync), progress_(progress) {
     for (const Job& job : schedule.jobs) {
       for (const View& view : job.destinations) {
         states_[static_cast<size_t>(view.file)].blocks_left += job.num_blocks;
@@ -77,7 +78,7 @@ class Outputs {
     }
   }
 
-  // Files that hold a header alone have no move, and are created here.
+  // Files that hold literals alone have no move, and are created here.
   void create_empty() {
     for (size_t i = 0; i < files_.size(); ++i) {
       if (states_[i].blocks_left != 0) continue;
@@ -101,14 +102,14 @@ class Outputs {
   }
 
   // Bytes are synced in pieces, so that a run can be cancelled while a device is slow.
-  void sync_all(int num_workers, const Progress& progress) {
+  void sync_all(int num_workers) {
     std::atomic<size_t> next{0};
     run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
       const auto check = [&] {
-        if (progress.is_cancelled) throw Cancelled();
+        if (progress_.is_cancelled) throw Cancelled();
       };
       for (size_t i; !should_stop && (i = next.fetch_add(1)) < files_.size();) {
-        const File file = File::open_for_reading(files_[i].path);
+        const File file = File::open_for_reading(root_, files_[i].path);
         for (int64_t offset = 0; offset < files_[i].size_bytes; offset += kSyncBytes) {
           check();
           file.write_back(offset, kSyncBytes);
@@ -130,10 +131,11 @@ class Outputs {
     State& state = states_[i];
     const std::lock_guard<std::mutex> lock(state.mutex);
     if (!state.file.is_open()) {
-      state.file = File::create(files_[i].path);
-      const std::string& header = files_[i].header;
-      state.file.pwrite_exact(reinterpret_cast<const std::byte*>(header.data()),
-                              static_cast<int64_t>(header.size()), 0);
+      state.file = File::create(root_, files_[i].path);
+      for (const Literal& literal : files_[i].literals) {
+        state.file.pwrite_exact(reinterpret_cast<const std::byte*>(literal.bytes.data()),
+                                static_cast<int64_t>(literal.bytes.size()), literal.offset_bytes);
+      }
     }
     return state.file;
   }
@@ -147,17 +149,20 @@ class Outputs {
     }
     if (sync_) state.file.start_writeback();
     state.file.close();
+    progress_.add_finished(static_cast<int64_t>(i));
   }
 
+  const Folder& root_;
   const std::vector<OutputFile>& files_;
   std::vector<State> states_;
   bool sync_;
+  Progress& progress_;
 };
 
-std::vector<int64_t> sizes_of(const std::vector<std::string>& paths) {
+std::vector<int64_t> sizes_of(const std::vector<SourceFile>& files) {
   std::vector<int64_t> sizes;
-  for (const std::string& path : paths) {
-    sizes.push_back(File::open_for_reading(path).size_bytes());
+  for (const SourceFile& file : files) {
+    sizes.push_back(File::open_for_reading(file).size_bytes());
   }
   return sizes;
 }
@@ -214,14 +219,14 @@ class DifferenceCounter {
 
 }  // namespace
 
-void execute(const std::vector<std::string>& sources, const std::vector<OutputFile>& outputs,
-             const int64_t* table, int64_t num_moves, const EngineOptions& options,
-             Progress& progress) {
+void execute(const std::vector<SourceFile>& sources, const Folder& root,
+             const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
+             const EngineOptions& options, Progress& progress) {
   std::vector<int64_t> output_sizes;
   for (const OutputFile& output : outputs) output_sizes.push_back(output.size_bytes);
   const Schedule schedule =
       make_schedule(parse_moves(table, num_moves, sizes_of(sources), output_sizes));
-  Outputs files(outputs, schedule, options.sync);
+  Outputs files(root, outputs, schedule, options.sync, progress);
   files.create_empty();
   run_schedule(schedule, sources, options, progress, [&]() -> Sink {
     return [&](const Job& job, int64_t first_row, int64_t num_rows, const std::byte* data) {
@@ -233,11 +238,11 @@ void execute(const std::vector<std::string>& sources, const std::vector<OutputFi
       }
     };
   });
-  if (options.sync) files.sync_all(options.num_workers, progress);
+  if (options.sync) files.sync_all(options.num_workers);
 }
 
-std::vector<Difference> compare(const std::vector<std::string>& sources,
-                                const std::vector<std::string>& destinations, const int64_t* table,
+std::vector<Difference> compare(const std::vector<SourceFile>& sources,
+                                const std::vector<SourceFile>& destinations, const int64_t* table,
                                 int64_t num_moves, const EngineOptions& options,
                                 Progress& progress) {
   const Schedule schedule =

@@ -4,15 +4,22 @@
 #include <string>
 #include <vector>
 
+#include "core/file.h"
 #include "core/move.h"
 #include "core/progress.h"
 
 namespace nanotron_fast {
 
-// A file to be written: its name, the bytes it starts with, and its whole size.
+// Bytes of a file that no move writes, such as a header.
+struct Literal {
+  int64_t offset_bytes;
+  std::string bytes;
+};
+
+// A file to be written: its path from the folder, what no move writes, and its whole size.
 struct OutputFile {
   std::string path;
-  std::string header;
+  std::vector<Literal> literals;
   int64_t size_bytes;
 };
 
@@ -23,11 +30,12 @@ struct EngineOptions {
   SimdLevel simd_level;
 };
 
-// Creates every output (its directory must exist), writes the headers, and carries out the moves.
-// Throws IoError, PlanError or Cancelled; files may then be incomplete.
-void execute(const std::vector<std::string>& sources, const std::vector<OutputFile>& outputs,
-             const int64_t* table, int64_t num_moves, const EngineOptions& options,
-             Progress& progress);
+// Creates every output under root (its directory must exist, and the file must not), writes its
+// literals, and carries out the moves. Progress learns of each output that is whole.
+// Throws IoError, ChangedError, PlanError or Cancelled; files may then be incomplete.
+void execute(const std::vector<SourceFile>& sources, const Folder& root,
+             const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
+             const EngineOptions& options, Progress& progress);
 
 // What a move would write differs from what is there.
 struct Difference {
@@ -37,8 +45,8 @@ struct Difference {
 };
 
 // Carries out the moves in memory and compares with the bytes that the destinations hold.
-std::vector<Difference> compare(const std::vector<std::string>& sources,
-                                const std::vector<std::string>& destinations, const int64_t* table,
+std::vector<Difference> compare(const std::vector<SourceFile>& sources,
+                                const std::vector<SourceFile>& destinations, const int64_t* table,
                                 int64_t num_moves, const EngineOptions& options,
                                 Progress& progress);
 

@@ -27,6 +27,12 @@ class PlanError : public std::invalid_argument {
   using std::invalid_argument::invalid_argument;
 };
 
+// A file that is read has changed since the plan was made. Becomes CheckpointError in Python.
+class ChangedError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
 // Somebody called Progress::cancel. Becomes Cancelled in Python.
 class Cancelled : public std::runtime_error {
  public:

@@ -13,23 +13,62 @@ namespace nanotron_fast {
 
 namespace {
 
-int open_or_throw(const std::string& path, int flags) {
+std::string name_of(const Folder& folder, const std::string& path) {
+  return folder.path.empty() ? path : folder.path + "/" + path;
+}
+
+int open_or_throw(const Folder& folder, const std::string& path, int flags) {
   int descriptor;
   do {
-    descriptor = ::open(path.c_str(), flags | O_CLOEXEC, 0666);
+    descriptor = ::openat(folder.descriptor, path.c_str(), flags | O_CLOEXEC, 0666);
   } while (descriptor < 0 && errno == EINTR);
-  if (descriptor < 0) throw IoError(errno, path);
+  if (descriptor < 0) throw IoError(errno, name_of(folder, path));
   return descriptor;
+}
+
+#ifdef __APPLE__
+int64_t mtime_ns(const struct stat& status) {
+  return status.st_mtimespec.tv_sec * int64_t{1000000000} + status.st_mtimespec.tv_nsec;
+}
+#else
+int64_t mtime_ns(const struct stat& status) {
+  return status.st_mtim.tv_sec * int64_t{1000000000} + status.st_mtim.tv_nsec;
+}
+#endif
+
+// Throws ChangedError unless it is the file that was planned with.
+void check_state(int descriptor, const SourceFile& source) {
+  struct stat status;
+  if (::fstat(descriptor, &status) != 0) throw IoError(errno, source.path);
+  const FileState& then = *source.state;
+  if (static_cast<int64_t>(status.st_dev) != then.device ||
+      static_cast<int64_t>(status.st_ino) != then.inode) {
+    throw ChangedError(source.path + ": another file has taken its place since the plan was made");
+  }
+  if (status.st_size != then.size_bytes) {
+    throw ChangedError(source.path + ": it had " + std::to_string(then.size_bytes) +
+                       " bytes when the plan was made, and has " + std::to_string(status.st_size));
+  }
+  if (mtime_ns(status) != then.mtime_ns) {
+    throw ChangedError(source.path + ": it was written to since the plan was made");
+  }
 }
 
 }  // namespace
 
-File File::open_for_reading(const std::string& path) {
-  return File(open_or_throw(path, O_RDONLY), path);
+File File::open_for_reading(const SourceFile& source) {
+  File file(open_or_throw({AT_FDCWD, ""}, source.path, O_RDONLY), source.path);
+  if (source.state) check_state(file.descriptor_, source);
+  return file;
 }
 
-File File::create(const std::string& path) {
-  return File(open_or_throw(path, O_RDWR | O_CREAT | O_TRUNC), path);
+File File::open_for_reading(const Folder& folder, const std::string& path) {
+  return File(open_or_throw(folder, path, O_RDONLY), name_of(folder, path));
+}
+
+File File::create(const Folder& folder, const std::string& path) {
+  return File(open_or_throw(folder, path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW),
+              name_of(folder, path));
 }
 
 File::File(File&& other) noexcept
@@ -58,8 +97,10 @@ void File::pread_exact(std::byte* destination, int64_t num_bytes, int64_t offset
     if (got < 0 && errno == EINTR) continue;
     if (got < 0) throw IoError(errno, path_);
     // The plan was made from this file's header: if bytes are missing now, it shrank since.
-    if (got == 0)
-      throw IoError(EIO, path_ + " (ends at byte " + std::to_string(offset_bytes) + ")");
+    if (got == 0) {
+      throw ChangedError(path_ + ": it ends at byte " + std::to_string(offset_bytes) +
+                         ", and was longer when the plan was made");
+    }
     destination += got;
     num_bytes -= got;
     offset_bytes += got;

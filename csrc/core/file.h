@@ -2,17 +2,40 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 namespace nanotron_fast {
+
+// What tells a file from another one under its name, and from itself before it was written to.
+struct FileState {
+  int64_t device, inode, size_bytes, mtime_ns;
+};
+
+// A file to be read, and what it must still be whenever it is opened.
+struct SourceFile {
+  SourceFile(std::string where) : path(std::move(where)) {}
+  SourceFile(std::string where, const FileState& then) : path(std::move(where)), state(then) {}
+  std::string path;
+  std::optional<FileState> state;
+};
+
+// A folder that is held open, so that no other takes its place. Its path is for messages.
+struct Folder {
+  int descriptor;
+  std::string path;
+};
 
 // An open file descriptor that closes itself. Reads and writes are positioned, so one File may be
 // used from many threads.
 class File {
  public:
-  static File open_for_reading(const std::string& path);
-  // Creates the file, or empties the one that is there.
-  static File create(const std::string& path);
+  // Throws IoError, and ChangedError where it is no longer the file that it should be.
+  static File open_for_reading(const SourceFile& source);
+  // By a path from the folder.
+  static File open_for_reading(const Folder& folder, const std::string& path);
+  // Creates the file; one that is there already is an error.
+  static File create(const Folder& folder, const std::string& path);
 
   File() = default;
   File(File&& other) noexcept;

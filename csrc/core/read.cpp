@@ -92,9 +92,10 @@ void read_task(const Task& task, const Runs& runs, SourceFiles& files) {
 
 int64_t read_ranges(const std::vector<std::string>& paths, const int64_t* table, int64_t num_moves,
                     const std::vector<Memory>& destinations, int num_workers) {
+  const std::vector<SourceFile> sources(paths.begin(), paths.end());
   std::vector<int64_t> file_sizes;
-  for (const std::string& path : paths) {
-    file_sizes.push_back(File::open_for_reading(path).size_bytes());
+  for (const SourceFile& source : sources) {
+    file_sizes.push_back(File::open_for_reading(source).size_bytes());
   }
   const std::vector<Move> moves = parse_moves(table, num_moves, file_sizes, sizes_of(destinations));
   std::vector<Runs> runs;
@@ -115,7 +116,7 @@ int64_t read_ranges(const std::vector<std::string>& paths, const int64_t* table,
   const auto workers =
       static_cast<int>(std::min<int64_t>(num_workers, static_cast<int64_t>(tasks.size())));
   run_workers(workers, [&](int, const std::atomic<bool>& should_stop) {
-    SourceFiles files(paths);
+    SourceFiles files(sources);
     for (size_t i; !should_stop && (i = next.fetch_add(1)) < tasks.size();) {
       read_task(tasks[i], runs[tasks[i].runs], files);
     }

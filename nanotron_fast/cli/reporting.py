@@ -13,7 +13,7 @@ from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.units import size
 
 if TYPE_CHECKING:
-    from nanotron_fast.checkpoints.convert import Report
+    from nanotron_fast.checkpoints.carrying_out import Report
     from nanotron_fast.checkpoints.inspect import Inspection
     from nanotron_fast.checkpoints.plan.plan import Plan
     from nanotron_fast.checkpoints.verify import Verification

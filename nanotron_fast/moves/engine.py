@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from nanotron_fast import _C
 from nanotron_fast.interruption import ending
+from nanotron_fast.moves.files import FileState, Folder
 from nanotron_fast.moves.move import Move, table_of
-from nanotron_fast.moves.plan import MovePlan
+from nanotron_fast.moves.plan import MovePlan, OutputFile
 
 # Called now and then from the calling thread with the bytes done so far.
 ProgressCallback = Callable[[int], None]
+# Likewise with the outputs that are whole since the last call.
+FinishedCallback = Callable[[Sequence[OutputFile]], None]
 
 _MAX_DEFAULT_WORKERS = 16
 _POLL_SECONDS = 0.1
@@ -31,32 +36,64 @@ def default_workers() -> int:
 
 def execute(
     plan: MovePlan,
-    root: Path,
+    root: Path | Folder,
     *,
     workers: int,
     fsync: bool = False,
+    states: Mapping[Path, FileState] = MappingProxyType({}),
     on_progress: ProgressCallback | None = None,
+    on_finished: FinishedCallback | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> None:
-    """Writes every output of a plan under `root`, which must exist.
+    """Writes every output of a plan under `root`, which must exist, and the outputs must not.
 
-    `meanwhile` is called once on the calling thread, while the engine works.
-    Raises OSError with errno and file name, PlanError; KeyboardInterrupt stops the workers first.
+    Args:
+        plan: what to write.
+        root: a folder by its path, or one that is held open.
+        workers: threads.
+        fsync: return when the files are on the device; not their folders.
+        states: what sources must still be whenever they are opened.
+        on_progress: called now and then on the calling thread with the bytes written so far.
+        on_finished: called likewise with the outputs that are whole since the last call.
+        meanwhile: called once on the calling thread, while the engine works.
+
+    Raises:
+        OSError: with errno and file name. CheckpointError: a source has changed. PlanError.
+        KeyboardInterrupt: the workers have been stopped first.
     """
-    # Strings, not pathlib: of thousands of files, making the Paths costs as much as creating them.
-    base = os.fspath(root)
-    paths = [os.path.join(base, output.path) for output in plan.outputs]
-    for folder in sorted({os.path.dirname(path) for path in paths}):
-        os.makedirs(folder, exist_ok=True)
-    outputs = [
-        (os.fsencode(path), output.header, output.size_bytes)
-        for path, output in zip(paths, plan.outputs, strict=True)
-    ]
+    if isinstance(root, Path):
+        with Folder.open(root) as folder:
+            execute(
+                plan,
+                folder,
+                workers=workers,
+                fsync=fsync,
+                states=states,
+                on_progress=on_progress,
+                on_finished=on_finished,
+                meanwhile=meanwhile,
+            )
+        return
+    root.make_folders({os.path.dirname(output.path) for output in plan.outputs})
     progress = _C.Progress()
+
+    def collect() -> None:
+        finished = progress.take_finished()
+        if on_finished is not None and finished:
+            on_finished([plan.outputs[index] for index in finished])
+
     _run(
         lambda: _C.execute(
-            [os.fsencode(path) for path in plan.sources],
-            outputs,
+            [(os.fsencode(path), states.get(path)) for path in plan.sources],
+            (root.descriptor, os.fsencode(root.path)),
+            [
+                (
+                    os.fsencode(output.path),
+                    [(0, output.header), *output.literals],
+                    output.size_bytes,
+                )
+                for output in plan.outputs
+            ],
             table_of(plan.moves),
             workers=workers,
             fsync=fsync,
@@ -65,6 +102,7 @@ def execute(
         progress,
         on_progress,
         meanwhile,
+        collect,
     )
 
 
@@ -100,8 +138,12 @@ def _run(
     progress: _C.Progress,
     on_progress: ProgressCallback | None,
     meanwhile: Callable[[], None] | None = None,
+    collect: Callable[[], None] = lambda: None,
 ) -> None:
-    """Runs native work on a thread, so that this one can report, and answer the keyboard."""
+    """Runs native work on a thread, so that this one can report, and answer the keyboard.
+
+    `collect` is called now and then, and at the end, however it ends.
+    """
     errors: list[BaseException] = []
     # Not Thread.join: in Python up to 3.12, one that the keyboard interrupts believes the thread
     # has ended, and the next one returns at once, with the workers still writing.
@@ -120,14 +162,20 @@ def _run(
         if meanwhile is not None:
             meanwhile()
         while not finished.wait(_POLL_SECONDS):
+            collect()
             if on_progress is not None:
                 on_progress(progress.bytes_done)
     except BaseException:
         with ending():
             progress.cancel()
             finished.wait()
+            with contextlib.suppress(OSError):  # the first error is the one to tell
+                collect()
         raise
     if errors:
+        with ending(), contextlib.suppress(OSError):
+            collect()
         raise errors[0]
+    collect()
     if on_progress is not None:
         on_progress(progress.bytes_done)

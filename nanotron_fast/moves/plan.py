@@ -13,11 +13,16 @@ from nanotron_fast.moves.row import FILL
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
-    """A safetensors file to be written: path relative to the destination, header, whole size."""
+    """A file to be written: path relative to the destination, header, whole size.
+
+    `literals` are further bytes that no move writes, each with its offset, in order: other headers,
+    a directory at the end.
+    """
 
     path: str
     header: bytes
     size_bytes: int
+    literals: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,8 @@ class MovePlan:
                 )
             )
         for output, extents in zip(self.outputs, by_file, strict=True):
+            for offset, literal in output.literals:
+                extents.append(extent_of(offset, 1, (len(literal),), (1,)))
             extents.sort(key=lambda extent: extent.offset)
             start = len(output.header)
             left = cover(output.path, extents, start, output.size_bytes)

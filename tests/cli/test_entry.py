@@ -36,7 +36,7 @@ sys.meta_path.insert(0, Finder())
 """
 # The second signal, as torchrun sends one, comes while the first is being answered.
 AT_WORK = """
-from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints import carrying_out as conversion
 from nanotron_fast.checkpoints import destination
 rmtree = destination.shutil.rmtree
 def write(ready, root, fsync):
@@ -64,7 +64,7 @@ verification.verify = fault
 """
 # Process 0 waits for process 1, in native code; process 1 works until it is told to stop.
 RANKS = """
-from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints import carrying_out as conversion
 from nanotron_fast.checkpoints.processes import TorchProcesses
 execute = conversion.engine.execute
 def slow(*args, **kwargs):

@@ -14,7 +14,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import Topology
-from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints import carrying_out as conversion
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import CheckpointError, DestinationError, NanotronFastError
 from nanotron_fast.moves import engine

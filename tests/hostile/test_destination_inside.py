@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import nanotron_fast
-from nanotron_fast.checkpoints import convert as conversion
+from nanotron_fast.checkpoints import carrying_out as conversion
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import DestinationError
 from tests.modelzoo import make, read_tensors

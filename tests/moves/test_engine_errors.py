@@ -3,6 +3,7 @@
 import array
 import errno
 import os
+import resource
 import signal
 import threading
 from dataclasses import replace
@@ -12,9 +13,10 @@ import numpy as np
 import pytest
 
 from nanotron_fast import _C
-from nanotron_fast.errors import Cancelled, PlanError
+from nanotron_fast.errors import Cancelled, CheckpointError, PlanError
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.files import FileState, Folder
 from nanotron_fast.moves.move import Move, table_of
 from nanotron_fast.moves.plan import MovePlan, OutputFile
 
@@ -31,10 +33,12 @@ def plan(tmp_path):
 
 def execute_table(plan, root, table, progress=None):
     (root / "out").mkdir(exist_ok=True)
-    outputs = [(str(root / o.path), o.header, o.size_bytes) for o in plan.outputs]
-    sources = [str(path) for path in plan.sources]
+    outputs = [(str(root / o.path), [(0, o.header)], o.size_bytes) for o in plan.outputs]
+    sources = [(str(path), None) for path in plan.sources]
     progress = progress or _C.Progress()
-    _C.execute(sources, outputs, table, workers=2, fsync=False, progress=progress)
+    with Folder.open(root) as folder:
+        place = folder.descriptor, str(root)
+        _C.execute(sources, place, outputs, table, workers=2, fsync=False, progress=progress)
 
 
 @pytest.mark.parametrize(
@@ -98,11 +102,68 @@ def test_a_table_may_be_an_array_of_rows(plan, tmp_path):
     assert (tmp_path / "out/put").stat().st_size == 28
 
 
-def test_a_file_that_was_there_is_replaced(plan, tmp_path):
+@pytest.mark.parametrize("is_link", [False, True])
+def test_a_file_that_was_there_is_left_alone(plan, tmp_path, is_link):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/put").write_bytes(bytes(1000))
-    engine.execute(plan, tmp_path, workers=1)
-    assert (tmp_path / "out/put").stat().st_size == 28
+    there = tmp_path / ("elsewhere" if is_link else "out/put")
+    there.write_bytes(bytes(1000))
+    if is_link:
+        (tmp_path / "out/put").symlink_to(there)
+    with pytest.raises(FileExistsError) as caught:
+        engine.execute(plan, tmp_path, workers=1)
+    assert caught.value.filename == str(tmp_path / "out/put")
+    assert there.read_bytes() == bytes(1000)
+
+
+def test_a_folder_that_is_held_open_is_the_one_that_is_written_to(plan, tmp_path):
+    (tmp_path / "held").mkdir()
+    with Folder.open(tmp_path / "held") as held:
+        (tmp_path / "held").rename(tmp_path / "moved")
+        (tmp_path / "held").mkdir()
+        engine.execute(plan, held, workers=1)
+    assert (tmp_path / "moved/out/put").stat().st_size == 28
+    assert not list((tmp_path / "held").iterdir())
+
+
+def test_whole_files_are_reported_as_they_come(plan, tmp_path):
+    second = replace(plan.outputs[0], path="out/second")
+    moves = (MOVE, replace(MOVE, destination=1))
+    both = replace(plan, outputs=(*plan.outputs, second), moves=moves)
+    finished = []
+    engine.execute(both, tmp_path, workers=2, on_finished=finished.extend)
+    assert sorted(output.path for output in finished) == ["out/put", "out/second"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: path.write_bytes(bytes(60)), "it had 50 bytes when the plan was made, .* 60"),
+        (lambda path: os.utime(path, ns=(1, 1)), "it was written to since the plan was made"),
+        (
+            lambda path: (path.rename(f"{path}.old"), path.write_bytes(bytes(50))),
+            "another file has taken its place",
+        ),
+    ],
+    ids=["size", "time", "inode"],
+)
+def test_a_source_that_has_changed_is_refused(plan, tmp_path, change, message):
+    source = plan.sources[0]
+    states = {source: FileState.of(source.stat())}
+    change(source)
+    with pytest.raises(CheckpointError, match=f"source: {message}"):
+        engine.execute(plan, tmp_path, workers=1, states=states)
+
+
+def test_literals_lie_between_what_moves_write(plan, tmp_path):
+    output = replace(plan.outputs[0], size_bytes=32, literals=((28, b"tail"),))
+    whole = replace(plan, outputs=(output,))
+    whole.check()
+    engine.execute(whole, tmp_path, workers=1)
+    assert (tmp_path / "out/put").read_bytes()[28:] == b"tail"
+    for offset, message in ((27, "written twice"), (29, "nothing writes byte 28")):
+        bad = replace(output, size_bytes=offset + 4, literals=((offset, b"tail"),))
+        with pytest.raises(PlanError, match=message):
+            replace(plan, outputs=(bad,)).check()
 
 
 def test_files_of_a_header_alone(tmp_path):
@@ -119,6 +180,7 @@ def test_names_that_are_not_unicode(plan, tmp_path):
     plan = replace(plan, sources=(source,), outputs=(replace(plan.outputs[0], path=name * 2),))
     engine.execute(plan, tmp_path, workers=1)
     assert engine.compare(plan.sources, [tmp_path / (name * 2)], plan.moves, workers=1) == []
+    (tmp_path / (name * 2)).unlink()
     with pytest.raises(PlanError, match=f"{name}: the plan left 28 of 30"):
         engine.execute(
             replace(plan, outputs=(replace(plan.outputs[0], size_bytes=30),)), tmp_path, workers=1
@@ -133,6 +195,7 @@ def test_an_output_that_the_plan_leaves_short(plan, tmp_path):
     short = replace(plan, outputs=(replace(plan.outputs[0], size_bytes=30),))
     with pytest.raises(PlanError, match="out/put: the plan left 28 of 30 bytes"):
         engine.execute(short, tmp_path, workers=1)
+    (tmp_path / "out/put").unlink()
     empty = replace(short, moves=())
     with pytest.raises(PlanError, match="out/put: the plan left 4 of 30 bytes"):
         engine.execute(empty, tmp_path, workers=1)
@@ -164,7 +227,7 @@ def test_io_errors_carry_errno_and_filename(plan, tmp_path):
     source.rmdir()
     saved.rename(source)
     (tmp_path / "out/put").mkdir()
-    failure(IsADirectoryError, errno.EISDIR, tmp_path / "out/put", run)
+    failure(FileExistsError, errno.EEXIST, tmp_path / "out/put", run)
     missing = tmp_path / "missing"
     failure(
         FileNotFoundError,
@@ -176,13 +239,15 @@ def test_io_errors_carry_errno_and_filename(plan, tmp_path):
 
 def test_a_folder_that_is_not_there(plan, tmp_path):
     path = str(tmp_path / "nowhere/put")
-    outputs = [(path, b"head", 28)]
+    outputs = [("nowhere/put", [(0, b"head")], 28)]
+    folder = Folder.open(tmp_path)
     failure(
         FileNotFoundError,
         errno.ENOENT,
         path,
         lambda: _C.execute(
-            [str(plan.sources[0])],
+            [(str(plan.sources[0]), None)],
+            (folder.descriptor, str(tmp_path)),
             outputs,
             table_of(plan.moves),
             workers=1,
@@ -192,10 +257,19 @@ def test_a_folder_that_is_not_there(plan, tmp_path):
     )
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 def test_a_full_disk(plan, tmp_path):
-    full = replace(plan, outputs=(replace(plan.outputs[0], path="/dev/full"),))
-    failure(OSError, errno.ENOSPC, "/dev/full", lambda: engine.execute(full, tmp_path, workers=2))
+    """As far as a limit on the size of files is like one."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20, limits[1]))
+    try:
+        failure(
+            OSError,
+            errno.EFBIG,
+            tmp_path / "out/put",
+            lambda: engine.execute(plan, tmp_path, workers=2),
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_workers_must_be_positive(plan, tmp_path):
@@ -270,11 +344,14 @@ def test_files_are_not_synced_once_cancelled(fsync: bool, tmp_path: Path) -> Non
     progress = _C.Progress()
     progress.cancel()
     path = tmp_path / "out"
+    folder = Folder.open(tmp_path)
 
     def execute() -> None:
+        path.unlink(missing_ok=True)
         _C.execute(
             [],
-            [(bytes(path), b"header", 6)],
+            (folder.descriptor, bytes(tmp_path)),
+            [(b"out", [(0, b"header")], 6)],
             table_of(()),
             workers=1,
             fsync=fsync,

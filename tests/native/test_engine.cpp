@@ -1,5 +1,8 @@
 // Random plans, executed by several workers, against a loop over the elements; and what goes wrong.
 
+#include <fcntl.h>
+#include <sys/stat.h>
+
 #include <cerrno>
 #include <filesystem>
 #include <fstream>
@@ -15,11 +18,11 @@ namespace fs = std::filesystem;
 
 namespace {
 
-struct Folder {
+struct TemporaryFolder {
   fs::path path =
       fs::temp_directory_path() / ("nanotron_fast_test_" + std::to_string(std::random_device{}()));
-  Folder() { fs::create_directory(path); }
-  ~Folder() { fs::remove_all(path); }
+  TemporaryFolder() { fs::create_directory(path); }
+  ~TemporaryFolder() { fs::remove_all(path); }
 };
 
 void write_file(const std::string& path, const std::string& bytes) {
@@ -30,6 +33,9 @@ std::string read_file(const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
   return {std::istreambuf_iterator<char>(stream), {}};
 }
+
+// Paths are from here, or absolute.
+const Folder kHere{AT_FDCWD, ""};
 
 // A plan with its files in a folder.
 struct Fixture {
@@ -47,17 +53,24 @@ struct Fixture {
       write_file(sources.back(), bytes);
       contents.push_back(bytes);
       destinations.push_back(folder + "/destination_" + number);
-      outputs.push_back({destinations.back(), plan.headers[i], plan.destination_sizes[i]});
+      outputs.push_back({destinations.back(), {{0, plan.headers[i]}}, plan.destination_sizes[i]});
     }
   }
   int64_t num_moves() const { return static_cast<int64_t>(plan.moves.size()); }
+  std::vector<SourceFile> source_files() const { return {sources.begin(), sources.end()}; }
+  // Into files that are not there.
   void run(Progress& progress, int workers = 3) const {
+    for (const std::string& path : destinations) fs::remove(path);
+    run_over(progress, workers);
+  }
+  void run_over(Progress& progress, int workers) const {
     const EngineOptions options{workers, workers == 1, supported_simd_levels().back()};
-    execute(sources, outputs, plan.table.data(), num_moves(), options, progress);
+    execute(source_files(), kHere, outputs, plan.table.data(), num_moves(), options, progress);
   }
   std::vector<Difference> differences(Progress& progress) const {
     const EngineOptions options{3, false, default_simd_level()};
-    return compare(sources, destinations, plan.table.data(), num_moves(), options, progress);
+    return compare(source_files(), {destinations.begin(), destinations.end()}, plan.table.data(),
+                   num_moves(), options, progress);
   }
   Plan plan;
   std::vector<std::string> sources, destinations, contents;
@@ -110,11 +123,62 @@ void test_io_errors(const std::string& folder) {
   nowhere.outputs[2].path = folder + "/nowhere/out";
   CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "nowhere/out: No such"));
   nowhere.outputs[2].path = folder;
-  CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "directory"));
-  if (fs::exists("/dev/full")) {
-    nowhere.outputs[2].path = "/dev/full";
-    CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "No space left"));
-  }
+  CHECK(contains(message_of<IoError>([&] { nowhere.run(progress); }), "File exists"));
+}
+
+// What was there already is not written to, and a link is not followed.
+void test_files_that_are_there(const std::string& folder) {
+  Progress progress;
+  const Fixture fixture(4, folder);
+  fixture.run(progress, 1);
+  CHECK(progress.take_finished().size() == kNumFiles);
+  CHECK(progress.take_finished().empty());
+  const std::string before = read_file(fixture.destinations[1]);
+  CHECK(contains(message_of<IoError>([&] { fixture.run_over(progress, 1); }), "File exists"));
+  CHECK(read_file(fixture.destinations[1]) == before);
+  for (const std::string& path : fixture.destinations) fs::remove(path);
+  fs::create_symlink(folder + "/elsewhere", fixture.destinations[1]);
+  CHECK(contains(message_of<IoError>([&] { fixture.run_over(progress, 1); }), "File exists"));
+  CHECK(!fs::exists(folder + "/elsewhere"));
+  fs::remove(fixture.destinations[1]);
+}
+
+// Sources that are no longer what the plan was made with.
+void test_changed_sources(const std::string& folder) {
+  const std::string path = folder + "/watched";
+  write_file(path, "0123456789");
+  struct stat status;
+  CHECK(::stat(path.c_str(), &status) == 0);
+  const FileState state{static_cast<int64_t>(status.st_dev), static_cast<int64_t>(status.st_ino),
+                        status.st_size,
+                        status.st_mtim.tv_sec * int64_t{1000000000} + status.st_mtim.tv_nsec};
+  const auto message = [&](const FileState& wanted) {
+    return message_of<ChangedError>([&] { File::open_for_reading(SourceFile(path, wanted)); });
+  };
+  CHECK(File::open_for_reading(SourceFile(path, state)).size_bytes() == 10);
+  FileState other = state;
+  other.inode += 1;
+  CHECK(contains(message(other), "watched: another file has taken its place"));
+  other = state;
+  other.size_bytes = 12;
+  CHECK(contains(message(other), "watched: it had 12 bytes when the plan was made, and has 10"));
+  other = state;
+  other.mtime_ns -= 1;
+  CHECK(contains(message(other), "watched: it was written to"));
+  const File file = File::open_for_reading(SourceFile(path));
+  std::byte buffer[4];
+  CHECK(contains(message_of<ChangedError>([&] { file.pread_exact(buffer, 4, 8); }),
+                 "watched: it ends at byte 10"));
+}
+
+// Bytes that no move writes, anywhere in a file.
+void test_literals(const std::string& folder) {
+  Progress progress;
+  const EngineOptions options{2, true, default_simd_level()};
+  const std::vector<OutputFile> outputs{{folder + "/literals", {{0, "head"}, {4, "tail"}}, 8}};
+  execute({}, kHere, outputs, nullptr, 0, options, progress);
+  CHECK(read_file(folder + "/literals") == "headtail");
+  CHECK(progress.take_finished() == std::vector<int64_t>{0});
 }
 
 void test_plan_errors(const std::string& folder) {
@@ -132,9 +196,12 @@ void test_plan_errors(const std::string& folder) {
 }  // namespace
 
 int main() {
-  const Folder folder;
+  const TemporaryFolder folder;
   test_random_plans(folder.path);
   test_cancellation(folder.path);
   test_io_errors(folder.path);
+  test_files_that_are_there(folder.path);
+  test_changed_sources(folder.path);
+  test_literals(folder.path);
   test_plan_errors(folder.path);
 }

@@ -1,0 +1,101 @@
+"""A folder that is held open while it is written to, and what a file is when a plan is made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+
+class FileState(NamedTuple):
+    """What tells a file from another one under its name, and from itself before it was written to.
+
+    The order is that of the native engine.
+    """
+
+    device: int
+    inode: int
+    size_bytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        """What `os.stat` says."""
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(slots=True)
+class Folder:
+    """A folder by its descriptor: what is done in it is done there, whoever takes its name.
+
+    Args:
+        path: for messages.
+        descriptor: open until `close`.
+    """
+
+    path: Path
+    descriptor: int
+
+    @classmethod
+    def open(cls, path: Path, *, within: Folder | None = None) -> Folder:
+        """Opens a folder, and no link to one. Raises OSError.
+
+        Args:
+            path: from the current folder, or a name in `within`.
+        """
+        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+        if within is None:
+            return cls(path, os.open(path, flags))
+        descriptor = os.open(path, flags | os.O_NOFOLLOW, dir_fd=within.descriptor)
+        return cls(within.path / path, descriptor)
+
+    def __enter__(self) -> Folder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of it. May be called again."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def make_folders(self, paths: Iterable[str]) -> None:
+        """Makes folders in it, and those that they lie in, by paths from it. Raises OSError."""
+        made = {""}
+        for path in sorted(paths):
+            parts = path.split("/")
+            for depth in range(1, len(parts) + 1):
+                name = "/".join(parts[:depth])
+                if name in made:
+                    continue
+                made.add(name)
+                try:
+                    os.mkdir(name, dir_fd=self.descriptor)
+                except FileExistsError:
+                    pass
+                except OSError as error:
+                    error.filename = os.fspath(self.path / name)
+                    raise
+
+    def create(self, path: str) -> int:
+        """A descriptor of a file that was not there, to write to. Raises OSError."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            return os.open(path, flags, 0o666, dir_fd=self.descriptor)
+        except OSError as error:
+            error.filename = os.fspath(self.path / path)
+            raise
+
+    def size_of(self, path: str) -> int | None:
+        """Bytes of a plain file in it; None where there is none."""
+        import stat
+
+        try:
+            status = os.stat(path, dir_fd=self.descriptor, follow_symlinks=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return status.st_size if stat.S_ISREG(status.st_mode) else None
