@@ -1,6 +1,11 @@
 """The exceptions that nanotron_fast raises on purpose. They end the command with exit code 2."""
 
 
+def add_note(error: BaseException, text: str) -> None:
+    """Says more of an error, on a line of its own, as Python 3.11's `add_note` does."""
+    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+
+
 class NanotronFastError(Exception):
     """Base of every error below."""
 

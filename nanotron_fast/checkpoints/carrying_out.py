@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.destination import Destination
+from nanotron_fast.checkpoints.fingerprint import Made, made_by, states_of
+from nanotron_fast.checkpoints.journal import Journal
+from nanotron_fast.checkpoints.ownership import boot_id
+from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.plan.sides import UNTIE
-from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.processes import PeerFailed, Processes
+from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
-from nanotron_fast.errors import CheckpointError, ConfigError
-from nanotron_fast.interruption import Interrupted
+from nanotron_fast.errors import CheckpointError, ConfigError, add_note
+from nanotron_fast.interruption import Interrupted, ending
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
+from nanotron_fast.moves.files import FileState, ReadFile
+from nanotron_fast.moves.plan import MovePlan, OutputFile
 
+_NO_WISHES = Wishes()
 # Room for each of the small files whose contents are not made yet.
 _DOCUMENT_BYTES = 64 << 10
 
@@ -33,11 +40,15 @@ class Report:
     seconds: float
     engine_seconds: float
     peak_rss_bytes: int
+    # What this run wrote: all of the plan, or what was left of it.
+    part: MovePlan
+    share: tuple[int, int] | None = None
+    warnings: tuple[str, ...] = ()
 
     @property
     def gigabytes_per_second(self) -> float:
         """Decimal gigabytes of tensor files written, over the whole time."""
-        return self.plan.bytes_written / 1e9 / self.seconds if self.seconds else 0.0
+        return self.part.bytes_written / 1e9 / self.seconds if self.seconds else 0.0
 
     def to_json(self, workers: int) -> dict[str, Any]:
         """The contract of `convert --json`."""
@@ -59,72 +70,251 @@ def carry_out(
     overwrite: bool = False,
     workers: int | None = None,
     fsync: bool = False,
+    wishes: Wishes = _NO_WISHES,
     on_plan: Callable[[Plan], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
     processes: Processes | None = None,
 ) -> Report:
     """Makes a plan on every process and carries it out: see `convert` for what is given.
 
-    `dst` appears when it is whole; on any error, and when interrupted, it is as it was before.
+    `dst` appears when it is whole. On an error, and when interrupted, it is as it was before; what
+    was finished by then stays beside it where another run can go on with it.
 
     Raises:
         What `make_plan` raises; DestinationError (an OSError) where `dst` is in the way or the
         disk too small; CheckpointError where a source has changed; OSError.
     """
-    started = time.perf_counter()
-    processes = processes or Processes()
-    workers = engine.default_workers() if workers is None else workers
-    if workers < 1:
+    run = _Run(dst, processes or Processes(), wishes, fsync=fsync)
+    run.workers = engine.default_workers() if workers is None else workers
+    if run.workers < 1:
         raise ConfigError(f"--workers {workers}: it should be at least 1")
-    destination: Destination | None = None
     try:
-        with processes.step():
-            ready = make_plan()
-            destination = Destination(
-                Path(dst), source=ready.source, overwrite=overwrite, inputs=_inputs(ready)
-            )
-            names = _names(ready)
-            if processes.rank == 0:
-                destination.check(names)
-                if ready.check_source is not None:
-                    ready.check_source()
-                _check_equal(ready, workers)
-                if on_plan is not None:
-                    on_plan(ready)
-                destination.open(_sizes(ready), names)
-        with processes.step():
-            engine_started = time.perf_counter()
-            is_first = processes.rank == 0
-            engine.execute(
-                ready.transfer.share(processes.rank, processes.world_size),
-                destination.partial,
-                workers=workers,
-                fsync=fsync,
-                on_progress=on_progress,
-                meanwhile=partial(_write_documents, ready, destination.partial, fsync)
-                if is_first
-                else None,
-            )
-            engine_seconds = time.perf_counter() - engine_started
-        with processes.step():
-            if processes.rank == 0:
-                destination.commit(fsync=fsync, names=names)
-        return Report(
-            ready,
-            destination.path,
-            time.perf_counter() - started,
-            engine_seconds,
-            peak_resident_bytes(),
-        )
+        run.prepare(make_plan, on_plan, overwrite=overwrite)
+        run.write(on_total, on_progress)
+        return run.end()
     except BaseException as error:
-        if destination is not None:
-            destination.abort()
-            if isinstance(error, Interrupted):
-                is_first = processes.rank == 0
-                error.remains = (
-                    destination.remains() if is_first else f"process {processes.rank} has ended"
-                )
+        run.abort(error)
         raise
+
+
+class _Run:
+    """One process's part in carrying out a plan."""
+
+    workers: int
+    _plan: Plan
+    _destination: Destination
+    _journal: Journal
+    _states: Mapping[Path, ReadFile]
+    # What is left for all processes of this run.
+    _todo: MovePlan
+
+    def __init__(
+        self, dst: str | Path, processes: Processes, wishes: Wishes, *, fsync: bool
+    ) -> None:
+        self._dst = Path(dst)
+        self._processes = processes
+        self._wishes = wishes
+        self._fsync = fsync
+        self._started = time.perf_counter()
+        self._engine_seconds = 0.0
+        # The outputs that are whole, of this process and of runs before; None until it is open.
+        self._finished: set[str] = set()
+        self._is_open = self._has_destination = False
+
+    @property
+    def _is_first(self) -> bool:
+        return self._processes.rank == 0
+
+    def prepare(
+        self,
+        make_plan: Callable[[], Plan],
+        on_plan: Callable[[Plan], None] | None,
+        *,
+        overwrite: bool,
+    ) -> None:
+        """Plans, agrees with the other processes, and opens the folder to write to."""
+        processes, wishes = self._processes, self._wishes
+        if processes.world_size > 1 and (wishes.share or wishes.finish):
+            option = "--share" if wishes.share else "--finish"
+            raise ConfigError(
+                f"{option}: it is for processes that do not know each other, and here are "
+                f"{processes.world_size} of torchrun's"
+            )
+        with processes.step():
+            self._plan = make_plan()
+            self._destination = Destination(
+                self._dst,
+                source=self._plan.source,
+                overwrite=overwrite,
+                inputs=_inputs(self._plan),
+                share=wishes.share,
+            )
+            self._has_destination = True
+            self._states = states_of(self._plan)
+            made = made_by(self._plan, self._states)
+        with processes.step():
+            boots = check_same(processes, made)
+        with processes.step():
+            if self._is_first:
+                self._open(made, boots, on_plan)
+        run, finished = processes.gather((self._destination.run, self._finished))[0]
+        with processes.step():
+            self._finished = set(finished)
+            self._todo = self._part(self._finished)
+            if not self._is_first:
+                self._begin_journal(self._destination.join(run), boots)
+
+    def _open(
+        self, made: Made, boots: Collection[str], on_plan: Callable[[Plan], None] | None
+    ) -> None:
+        """The first process's part: its run's folder, with what runs before it have finished."""
+        plan, destination, wishes = self._plan, self._destination, self._wishes
+        names = _names(plan)
+        destination.check(names)
+        destination.lock()
+        earlier = settle(destination, made, plan.transfer, wishes, boots)
+        if plan.check_source is not None:
+            plan.check_source()
+        _check_equal(plan, self.workers)
+        if on_plan is not None:
+            on_plan(plan)
+        done: set[str] = set()
+        for leftover in earlier:
+            done |= set(whole_outputs(leftover, plan.transfer.outputs, boots))
+        partial = destination.open(_sizes(plan, self._part(done).outputs), names)
+        self._begin_journal(partial, boots)
+        self._journal.begin(made, wishes.share, time.time())
+        self._finished = take_over(earlier, partial, self._journal, plan.transfer, boots)
+
+    def _begin_journal(self, partial: Partial, boots: Collection[str]) -> None:
+        # What another machine may go on with has to be on the device first.
+        syncs = self._fsync or self._wishes.share is not None or len(boots) > 1
+        rank = self._processes.rank
+        self._journal = Journal(partial.folder, partial.content, rank, syncs=syncs)
+        self._is_open = True
+
+    def _part(self, finished: Collection[str]) -> MovePlan:
+        """What is left for this run, over all of its processes."""
+        transfer = self._plan.transfer
+        if self._wishes.share:
+            number, total = self._wishes.share
+            transfer = transfer.share(number - 1, total)
+        return transfer.without(finished)
+
+    def write(
+        self, on_total: Callable[[int], None] | None, on_progress: ProgressCallback | None
+    ) -> None:
+        """Writes this process's files."""
+        processes, partial = self._processes, self._destination.partial
+        part = self._todo.share(processes.rank, processes.world_size)
+        if on_total is not None:
+            on_total(part.bytes_written)
+        with processes.step():
+            started = time.perf_counter()
+            engine.execute(
+                part,
+                partial.content,
+                workers=self.workers,
+                fsync=self._fsync,
+                states={path: read.state for path, read in self._states.items()},
+                on_progress=on_progress,
+                on_finished=self._note,
+                meanwhile=self._write_documents,
+            )
+            self._journal.finish()
+            self._engine_seconds = time.perf_counter() - started
+
+    def _write_documents(self) -> None:
+        """The small files: the first process's, and not a share's."""
+        if not self._is_first or self._wishes.share:
+            return
+        plan, root, fsync = self._plan, self._destination.partial.content, self._fsync
+        root.make_folders({os.path.dirname(name) for name in _names(plan)})
+        for name, contents in plan.documents.items():
+            write_file(Path(name), contents(), fsync=fsync, within=root)
+        for name, path in plan.copies.items():
+            copy_file(path, Path(name), fsync=fsync, within=root)
+
+    def _note(self, outputs: Sequence[OutputFile]) -> None:
+        self._journal.add(outputs)
+        self._finished |= {output.path for output in outputs}
+
+    def end(self) -> Report:
+        """Gives the result its name; a share leaves it to the run that finishes."""
+        processes, destination = self._processes, self._destination
+        warnings: list[str] = []
+        with processes.step():
+            self._journal.close()
+            if self._is_first:
+                check_unchanged(self._states)
+                if self._wishes.share:
+                    destination.leave()
+                else:
+                    warnings = destination.commit(
+                        self._plan.transfer.outputs, fsync=self._fsync, names=_names(self._plan)
+                    )
+        return Report(
+            self._plan,
+            destination.path,
+            time.perf_counter() - self._started,
+            self._engine_seconds,
+            peak_resident_bytes(),
+            self._todo,
+            self._wishes.share,
+            tuple(warnings),
+        )
+
+    def abort(self, error: BaseException) -> None:
+        """Ends before the time. What is whole stays, unless the error puts it in doubt."""
+        with ending():
+            if self._is_open:
+                self._journal.close()
+            if not self._has_destination:
+                return
+            may_go_on = isinstance(error, Interrupted | KeyboardInterrupt | OSError | PeerFailed)
+            keeps = self._is_open and may_go_on and bool(self._finished)
+            self._destination.abort(keeps=keeps)
+            if not self._is_first:
+                if isinstance(error, Interrupted):
+                    error.remains = f"process {self._processes.rank} has ended"
+                return
+            remains = self._destination.remains(
+                len(self._finished), len(self._plan.transfer.outputs)
+            )
+            if isinstance(error, Interrupted):
+                error.remains = remains
+            elif keeps:
+                add_note(error, remains)
+
+
+def check_same(processes: Processes, made: Made) -> Collection[str]:
+    """Proves that all processes have made the same plan, and returns the boots of their machines.
+
+    Raises CheckpointError, which names the first thing in which they differ.
+    """
+    said = processes.gather((made.digest, boot_id()))
+    rank = next((rank for rank, (digest, _) in enumerate(said) if digest != said[0][0]), None)
+    if rank is not None:
+        all_made = processes.gather(made)
+        mine, others = "in process 0", f"in process {rank}"
+        difference = all_made[0].difference(all_made[rank], mine=mine, others=others)
+        raise CheckpointError(
+            f"the processes do not see the same: {difference}. A file system may be mounted on one "
+            "machine alone, or show an older state there"
+        )
+    return {boot for _, boot in said}
+
+
+def check_unchanged(states: Mapping[Path, ReadFile]) -> None:
+    """Raises CheckpointError where a source is not any more what it was; OSError."""
+    for path, read in states.items():
+        found = FileState.of(os.stat(path))
+        if found != read.state:
+            raise CheckpointError(
+                f"{path}: it has changed while it was read ({read.state.size_bytes:,} bytes then, "
+                f"{found.size_bytes:,} now): what was written may be a mixture, and is given up"
+            )
 
 
 def _names(ready: Plan) -> frozenset[str]:
@@ -132,12 +322,12 @@ def _names(ready: Plan) -> frozenset[str]:
     return frozenset((*ready.documents, *ready.copies))
 
 
-def _sizes(ready: Plan) -> Iterator[int]:
+def _sizes(ready: Plan, outputs: Sequence[OutputFile]) -> Iterator[int]:
     """Bytes of every file and folder that will be written; a folder takes a block."""
-    folders = {os.path.dirname(output.path) for output in ready.transfer.outputs}
+    folders = {os.path.dirname(output.path) for output in outputs}
     parents = {folder[:at] for folder in folders for at in _slashes(folder)}
     yield from (1 for _ in folders | parents)
-    yield from (output.size_bytes for output in ready.transfer.outputs)
+    yield from (output.size_bytes for output in outputs)
     yield from (_DOCUMENT_BYTES for _ in ready.documents)
     yield from (path.stat().st_size for path in ready.copies.values())
 
@@ -170,11 +360,3 @@ def _check_equal(ready: Plan, workers: int) -> None:
                 f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements. "
                 f"{UNTIE}"
             )
-
-
-def _write_documents(ready: Plan, root: Path, fsync: bool) -> None:
-    for name, contents in ready.documents.items():
-        write_file(root / name, contents(), fsync=fsync)
-    for name, path in ready.copies.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        copy_file(path, root / name, fsync=fsync)

@@ -12,6 +12,7 @@ from nanotron_fast.checkpoints.carrying_out import Report, carry_out
 from nanotron_fast.checkpoints.options import Choices, Options, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
@@ -61,7 +62,7 @@ def plan(
         from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
         ready = plan_to_hf(checkpoint, options)
-    return replace(ready, warnings=(*ready.warnings, *warnings))
+    return replace(ready, warnings=(*ready.warnings, *warnings), sources_read=checkpoint.read)
 
 
 @takes(Choices)
@@ -72,21 +73,33 @@ def convert(
     overwrite: bool = False,
     workers: int | None = None,
     fsync: bool = False,
+    resume: bool = False,
+    overwrite_partial: bool = False,
+    share: tuple[int, int] | None = None,
+    finish: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
     processes: Processes | None = None,
     **choices: Unpack[Choices],
 ) -> Report:
     """Converts `src` to `dst`: Hugging Face to Nanotron or back, by what `src` is.
 
-    `dst` appears when it is whole; on any error, and when interrupted, it is as it was before.
+    `dst` appears when it is whole. On an error, and when interrupted, it is as it was before, and
+    the files that were whole by then stay in `dst`.partial-ID, for a run with `resume`.
 
     Args:
         src, dst, choices: as for `plan`.
         overwrite: replace a `dst` that is not empty, once the new one is whole.
         workers: threads; by default one for each core, 16 at most.
         fsync: return only when files, directories and the rename are on the device.
+        resume: go on with what an earlier run of the same conversion has finished; without one,
+            begin. What is of another conversion, or of a source that has changed, is an error.
+        overwrite_partial: give up what earlier runs have finished.
+        share: (I, N): do the I-th of N shares, each of which may run anywhere, at any time.
+        finish: prove that all shares are done, and give the result its name.
         on_plan: called with the Plan before anything is written.
+        on_total: called with the bytes that this process is about to write.
         on_progress: called now and then with the bytes written so far.
         processes: shares the work with those of torchrun (see `checkpoints.processes`).
 
@@ -100,7 +113,9 @@ def convert(
         overwrite=overwrite,
         workers=workers,
         fsync=fsync,
+        wishes=Wishes(resume, overwrite_partial, share, finish),
         on_plan=on_plan,
+        on_total=on_total,
         on_progress=on_progress,
         processes=processes,
     )

@@ -1,36 +1,51 @@
 """A directory that is either whole or not there.
 
-Everything is written to a folder for the time being, and takes its place when it is done: beside
-the destination and renamed as a whole, or, where the destination is there already, within it. That
-directory stays then, with its owner, mode and access lists, and may be a mount point or lie in a
-parent that cannot be written to; the parts move up one by one, the one that marks a whole
-checkpoint last. A lock in the folder tells a run that is still going from one that was killed.
+A run writes to a folder of its own (`partial.py`), which takes the destination's place when it is
+done: by one rename where there was nothing; by an exchange of names where a checkpoint is replaced;
+part by part, the marks of a whole checkpoint last, where the destination is an empty directory or
+a mount point, or lies in a folder that cannot be written to. That directory stays then, with its
+owner, mode and access lists. `settling.py` decides what becomes of what earlier runs have left.
 """
 
 from __future__ import annotations
 
 import errno
-import fcntl
-import json
 import os
 import shutil
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from nanotron_fast.checkpoints.journal import Entry
+from nanotron_fast.checkpoints.ownership import Lock
+from nanotron_fast.checkpoints.partial import REPLACED, Leftover, Partial, leftovers, new_run
+from nanotron_fast.checkpoints.renaming import exchange, rename_to_free
 from nanotron_fast.errors import DestinationError
-from nanotron_fast.formats.known_files import MARKERS, foreign_names
-from nanotron_fast.formats.known_files import OURS as _OURS
+from nanotron_fast.formats.known_files import MARKERS, OURS, foreign_names
 from nanotron_fast.interruption import ending, held
+from nanotron_fast.moves.plan import OutputFile
 
-_LOCK = ".nanotron_fast.lock"
-_INSIDE = f"{_OURS}partial"
+_LOCK = f"{OURS}lock"
 
 
 class Destination:
-    """Where a conversion's result will be."""
+    """Where a conversion's result will be.
+
+    Args:
+        path: of the directory.
+        source: the checkpoint that is read.
+        overwrite: what is there may be replaced, if it is a checkpoint.
+        inputs: folders from which other files are read.
+        share: (I, N) where this run does one share of N, and leaves its folder to another.
+    """
 
     def __init__(
-        self, path: Path, *, source: Path, overwrite: bool, inputs: Iterable[Path] = ()
+        self,
+        path: Path,
+        *,
+        source: Path,
+        overwrite: bool,
+        inputs: Iterable[Path] = (),
+        share: tuple[int, int] | None = None,
     ) -> None:
         """Checks that nothing of `source`, or of what else is read, would be lost.
 
@@ -39,49 +54,68 @@ class Destination:
         self.path = Path(os.path.realpath(path))
         if not self.path.name:
             raise DestinationError(f"{path}: the root of the file system cannot be a destination")
-        self.is_inside = self.path.exists()
-        self.partial = (
-            self.path / _INSIDE
-            if self.is_inside
-            else self.path.with_name(self.path.name + ".partial")
-        )
         self._overwrite = overwrite
-        self._lock: int | None = None
-        self._is_begun = self._is_whole = False
-        self._replaced = self.path / f"{_OURS}replaced-{os.getpid()}"
+        self._places = [Path(os.path.realpath(each)) for each in dict.fromkeys((source, *inputs))]
+        self._check_apart(path)
+        self._check_kind()
+        self.is_inside = self.path.exists() and not (overwrite and self._can_be_exchanged())
+        self._run = new_run()
+        self._share = share
+        self._lock: Lock | None = None
+        self._partial: Partial | None = None
+        self._is_whole = False
         # The nearest folder above that was there before.
         self._oldest_parent = self.path.parent
         while not self._oldest_parent.exists():
             self._oldest_parent = self._oldest_parent.parent
-        self._check_apart(path, Path(os.path.realpath(source)), inputs)
-        if self.path.exists() and not self.path.is_dir():
-            raise DestinationError(f"{self.path}: it is there, and is not a directory")
 
-    def _check_apart(self, path: Path, source: Path, inputs: Iterable[Path]) -> None:
+    @property
+    def run(self) -> str:
+        """The name of this run."""
+        return self._run
+
+    @property
+    def partial(self) -> Partial:
+        """The folder that is written to, once it is open."""
+        assert self._partial is not None
+        return self._partial
+
+    def _check_apart(self, path: Path) -> None:
         """Compares places, by name and by inode: one folder may be mounted in several places."""
-        where, beside = _identities(self.path), self.path.with_name(self.path.name + ".partial")
-        for place in dict.fromkeys((source, *(Path(os.path.realpath(each)) for each in inputs))):
+        where = _identities(self.path)
+        for number, place in enumerate(self._places):
             above = _identities(place)
-            what = f"the source {place}" if place == source else f"{place}, which is read,"
-            if place == source and where[:1] == above[:1]:
+            what = f"{place}, which is read," if number else f"the source {place}"
+            if number == 0 and where[:1] == above[:1]:
                 raise DestinationError(f"{path}: the destination is the source")
-            if place == source and above[0] in where:
+            if number == 0 and above[0] in where:
                 raise DestinationError(f"{path}: the destination lies inside {what}")
             if where[0] in above:
                 raise DestinationError(f"{path}: {what} lies inside the destination")
-            if not self.is_inside and beside.exists() and _identities(beside)[0] in above:
-                raise DestinationError(
-                    f"{path}: {what} lies in {beside}, which is where the conversion would write; "
-                    "give that another name"
-                )
+
+    def _check_kind(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise DestinationError(f"{self.path}: it is there, and is not a directory")
+
+    def _can_be_exchanged(self) -> bool:
+        """Whether another folder could take the name, and look the same from outside."""
+        parent = self.path.parent
+        return (
+            bool(os.listdir(self.path))
+            and os.access(parent, os.W_OK | os.X_OK)
+            and not os.path.ismount(self.path)
+            and self.path.stat().st_dev == parent.stat().st_dev
+            and (os.geteuid() == 0 or self.path.stat().st_uid == os.geteuid())
+        )
 
     def check(self, names: Collection[str] = ()) -> None:
         """Raises DestinationError where something is in the way.
 
         `names` are paths of the new result's files: what is replaced by its like is not lost.
         """
-        if self.path.exists() and not self.path.is_dir():
-            raise DestinationError(f"{self.path}: it is there, and is not a directory")
+        self._check_kind()
+        if any(each.is_between for each in leftovers(self.path)):
+            return  # asked again when that is undone
         found = self._entries()
         if found and not self._overwrite:
             raise DestinationError(
@@ -97,28 +131,56 @@ class Destination:
             )
 
     def _entries(self) -> list[str]:
-        """What is in the destination, but for what a killed run has left there."""
+        """What is in the destination, but for what is this tool's for the time being."""
         if not self.path.is_dir():
             return []
-        left = {_INSIDE, *self._moved_by_killed_run()} if self.is_inside else set()
-        return sorted(name for name in os.listdir(self.path) if name not in left)
+        ours = {_LOCK, *(each.path.name for each in leftovers(self.path))}
+        return sorted(
+            name
+            for name in os.listdir(self.path)
+            if name not in ours and not name.startswith(f"{_LOCK}-")
+        )
 
-    def _moved_by_killed_run(self) -> list[str]:
-        """Parts that a run had moved up when it was killed, before it had moved them all."""
-        partial = self.path / _INSIDE
-        try:
-            names = json.loads((partial / _LOCK).read_bytes() or b"[]")
-        except (OSError, ValueError):  # no killed run, or it had not come so far
-            return []
-        if not isinstance(names, list) or not all(
-            isinstance(name, str) and Path(name).name == name for name in names
-        ):
-            return []
-        waiting = [name for name in names if os.path.lexists(partial / name)]
-        return [name for name in names if name not in waiting] if waiting else []
+    def lock(self) -> None:
+        """Makes the folders that the destination lies in, and claims it for this run.
 
-    def open(self, sizes: Iterable[int] = (), names: Collection[str] = ()) -> Path:
-        """Makes the empty directory to write to, and returns it.
+        Raises DestinationError where another run has it, or where it cannot be written to.
+        """
+        with held():
+            folder = self.path if self.is_inside else self.path.parent
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(self.lock_path(self._share), self.path, self._run)
+                self._lock.acquire()
+            except OSError as error:
+                self._lock = None
+                self._remove_parents()
+                if isinstance(error, DestinationError):
+                    raise
+                reason = f"it cannot be written: {error.strerror}"
+                raise DestinationError(error.errno, reason, str(self.path)) from error
+
+    def lock_path(self, share: tuple[int, int] | None) -> Path:
+        """The file that says who does all of it, or a share."""
+        number = f"-{share[0]}-of-{share[1]}" if share else ""
+        if self.is_inside:
+            return self.path / f"{_LOCK}{number}"
+        return self.path.with_name(f".{self.path.name}{_LOCK}{number}")
+
+    def others(self) -> list[Leftover]:
+        """What other runs have here. Raises DestinationError where the source lies in it."""
+        found = leftovers(self.path)
+        for leftover in found:
+            for place in self._places:
+                if _identities(leftover.path)[0] in _identities(place):
+                    raise DestinationError(
+                        f"{self.path}: {place}, which is read, lies in {leftover.path}, which an "
+                        "earlier run has left; move it away"
+                    )
+        return found
+
+    def open(self, sizes: Iterable[int] = (), names: Collection[str] = ()) -> Partial:
+        """Makes the empty folder to write to.
 
         Args:
             sizes: of the files that will be written, in bytes.
@@ -130,53 +192,26 @@ class Destination:
         """
         self.check(names)
         with held():
-            self._clear_stale()
-            try:
-                self.partial.parent.mkdir(parents=True, exist_ok=True)
-                self.partial.mkdir()
-            except OSError as error:
-                self._remove_parents()
-                reason = f"it cannot be written: {error.strerror}"
-                raise DestinationError(error.errno, reason, str(self.path)) from error
-            self._is_begun = True
-            self._acquire()
+            self._partial = Partial.create(self._partial_path(self._run))
+            if self.path.exists() and not self.is_inside:
+                _take_after(self.path, self._partial.content_path)
         self._check_space(list(sizes))
-        return self.partial
+        return self._partial
 
-    def _clear_stale(self) -> None:
-        """Removes what a killed run has left."""
-        if not os.path.lexists(self.partial):
-            return
-        is_ours = self.partial.is_dir() and not self.partial.is_symlink()
-        is_empty = is_ours and not os.listdir(self.partial)
-        if not is_ours or not (is_empty or (self.partial / _LOCK).is_file()):
-            raise DestinationError(
-                f"{self.partial}: it is there, and no conversion left it; move it away"
-            )
-        self._acquire()
-        for name in self._moved_by_killed_run() if self.is_inside else ():
-            _remove(self.path / name)
-        shutil.rmtree(self.partial)
-        self._release()
+    def join(self, run: str) -> Partial:
+        """Opens the folder that the first process has made. Raises OSError."""
+        self._run = run
+        self._partial = Partial.join(self._partial_path(run))
+        return self._partial
 
-    def _acquire(self) -> None:
-        self._lock = os.open(self.partial / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._release()
-            raise DestinationError(f"{self.partial}: another conversion is writing to it") from None
-        except OSError:
-            pass  # a file system without locks: go on without telling runs apart
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+    def _partial_path(self, run: str) -> Path:
+        if self.is_inside:
+            return self.path / f"{OURS}partial-{run}"
+        return self.path.with_name(f"{self.path.name}.partial-{run}")
 
     def _check_space(self, sizes: list[int]) -> None:
         """Compares whole blocks, which are what files take, and the number of files."""
-        room = os.statvfs(self.partial)
+        room = os.statvfs(self.partial.path)
         block = room.f_frsize or room.f_bsize or 1
         needed = sum(-(-size // block) * block for size in sizes)
         free = room.f_bavail * block
@@ -196,17 +231,30 @@ class Destination:
                 str(self.path),
             )
 
-    def commit(self, *, fsync: bool, names: Collection[str] = ()) -> None:
-        """Gives the result its name. What `overwrite` replaces is there until then."""
+    def commit(
+        self, outputs: Sequence[OutputFile], *, fsync: bool, names: Collection[str] = ()
+    ) -> list[str]:
+        """Gives the result its name. What `overwrite` replaces is there until then.
+
+        Args:
+            outputs: the files that must be there, in their full sizes.
+            names: paths of the small files.
+
+        Returns warnings. Raises DestinationError, OSError.
+        """
+        partial = self.partial
         if fsync:
-            for folder, _, _ in os.walk(self.partial):
+            for folder, _, _ in os.walk(partial.content_path):
                 _sync_directory(Path(folder))
         with held():
             self.check(names)
+            self._check_ours(outputs)
             if self.is_inside:
                 self._move_up(fsync)
+            elif self.path.exists() and os.listdir(self.path):
+                self._exchange()
             else:
-                self._rename()
+                rename_to_free_or_empty(partial.content_path, self.path)
             self._is_whole = True
         if fsync:
             parent = self.path if self.is_inside else self.path.parent
@@ -214,47 +262,102 @@ class Destination:
                 _sync_directory(parent)
                 parent = parent.parent
             _sync_directory(parent)
-        if self.is_inside:
-            _remove(self._replaced)
-            _remove(self.partial)
-        self._release()
+        return self._end()
 
-    def _rename(self) -> None:
-        # As late as can be: a killed run that has lost its lock looks like another's folder.
-        (self.partial / _LOCK).unlink()
-        self.partial.rename(self.path)
+    def _check_ours(self, outputs: Sequence[OutputFile]) -> None:
+        """What was written is what is about to be given a name."""
+        assert self._lock is not None
+        self._lock.check()
+        if not self.partial.is_in_place():
+            raise DestinationError(
+                f"{self.partial.path}: it is not the folder any more that was written to"
+            )
+        for output in outputs:
+            found = self.partial.content.size_of(output.path)
+            if found != output.size_bytes:
+                has = "it is not there" if found is None else f"it has {found:,} bytes"
+                raise DestinationError(
+                    f"{self.partial.content_path / output.path}: {has}, and {output.size_bytes:,} "
+                    "were written: something else has changed it"
+                )
+
+    def _exchange(self) -> None:
+        """A checkpoint that was there changes its name with the new one."""
+        partial = self.partial
+        partial.mark()
+        if exchange(partial.content_path, self.path):
+            return
+        # The other way, in which the name is free for a moment: `Leftover.undo` knows it.
+        aside = partial.path / REPLACED
+        self.path.rename(aside)
+        try:
+            partial.content_path.rename(self.path)
+        except BaseException:
+            aside.rename(self.path)
+            raise
 
     def _move_up(self, fsync: bool) -> None:
         """Moves what was there aside, and the parts up; on an error, all of it back."""
-        before = self._entries()
-        parts = sorted(set(os.listdir(self.partial)) - {_LOCK}, key=_order)
-        assert self._lock is not None
-        os.pwrite(self._lock, json.dumps(parts).encode(), 0)
+        partial, replaced = self.partial, self.partial.path / REPLACED
+        content = partial.content_path
+        before, parts = self._entries(), sorted(os.listdir(content), key=_order)
+        partial.mark(parts, before)
         done: list[tuple[Path, Path]] = []
         try:
             if before:
-                self._replaced.mkdir()
+                replaced.mkdir()
             for name in before:
-                done.append(_move(self.path / name, self._replaced / name))
+                done.append(_move(self.path / name, replaced / name))
             for name in parts:
                 if fsync and name == parts[-1]:
                     _sync_directory(self.path)
-                done.append(_move(self.partial / name, self.path / name))
+                done.append(_move(content / name, self.path / name))
         except BaseException:
             for there, here in reversed(done):
                 here.rename(there)
-            if self._replaced.exists():
-                self._replaced.rmdir()
             raise
 
-    def abort(self) -> None:
-        """Removes what was written so far."""
+    def _end(self) -> list[str]:
+        """Removes what is not needed any more; that it cannot be removed is no error."""
+        warnings: list[str] = []
+        self.partial.close()
+        try:
+            if self.partial.content_path.exists():  # what was replaced: it may take its time
+                shutil.rmtree(self.partial.content_path)
+            with held():
+                shutil.rmtree(self.partial.path)
+        except OSError as error:
+            warnings.append(
+                f"{self.partial.path} cannot be removed, and is not needed: {error.strerror}"
+            )
+        assert self._lock is not None
+        self._lock.release()
+        return warnings
+
+    def leave(self) -> None:
+        """Ends a share: what it has written stays, for the run that finishes."""
+        self.partial.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def abort(self, *, keeps: bool = False) -> None:
+        """Ends a run before its time.
+
+        Args:
+            keeps: what was written so far stays, for a run that goes on with it.
+        """
         with ending():
-            if self._is_begun:
+            partial = self._partial
+            if partial is not None:
+                partial.close()
+                # What was replaced may take its time to remove.
+                has_old = self._is_whole and partial.content_path.exists()
+                if self._lock is not None and not has_old and not (keeps and not self._is_whole):
+                    shutil.rmtree(partial.path, ignore_errors=True)
+            if self._lock is not None:
+                self._lock.release()
                 if not self._is_whole:
-                    shutil.rmtree(self.partial, ignore_errors=True)
                     self._remove_parents()
-                self._release()
 
     def _remove_parents(self) -> None:
         """Those that were made for this result, where nobody else has put anything into them."""
@@ -266,12 +369,43 @@ class Destination:
                 return
             parent = parent.parent
 
-    def remains(self) -> str:
-        """What is there after an end before time, in words."""
-        state = "is whole" if self._is_whole else "is as it was"
-        left = [path for path in (self.partial, self._replaced) if self._is_begun and path.exists()]
-        more = f", and {' and '.join(map(str, left))} can be deleted" if left else ""
-        return f"{self.path} {state}{more}"
+    def remains(self, finished: Mapping[str, Entry] | int = 0, total: int = 0) -> str:
+        """What is there after an end before time, in words.
+
+        Args:
+            finished, total: output files that are whole, and all of them.
+        """
+        if self._is_whole:
+            left = self._partial is not None and self._partial.path.exists()
+            more = f", and {self.partial.path} can be deleted" if left else ""
+            return f"{self.path} is whole{more}"
+        number = finished if isinstance(finished, int) else len(finished)
+        if self._partial is None or not self._partial.path.exists():
+            return f"{self.path} is as it was"
+        return (
+            f"{self.path} is as it was, and {number:,} of {total:,} files are whole in "
+            f"{self._partial.path}: --resume goes on with them, --overwrite-partial begins anew"
+        )
+
+
+def rename_to_free_or_empty(content: Path, path: Path) -> None:
+    """Gives a folder its name, which is free, or that of an empty folder. Raises OSError."""
+    if path.exists():
+        content.rename(path)
+    else:
+        rename_to_free(content, path)
+
+
+def _take_after(old: Path, new: Path) -> None:
+    """Gives a folder the owner, mode and access lists of the one that it will replace.
+
+    Files that are made in it then belong to the same group. Raises OSError.
+    """
+    status = old.stat()
+    mine = new.stat()
+    if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
+        os.chown(new, status.st_uid, status.st_gid)
+    shutil.copystat(old, new)
 
 
 def _identities(path: Path) -> list[tuple[int, int] | Path]:
@@ -295,14 +429,6 @@ def _order(name: str) -> tuple[int, str]:
 def _move(here: Path, there: Path) -> tuple[Path, Path]:
     here.rename(there)
     return here, there
-
-
-def _remove(path: Path) -> None:
-    """Removes a file or a folder, or nothing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _sync_directory(path: Path) -> None:

@@ -6,11 +6,12 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from nanotron_fast.errors import ConfigError, NanotronFastError
 from nanotron_fast.interruption import Interrupted
 
+_Value = TypeVar("_Value")
 _POLL_SECONDS = 0.1
 # How long a process that is interrupted waits for the others to hear of it.
 _FAREWELL_SECONDS = 3.0
@@ -50,6 +51,10 @@ class Processes:
         An error in one of them becomes PeerFailed in the others.
         """
         yield
+
+    def gather(self, value: _Value) -> list[_Value]:
+        """What all processes have here, by their ranks. Raises PeerGone."""
+        return [value]
 
     def close(self) -> None:
         """Ends the connection between the processes."""
@@ -101,6 +106,17 @@ class TorchProcesses(Processes):
         for rank, message in enumerate(messages):
             if message is not None:
                 raise PeerFailed(f"process {rank} failed: {message}")
+
+    def gather(self, value: _Value) -> list[_Value]:
+        values: list[_Value] = [value] * self.world_size
+        try:
+            _call_patiently(lambda: self._dist.all_gather_object(values, value, self._group))
+        except RuntimeError as error:
+            raise PeerGone(f"another process is gone: {error}") from None
+        except BaseException:
+            self._is_abandoned = True
+            raise
+        return values
 
     def close(self) -> None:
         if self._is_ours and not self._is_abandoned:

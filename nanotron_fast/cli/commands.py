@@ -20,7 +20,7 @@ from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.cli.generate import generate
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
-from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.errors import ConfigError, NanotronFastError
 from nanotron_fast.version import __version__
 
 app = typer.Typer(
@@ -57,6 +57,8 @@ def _command(
             command(**given)
         except (NanotronFastError, OSError) as error:
             typer.echo(f"error: {error}", err=True)
+            for note in getattr(error, "__notes__", ()):
+                typer.echo(note, err=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 
     app.command(context_settings=context_settings)(run)
@@ -94,6 +96,22 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an earlier run has finished.")
+    ] = False,
+    overwrite_partial: Annotated[
+        bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
+    ] = False,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do the I-th of N shares, in a process of its own; --finish when all are done.",
+        ),
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Prove that all shares are done, and make DST of them.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
     ] = False,
@@ -102,7 +120,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to the other format.
 
-    DST appears when it is whole; on an error it is as it was before.
+    DST appears when it is whole. On an error it is as it was before, and what was finished by then
+    stays beside it, for --resume.
     """
     from nanotron_fast.checkpoints import convert as conversion
     from nanotron_fast.checkpoints.processes import connect
@@ -123,7 +142,6 @@ def convert(
     progress = reporting.Progress(is_quiet=is_silent)
 
     def on_plan(plan: Any) -> None:
-        progress.total_bytes = plan.bytes_written // processes.world_size
         if not is_silent:
             _warn(plan.warnings)
 
@@ -135,7 +153,12 @@ def convert(
                 overwrite=overwrite,
                 workers=num_workers,
                 fsync=fsync,
+                resume=resume,
+                overwrite_partial=overwrite_partial,
+                share=_share(share),
+                finish=finish,
                 on_plan=on_plan,
+                on_total=progress.expect,
                 on_progress=on_progress,
                 processes=processes,
                 **choices,
@@ -143,6 +166,7 @@ def convert(
     finally:
         processes.close()
     with interruption.telling(lambda: f"{report.destination} is whole"):
+        _warn(report.warnings)
         if json and processes.rank == 0:
             _print_json(report.to_json(num_workers))
         elif not is_silent:
@@ -301,6 +325,16 @@ def run(
 _command(train, {"allow_extra_args": True, "ignore_unknown_options": True})
 _command(generate)
 _command(tokenize)
+
+
+def _share(given: str | None) -> tuple[int, int] | None:
+    """I/N as two numbers. Raises ConfigError."""
+    if given is None:
+        return None
+    number, slash, total = given.partition("/")
+    if not (slash and number.isdecimal() and total.isdecimal()):
+        raise ConfigError(f"--share {given}: write I/N, such as 2/8")
+    return int(number), int(total)
 
 
 def _print(lines: Iterable[str]) -> None:

@@ -73,8 +73,15 @@ def report_lines(report: Report) -> Iterator[str]:
     else:
         way = f"{plan.source} ({plan.topology}) -> {report.destination}"
     yield f"{plan.family}, {plan.num_parameters:,} parameters, {way}"
+    if report.share is not None:
+        number, total = report.share
+        yield f"share {number} of {total}: --finish makes {report.destination} when all are done"
+    rest = len(plan.transfer.outputs) - len(report.part.outputs)
+    if rest and report.share is None:
+        were = "was" if rest == 1 else "were"
+        yield f"{_count(rest, 'file')} of {len(plan.transfer.outputs):,} {were} whole before"
     yield (
-        f"{size(plan.bytes_written)} in {_count(len(plan.transfer.outputs), 'file')}, "
+        f"{size(report.part.bytes_written)} in {_count(len(report.part.outputs), 'file')}, "
         f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s, "
         f"peak memory {size(report.peak_rss_bytes)}"
     )
@@ -155,6 +162,10 @@ class Progress:
     def __init__(self, *, is_quiet: bool) -> None:
         self.total_bytes = 0
         self._is_quiet = is_quiet
+
+    def expect(self, num_bytes: int) -> None:
+        """Says how much there is to do."""
+        self.total_bytes = num_bytes
 
     @contextmanager
     def running(self, verb: str) -> Iterator[ProgressCallback | None]:

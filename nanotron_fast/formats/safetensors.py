@@ -9,6 +9,7 @@ without a hole or an overlap. Source: https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.lfs import HINT, is_pointer
 from nanotron_fast.formats.plain_file import open_plain
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS, Dtype
+from nanotron_fast.moves.files import FileState, ReadFile
 
 _MAX_HEADER_BYTES = 100_000_000
 # Tensors start on a page: writes that begin inside one make the page cache work twice on it.
@@ -48,6 +50,8 @@ class Header:
 
     path: Path
     tensors: dict[str, TensorInfo]
+    # What the file was when it was read.
+    read: ReadFile
     metadata: dict[str, str] = field(default_factory=dict)
     has_metadata: bool = False
 
@@ -55,7 +59,8 @@ class Header:
 def read_header(path: Path) -> Header:
     """Reads and checks the header of a file, and nothing else. Raises CheckpointError, OSError."""
     with open_plain(path) as file:
-        file_bytes = os.fstat(file.fileno()).st_size
+        state = FileState.of(os.fstat(file.fileno()))
+        file_bytes = state.size_bytes
         prefix = file.read(64)
         if is_pointer(prefix):
             raise CheckpointError(f"{path}: {HINT}")
@@ -82,10 +87,10 @@ def read_header(path: Path) -> Header:
             if not more:
                 raise CheckpointError(f"{path}: the file shrank while its header was read")
             raw += more
-    return _parse_header(path, raw, data_start, file_bytes)
+    return _parse_header(path, raw, data_start, state)
 
 
-def _parse_header(path: Path, raw: bytes, data_start: int, file_bytes: int) -> Header:
+def _parse_header(path: Path, raw: bytes, data_start: int, state: FileState) -> Header:
     document = _parse_json(path, raw)
     metadata = document.pop("__metadata__", None)
     if metadata is not None and not (
@@ -95,8 +100,9 @@ def _parse_header(path: Path, raw: bytes, data_start: int, file_bytes: int) -> H
     tensors = {
         name: _parse_tensor(path, name, entry, data_start) for name, entry in document.items()
     }
-    _check_coverage(path, tensors, data_start, file_bytes)
-    return Header(path, tensors, metadata or {}, metadata is not None)
+    _check_coverage(path, tensors, data_start, state.size_bytes)
+    read = ReadFile(state, hashlib.sha256(raw).hexdigest())
+    return Header(path, tensors, read, metadata or {}, metadata is not None)
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,14 @@ class FileState(NamedTuple):
     def of(cls, status: os.stat_result) -> FileState:
         """What `os.stat` says."""
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True)
+class ReadFile:
+    """What a file was when its header was read, and a digest of that header; maybe none: ""."""
+
+    state: FileState
+    header_digest: str
 
 
 @dataclass(slots=True)
@@ -90,10 +99,17 @@ class Folder:
             error.filename = os.fspath(self.path / path)
             raise
 
+    def sync(self, path: str) -> None:
+        """Returns when a file in it is on the device. Raises OSError."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, dir_fd=self.descriptor)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
     def size_of(self, path: str) -> int | None:
         """Bytes of a plain file in it; None where there is none."""
-        import stat
-
         try:
             status = os.stat(path, dir_fd=self.descriptor, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):

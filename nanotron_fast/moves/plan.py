@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -77,6 +78,14 @@ class MovePlan:
                     f"{output.size_bytes}"
                 )
 
+    def without(self, paths: Collection[str]) -> MovePlan:
+        """The plan without these outputs."""
+        if not paths:
+            return self
+        return self._only(
+            [index for index, output in enumerate(self.outputs) if output.path not in paths]
+        )
+
     def share(self, rank: int, world_size: int) -> MovePlan:
         """What one of several processes does: whole folders of files, balanced by bytes.
 
@@ -94,9 +103,11 @@ class MovePlan:
         for key, size in sorted(folders.items(), key=lambda item: (-item[1], item[0])):
             owner[key] = loads.index(min(loads))
             loads[owner[key]] += size
-        mine = [
-            index for index, output in enumerate(self.outputs) if owner[_folder(output)] == rank
-        ]
+        return self._only(
+            [index for index, output in enumerate(self.outputs) if owner[_folder(output)] == rank]
+        )
+
+    def _only(self, mine: Sequence[int]) -> MovePlan:
         renumbered = {old: new for new, old in enumerate(mine)}
         return MovePlan(
             self.sources,

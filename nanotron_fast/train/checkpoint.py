@@ -8,8 +8,6 @@ last checkpoint as it was.
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import json
 import os
 import shutil
@@ -26,6 +24,7 @@ from nanotron_fast.checkpoints.convert import convert
 from nanotron_fast.checkpoints.load import DTYPES
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.renaming import exchange
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.formats.nanotron.checkpoint import (
     LATEST,
@@ -207,7 +206,7 @@ def save(
     partial, hf = root / f".{step}.partial", root / f".{step}.{HF}"
     with processes.step():
         if processes.rank == 0:
-            for left in (*root.glob(".*.partial"), *root.glob(f".*.{HF}")):  # by a killed run
+            for left in (*root.glob(".*.partial"), *root.glob(f".*.{HF}*")):  # by a killed run
                 _remove(left)
             partial.mkdir(parents=True)
     with processes.step():
@@ -242,7 +241,15 @@ def _export(
             for warning in plan.warnings:
                 warn(f"{HF}: {warning}")
 
-    convert(partial, destination, to="hf", fsync=fsync, on_plan=on_plan, processes=processes)
+    convert(
+        partial,
+        destination,
+        to="hf",
+        fsync=fsync,
+        overwrite_partial=True,
+        on_plan=on_plan,
+        processes=processes,
+    )
 
 
 def write(folder: Path, taken: Snapshot, *, fsync: bool) -> None:
@@ -318,7 +325,7 @@ def publish(root: Path, partial: Path, step: int, *, fsync: bool) -> None:
         for folder, _, _ in os.walk(partial):
             _sync(Path(folder))
     if final.exists():
-        _exchange(partial, final)
+        _replace(partial, final)
     else:
         partial.rename(final)
     if fsync:
@@ -339,20 +346,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _exchange(one: Path, other: Path) -> None:
-    """Two folders change their names, at no moment without one: by Linux's renameat2.
-
-    Where the file system cannot do that, the other has no name for a moment. Raises OSError.
-    """
-    at_here, exchange = -100, 2
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is not None:
-        names = os.fsencode(one), os.fsencode(other)
-        if renameat2(at_here, names[0], at_here, names[1], exchange) == 0:
-            return
-        code = ctypes.get_errno()
-        if code not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-            raise OSError(code, os.strerror(code), os.fspath(other))
+def _replace(one: Path, other: Path) -> None:
+    """Two folders change their names; the other may have none for a moment. Raises OSError."""
+    if exchange(one, other):
+        return
     aside = one.with_name(f".{other.name}.replaced.partial")
     other.rename(aside)
     one.rename(other)

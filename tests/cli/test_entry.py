@@ -34,27 +34,40 @@ class Finder:
             os.kill(os.getpid(), {number})
 sys.meta_path.insert(0, Finder())
 """
-# The second signal, as torchrun sends one, comes while the first is being answered.
+# Before a file is whole.
 AT_WORK = """
 from nanotron_fast.checkpoints import carrying_out as conversion
+execute = conversion.engine.execute
+def interrupted(*args, **kwargs):
+    os.kill(os.getpid(), {number})
+    execute(*args, **kwargs)
+conversion.engine.execute = interrupted
+"""
+# The second signal, as torchrun sends one, comes while the first is being answered.
+TWICE = """
 from nanotron_fast.checkpoints import destination
 rmtree = destination.shutil.rmtree
-def write(ready, root, fsync):
-    (root / "begun").write_text("")
-    os.kill(os.getpid(), {number})
 def remove(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGTERM)
     rmtree(*args, **kwargs)
-conversion._write_documents = write
 destination.shutil.rmtree = remove
 """
-AT_THE_END = """
-from nanotron_fast.checkpoints.destination import Destination
-rename = Destination._rename
-def kill(self):
+# When all of them are.
+WHEN_WRITTEN = """
+from nanotron_fast.checkpoints import carrying_out as conversion
+execute = conversion.engine.execute
+def interrupted(*args, **kwargs):
+    execute(*args, **kwargs)
     os.kill(os.getpid(), {number})
-    rename(self)
-Destination._rename = kill
+conversion.engine.execute = interrupted
+"""
+AT_THE_END = """
+from nanotron_fast.checkpoints import destination
+rename = destination.rename_to_free
+def kill(one, other):
+    os.kill(os.getpid(), {number})
+    rename(one, other)
+destination.rename_to_free = kill
 """
 FAULT = """
 from nanotron_fast.checkpoints import verify as verification
@@ -109,12 +122,33 @@ def test_a_signal_at_work(
     out = tmp_path / "new" / "out"
     if is_there:
         out.mkdir(parents=True)
-    process = start(AT_WORK.format(number=int(number)), "convert", golden_hf, out)
+    change = AT_WORK.format(number=int(number)) + TWICE
+    process = start(change, "convert", golden_hf, out)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
     assert err == f"interrupted by {signal.Signals(number).name}: {out} is as it was\n"
     assert names(tmp_path) == (["new"] if is_there else [])
     assert not is_there or names(out) == []
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_a_signal_when_files_are_whole(is_there: bool, tmp_path: Path, golden_hf: Path) -> None:
+    """They stay, and the line says how to go on with them."""
+    out = tmp_path / "out"
+    if is_there:
+        out.mkdir()
+    process = start(WHEN_WRITTEN.format(number=15), "convert", golden_hf, out)
+    _, err = process.communicate(timeout=60)
+    (left,) = out.iterdir() if is_there else tmp_path.iterdir()
+    assert (process.returncode, err) == (
+        143,
+        f"interrupted by SIGTERM: {out} is as it was, and 27 of 27 files are whole in {left}: "
+        "--resume goes on with them, --overwrite-partial begins anew\n",
+    )
+    report = nanotron_fast.convert(golden_hf, out, resume=True)
+    assert not report.part.outputs
+    assert nanotron_fast.verify(golden_hf, out).equal
+    assert names(tmp_path) == ["out"]
 
 
 def test_a_signal_at_the_last_step(tmp_path: Path, golden_hf: Path) -> None:
@@ -160,7 +194,8 @@ def test_processes_end_though_the_others_do_not_come(tmp_path: Path, golden_hf: 
     _, err = second.communicate(timeout=60)
     assert second.returncode == 143
     assert "interrupted by SIGTERM: process 1 has ended" in err
-    assert names(tmp_path) == []
+    nanotron_fast.convert(golden_hf, tmp_path / "out", resume=True)
+    assert names(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,10 @@ FLAGS: dict[str, tuple[type, Any, str | None]] = {
     "ignore_tensors": (list, None, "GLOB"),
 }
 OWN = {
-    "convert": ["src", "dst", *FLAGS, "workers", "fsync", "overwrite", "dry_run", "json", "quiet"],
+    "convert": [
+        *("src", "dst", *FLAGS, "workers", "fsync", "overwrite", "resume", "overwrite_partial"),
+        *("share", "finish", "dry_run", "json", "quiet"),
+    ],
     "verify": [
         "a",
         "b",

@@ -1,6 +1,5 @@
 """Destinations that are in the way, too small, contested, or left by a run that was killed."""
 
-import fcntl
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 import nanotron_fast
 from nanotron_fast import Topology
 from nanotron_fast.checkpoints import carrying_out as conversion
+from nanotron_fast.checkpoints import destination
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import CheckpointError, DestinationError, NanotronFastError
 from nanotron_fast.moves import engine
@@ -112,12 +112,14 @@ def test_overwrite_leaves_the_old_one_where_the_new_one_fails(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(conversion, "_write_documents", fail)
+    monkeypatch.setattr(conversion, "write_file", fail)
     with pytest.raises(OSError, match="No space left"):
         nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
-    assert names(tmp_path) == ["out", "source"]
     assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
     assert (tmp_path / "out" / "model.safetensors").read_text() == "old"
+    monkeypatch.undo()
+    nanotron_fast.convert(source, tmp_path / "out", overwrite=True, overwrite_partial=True)
+    assert names(tmp_path) == ["out", "source"]
 
 
 def test_overwrite_with_a_bad_source(source: Path, tmp_path: Path) -> None:
@@ -180,60 +182,74 @@ def test_a_link_that_leads_nowhere(source: Path, tmp_path: Path) -> None:
     assert (tmp_path / "target" / "model_config.json").is_file()
 
 
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_partial_of_somebody_else(overwrite: bool, source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "precious").write_text("yes")
-    message = "out.partial: it is there, and no conversion left it; move it away"
-    refused(source, tmp_path / "out", message, overwrite=overwrite)
-
-
-def test_partial_that_is_a_file(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").write_text("yes")
-    refused(source, tmp_path / "out", "out.partial: it is there")
-
-
-def test_partial_that_is_a_link(source: Path, tmp_path: Path) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "file").write_text("yes")
-    (tmp_path / "out.partial").symlink_to("precious")
-    refused(source, tmp_path / "out", "out.partial: it is there")
+@pytest.mark.parametrize("name", ["out.partial", "out.partial-0a1b2c3d"])
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_what_is_named_like_a_partial(name: str, kind: str, source: Path, tmp_path: Path) -> None:
+    """It is somebody's, and stays."""
+    if kind == "file":
+        (tmp_path / name).write_text("precious")
+    else:
+        folder = tmp_path / ("elsewhere" if kind == "link" else name)
+        folder.mkdir()
+        (folder / "precious").write_text("yes")
+        if kind == "link":
+            (tmp_path / name).symlink_to("elsewhere")
+    before = [*names(tmp_path), "out"]
+    nanotron_fast.convert(source, tmp_path / "out", overwrite_partial=True)
+    assert names(tmp_path) == sorted(before)
+    if kind != "file":
+        assert (tmp_path / name / "precious").read_text() == "yes"
 
 
 def test_second_run_is_refused(source: Path, tmp_path: Path) -> None:
     """The first holds its lock; the second touches nothing."""
     first = Destination(tmp_path / "out", source=source, overwrite=False)
+    first.lock()
     first.open()
-    (first.partial / "half").write_text("half")
-    refused(source, tmp_path / "out", "out.partial: another conversion is writing to it")
+    (first.partial.content_path / "half").write_text("half")
+    message = f"out: another conversion is writing to it: process {os.getpid()} on .*, since 20"
+    refused(source, tmp_path / "out", message)
     first.abort()
     nanotron_fast.convert(source, tmp_path / "out")
 
 
 def test_second_run_in_another_process_is_refused(stuck: Any, source: Path, tmp_path: Path) -> None:
-    refused(source, tmp_path / "out", "another conversion is writing to it")
+    refused(source, tmp_path / "out", f"another conversion .*: process {stuck.pid} on")
+    for given in ("resume", "overwrite_partial", "finish"):
+        refused(source, tmp_path / "out", f"process {stuck.pid} on", **{given: True})
 
 
-def test_killed_run_leaves_no_destination_and_the_next_cleans_up(
+def test_killed_run_leaves_no_destination_and_another_goes_on(
     stuck: Any, source: Path, tmp_path: Path
 ) -> None:
     stuck.send_signal(signal.SIGKILL)
     stuck.wait()
-    assert names(tmp_path) == ["out.partial", "source"]
-    nanotron_fast.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    message = (
+        r"partial-\w+ \([0-9]+ whole files, begun [0-9]+ seconds ago\) is there from a run before; "
+        "--resume goes on with it, --overwrite-partial begins anew"
+    )
+    with pytest.raises(DestinationError, match=message):
+        nanotron_fast.convert(source, tmp_path / "out")
+    report = nanotron_fast.convert(source, tmp_path / "out", resume=True)
+    assert not report.part.outputs
     assert names(tmp_path) == ["out", "source"]
     nanotron_fast.convert(tmp_path / "out", tmp_path / "back")
     assert read_tensors(tmp_path / "back") == MODEL.tensors
 
 
-def test_interrupted_run_leaves_nothing(stuck: Any, tmp_path: Path) -> None:
+def test_interrupted_run_leaves_what_is_whole(stuck: Any, source: Path, tmp_path: Path) -> None:
     stuck.send_signal(signal.SIGINT)
     _, stderr = stuck.communicate(timeout=20)
     assert b"KeyboardInterrupt" in stderr
-    assert names(tmp_path) == ["source"]
+    assert b"--resume goes on with them" in stderr
+    partial, _ = names(tmp_path)
+    assert partial.startswith("out.partial-")
+    nanotron_fast.convert(source, tmp_path / "out", overwrite_partial=True)
+    assert names(tmp_path) == ["out", "source"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, RuntimeError])
+@pytest.mark.parametrize("error", [SystemExit, RuntimeError])
 def test_exception_while_the_engine_runs(
     error: type[BaseException], source: Path, tmp_path: Path
 ) -> None:
@@ -248,13 +264,17 @@ def test_exception_while_the_engine_runs(
 def test_exception_at_the_last_step(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Path, target: Path) -> None:
-        raise PermissionError(13, "Permission denied", str(target))
+    def fail(one: Path, other: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(other))
 
-    monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(PermissionError):
+    monkeypatch.setattr(destination, "rename_to_free", fail)
+    with pytest.raises(PermissionError) as caught:
         nanotron_fast.convert(source, tmp_path / "out")
-    assert names(tmp_path) == ["source"]
+    (note,) = caught.value.__notes__
+    assert "out is as it was, and" in note
+    monkeypatch.undo()
+    nanotron_fast.convert(source, tmp_path / "out", resume=True)
+    assert names(tmp_path) == ["out", "source"]
 
 
 @pytest.mark.parametrize(
@@ -274,12 +294,41 @@ def test_exception_while_the_parts_move(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(Destination, "_can_be_exchanged", lambda self: False)
     with pytest.raises(PermissionError):
         nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
     assert failed
-    assert names(tmp_path) == ["out", "source"]
-    assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+    (partial, *old) = names(tmp_path / "out")
+    assert partial.startswith(".nanotron_fast.partial-")
+    assert old == ["config.json", "model.safetensors"]
     assert (tmp_path / "out" / "config.json").read_text() == "old"
+    nanotron_fast.convert(source, tmp_path / "out", overwrite=True, resume=True)
+    assert names(tmp_path) == ["out", "source"]
+    assert "config.json" not in names(tmp_path / "out")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_file_systems_without_an_exchange_of_names(
+    fails: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_checkpoint(tmp_path / "out")
+    rename = Path.rename
+
+    def fail(self: Path, target: Path) -> Path:
+        if fails and self.name == "content":
+            raise PermissionError(13, "Permission denied", str(target))
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr(destination, "exchange", lambda one, other: False)
+    if fails:
+        with pytest.raises(PermissionError):
+            nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
+        assert names(tmp_path / "out") == ["config.json", "model.safetensors"]
+    else:
+        nanotron_fast.convert(source, tmp_path / "out", overwrite=True)
+        assert names(tmp_path) == ["out", "source"]
+        assert nanotron_fast.verify(source, tmp_path / "out").equal
 
 
 def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +361,7 @@ def test_source_that_shrinks_meanwhile(source: Path, tmp_path: Path) -> None:
     def shrink(plan: Any) -> None:
         os.truncate(source / "model.safetensors", 5000)
 
-    with pytest.raises(NanotronFastError, match=r"source ends at byte .* of a file of 5000"):
+    with pytest.raises(NanotronFastError, match=r"it had \d+ bytes .*, and has 5000"):
         nanotron_fast.convert(source, tmp_path / "out", on_plan=shrink)
     assert names(tmp_path) == ["source"]
 
@@ -327,16 +376,21 @@ def test_destination_that_fills_up_meanwhile(source: Path, tmp_path: Path) -> No
     with pytest.raises(DestinationError, match="it is not empty"):
         nanotron_fast.convert(source, tmp_path / "out", on_plan=occupy)
     assert names(tmp_path / "out") == ["precious"]
-    assert names(tmp_path) == ["out", "source"]
 
 
-def test_file_systems_without_locks(
+def test_file_systems_without_links(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unsupported(descriptor: int, operation: int) -> None:
+    """The lock cannot appear with its contents then; it is one all the same."""
+
+    def unsupported(*args: Any, **kwargs: Any) -> None:
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", unsupported)
+    monkeypatch.setattr(os, "link", unsupported)
+    first = Destination(tmp_path / "out", source=source, overwrite=False)
+    first.lock()
+    refused(source, tmp_path / "out", f"another conversion .*: process {os.getpid()} on")
+    first.abort()
     nanotron_fast.convert(source, tmp_path / "out")
     assert names(tmp_path) == ["out", "source"]
 

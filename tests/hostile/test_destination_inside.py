@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 import nanotron_fast
+from nanotron_fast import Topology
 from nanotron_fast.checkpoints import carrying_out as conversion
+from nanotron_fast.checkpoints import destination
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import DestinationError
 from tests.modelzoo import make, read_tensors
@@ -104,7 +106,7 @@ def test_mounted_destinations(source: Path, tmp_path: Path) -> None:
     assert "the destination is the source" in same
     assert "the destination lies inside the source" in inside
     assert f"it cannot be written: Read-only file system: '{root}/locked/new'" in locked
-    assert "bytes in blocks of 4,096, and 204,800 are free" in full
+    assert "bytes in blocks of 4,096, and 200,704 are free" in full
     assert "files, and the file system has room for" in files
 
 
@@ -118,41 +120,33 @@ def test_a_prepared_directory_keeps_mode_and_group(source: Path, tmp_path: Path)
     for overwrite in (False, True):
         nanotron_fast.convert(source, out, overwrite=overwrite)
         after = out.stat()
-        assert (after.st_ino, after.st_mode, after.st_gid) == (
-            before.st_ino,
-            before.st_mode,
-            before.st_gid,
-        )
+        assert (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+        assert overwrite or after.st_ino == before.st_ino
         for path in out.rglob("*"):
             assert path.stat().st_gid == before.st_gid
             assert not path.is_dir() or path.stat().st_mode & stat.S_ISGID
 
 
-def test_a_source_that_is_named_like_a_partial(source: Path, tmp_path: Path) -> None:
-    """With a lock in it, it would pass for what a killed run has left."""
-    partial = source.rename(tmp_path / "out.partial")
-    (partial / ".nanotron_fast.lock").write_text("")
-    for place in (partial, partial / "."):
-        with pytest.raises(DestinationError, match="give that another name"):
-            nanotron_fast.convert(place, tmp_path / "out")
-    assert read_tensors(partial) == MODEL.tensors
-    (tmp_path / "out").mkdir()
-    nanotron_fast.convert(partial, tmp_path / "out")
-    assert names(tmp_path) == ["out", "out.partial"]
-
-
 @pytest.mark.parametrize("is_linked", [False, True])
-def test_a_source_within_a_partial(is_linked: bool, source: Path, tmp_path: Path) -> None:
-    partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / ".nanotron_fast.lock").write_text("")
-    source = source.rename(partial / "source")
+@pytest.mark.parametrize("where", ["out.partial-0a1b2c3d", "out/.nanotron_fast.partial-0a1b2c3d"])
+def test_a_source_within_what_a_run_has_left(
+    where: str, is_linked: bool, source: Path, tmp_path: Path
+) -> None:
+    """It would be swept away."""
+    partial = tmp_path / where
+    partial.mkdir(parents=True)
+    (partial / "journal-0").write_text("")
+    source = source.rename(partial / "content")
     place = source
     if is_linked:
         place = tmp_path / "link"
         place.symlink_to(source)
-    with pytest.raises(DestinationError, match="give that another name"):
-        nanotron_fast.convert(place, tmp_path / "out")
+    message = "content, which is read, lies in .*partial-0a1b2c3d, which an earlier run has left"
+    if where.startswith("out/"):
+        message = "lies inside the destination"
+    for given in ({}, {"overwrite_partial": True}, {"resume": True}):
+        with pytest.raises(DestinationError, match=message):
+            nanotron_fast.convert(place, tmp_path / "out", **given)
     assert read_tensors(source) == MODEL.tensors
 
 
@@ -257,12 +251,15 @@ def test_overwrite_replaces_what_trainers_write(source: Path, tmp_path: Path) ->
     assert read_tensors(tmp_path / "back") == MODEL.tensors
 
 
-def killed(source: Path, out: Path, num_moved: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+class Killed(BaseException):
+    """SIGKILL: nothing is done any more."""
+
+
+def killed(
+    source: Path, out: Path, num_moved: int, monkeypatch: pytest.MonkeyPatch, **options: Any
+) -> list[str]:
     """Leaves what a run leaves that is killed with so many parts in their place."""
     rename, moved = Path.rename, []
-
-    class Killed(BaseException):
-        pass
 
     def stop(self: Path, target: Path) -> Path:
         if len(moved) == num_moved:
@@ -272,13 +269,14 @@ def killed(source: Path, out: Path, num_moved: int, monkeypatch: pytest.MonkeyPa
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", stop)
-        patched.setattr(Destination, "abort", Destination._release)
+        patched.setattr(Destination, "_can_be_exchanged", lambda self: False)
+        patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
         # Nothing is moved back, either.
         patched.setattr(
             "nanotron_fast.checkpoints.destination.reversed", lambda done: [], raising=False
         )
         with pytest.raises(Killed):
-            nanotron_fast.convert(source, out)
+            nanotron_fast.convert(source, out, **options)
     return moved
 
 
@@ -289,33 +287,110 @@ def test_a_run_that_was_killed_while_its_parts_moved(
     out = tmp_path / "out"
     out.mkdir()
     moved = killed(source, out, num_moved, monkeypatch)
-    assert names(out) == sorted([".nanotron_fast.partial", *moved])
+    partial, *parts = names(out)
+    assert partial.startswith(".nanotron_fast.partial-")
     # The marks of a whole checkpoint come last: checkpoint_metadata.json would be the next.
     assert moved == ["config.yaml", "model", "nanotron_fast.json", "model_config.json"][:num_moved]
+    assert parts == sorted(moved)
+    with pytest.raises(DestinationError, match="--resume goes on with it"):
+        nanotron_fast.convert(source, out)
+    # What had moved up is back with the rest.
+    assert names(out) == [partial]
     (out / "mine").write_text("precious")
-    refused(source, out, "it is not empty")
+    refused(source, out, "it is not empty", resume=True)
     (out / "mine").unlink()
-    nanotron_fast.convert(source, out)
+    report = nanotron_fast.convert(source, out, resume=True)
+    assert not report.part.outputs
     assert not [name for name in names(out) if name.startswith(".")]
     assert nanotron_fast.verify(source, out).equal
 
 
-def test_a_run_that_was_killed_with_all_parts_in_place(source: Path, tmp_path: Path) -> None:
-    """The result is whole then: it is not taken for what is left of a run."""
+@pytest.mark.parametrize("num_moved", range(8))
+def test_a_run_that_was_killed_while_it_replaced(
+    num_moved: int, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was there before is put back by the next, or replaced."""
     out = tmp_path / "out"
-    out.mkdir()
     nanotron_fast.convert(source, out)
-    (out / ".nanotron_fast.partial").mkdir()
-    lock = out / ".nanotron_fast.partial" / ".nanotron_fast.lock"
-    lock.write_text(json.dumps([name for name in names(out) if not name.startswith(".")]))
-    refused(source, out, "it is not empty")
-    nanotron_fast.convert(source, out, overwrite=True)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    killed(source, out, num_moved, monkeypatch, overwrite=True, topology=Topology(tp=2))
+    with pytest.raises(DestinationError, match="--resume goes on with it"):
+        nanotron_fast.convert(source, out, overwrite=True, topology=Topology(tp=2))
+    assert {path: path.read_bytes() for path in before} == before
+    options = {"topology": Topology(tp=2), "overwrite": True, "resume": True}
+    assert not nanotron_fast.convert(source, out, **options).part.outputs
+    assert nanotron_fast.inspect(out).topology == Topology(tp=2)
+    assert nanotron_fast.verify(source, out).equal
+    assert names(tmp_path) == ["out", "source"]
     assert not [name for name in names(out) if name.startswith(".")]
 
 
-def test_an_empty_partial_is_taken_over(source: Path, tmp_path: Path) -> None:
-    """A run may be killed before it has made its lock."""
-    (tmp_path / "out.partial").mkdir()
+def test_a_run_that_was_killed_with_all_parts_in_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is whole then: it is not taken for what is left of a run."""
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def kill(self: Destination) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Destination, "_end", kill)
+        patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
+        with pytest.raises(Killed):
+            nanotron_fast.convert(source, out)
+    assert nanotron_fast.verify(source, out).equal
+    refused(source, out, "it is not empty")
+    nanotron_fast.convert(source, out, overwrite=True)
+    assert not [name for name in names(out) if name.startswith(".")]
+    assert names(tmp_path) == ["out", "source"]
+
+
+@pytest.mark.parametrize("can_exchange", [False, True])
+def test_a_run_that_was_killed_between_two_names(
+    can_exchange: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment is the checkpoint lost that was to be replaced."""
+    out = tmp_path / "out"
+    nanotron_fast.convert(source, out)
+    rename, exchange = Path.rename, destination.exchange
+
+    def stop(self: Path, target: Path) -> Path:
+        if self.name == "content":
+            raise Killed
+        return rename(self, target)
+
+    def stop_after(one: Path, other: Path) -> bool:
+        if can_exchange:
+            exchange(one, other)
+            raise Killed
+        return False
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", stop)
+        patched.setattr(destination, "exchange", stop_after)
+        patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
+        if not can_exchange:
+            # The name is free, and nothing is put back.
+            aside = lambda self: rename(self.path, self.partial.path / "replaced")  # noqa: E731
+            mark = lambda self: (self.partial.mark(), aside(self), stop(Path("content"), out))  # noqa: E731
+            patched.setattr(Destination, "_exchange", mark)
+        with pytest.raises(Killed):
+            nanotron_fast.convert(source, out, overwrite=True, topology=Topology(tp=2))
+    assert out.exists() == can_exchange
+    options = {"topology": Topology(tp=2), "overwrite": True, "resume": True}
+    report = nanotron_fast.convert(source, out, **options)
+    # The result of the first run was there already, and what it replaced was no work of its own.
+    assert bool(report.part.outputs) == can_exchange
+    assert nanotron_fast.inspect(out).topology == Topology(tp=2)
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_empty_folders_of_dead_runs_are_swept(source: Path, tmp_path: Path) -> None:
+    """A run may be killed before it has a journal."""
+    (tmp_path / "out.partial-0a1b2c3d").mkdir()
+    (tmp_path / "out.partial-0a1b2c3e" / "content").mkdir(parents=True)
     nanotron_fast.convert(source, tmp_path / "out")
     assert names(tmp_path) == ["out", "source"]
 
@@ -326,7 +401,7 @@ def test_parents_that_were_made_go_with_the_rest(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError(28, "No space left on device", "somewhere")
 
-    monkeypatch.setattr(conversion, "_write_documents", fail)
+    monkeypatch.setattr(conversion.engine, "execute", fail)
     with pytest.raises(OSError, match="No space left"):
         nanotron_fast.convert(source, tmp_path / "a" / "b" / "out")
     assert names(tmp_path) == ["source"]
@@ -346,4 +421,6 @@ def test_a_full_disk_names_the_small_file(
     monkeypatch.setattr("nanotron_fast.checkpoints.small_files._write", full)
     with pytest.raises(OSError, match=f"No space left on device: '.*/{name}'"):
         nanotron_fast.convert(source, tmp_path / "out")
-    assert names(tmp_path) == ["source"]
+    monkeypatch.undo()
+    nanotron_fast.convert(source, tmp_path / "out", resume=True)
+    assert names(tmp_path) == ["out", "source"]

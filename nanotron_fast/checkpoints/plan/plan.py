@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.move import table_of
 from nanotron_fast.moves.plan import MovePlan
 
@@ -42,6 +43,8 @@ class Plan:
     left_behind: tuple[str, ...] = ()
     # Compares what the source holds twice, and raises CheckpointError where it differs.
     check_source: Callable[[], None] | None = None
+    # What the sources were when their headers were read, where that was noted.
+    sources_read: Mapping[Path, ReadFile] = field(default_factory=dict)
 
     @property
     def bytes_read(self) -> int:

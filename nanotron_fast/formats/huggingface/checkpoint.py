@@ -24,6 +24,7 @@ from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.files import ReadFile
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -56,6 +57,8 @@ class HfCheckpoint:
     warnings: tuple[str, ...] = ()
     # Tensors that were there, and that `without` took out.
     ignored: tuple[str, ...] = ()
+    # What each file was when its header was read.
+    read: Mapping[Path, ReadFile] = field(default_factory=dict)
 
     @property
     def dtypes(self) -> set[str]:
@@ -90,10 +93,11 @@ def read_hf(root: Path) -> HfCheckpoint:
     choice = choose_files(root, config)
     # It names a file of this folder, and would mislead in another.
     config.pop(EXPLICIT, None)
-    tensors, absent = _read_files(root, choice.files, choice.index)
+    read: dict[Path, ReadFile] = {}
+    tensors, absent = _read_files(root, choice.files, choice.index, read)
     rivals: dict[str, StoredTensor] = {}
     if choice.rival is not None:
-        rivals, _ = _read_files(root, choice.rival, choice.index)
+        rivals, _ = _read_files(root, choice.rival, choice.index, read)
         _check_rivals(root, tensors, rivals)
     warnings = list(choice.warnings)
     if (root / _ADAPTER_CONFIG).is_file():
@@ -110,15 +114,22 @@ def read_hf(root: Path) -> HfCheckpoint:
         rivals,
         absent or choice.absent,
         tuple(warnings),
+        read=read,
     )
 
 
-def _read_files(root: Path, files: Files, index: str) -> tuple[dict[str, StoredTensor], str | None]:
-    """The tensors of these files, and the head if it is placed in one that does not hold it."""
+def _read_files(
+    root: Path, files: Files, index: str, read: dict[Path, ReadFile]
+) -> tuple[dict[str, StoredTensor], str | None]:
+    """The tensors of these files, and the head if it is placed in one that does not hold it.
+
+    What the files are is noted in `read`.
+    """
     tensors: dict[str, StoredTensor] = {}
     absent: str | None = None
     for name, wanted in files.items():
         header = read_header(root / name)
+        read[root / name] = header.read
         for tensor, info in header.tensors.items():
             if wanted is not None and tensor not in wanted:
                 raise CheckpointError(

@@ -6,7 +6,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.plain_file import read_small
-from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
+from nanotron_fast.formats.safetensors import Header, TensorInfo, build_header, read_header
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.files import ReadFile
 
 MODEL_CONFIG = "model_config.json"
 METADATA = "checkpoint_metadata.json"
@@ -55,6 +56,8 @@ class NanotronCheckpoint:
     pp: int
     # Parameters that were there, and that `without` took out.
     ignored: tuple[str, ...] = ()
+    # What each file was when its header was read.
+    read: Mapping[Path, ReadFile] = field(default_factory=dict)
 
     def without(self, patterns: Sequence[str]) -> NanotronCheckpoint:
         """The checkpoint without the parameters whose names match."""
@@ -110,6 +113,7 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
     if not (root / WEIGHTS).is_dir():
         raise CheckpointError(f"{root}: no folder {WEIGHTS}/ with the weights")
     found: dict[str, dict[int | None, Shard]] = {}
+    read: dict[Path, ReadFile] = {}
     sizes: dict[tuple[int, int], Path] = {}
     for path in _tensor_files(root / WEIGHTS):
         match = _FILE_NAME.fullmatch(path.name)
@@ -127,7 +131,9 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
             raise CheckpointError(f"{path}: there is no such stage among {match['pp']}")
         if is_sharded:
             sizes.setdefault((int(match["tp"]), int(match["pp"])), path)
-        info, metadata = _read_tensor(path)
+        header = _read_tensor(path)
+        read[path] = header.read
+        info, metadata = header.tensors[TENSOR], header.metadata
         shard = Shard(path, info, metadata, tp_rank or 0, int(match["pp_rank"] or 0))
         shards = found.setdefault(param, {})
         if tp_rank in shards:
@@ -152,6 +158,7 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
         frozenset(param for param, shards in found.items() if None not in shards),
         tp,
         pp,
+        read=read,
     )
 
 
@@ -163,12 +170,12 @@ def _tensor_files(folder: Path) -> Iterator[Path]:
                 yield Path(directory, name)
 
 
-def _read_tensor(path: Path) -> tuple[TensorInfo, Mapping[str, str]]:
+def _read_tensor(path: Path) -> Header:
     header = read_header(path)
     if list(header.tensors) != [TENSOR]:
         names = ", ".join(header.tensors) or "nothing"
         raise CheckpointError(f"{path}: it holds {names}; a Nanotron file holds one {TENSOR!r}")
-    return header.tensors[TENSOR], header.metadata
+    return header
 
 
 def _in_order(

@@ -1,0 +1,248 @@
+"""Who writes to a destination: a lock that needs no flock, and that a dead owner does not keep.
+
+The lock is a file that appears with its contents, by link(2), which is atomic on the file systems
+of clusters too. It says whose it is, and its holder touches it every few seconds. On the same
+machine a holder is alive as long as its process; seen from another one, as long as the file was
+touched lately, by the clock of the file system.
+
+No run relies on the lock for its bytes: each writes to a folder of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from nanotron_fast.errors import DestinationError
+
+_BEAT_SECONDS = 5.0
+# How long a holder on another machine may be silent.
+DEAD_AFTER_SECONDS = 30.0
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
+
+
+def boot_id() -> str:
+    """What this system calls the time since it was started; "" where it has no name for that."""
+    return _read("/proc/sys/kernel/random/boot_id").strip()
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read()
+    except OSError:  # not Linux
+        return ""
+
+
+def _namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _ticks_at_start(pid: int) -> int | None:
+    """When a process was started, in ticks since the boot; None where there is no such process."""
+    text = _read(f"/proc/{pid}/stat")
+    # The name of the program, in brackets, may hold anything.
+    fields = text.rpartition(")")[2].split()
+    if len(fields) < 20 or fields[0] in ("Z", "X"):
+        return None
+    return int(fields[19])
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process that writes to a destination.
+
+    Args:
+        run: the name of its run.
+        host, boot, namespace: the machine, what it calls the time since its start, and the
+            namespace in which `pid` counts.
+        pid, ticks: the process, and when it was started.
+        since: seconds since 1970.
+    """
+
+    run: str
+    host: str
+    boot: str
+    namespace: str
+    pid: int
+    ticks: int
+    since: float
+
+    @classmethod
+    def this(cls, run: str) -> Owner:
+        """The process that calls."""
+        pid = os.getpid()
+        return cls(
+            run,
+            socket.gethostname(),
+            boot_id(),
+            _namespace(),
+            pid,
+            _ticks_at_start(pid) or 0,
+            time.time(),
+        )
+
+    @classmethod
+    def parse(cls, text: bytes) -> Owner | None:
+        """What a lock says; None where it says nothing of the kind."""
+        try:
+            found = json.loads(text)
+            owner = cls(**found)
+        except (ValueError, TypeError, RecursionError):
+            return None
+        kinds = (str, str, str, str, int, int, float)
+        values = asdict(owner).values()
+        are_right = all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True))
+        return owner if are_right else None
+
+    def is_alive(self, silent_seconds: float) -> bool:
+        """Whether it lives, as far as can be known here."""
+        here = (boot_id(), _namespace())
+        if all(here) and here == (self.boot, self.namespace):
+            return _ticks_at_start(self.pid) == self.ticks
+        return silent_seconds < DEAD_AFTER_SECONDS
+
+    def __str__(self) -> str:
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        return f"process {self.pid} on {self.host}, since {since}"
+
+
+class Lock:
+    """The right to write to a destination.
+
+    Args:
+        path: of the lock's file, in a folder that is there.
+        destination: for messages.
+        run: the name of this run.
+    """
+
+    def __init__(self, path: Path, destination: Path, run: str) -> None:
+        self.path = path
+        self._destination = destination
+        self._owner = Owner.this(run)
+        self._inode: int | None = None
+        self._is_over = threading.Event()
+
+    def acquire(self) -> None:
+        """Takes it, from a dead owner too. Raises DestinationError, which says whose it is."""
+        beside = self.path.with_name(f".nanotron_fast.{self._owner.run}.new")
+        descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(descriptor, json.dumps(asdict(self._owner)).encode())
+            while not self._take(beside):
+                self._break(beside)
+            self._inode = os.stat(self.path).st_ino
+        finally:
+            os.close(descriptor)
+            beside.unlink(missing_ok=True)
+        threading.Thread(target=self._beat, name="nanotron_fast-lock", daemon=True).start()
+
+    def _take(self, beside: Path) -> bool:
+        try:
+            os.link(beside, self.path)
+        except FileExistsError:
+            return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            # A file system without links: the contents come a moment after the name.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            try:
+                descriptor = os.open(self.path, flags, 0o644)
+            except FileExistsError:
+                return False
+            os.write(descriptor, beside.read_bytes())
+            os.close(descriptor)
+        return True
+
+    def _break(self, beside: Path) -> None:
+        """Removes the lock of a dead owner. Raises DestinationError where it is alive."""
+        os.utime(beside)
+        holder = holder_of(self.path, now=beside.stat().st_mtime)
+        if holder is None:
+            return
+        if holder.is_alive:
+            raise DestinationError(holder.refusal(self._destination))
+        taken = self.path.with_name(f".nanotron_fast.{self._owner.run}.broken")
+        try:
+            self.path.rename(taken)
+        except FileNotFoundError:
+            return
+        if taken.read_bytes() != holder.text:
+            # Somebody else was faster, and has it now: what was taken is given back.
+            with contextlib.suppress(OSError):  # else that one notices before it ends
+                os.link(taken, self.path)
+        taken.unlink()
+
+    def _beat(self) -> None:
+        while not self._is_over.wait(_BEAT_SECONDS):
+            with contextlib.suppress(OSError):  # told by `check`
+                if self._is_ours():
+                    os.utime(self.path)
+
+    def _is_ours(self) -> bool:
+        try:
+            return os.stat(self.path).st_ino == self._inode
+        except FileNotFoundError:
+            return False
+
+    def check(self) -> None:
+        """Raises DestinationError where another run has taken it, as from a dead owner."""
+        if not self._is_ours():
+            raise DestinationError(
+                f"{self._destination}: another conversion has taken the lock {self.path}, since "
+                "nothing was heard of this one; this one ends"
+            )
+
+    def release(self) -> None:
+        """Gives it up. May be called again, and where it was never taken."""
+        self._is_over.set()
+        if self._inode is not None and self._is_ours():
+            self.path.unlink(missing_ok=True)
+        self._inode = None
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What a lock's file says; `owner` is None where it cannot be read."""
+
+    owner: Owner | None
+    text: bytes
+    silent_seconds: float
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the owner lives, as far as can be known here."""
+        if self.owner is None:
+            return self.silent_seconds < DEAD_AFTER_SECONDS
+        return self.owner.is_alive(self.silent_seconds)
+
+    def refusal(self, destination: Path) -> str:
+        """Why another may not write."""
+        who = f"{self.owner}" if self.owner else "by whom cannot be read"
+        return f"{destination}: another conversion is writing to it: {who}"
+
+
+def holder_of(path: Path, *, now: float | None = None) -> Holder | None:
+    """Who has a lock; None where there is none.
+
+    Args:
+        now: by the clock of the file system; by default that of this machine.
+    """
+    try:
+        status = path.stat()
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    silent = (time.time() if now is None else now) - status.st_mtime
+    return Holder(Owner.parse(text), text, silent)

@@ -1,0 +1,239 @@
+"""The folder that a run writes to, and what dead runs have left of theirs.
+
+    out.partial-0a1b2c3d/     beside the destination, or .nanotron_fast.partial-0a1b2c3d/ within it
+      journal-0               of each process: what it has finished
+      content/                what becomes the destination
+      commit                  while the content takes its place: what moves where
+      replaced/               what was in its place, where the two cannot exchange their names
+
+The name is the run's own. A run holds its folder open, and creates files under the open folder
+alone: whatever becomes of the name, it never writes to another run's files, nor another to its.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.journal import Entry, Journal, Record, read_record
+from nanotron_fast.moves.files import Folder
+from nanotron_fast.moves.plan import OutputFile
+
+CONTENT, COMMIT, REPLACED = "content", "commit", "replaced"
+_RUN = r"[0-9a-f]{8}"
+_MAX_COMMIT_BYTES = 16 << 20
+
+
+def new_run() -> str:
+    """A name that no other run has."""
+    return os.urandom(4).hex()
+
+
+class Partial:
+    """The folder of this run, held open by each of its processes."""
+
+    def __init__(self, path: Path, folder: Folder) -> None:
+        self.path = path
+        self.folder = folder
+        self.content = Folder.open(Path(CONTENT), within=folder)
+
+    @classmethod
+    def create(cls, path: Path) -> Partial:
+        """Makes it. Raises OSError."""
+        path.mkdir()
+        folder = Folder.open(path)
+        os.mkdir(CONTENT, dir_fd=folder.descriptor)
+        return cls(path, folder)
+
+    @classmethod
+    def join(cls, path: Path) -> Partial:
+        """That which another process has made. Raises OSError."""
+        return cls(path, Folder.open(path))
+
+    @property
+    def content_path(self) -> Path:
+        """Where the files are."""
+        return self.path / CONTENT
+
+    def is_in_place(self) -> bool:
+        """Whether the folder of this name is still the one that is held."""
+        try:
+            found = os.stat(self.content_path, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self.content.descriptor))
+
+    def mark(self, parts: Iterable[str] = (), before: Iterable[str] = ()) -> None:
+        """Notes that the content is about to take its place: see `Leftover.undo`. Raises OSError.
+
+        Args:
+            parts: names in the content that move up one by one.
+            before: names that are moved aside.
+        """
+        inode = os.fstat(self.content.descriptor).st_ino
+        document = {"content": inode, "parts": list(parts), "before": list(before)}
+        with open(self.folder.create(COMMIT), "wb") as file:
+            file.write(json.dumps(document).encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """Lets go of it. May be called again."""
+        self.content.close()
+        self.folder.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """The folder of another run.
+
+    Args:
+        destination: that it is for.
+        run: its name.
+        record: what its journals say.
+        commit: what its mark says; None where it has none.
+        sizes: bytes of the files that its journals say are whole, as they are there.
+    """
+
+    path: Path
+    destination: Path
+    run: str
+    record: Record
+    commit: Mapping[str, Any] | None
+    sizes: Mapping[str, int | None] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path, destination: Path, run: str) -> Leftover | None:
+        """What is there; None where no run has made it. Raises OSError."""
+        if path.is_symlink() or not path.is_dir():
+            return None
+        with Folder.open(path) as folder:
+            names = set(os.listdir(folder.descriptor))
+            others = {name for name in names if not _is_journal(name)}
+            if others - {CONTENT, COMMIT, REPLACED} or (others == names and names - {CONTENT}):
+                return None
+            record = read_record(folder)
+            sizes: dict[str, int | None] = {}
+            if CONTENT in names:
+                with Folder.open(Path(CONTENT), within=folder) as content:
+                    sizes = {name: content.size_of(name) for name in record.entries}
+        return cls(path, destination, run, record, _read_commit(path), sizes)
+
+    @property
+    def finished(self) -> dict[str, Entry]:
+        """The files that are whole, as far as their sizes say."""
+        if self.is_placed:
+            return {}
+        entries = self.record.entries
+        return {name: each for name, each in entries.items() if self.sizes.get(name) == each.size}
+
+    @property
+    def is_placed(self) -> bool:
+        """Whether its content took its place before the run ended."""
+        content = self.path / CONTENT
+        if self.commit is None:
+            return False
+        if not content.exists():
+            return self.destination.exists()
+        if self.commit["parts"]:
+            return not any(os.path.lexists(content / name) for name in self.commit["parts"])
+        return content.stat().st_ino != self.commit["content"]
+
+    def undo(self) -> None:
+        """Puts everything back where it was before the content began to move. Raises OSError."""
+        if self.commit is None or self.is_placed:
+            return
+        content, replaced = self.path / CONTENT, self.path / REPLACED
+        for name in self.commit["parts"]:
+            if os.path.lexists(self.destination / name) and not os.path.lexists(content / name):
+                (self.destination / name).rename(content / name)
+        if not self.commit["parts"] and replaced.exists() and not self.destination.exists():
+            replaced.rename(self.destination)
+        for name in self.commit["before"]:
+            if os.path.lexists(replaced / name):
+                (replaced / name).rename(self.destination / name)
+        (self.path / COMMIT).unlink()
+
+    @property
+    def is_between(self) -> bool:
+        """Whether the run ended while its content took its place: see `undo`."""
+        return self.commit is not None and not self.is_placed
+
+    def hand_over(self, files: Mapping[str, Entry], partial: Partial, journal: Journal) -> None:
+        """Moves files to the folder of this run, and notes each. Raises OSError."""
+        with (
+            Folder.open(self.path) as folder,
+            Folder.open(Path(CONTENT), within=folder) as content,
+        ):
+            partial.content.make_folders({os.path.dirname(name) for name in files})
+            for name, entry in files.items():
+                os.rename(
+                    name,
+                    name,
+                    src_dir_fd=content.descriptor,
+                    dst_dir_fd=partial.content.descriptor,
+                )
+                journal.adopt({name: entry})
+
+    def remove(self) -> None:
+        """Removes it. Raises OSError."""
+        shutil.rmtree(self.path)
+
+
+def whole_outputs(
+    leftover: Leftover, outputs: Iterable[OutputFile], boots: Iterable[str]
+) -> dict[str, Entry]:
+    """The outputs of a plan that another run has finished, and whose bytes are sure to be there.
+
+    Args:
+        boots: of the machines that go on.
+    """
+    finished, known = leftover.finished, set(boots)
+    found: dict[str, Entry] = {}
+    for output in outputs:
+        entry = finished.get(output.path)
+        if entry is not None and entry.size == output.size_bytes and entry.counts(known):
+            found[output.path] = entry
+    return found
+
+
+def leftovers(destination: Path) -> list[Leftover]:
+    """What other runs have left beside a destination and within it. Raises OSError."""
+    found: list[Leftover] = []
+    beside = re.compile(re.escape(destination.name) + rf"\.partial-({_RUN})")
+    within = re.compile(rf"\.nanotron_fast\.partial-({_RUN})")
+    for folder, pattern in ((destination.parent, beside), (destination, within)):
+        if not folder.is_dir():
+            continue
+        for name in sorted(os.listdir(folder)):
+            match = pattern.fullmatch(name)
+            if match is not None:
+                leftover = Leftover.read(folder / name, destination, match[1])
+                if leftover is not None:
+                    found.append(leftover)
+    return found
+
+
+def _is_journal(name: str) -> bool:
+    return name.startswith("journal-")
+
+
+def _read_commit(path: Path) -> Mapping[str, Any] | None:
+    try:
+        if (path / COMMIT).stat().st_size > _MAX_COMMIT_BYTES:
+            return None
+        document = json.loads((path / COMMIT).read_bytes())
+        is_right = isinstance(document["content"], int) and all(
+            isinstance(name, str) and Path(name).name == name and name
+            for key in ("parts", "before")
+            for name in document[key]
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return document if is_right else None

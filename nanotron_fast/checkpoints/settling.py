@@ -1,0 +1,199 @@
+"""What becomes of what earlier runs have left: it is gone on with, swept away, or kept and told of.
+
+Nothing is lost that a user did not give up: a run without a word on the matter ends where finished
+work lies about.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from nanotron_fast.checkpoints.destination import Destination
+from nanotron_fast.checkpoints.fingerprint import Made
+from nanotron_fast.checkpoints.journal import Journal
+from nanotron_fast.checkpoints.ownership import holder_of
+from nanotron_fast.checkpoints.partial import Leftover, Partial, whole_outputs
+from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
+from nanotron_fast.interruption import held
+from nanotron_fast.moves.plan import MovePlan
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a user wants of earlier runs.
+
+    Args:
+        resume: go on with what fits.
+        overwrite_partial: give up the rest.
+        share: (I, N): this run does one share of N; others' stay.
+        finish: all shares are done: this run writes no tensors.
+    """
+
+    resume: bool = False
+    overwrite_partial: bool = False
+    share: tuple[int, int] | None = None
+    finish: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError."""
+        if self.share is not None:
+            number, total = self.share
+            if not 1 <= number <= total:
+                raise ConfigError(f"--share {number}/{total}: I of I/N is between 1 and N")
+            if self.finish:
+                raise ConfigError("--finish: it is for a run of its own, after those with --share")
+
+
+def settle(
+    destination: Destination, made: Made, transfer: MovePlan, wishes: Wishes, boots: Collection[str]
+) -> list[Leftover]:
+    """Sweeps what is not worth keeping, and returns what is to be gone on with.
+
+    Args:
+        destination: which this run has locked.
+        made: what this run makes.
+        transfer: all files of it.
+        boots: of the machines of this run.
+
+    Raises DestinationError, which says what to do; nothing is lost then.
+    """
+    with held():
+        found = destination.others()
+        _refuse_living(destination, found, wishes)
+        for leftover in found:
+            leftover.undo()
+        found = [each for each in destination.others() if not _is_alive(destination, each)]
+        _sweep([leftover for leftover in found if not leftover.finished])
+        kept = [leftover for leftover in found if leftover.finished]
+        mine, siblings = _sorted_out(kept, wishes)
+        fitting = [each for each in mine if _difference(each, made) is None]
+        others = [each for each in (*mine, *siblings) if _difference(each, made) is not None]
+        if wishes.overwrite_partial:
+            _sweep(others if wishes.resume or wishes.finish else [*mine, *others])
+            return fitting if wishes.resume or wishes.finish else []
+        if others and (wishes.resume or wishes.finish or wishes.share):
+            raise DestinationError(
+                f"{destination.path}: {_what(others[0])} is of another conversion: "
+                f"{_difference(others[0], made)}; repeat that one with --resume, or begin anew "
+                "with --overwrite-partial"
+            )
+        if mine and not (wishes.resume or wishes.finish):
+            share = mine[0].record.share if wishes.share is None else None
+            how = "--finish makes DST of all shares" if share else "--resume goes on with it"
+            raise DestinationError(
+                f"{destination.path}: {_what(mine[0])} is there from a run before; {how}, "
+                "--overwrite-partial begins anew"
+            )
+    if wishes.finish:
+        _check_all_there(destination, fitting, transfer, boots)
+    return fitting
+
+
+def _refuse_living(destination: Destination, found: Sequence[Leftover], wishes: Wishes) -> None:
+    for leftover in found:
+        share = leftover.record.share
+        if wishes.share and share and share != wishes.share and share[1] == wishes.share[1]:
+            continue
+        holder = holder_of(destination.lock_path(share))
+        if holder is not None and _is_alive(destination, leftover):
+            number = f" (share {share[0]} of {share[1]})" if share else ""
+            raise DestinationError(f"{holder.refusal(destination.path)}{number}")
+
+
+def _is_alive(destination: Destination, leftover: Leftover) -> bool:
+    """Whether its run goes on. Which lock it has its journal says, which comes first."""
+    holder = holder_of(destination.lock_path(leftover.record.share))
+    return (
+        holder is not None
+        and holder.owner is not None
+        and holder.owner.run == leftover.run
+        and holder.is_alive
+    )
+
+
+def _sorted_out(kept: Sequence[Leftover], wishes: Wishes) -> tuple[list[Leftover], list[Leftover]]:
+    """Those that this run would go on with, and those of the other shares."""
+    if wishes.share is None:
+        return list(kept), []
+    mine = [each for each in kept if each.record.share in (None, wishes.share)]
+    return mine, [each for each in kept if each not in mine]
+
+
+def _difference(leftover: Leftover, made: Made) -> str | None:
+    if leftover.record.made is None:
+        return "its journal says nothing of what it makes"
+    return made.difference(leftover.record.made, mine="now", others="then")
+
+
+def _what(leftover: Leftover) -> str:
+    number = len(leftover.finished)
+    age = max(0.0, time.time() - leftover.record.begun)
+    share = leftover.record.share
+    of = f", share {share[0]} of {share[1]}" if share else ""
+    files = "file" if number == 1 else "files"
+    return f"{leftover.path} ({number:,} whole {files}, begun {_ago(age)} ago{of})"
+
+
+def _ago(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def _sweep(found: Sequence[Leftover]) -> None:
+    for leftover in found:
+        leftover.remove()
+
+
+def _check_all_there(
+    destination: Destination,
+    fitting: Sequence[Leftover],
+    transfer: MovePlan,
+    boots: Collection[str],
+) -> None:
+    """Raises CheckpointError where files are missing, and names the shares that they belong to."""
+    there: set[str] = set()
+    for leftover in fitting:
+        there |= set(whole_outputs(leftover, transfer.outputs, boots))
+    missing = [output.path for output in transfer.outputs if output.path not in there]
+    if not missing:
+        return
+    counts = {each.record.share[1] for each in fitting if each.record.share}
+    whose = ""
+    if len(counts) == 1:
+        total = counts.pop()
+        numbers = [
+            str(number)
+            for number in range(1, total + 1)
+            if not {each.path for each in transfer.share(number - 1, total).outputs} <= there
+        ]
+        whose = f": shares {', '.join(numbers)} of {total} are not done"
+    raise CheckpointError(
+        f"{destination.path}: {len(missing):,} of {len(transfer.outputs):,} files are missing"
+        f"{whose or f', {missing[0]} first'}"
+    )
+
+
+def take_over(
+    found: Sequence[Leftover],
+    partial: Partial,
+    journal: Journal,
+    transfer: MovePlan,
+    boots: Collection[str],
+) -> set[str]:
+    """Moves what earlier runs have finished to the folder of this one, and removes their folders.
+
+    Returns the paths of what was moved. Raises OSError.
+    """
+    taken: set[str] = set()
+    for leftover in found:
+        whole = whole_outputs(leftover, transfer.outputs, boots)
+        more = {name: entry for name, entry in whole.items() if name not in taken}
+        with held():
+            leftover.hand_over(more, partial, journal)
+            leftover.remove()
+        taken |= set(more)
+    return taken
