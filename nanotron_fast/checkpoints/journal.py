@@ -13,7 +13,7 @@ import queue
 import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.ownership import boot_id
@@ -143,9 +143,9 @@ def read_record(folder: Folder) -> Record:
     for name in sorted(names):
         for document in _documents(folder, name):
             if "file" in document:
-                entry = _entry(document)
-                if entry is not None:
-                    entries[str(document["file"])] = entry
+                name, entry = document["file"], _entry(document)
+                if entry is not None and _lies_within(name):
+                    entries[name] = entry
             elif record.made is None:
                 made = Made.parse(document.get("made"))
                 begun = document.get("begun")
@@ -173,6 +173,13 @@ def _share(found: object) -> tuple[int, int] | None:
     if isinstance(found, list) and [type(each) for each in found] == [int, int]:
         return found[0], found[1]
     return None
+
+
+def _lies_within(name: object) -> TypeGuard[str]:
+    """Whether it is a path of a file in the folder."""
+    if not isinstance(name, str) or "\x00" in name:
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))
 
 
 def _entry(document: Mapping[str, Any]) -> Entry | None:

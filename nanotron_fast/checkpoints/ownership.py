@@ -130,7 +130,8 @@ class Lock:
         self.path = path
         self._destination = destination
         self._owner = Owner.this(run)
-        self._inode: int | None = None
+        self._text = json.dumps(asdict(self._owner)).encode()
+        self._is_taken = False
         self._is_over = threading.Event()
 
     def acquire(self) -> None:
@@ -138,10 +139,10 @@ class Lock:
         beside = self.path.with_name(f".nanotron_fast.{self._owner.run}.new")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.write(descriptor, json.dumps(asdict(self._owner)).encode())
+            os.write(descriptor, self._text)
             while not self._take(beside):
                 self._break(beside)
-            self._inode = os.stat(self.path).st_ino
+            self._is_taken = True
         finally:
             os.close(descriptor)
             beside.unlink(missing_ok=True)
@@ -192,7 +193,7 @@ class Lock:
 
     def _is_ours(self) -> bool:
         try:
-            return os.stat(self.path).st_ino == self._inode
+            return self.path.read_bytes() == self._text
         except FileNotFoundError:
             return False
 
@@ -207,9 +208,9 @@ class Lock:
     def release(self) -> None:
         """Gives it up. May be called again, and where it was never taken."""
         self._is_over.set()
-        if self._inode is not None and self._is_ours():
+        if self._is_taken and self._is_ours():
             self.path.unlink(missing_ok=True)
-        self._inode = None
+        self._is_taken = False
 
 
 @dataclass(frozen=True, slots=True)
