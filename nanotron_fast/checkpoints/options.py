@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.topology import Topology, topology_wanted
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class Choices(LoadChoices, total=False):
     max_shard_size: str | int | None
     tokenizer: str | Path | None
     like: str | Path | None
+    ranks_only: Sequence[str]
 
 
 def _one_of(flag: str, given: str, allowed: Sequence[str]) -> str:
@@ -250,6 +252,14 @@ class Options:
         check=_folder,
         ways=("hf",),
         metavar="DIR_OR_ID",
+    )
+    ranks_only: Ranks | None = _option(
+        None,
+        "Write only what some ranks need, as pp=1 or tp=0-3: for a machine with a disk of its own. "
+        "May be given several times.",
+        check=Ranks.parse,
+        ways=("nanotron", "resharding"),
+        metavar="AXIS=RANKS",
     )
     ignore_tensors: tuple[str, ...] = _option(
         (),

@@ -82,7 +82,7 @@ class MovePlan:
         """The plan without these outputs."""
         if not paths:
             return self
-        return self._only(
+        return self.only(
             [index for index, output in enumerate(self.outputs) if output.path not in paths]
         )
 
@@ -103,11 +103,12 @@ class MovePlan:
         for key, size in sorted(folders.items(), key=lambda item: (-item[1], item[0])):
             owner[key] = loads.index(min(loads))
             loads[owner[key]] += size
-        return self._only(
+        return self.only(
             [index for index, output in enumerate(self.outputs) if owner[_folder(output)] == rank]
         )
 
-    def _only(self, mine: Sequence[int]) -> MovePlan:
+    def only(self, mine: Sequence[int]) -> MovePlan:
+        """The plan with these outputs alone, by their numbers."""
         renumbered = {old: new for new, old in enumerate(mine)}
         return MovePlan(
             self.sources,

@@ -30,6 +30,7 @@ ALL = [
     "max_shard_size",
     "tokenizer",
     "like",
+    "ranks_only",
     "ignore_tensors",
 ]
 # What each function takes, in order.
@@ -64,11 +65,12 @@ GIVEN: dict[str, dict[str, Any]] = {
     "--max-shard-size": {"max_shard_size": "5GB"},
     "--tokenizer": {"tokenizer": "/"},
     "--like": {"like": "/"},
+    "--ranks-only": {"ranks_only": ["pp=0"]},
     "--ignore-tensors": {"ignore_tensors": ["a"]},
 }
 REFUSED = {
     "nanotron": ("--vocab-size", "--max-shard-size", "--like"),
-    "hf": ("--tp", "--pp", "--model-class", "--pad-vocab-to-multiple-of"),
+    "hf": ("--tp", "--pp", "--model-class", "--pad-vocab-to-multiple-of", "--ranks-only"),
     "resharding": (
         "--dtype",
         "--model-class",

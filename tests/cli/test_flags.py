@@ -34,6 +34,7 @@ FLAGS: dict[str, tuple[type, Any, str | None]] = {
     "max_shard_size": (str, None, None),
     "tokenizer": (str, None, "DIR_OR_ID"),
     "like": (str, None, "DIR_OR_ID"),
+    "ranks_only": (list, None, "AXIS=RANKS"),
     "ignore_tensors": (list, None, "GLOB"),
 }
 OWN = {

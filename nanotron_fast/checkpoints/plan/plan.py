@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -45,6 +46,25 @@ class Plan:
     check_source: Callable[[], None] | None = None
     # What the sources were when their headers were read, where that was noted.
     sources_read: Mapping[Path, ReadFile] = field(default_factory=dict)
+
+    def for_ranks(self, ranks: Ranks | None, files: Sequence[tuple[int, int | None]]) -> Plan:
+        """The plan with what some ranks need alone.
+
+        Args:
+            ranks: None for all.
+            files: of each output, its stage, and its tensor-parallel rank where it has one.
+
+        Raises TopologyError.
+        """
+        if ranks is None:
+            return self
+        ranks.check(self.topology)
+        mine = [number for number, (pp, tp) in enumerate(files) if ranks.have(pp, tp)]
+        warning = (
+            f"what ranks {ranks} of {self.topology} need is written alone: "
+            f"{len(mine):,} of {len(files):,} files"
+        )
+        return replace(self, transfer=self.transfer.only(mine), warnings=(*self.warnings, warning))
 
     @property
     def bytes_read(self) -> int:

@@ -101,7 +101,7 @@ def plan_reshard(source: NanotronCheckpoint, destination: Path, options: Options
         left_behind=tuple(name for name in beside.left_behind if name.rstrip("/") not in states),
     )
     plan.check()
-    return plan
+    return plan.for_ranks(options.ranks_only, writer.ranks)
 
 
 def _metadata(source: NanotronCheckpoint) -> Mapping[str, Any]:

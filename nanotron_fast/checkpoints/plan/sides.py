@@ -254,6 +254,8 @@ class NanotronTarget:
     ) -> None:
         self.sizes = topology.sizes
         self.outputs: list[OutputFile] = []
+        # Of each output, its stage, and its tensor-parallel rank where it is not for all of them.
+        self.ranks: list[tuple[int, int | None]] = []
         self._dtypes = dtypes
         # Of each shard of a parameter, in the order of Param.shards.
         self._places: dict[str, list[tuple[int, int]]] = {}
@@ -262,12 +264,13 @@ class NanotronTarget:
             shape = param.local_shape(self.sizes)
             dtype = dtypes[param.name]
             places = self._places[param.name] = []
+            stage = stage_of(param.block)
             for ranks in param.shards(self.sizes):
                 metadata: dict[str, str] = {}
                 shard = None
                 if ranks:
                     rank = ranks["tp"]
-                    shard = (stage_of(param.block), pp, rank, tp)
+                    shard = (stage, pp, rank, tp)
                     metadata = shard_metadata(
                         param.shape,
                         split=param.cuts["tp"],
@@ -281,6 +284,7 @@ class NanotronTarget:
                 for length in shape:
                     size *= length
                 places.append((len(self.outputs), start))
+                self.ranks.append((stage, ranks.get("tp")))
                 self.outputs.append(
                     OutputFile(nanotron.tensor_path(param.name, shard), header, start + size)
                 )

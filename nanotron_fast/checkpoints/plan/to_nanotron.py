@@ -140,7 +140,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         check_source=partial(check_rival_bytes, source) if source.rivals else None,
     )
     plan.check()
-    return plan
+    return plan.for_ranks(options.ranks_only, writer.ranks)
 
 
 def _stored_dtype(
