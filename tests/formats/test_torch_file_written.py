@@ -22,8 +22,10 @@ TENSORS = {
     "e": torch.empty(0, 3),
 }
 DTYPES = {
-    **{torch.float32: Dtype.F32, torch.float64: Dtype.F64},
-    **{torch.bfloat16: Dtype.BF16, torch.float16: Dtype.F16},
+    torch.float32: Dtype.F32,
+    torch.float64: Dtype.F64,
+    torch.bfloat16: Dtype.BF16,
+    torch.float16: Dtype.F16,
 }
 
 
@@ -75,7 +77,9 @@ def test_torch_reads_it(tmp_path: Path, mmap: bool) -> None:
     assert read["state"][0]["step"].item() == 3
     found = {
         **{key: read["state"][0][key] for key in "ab"},
-        **{"c": read["c"][0], "d": read["c"][1][0], "e": read["e"]},
+        "c": read["c"][0],
+        "d": read["c"][1][0],
+        "e": read["e"],
     }
     for key, tensor in TENSORS.items():
         assert found[key].dtype is tensor.dtype

@@ -131,24 +131,25 @@ class _Pickler:
             add(b"X" + struct.pack("<L", len(raw)) + raw)
         elif isinstance(value, tuple):
             add(b"(")
-            for each in value:
-                self.write(each)
+            self._write_all(*value)
             add(b"t")
         elif isinstance(value, list):
             add(b"](")
-            for each in value:
-                self.write(each)
+            self._write_all(*value)
             add(b"e")
         elif isinstance(value, dict):
             add(b"}(")
             for key, each in value.items():
-                self.write(key)
-                self.write(each)
+                self._write_all(key, each)
             add(b"u")
         elif isinstance(value, NewTensor):
             self._write_tensor(value)
         else:
             raise CheckpointError(f"a {type(value).__name__} is not written into a file of torch's")
+
+    def _write_all(self, *values: Any) -> None:
+        for value in values:
+            self.write(value)
 
     def _write_tensor(self, tensor: NewTensor) -> None:
         name, count = str(len(self.tensors)), math.prod(tensor.shape)
@@ -160,11 +161,9 @@ class _Pickler:
         self.parts.append(b"ctorch._utils\n_rebuild_tensor_v2\n((")
         self.write("storage")
         self.parts.append(b"ctorch\n" + _STORAGES[tensor.dtype] + b"\n")
-        for value in (name, "cpu", count):
-            self.write(value)
+        self._write_all(name, "cpu", count)
         self.parts.append(b"tQ")
-        for value in (0, tensor.shape, tuple(reversed(strides)), False):
-            self.write(value)
+        self._write_all(0, tensor.shape, tuple(reversed(strides)), False)
         self.parts.append(b"ccollections\nOrderedDict\n)RtR")
 
 
