@@ -18,6 +18,7 @@ from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyCho
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.cli.generate import generate
+from nanotron_fast.cli.reshard import reshard
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
 from nanotron_fast.errors import ConfigError, NanotronFastError
@@ -322,6 +323,7 @@ def run(
         raise typer.Exit(1) from None
 
 
+_command(reshard)
 _command(train, {"allow_extra_args": True, "ignore_unknown_options": True})
 _command(generate)
 _command(tokenize)

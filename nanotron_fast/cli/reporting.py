@@ -53,6 +53,8 @@ def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
     yield f"  topology    {plan.topology}{was}{'' if to_nanotron else ' (of the source)'}"
     for line in stage_lines(plan.layer_stages):
         yield f"              {line}"
+    if plan.states is not None:
+        yield f"  states      {plan.states}, was {plan.source_states}"
     yield f"  read        {size(plan.bytes_read)} from {_count(len(plan.transfer.sources), 'file')}"
     yield (
         f"  write       {size(plan.bytes_written)} to {_count(len(plan.transfer.outputs), 'file')}"
@@ -73,6 +75,8 @@ def report_lines(report: Report) -> Iterator[str]:
     else:
         way = f"{plan.source} ({plan.topology}) -> {report.destination}"
     yield f"{plan.family}, {plan.num_parameters:,} parameters, {way}"
+    if plan.states is not None:
+        yield f"states of training: {plan.source_states} -> {plan.states}"
     if report.share is not None:
         number, total = report.share
         yield f"share {number} of {total}: --finish makes {report.destination} when all are done"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.formats.nanotron.optimizer import Sizes
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -37,6 +38,9 @@ class Plan:
     must_be_equal: tuple[NamedMove, ...] = ()
     # That of a Nanotron source which is written at another one.
     source_topology: Topology | None = None
+    # The ranks that states of training are written for, and that wrote them; None without states.
+    states: Sizes | None = None
+    source_states: Sizes | None = None
     warnings: tuple[str, ...] = field(default=())
     # Tensors that the user asked to leave out, and what lies beside the source and is not copied.
     ignored: tuple[str, ...] = ()
@@ -83,7 +87,14 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes(workers),
             "layer_stages": list(self.layer_stages),
             "warnings": list(self.warnings),
+            **self._states_to_json(),
         }
+
+    def _states_to_json(self) -> dict[str, Any]:
+        """Only of a plan that takes states of training along."""
+        if self.states is None or self.source_states is None:
+            return {}
+        return {"states": asdict(self.states), "source_states": asdict(self.source_states)}
 
 
 def resident_bytes() -> int:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.plain_file import check_plain, open_plain
 from nanotron_fast.formats.torch_file.archive import Archive
 from nanotron_fast.formats.torch_file.pickled import unpickle
@@ -83,6 +85,15 @@ class StoredTensor:
                 return self.num_elements == 0
             expected *= size
         return True
+
+    def read(self) -> bytes:
+        """The bytes of a tensor that is small and contiguous. Raises CheckpointError, OSError."""
+        size = self.num_elements * SAFETENSORS_BITS[self.dtype] // 8
+        with open_plain(self.path) as file:
+            data = os.pread(file.fileno(), size, self.offset_bytes)
+        if len(data) < size:
+            raise CheckpointError(f"{self.path}: the file shrank while it was read")
+        return data
 
 
 @dataclass(frozen=True, slots=True)

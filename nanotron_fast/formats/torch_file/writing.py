@@ -31,6 +31,7 @@ from nanotron_fast.formats.torch_file.archive import (
     LOCATOR_64,
     LOCATOR_64_SIGNATURE,
 )
+from nanotron_fast.moves.checksums import Checksum
 from nanotron_fast.moves.dtypes import Dtype
 
 _ROOT = "archive"
@@ -64,15 +65,6 @@ class NewTensor:
     @property
     def num_bytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
-
-
-@dataclass(frozen=True, slots=True)
-class Checksum:
-    """A CRC-32 that stands in a file: of which of its bytes, and where, little-endian."""
-
-    begin_bytes: int
-    num_bytes: int
-    at: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
