@@ -21,6 +21,7 @@ from nanotron_fast.formats.nanotron.checkpoint import (
     is_nanotron_checkpoint,
     read_nanotron,
 )
+from nanotron_fast.formats.nanotron.optimizer import MAX_RANKS
 from nanotron_fast.formats.plain_file import read_small
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.engine import ProgressCallback
@@ -55,8 +56,8 @@ def plan(
     """
     if not str(dst):
         raise ConfigError("the destination has no name")
-    if dp is not None and (not isinstance(dp, int) or isinstance(dp, bool) or dp < 1):
-        raise ConfigError(f"--dp {dp!r}: a group has at least one rank")
+    if dp is not None and (not isinstance(dp, int) or not 1 <= dp <= MAX_RANKS):
+        raise ConfigError(f"--dp {dp!r}: a group has at least one rank, and at most {MAX_RANKS}")
     if zero_stage not in (None, 0, 1):
         raise ConfigError(f"--zero-stage {zero_stage!r}: choose 0 or 1")
     root = resolve(src)

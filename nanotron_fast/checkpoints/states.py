@@ -15,17 +15,15 @@ from typing import Any
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
-from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.optimizer import (
-    LR_SCHEDULER,
     MASTERS,
     OPTIMIZER,
     OPTIMIZER_CONFIG,
+    Found,
     Place,
     Run,
     Sizes,
-    described_by,
-    found_files,
+    find_states,
     runs_of,
 )
 from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
@@ -70,43 +68,35 @@ class TrainingStates:
 
     Attributes:
         folder: of the checkpoint.
-        files, sizes: of the optimizer.
-        kind: the optimizer's class.
+        found: its files.
     """
 
     folder: Path
-    files: Mapping[Place, Path]
-    sizes: Sizes
-    kind: str | None
+    found: Found
     _ranks: dict[Place, RankStates] = field(default_factory=dict)
     _stages: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, folder: Path) -> TrainingStates:
-        """Finds the files, and holds what their names say to `optimizer_config.json`.
+        """Finds the files; each is read when it is asked for.
 
-        Raises CheckpointError where files are missing, or contradict each other.
+        Raises CheckpointError where files are missing, or contradict each other; OSError.
         """
-        files, sizes = found_files(folder)
-        config_path = folder / OPTIMIZER / OPTIMIZER_CONFIG
-        document = read_json_object(config_path) if config_path.is_file() else {}
-        described = described_by(document, config_path)
-        is_same = described is None or (
-            (described.tp, described.pp, described.zero_stage)
-            == (sizes.tp, sizes.pp, sizes.zero_stage)
-            and (described.dp == sizes.dp or not sizes.zero_stage)
-        )
-        if described is not None and not is_same:
-            raise CheckpointError(
-                f"{config_path}: it speaks of {described}, and the files beside it are of {sizes}. "
-                "Remove those of the topology that did not write this checkpoint"
-            )
-        if described is not None:
-            sizes = Sizes(sizes.tp, sizes.pp, described.dp, sizes.zero_stage)
-        states = cls(folder, files, sizes, document.get("type"))
-        if sizes.zero_stage:
-            states._check_runs(document, config_path)
+        states = cls(folder, find_states(folder))
+        if states.sizes.zero_stage:
+            states._check_runs(states.found.config, folder / OPTIMIZER / OPTIMIZER_CONFIG)
         return states
+
+    @property
+    def sizes(self) -> Sizes:
+        """The groups of ranks that wrote the states."""
+        return self.found.sizes
+
+    @property
+    def kind(self) -> str | None:
+        """The class of the optimizer."""
+        kind = self.found.config.get("type")
+        return kind if isinstance(kind, str) else None
 
     def _check_runs(self, document: Mapping[str, Any], path: Path) -> None:
         """Holds the runs of each parameter that the configuration names to Nanotron's rule."""
@@ -137,7 +127,7 @@ class TrainingStates:
     def rank(self, place: Place) -> RankStates:
         """What a file holds. Raises CheckpointError, OSError."""
         if place not in self._ranks:
-            self._ranks[place] = _rank_states(self.files[place])
+            self._ranks[place] = _rank_states(self.found.files[place])
         return self._ranks[place]
 
     def first_of(self, stage: int) -> RankStates:
@@ -212,18 +202,14 @@ class TrainingStates:
 
         Raises CheckpointError where they contradict each other, or the optimizer's.
         """
-        if not (self.folder / LR_SCHEDULER).is_dir():
+        files = self.found.rates
+        if not files:
             return None
-        files, sizes = found_files(self.folder, LR_SCHEDULER)
-        if (sizes.tp, sizes.pp) != (self.sizes.tp, self.sizes.pp):
-            raise CheckpointError(
-                f"{self.folder / LR_SCHEDULER}: its files are of tp={sizes.tp} pp={sizes.pp}, and "
-                f"the optimizer's of {self.sizes}. Remove those of the topology that did not write "
-                "this checkpoint"
-            )
         found: LearningRates | None = None
-        for stage in range(sizes.pp):
-            path = files[Place(stage, 0, 0 if sizes.zero_stage else None)]
+        for stage in range(self.sizes.pp):
+            path = next(
+                path for place, path in sorted(files.items()) if (place.pp, place.tp) == (stage, 0)
+            )
             document = _mapping(read_torch_file(path), path)
             names = self.first_of(stage).names
             for key, value in document.items():

@@ -36,6 +36,7 @@ from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
+from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
@@ -164,7 +165,7 @@ class NanotronModel(StoredModel):
             dtypes = self.side.dtypes if self.side else {}
             self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
         self.family = self._choose_family(config, options.family)
-        self.warnings: list[str] = []
+        self.warnings: list[str] = _about_states(source)
         self.is_interleaved = self._is_interleaved(config, options)
         stored = self.model_class.read(
             config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
@@ -224,6 +225,17 @@ class NanotronModel(StoredModel):
                 "that the checkpoint holds"
             )
         return size
+
+
+def _about_states(source: NanotronCheckpoint) -> list[str]:
+    """What is wrong with the states of training beside weights that are whole."""
+    if not (source.root / OPTIMIZER).is_dir():
+        return []
+    try:
+        check_beside_weights(find_states(source.root), source)
+    except (CheckpointError, OSError) as error:
+        return [f"the states of training cannot be used: {error}"]
+    return []
 
 
 def stored_model(checkpoint: Checkpoint, options: Options) -> HfModel | NanotronModel:

@@ -22,7 +22,7 @@ from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
-from nanotron_fast.formats.nanotron.optimizer import MASTERS, Place, Run, found_files, runs_of
+from nanotron_fast.formats.nanotron.optimizer import MASTERS, Place, Run, find_states, runs_of
 from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW, State
@@ -34,11 +34,12 @@ class StoredStates:
     Args:
         folder: of the checkpoint.
 
-    Raises CheckpointError where files are missing.
+    Raises CheckpointError where files are missing, or some of another topology lie beside them.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files, self.sizes = found_files(folder)
+        found = find_states(folder)
+        self._files, self.sizes = found.files, found.sizes
         self._open: dict[Place, dict[str, Any]] = {}
         self._by_name: dict[Place, dict[str, dict[str, Tensor]]] = {}
         self._is_zero = self.sizes.zero_stage > 0

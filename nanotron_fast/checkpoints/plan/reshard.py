@@ -38,6 +38,7 @@ from nanotron_fast.formats.nanotron.optimizer import (
     OPTIMIZER_CONFIG,
     RANDOM,
     Sizes,
+    check_beside_weights,
 )
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.topology import Topology
@@ -88,7 +89,7 @@ def plan_reshard(
     metadata = _metadata(source)
     writer = NanotronTarget(
         params,
-        {param.name: reader.dtype(param) for param in params},
+        {param.name: reader.dtype(param) for param in stored_params},
         topology,
         stage_of=stages.of,
         version=str(metadata["version"]),
@@ -103,7 +104,7 @@ def plan_reshard(
             f"the vocabulary gets {num_rows - model.padded_vocab_size} rows of zeros, to "
             f"{num_rows}: {model.padded_vocab_size} do not split over tp={topology.tp}"
         )
-    states = _states(source.root, training)
+    states = _states(source, training)
     copies = dict(beside.copies)
     documents: dict[str, Callable[[], bytes]] = {}
     if training is None:
@@ -157,7 +158,7 @@ def plan_reshard(
         model_class=model.model_class.name,
         spec=model.spec,
         topology=topology,
-        dtype=main_dtype_of(params, reader),
+        dtype=main_dtype_of(stored_params, reader),
         num_parameters=count_parameters(params),
         layer_stages=stages.layers,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), tuple(moves)),
@@ -186,11 +187,13 @@ def _metadata(source: NanotronCheckpoint) -> Mapping[str, Any]:
     return document
 
 
-def _states(root: Path, training: Training | None) -> TrainingStates | None:
+def _states(source: NanotronCheckpoint, training: Training | None) -> TrainingStates | None:
     """Those that go along. Raises CheckpointError where there are some and they are not whole."""
-    if training is None or not (root / OPTIMIZER).is_dir():
+    if training is None or not (source.root / OPTIMIZER).is_dir():
         return None
-    return TrainingStates.read(root)
+    states = TrainingStates.read(source.root)
+    check_beside_weights(states.found, source)
+    return states
 
 
 def _sizes(

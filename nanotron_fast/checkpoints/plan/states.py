@@ -23,6 +23,7 @@ from nanotron_fast.formats.nanotron.optimizer import (
     MASTERS,
     OPTIMIZER,
     PLAIN,
+    RANDOM,
     ZERO,
     Described,
     Place,
@@ -151,17 +152,12 @@ class StatesTarget:
             raise CheckpointError(f"{source.path}: there are no constants of {name} in it")
         if self._has_masters() and MASTERS not in source.tensors[name]:
             raise CheckpointError(f"{source.path}: there is no master of {name} in it")
-        return source.groups[name]
+        return {key: _kept(value) for key, value in source.groups[name].items()}
 
     def _scalars(self, name: str) -> Iterator[tuple[str, Any]]:
         source = self.states.first_of(self.states.stage_of(name))
         for key, value in source.scalars[name].items():
-            if not isinstance(value, StoredTensor):
-                yield key, value
-            elif value.dtype not in Dtype.__members__:
-                raise CheckpointError(f"{source.path}: {key} of {name} is {value.dtype}")
-            else:
-                yield key, NewTensor(("", name, key), Dtype[value.dtype], (), value.read())
+            yield key, _kept(value)
 
     def _run(self, name: str, place: Place) -> Run | None:
         if place.dp is None:
@@ -247,6 +243,8 @@ class StatesTarget:
         ranks of a tensor-parallel group have the same.
         """
         was, copies = self.states.sizes, {}
+        if not (self.states.folder / RANDOM).is_dir():
+            return {}
         for pp in range(self.sizes.pp):
             for dp in range(self.sizes.dp):
                 for tp in range(self.sizes.tp):
@@ -255,6 +253,17 @@ class StatesTarget:
                     if path.is_file():
                         copies[random_path(pp, dp, tp, self.sizes)] = path
         return copies
+
+
+def _kept(value: Any) -> Any:
+    """A value as it is written again: tensors are those of one element, whose bytes are read."""
+    if not isinstance(value, StoredTensor):
+        return value
+    if value.dtype not in Dtype.__members__ or value.shape:
+        raise CheckpointError(
+            f"{value.path}: among the constants is a tensor of {value.dtype} {list(value.shape)}"
+        )
+    return NewTensor(object(), Dtype[value.dtype], (), value.read())
 
 
 def _rank_of(block: int | str) -> tuple[int, int]:

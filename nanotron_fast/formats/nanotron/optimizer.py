@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.nanotron.checkpoint import METADATA, STALE, NanotronCheckpoint
 
 OPTIMIZER, LR_SCHEDULER, RANDOM = "optimizer", "lr_scheduler", "random"
 OPTIMIZER_CONFIG = "optimizer_config.json"
 MASTERS = "gradient_accumulator"
 ZERO, PLAIN = "ZeroDistributedOptimizer", "OptimizerFromGradientAccumulator"
 
+# More ranks than anybody has along one axis.
+MAX_RANKS = 1 << 16
 _OF_RANK = (
     r"_pp-(?P<pp>\d{1,9})-of-(?P<pps>\d{1,9})(_dp-(?P<dp>\d{1,9})-of-(?P<dps>\d{1,9}))?"
     r"_tp-(?P<tp>\d{1,9})-of-(?P<tps>\d{1,9})_exp-(?P<exp>\d{1,9})-of-(?P<exps>\d{1,9})\.pt"
@@ -140,6 +144,75 @@ def config_document(
     }
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The files of the states in a checkpoint, by their names and configurations alone.
+
+    Attributes:
+        files: of the optimizer.
+        sizes: of the groups that wrote them.
+        rates: the files of the learning rate; there may be none.
+        config: `optimizer_config.json`, empty where it is missing.
+    """
+
+    files: Mapping[Place, Path]
+    sizes: Sizes
+    rates: Mapping[Place, Path]
+    config: Mapping[str, Any]
+
+
+def find_states(folder: Path) -> Found:
+    """The states in a checkpoint, which may lie there beside those of another topology.
+
+    Raises CheckpointError, which names the files and what to do, where there are none, some are
+    missing, or they contradict each other, `optimizer_config.json` or `checkpoint_metadata.json`;
+    OSError.
+    """
+    files, sizes = found_files(folder)
+    path = folder / OPTIMIZER / OPTIMIZER_CONFIG
+    config = read_json_object(path) if path.is_file() else {}
+    described = _described_by(config, path)
+    if described is not None:
+        same_dp = described.dp == sizes.dp or not sizes.zero_stage
+        if replace(described, dp=0) != replace(sizes, dp=0) or not same_dp:
+            raise CheckpointError(
+                f"{path}: it speaks of {described}, and the files beside it are of {sizes}. {STALE}"
+            )
+        sizes = described
+    metadata = folder / METADATA
+    document = read_json_object(metadata) if metadata.is_file() else {}
+    for axis, size in (("tp", sizes.tp), ("dp", sizes.dp)):
+        told = document.get(axis)
+        # Without ZeRO and its configuration nothing says how many data-parallel ranks there were.
+        is_known = axis == "tp" or described is not None or sizes.zero_stage
+        if isinstance(told, int) and is_known and told != size:
+            raise CheckpointError(
+                f"{metadata}: it says {axis}={told}, and the files in {folder / OPTIMIZER} are of "
+                f"{sizes}. {STALE}"
+            )
+        if axis == "dp" and isinstance(told, int) and 0 < told <= MAX_RANKS and not is_known:
+            sizes = replace(sizes, dp=told)
+    rates: Mapping[Place, Path] = {}
+    if any((folder / LR_SCHEDULER).glob("*.pt")):
+        rates, of_rates = found_files(folder, LR_SCHEDULER)
+        if (of_rates.tp, of_rates.pp) != (sizes.tp, sizes.pp):
+            raise CheckpointError(
+                f"{folder / LR_SCHEDULER}: its files are of tp={of_rates.tp} pp={of_rates.pp}, and "
+                f"those in {folder / OPTIMIZER} of {sizes}. {STALE}"
+            )
+    return Found(files, sizes, rates, config)
+
+
+def check_beside_weights(found: Found, weights: NanotronCheckpoint) -> None:
+    """Raises CheckpointError where states are of other ranks than the weights beside them."""
+    sizes = found.sizes
+    if weights.sharded and (sizes.tp, sizes.pp) != (weights.tp, weights.pp):
+        raise CheckpointError(
+            f"{weights.root / OPTIMIZER}: its files are of {sizes}, and the weights of "
+            f"tp={weights.tp} pp={weights.pp}. {STALE}"
+        )
+
+
 def found_files(folder: Path, what: str = OPTIMIZER) -> tuple[dict[Place, Path], Sizes]:
     """The files of a checkpoint's states, and the sizes of the groups that wrote them.
 
@@ -180,8 +253,7 @@ def found_files(folder: Path, what: str = OPTIMIZER) -> tuple[dict[Place, Path],
             for (pps, tps, dps), path in by_sizes.items()
         )
         raise CheckpointError(
-            f"{folder / what}: files of {len(by_sizes)} topologies are mixed: {told}. Remove those "
-            "of the topology that did not write this checkpoint, which was left there before it"
+            f"{folder / what}: files of {len(by_sizes)} topologies are mixed: {told}. {STALE}"
         )
     ((pp, tp, dps),) = by_sizes
     sizes = Sizes(tp, pp, dps or 1, zero_stage=0 if dps is None else 1)
@@ -194,11 +266,8 @@ def found_files(folder: Path, what: str = OPTIMIZER) -> tuple[dict[Place, Path],
     return files, sizes
 
 
-def described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
-    """The sizes that an `optimizer_config.json` speaks of; None where it does not say.
-
-    Raises CheckpointError where it is not laid out as Nanotron's.
-    """
+def _described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
+    """The sizes that an `optimizer_config.json` speaks of; None where it does not say."""
     parallelism = document.get("parallelism")
     if parallelism is None:
         return None
@@ -210,4 +279,6 @@ def described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
             f"{where}: it should have type, and parallelism with tp_size, pp_size and dp_size: "
             f"{type(error).__name__}: {error}"
         ) from None
+    if not all(0 < size <= MAX_RANKS for size in (tp, pp, dp)):
+        raise CheckpointError(f"{where}: tp={tp} pp={pp} dp={dp} is no number of ranks")
     return Sizes(tp, pp, dp, zero_stage=int(kind == ZERO))
