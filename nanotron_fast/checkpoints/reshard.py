@@ -11,6 +11,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve
 from nanotron_fast.errors import CheckpointError, ConfigError
@@ -85,7 +86,10 @@ def reshard(
     overwrite: bool = False,
     workers: int | None = None,
     fsync: bool = False,
+    resume: bool = False,
+    overwrite_partial: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
     processes: Processes | None = None,
 ) -> Report:
@@ -96,7 +100,8 @@ def reshard(
 
     Args:
         src, dst, tp, pp, dp, ep, zero_stage: as for `plan`.
-        overwrite, workers, fsync, on_plan, on_progress, processes: as for `convert`.
+        overwrite, workers, fsync, resume, overwrite_partial, on_plan, on_total, on_progress,
+            processes: as for `convert`.
 
     Raises:
         What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk too
@@ -109,7 +114,9 @@ def reshard(
         overwrite=overwrite,
         workers=workers,
         fsync=fsync,
+        wishes=Wishes(resume, overwrite_partial),
         on_plan=on_plan,
+        on_total=on_total,
         on_progress=on_progress,
         processes=processes,
     )

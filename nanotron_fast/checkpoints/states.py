@@ -28,6 +28,7 @@ from nanotron_fast.formats.nanotron.optimizer import (
 )
 from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.files import ReadFile
 
 _KEYS = {"state", "param_groups", "names", MASTERS}
 
@@ -69,10 +70,12 @@ class TrainingStates:
     Attributes:
         folder: of the checkpoint.
         found: its files.
+        read_files: what those that were read were then.
     """
 
     folder: Path
     found: Found
+    read_files: dict[Path, ReadFile] = field(default_factory=dict)
     _ranks: dict[Place, RankStates] = field(default_factory=dict)
     _stages: dict[str, int] = field(default_factory=dict)
 
@@ -127,7 +130,7 @@ class TrainingStates:
     def rank(self, place: Place) -> RankStates:
         """What a file holds. Raises CheckpointError, OSError."""
         if place not in self._ranks:
-            self._ranks[place] = _rank_states(self.found.files[place])
+            self._ranks[place] = _rank_states(self.found.files[place], self.read_files)
         return self._ranks[place]
 
     def first_of(self, stage: int) -> RankStates:
@@ -262,9 +265,9 @@ def _mapping(document: Any, path: Path) -> dict[Any, Any]:
     return document
 
 
-def _rank_states(path: Path) -> RankStates:
+def _rank_states(path: Path, read: dict[Path, ReadFile]) -> RankStates:
     """Reads a file of the optimizer, and refuses what is not laid out as Nanotron's."""
-    document = _mapping(read_torch_file(path), path)
+    document = _mapping(read_torch_file(path, read=read), path)
     missing = {"state", "names"} - set(document)
     if missing:
         raise CheckpointError(f"{path}: it lacks {', '.join(sorted(missing))}")

@@ -42,6 +42,12 @@ def reshard(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
     ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what an earlier run has finished.")
+    ] = False,
+    overwrite_partial: Annotated[
+        bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
     ] = False,
@@ -67,16 +73,15 @@ def reshard(
             _print_json(plan.to_json(num_workers))
         elif not quiet:
             _print(reporting.plan_lines(plan, num_workers))
-            _warn(plan)
+            _warn(plan.warnings)
         return
     processes = connect()
     is_silent = quiet or json or processes.rank != 0
     progress = reporting.Progress(is_quiet=is_silent)
 
     def on_plan(plan: Plan) -> None:
-        progress.total_bytes = plan.bytes_written // processes.world_size
         if not is_silent:
-            _warn(plan)
+            _warn(plan.warnings)
 
     try:
         with progress.running("resharding") as on_progress:
@@ -86,7 +91,10 @@ def reshard(
                 overwrite=overwrite,
                 workers=num_workers,
                 fsync=fsync,
+                resume=resume,
+                overwrite_partial=overwrite_partial,
                 on_plan=on_plan,
+                on_total=progress.expect,
                 on_progress=on_progress,
                 processes=processes,
                 **choices,
@@ -94,6 +102,7 @@ def reshard(
     finally:
         processes.close()
     with interruption.telling(lambda: f"{report.destination} is whole"):
+        _warn(report.warnings)
         if json and processes.rank == 0:
             _print_json(report.to_json(num_workers))
         elif not is_silent:
@@ -105,8 +114,8 @@ def _print(lines: Iterable[str]) -> None:
         typer.echo(line)
 
 
-def _warn(plan: Plan) -> None:
-    for warning in plan.warnings:
+def _warn(warnings: Iterable[str]) -> None:
+    for warning in warnings:
         typer.echo(f"warning: {warning}", err=True)
 
 

@@ -170,6 +170,7 @@ def plan_reshard(
         left_behind=tuple(name for name in beside.left_behind if name.rstrip("/") not in _STATES),
         states=None if states is None else sizes,
         source_states=None if states is None else states.sizes,
+        sources_read={**source.read, **({} if states is None else states.read_files)},
     )
     plan.check()
     return plan

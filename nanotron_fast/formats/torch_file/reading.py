@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -14,6 +15,7 @@ from nanotron_fast.formats.plain_file import check_plain, open_plain
 from nanotron_fast.formats.torch_file.archive import Archive
 from nanotron_fast.formats.torch_file.pickled import unpickle
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
+from nanotron_fast.moves.files import FileState, ReadFile
 
 # The document of the largest optimizer there is takes some hundred kilobytes.
 MAX_PICKLE_BYTES = 16 << 20
@@ -116,6 +118,7 @@ def read_torch_file(
     callables: Mapping[str, Callable[..., Any]] | None = None,
     constants: Mapping[str, Any] | None = None,
     max_pickle_bytes: int = MAX_PICKLE_BYTES,
+    read: dict[Path, ReadFile] | None = None,
 ) -> Any:
     """The document of a file that torch.save wrote; its tensors are StoredTensor.
 
@@ -125,6 +128,8 @@ def read_torch_file(
         offset_bytes, size_bytes: the range of the file that was written so; by default all of it.
         callables: what else the document may call, by `module.name` (see `pickled.unpickle`).
         constants: what else its global names may stand for.
+        max_pickle_bytes: a longer document is refused.
+        read: notes what the file was when its document was read.
 
     Raises CheckpointError, which names the file and what is wrong with it; OSError.
     """
@@ -139,6 +144,9 @@ def read_torch_file(
                     f"its numbers are in the byte order {order.decode('ascii', 'replace')!r}"
                 )
         data = archive.read(f"{root}/data.pkl", at_most=max_pickle_bytes)
+        if read is not None:
+            state = FileState.of(os.fstat(file.fileno()))
+            read[path] = ReadFile(state, hashlib.sha256(data).hexdigest())
         storages = _Storages(archive, root)
         return unpickle(
             data,
