@@ -27,6 +27,7 @@ from nanotron_fast.families import (
     Family,
     family_of_config,
     family_of_model_config,
+    torchtitan,
     warnings_about,
 )
 from nanotron_fast.families.hf_config import read_config
@@ -50,7 +51,8 @@ class StoredModel:
     """What a checkpoint of either format holds.
 
     `padded_vocab_size` counts the rows that are stored, `spec.vocab_size` those of the model.
-    `is_interleaved`: rotary pairs of q and k lie beside each other.
+    `is_interleaved`: rotary pairs of q and k lie beside each other, in Nanotron's parameters;
+    `tensors_interleaved` says it of the tensors of a published model.
     """
 
     checkpoint: Checkpoint
@@ -58,6 +60,7 @@ class StoredModel:
     spec: ModelSpec
     padded_vocab_size: int
     is_interleaved: bool
+    tensors_interleaved: bool = False
     warnings: list[str]
     # What is left over, and whose it would have to be.
     _what: ClassVar[tuple[str, str]]
@@ -77,14 +80,18 @@ class StoredModel:
         has_rope_pairs: bool = False,
         vocab_size: int | None = None,
         rope_interleaved: bool | None = None,
+        tensors_interleaved: bool | None = None,
     ) -> list[Param]:
         """The parameters as they are stored, or with other padding or rotary rows. Family.params"""
         interleaved = self.is_interleaved if rope_interleaved is None else rope_interleaved
+        if tensors_interleaved is None:
+            tensors_interleaved = self.tensors_interleaved
         return self.family.params(
             self.spec,
             padded_vocab_size=vocab_size or self.padded_vocab_size,
             rope_interleaved=interleaved,
             has_rope_pairs=has_rope_pairs,
+            tensors_interleaved=tensors_interleaved,
         )
 
     def leftovers(self, reader: HfSource | NanotronSource) -> list[str]:
@@ -118,7 +125,7 @@ class StoredModel:
         """What to compare of a tied model's second copy. Raises CheckpointError."""
         if not isinstance(reader, HfSource) or not self.spec.tie_word_embeddings:
             return ()
-        return (reader.tied_copy(),) if reader.has_tied_copy else ()
+        return reader.tied_copy() if reader.has_tied_copy else ()
 
 
 class HfModel(StoredModel):
@@ -129,6 +136,8 @@ class HfModel(StoredModel):
 
     def __init__(self, source: HfCheckpoint, options: Options) -> None:
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        if source.lacks_config is not None:
+            raise CheckpointError(source.lacks_config)
         config, self.warnings = check_config(source.config, source.dtypes)
         self.checkpoint = replace(source, config=config)
         self.family = family_of_config(config, options.family)
@@ -137,6 +146,12 @@ class HfModel(StoredModel):
         check_counts(self.spec, source)
         self.padded_vocab_size = self.spec.vocab_size
         self.is_interleaved = False
+        self.tensors_interleaved = source.rope_interleaved
+        if self.tensors_interleaved and self.family.name != torchtitan.MODEL_TYPE:
+            raise UnsupportedModelError(
+                f"{source.root}: its tensors have the names of torchtitan's "
+                f"{torchtitan.MODEL_TYPE}, and the configuration is that of a {self.family.name}"
+            )
 
     def reader(self) -> HfSource:
         """See StoredModel."""

@@ -86,16 +86,21 @@ class Part:
         high = (self._rows, self.sizes[1], self.sizes[2])
         return _share((0, 0, 0), high, address, address.start, row_major(address.shape))
 
-    def within(self, address: Address, low: Sequence[int], sizes: Sequence[int]) -> Iterator[Share]:
+    def within(
+        self,
+        address: Address,
+        low: Sequence[int],
+        sizes: Sequence[int],
+        strides: tuple[int, ...],
+    ) -> Iterator[Share]:
         """What a chunk of a tensor holds of the part: a few boxes, or none.
 
         The chunk has the elements from index `low` on, `sizes` many along each dimension, and lies
-        on its own, C-contiguous; the shares' offsets are in it. `address` is one of `tensors`. A
-        chunk may begin and end inside a head.
+        on its own with these strides; the shares' offsets are in it. `address` is one of
+        `tensors`. A chunk may begin and end inside a head.
         """
         lengths = (self._rows, self.sizes[1], self.sizes[2])
         start = tuple(at - first for at, first in zip(address.start, low, strict=True))
-        strides = row_major(tuple(sizes))
         by_axis = [
             list(_ranges(address, lengths, axis, -start[axis], size - start[axis]))
             for axis, size in enumerate(sizes)

@@ -10,6 +10,7 @@ import pytest
 
 from nanotron_fast.families.parts import Param, Share
 from nanotron_fast.families.rules import Context, Copy, Fuse, FuseByKvHead, Rule, StackExperts
+from nanotron_fast.moves.boxes import row_major
 
 SIZES = {
     "hidden": 6,
@@ -78,7 +79,7 @@ def test_chunks_at_any_place(name: str, interleaved: bool) -> None:
                     chunk = np.ascontiguousarray(
                         whole[tuple(slice(at, at + length) for at, length in ranges)]
                     )
-                    for piece in part.within(address, low, sizes):
+                    for piece in part.within(address, low, sizes, row_major(chunk.shape)):
                         (a, b, c), (d, e, f) = piece.low, piece.high
                         found[a:d, b:e, c:f] = view(chunk, piece)
                         num_written += (d - a) * (e - b) * (f - c)
@@ -89,13 +90,15 @@ def test_chunks_at_any_place(name: str, interleaved: bool) -> None:
 def test_a_chunk_that_is_the_tensor_is_one_share() -> None:
     part = expand(RULES["columns of heads"], False).parts[0]
     address = part.tensors[0]
-    assert list(part.within(address, (0, 0), address.shape)) == [part.whole(address)]
+    assert list(part.within(address, (0, 0), address.shape, row_major(address.shape))) == [
+        part.whole(address)
+    ]
 
 
 def test_a_chunk_that_ends_inside_a_head() -> None:
     """The end of a head, whole heads, the beginning of a head."""
     part = expand(RULES["rows of heads"], False).parts[0]
-    shares = list(part.within(part.tensors[0], (7, 0), (26, 6)))
+    shares = list(part.within(part.tensors[0], (7, 0), (26, 6), (6, 1)))
     boxes = sorted((share.low, share.high) for share in shares)
     assert boxes == [
         ((0, 7, 0), (1, 10, 6)),
@@ -109,7 +112,9 @@ def test_a_chunk_elsewhere_holds_nothing() -> None:
     assert first.sizes == (4, 10, 6)
     halves = expand(RULES["rotary"], True).parts
     # Of rows 0 and 1 of a head, neither is turned.
-    assert [len(list(part.within(part.tensors[0], (0, 0), (2, 6)))) for part in halves[:4]] == [
+    assert [
+        len(list(part.within(part.tensors[0], (0, 0), (2, 6), (6, 1)))) for part in halves[:4]
+    ] == [
         1,
         0,
         0,
@@ -129,3 +134,15 @@ def test_rotary_pairs_of_torchtitan(in_nanotron: bool) -> None:
     for part in param.parts:
         view(found, param.share(part, {}, {}))[:] = view(pairs, part.whole(part.tensors[0]))
     assert np.array_equal(found, (pairs if in_nanotron else halves).reshape(40, 6))
+
+
+def test_a_chunk_that_lies_transposed() -> None:
+    part = expand(RULES["rows of heads"], False).parts[0]
+    whole = np.arange(240).reshape(40, 6)
+    chunk = np.ascontiguousarray(whole[7:33].T)
+    found = np.full(part.sizes, -1)
+    for piece in part.within(part.tensors[0], (7, 0), (26, 6), (1, 26)):
+        (a, b, c), (d, e, f) = piece.low, piece.high
+        found[a:d, b:e, c:f] = view(chunk, piece)
+    assert np.array_equal(found.reshape(40, 6)[7:33], whole[7:33])
+    assert (found.reshape(40, 6)[:7] == -1).all()

@@ -34,6 +34,8 @@ class Plan:
     # The small files, by name: what makes their contents, and what is copied as it is.
     documents: dict[str, Callable[[], bytes]]
     copies: dict[str, Path]
+    # "hf" or "dcp", of a source that is a published model; None where it is Nanotron's.
+    published_format: str | None = None
     # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
     must_be_equal: tuple[NamedMove, ...] = ()
     # That of a Nanotron source which is written at another one.
@@ -49,6 +51,11 @@ class Plan:
     check_source: Callable[[], None] | None = None
     # What the sources were when their headers were read, where that was noted.
     sources_read: Mapping[Path, ReadFile] = field(default_factory=dict)
+
+    @property
+    def source_format(self) -> str:
+        """ "hf", "dcp" or "nanotron"."""
+        return self.published_format or "nanotron"
 
     @property
     def bytes_read(self) -> int:
