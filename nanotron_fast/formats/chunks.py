@@ -11,8 +11,8 @@ from nanotron_fast.moves.boxes import Bounds, are_disjoint
 
 # Chunks that no straight cut parts are compared each with each.
 _MAX_COMPARED = 256
-# Deeper than a mesh of devices has dimensions.
-_MAX_DEPTH = 64
+# How often straight cuts may follow each other: more often than a mesh of devices has dimensions.
+_MAX_DEPTH = 8
 
 
 @dataclass(frozen=True, slots=True)
