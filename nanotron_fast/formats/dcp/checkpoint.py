@@ -6,9 +6,11 @@ told so, a tensor of the safetensors file that the `.distcp` file is then.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.chunks import Chunk, filling_problem
@@ -24,6 +26,8 @@ from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves.boxes import Bounds, row_major
 
 _ZIP = b"PK\x03\x04"
+_DOCUMENT = b"/data.pkl"
+_MAX_BEGINNING_BYTES = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,25 @@ class DcpCheckpoint:
         Raises CheckpointError where chunks do not fill a tensor, or a file does not hold what
         `.metadata` says; OSError.
         """
-        locator = _Locator(self.root)
-        return {name: locator.locate(name, self.tensors[name]) for name in names}
+        found: dict[str, list[Chunk | None]] = {}
+        # File by file, so that each is opened once.
+        wanted: dict[str, list[tuple[str, int]]] = {}
+        for name in names:
+            tensor = self.tensors[name]
+            boxes = [Bounds(chunk.low, chunk.high) for chunk in tensor.chunks]
+            problem = filling_problem(tensor.shape, boxes)
+            if problem is not None:
+                raise CheckpointError(f"{self.root / METADATA}: {name}: {problem}")
+            found[name] = [None] * len(boxes)
+            for index, chunk in enumerate(tensor.chunks):
+                wanted.setdefault(chunk.place.file, []).append((name, index))
+        known = _Known()
+        for file, items in wanted.items():
+            with _Items(self.root / file, items[0][0], known) as reader:
+                for name, index in items:
+                    tensor = self.tensors[name]
+                    found[name][index] = reader.chunk(name, tensor, tensor.chunks[index])
+        return {name: tuple(filter(None, chunks)) for name, chunks in found.items()}
 
 
 def read_dcp(root: Path) -> DcpCheckpoint:
@@ -53,42 +74,73 @@ def read_dcp(root: Path) -> DcpCheckpoint:
     return DcpCheckpoint(root, metadata.tensors, metadata.others)
 
 
-class _Locator:
-    def __init__(self, root: Path) -> None:
-        self._root = root
-        # Of the files that are safetensors files; None for the others.
-        self._headers: dict[str, Header | None] = {}
+class _Beginning(NamedTuple):
+    """The bytes of an item before its tensor, and the strides that they say it has."""
 
-    def locate(self, name: str, tensor: ChunkedTensor) -> tuple[Chunk, ...]:
-        boxes = [
-            Bounds(chunk.low, tuple(map(sum, zip(chunk.low, chunk.sizes, strict=True))))
-            for chunk in tensor.chunks
-        ]
-        problem = filling_problem(tensor.shape, boxes)
-        if problem is not None:
-            raise CheckpointError(f"{self._root / METADATA}: {name}: {problem}")
-        return tuple(self._chunk(name, tensor, chunk) for chunk in tensor.chunks)
+    data: bytes
+    strides: tuple[int, ...]
 
-    def _chunk(self, name: str, tensor: ChunkedTensor, chunk: StoredChunk) -> Chunk:
-        place = chunk.place
-        path = self._root / place.file
+
+class _Known:
+    """Beginnings of items that were read, by what the item is.
+
+    Those that torch writes of shards of one shape are equal, byte for byte. So most items need not
+    be read as the archives that they are: what says where the tensor lies comes before it.
+    """
+
+    def __init__(self) -> None:
+        self._beginnings: dict[tuple[str, tuple[int, ...], int], _Beginning] = {}
+
+    def of(self, dtype: str, chunk: StoredChunk) -> _Beginning | None:
+        return self._beginnings.get((dtype, chunk.sizes, chunk.place.size_bytes))
+
+    def add(self, dtype: str, chunk: StoredChunk, beginning: _Beginning) -> None:
+        self._beginnings[dtype, chunk.sizes, chunk.place.size_bytes] = beginning
+
+
+class _Items:
+    """The items of one `.distcp` file. `name` is that of a tensor that should be in it."""
+
+    def __init__(self, path: Path, name: str, known: _Known) -> None:
+        self._path, self._known = path, known
+        try:
+            self._file = open_plain(path)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: no such file, and {METADATA} places {name} there"
+            ) from None
+        self._size = os.fstat(self._file.fileno()).st_size
+        # Items that are no tensors come first, and may begin with anything.
+        is_zip = self._read(0, len(_ZIP)) == _ZIP
+        self._header = None if is_zip else _try_header(path)
+
+    def __enter__(self) -> _Items:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def _read(self, at: int, size: int) -> bytes:
+        """Bytes that are there: fewer than `size` where the file ends."""
+        return os.pread(self._file.fileno(), size, at)
+
+    def chunk(self, name: str, tensor: ChunkedTensor, chunk: StoredChunk) -> Chunk:
+        """Raises CheckpointError where something else lies there, OSError."""
+        place, path = chunk.place, self._path
         if place.transforms:
             raise CheckpointError(
                 f"{path}: {name} at byte {place.offset_bytes} was written through "
                 f"{', '.join(place.transforms)}, which is not read. Save it without extensions"
             )
-        try:
-            header = self._header(place.file)
-            if header is None:
-                found = read_torch_file(
-                    path, offset_bytes=place.offset_bytes, size_bytes=place.size_bytes
-                )
-            else:
-                found = _in_header(header, name)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: no such file, and {METADATA} places {name} there"
-            ) from None
+        known = self._known.of(tensor.dtype, chunk)
+        if (
+            known is not None
+            and place.offset_bytes + place.size_bytes <= self._size
+            and self._read(place.offset_bytes, len(known.data)) == known.data
+        ):
+            begin = place.offset_bytes + len(known.data)
+            return Chunk(path, begin, chunk.low, chunk.sizes, known.strides)
+        found = self._stored(name, chunk)
         where = f"{path}: at byte {place.offset_bytes}"
         if not isinstance(found, StoredTensor):
             raise CheckpointError(f"{where} is not a tensor, and {METADATA} places {name} there")
@@ -97,16 +149,27 @@ class _Locator:
                 f"{where} is a tensor of {found.dtype} {list(found.shape)}, and {METADATA} places "
                 f"{tensor.dtype} {list(chunk.sizes)} of {name} there"
             )
+        if self._header is None:
+            self._remember(tensor.dtype, chunk, found)
         return Chunk(path, found.offset_bytes, chunk.low, chunk.sizes, found.strides)
 
-    def _header(self, file: str) -> Header | None:
-        if file not in self._headers:
-            path = self._root / file
-            with open_plain(path) as opened:
-                is_zip = opened.read(len(_ZIP)) == _ZIP
-            # Items that are no tensors come first, and may begin with anything.
-            self._headers[file] = None if is_zip else _try_header(path)
-        return self._headers[file]
+    def _stored(self, name: str, chunk: StoredChunk) -> Any:
+        place = chunk.place
+        if self._header is not None:
+            return _in_header(self._header, name)
+        return read_torch_file(
+            self._path, offset_bytes=place.offset_bytes, size_bytes=place.size_bytes
+        )
+
+    def _remember(self, dtype: str, chunk: StoredChunk, found: StoredTensor) -> None:
+        at = chunk.place.offset_bytes
+        size = found.offset_bytes - at
+        if not 0 < size <= _MAX_BEGINNING_BYTES:
+            return
+        data = self._read(at, size)
+        # The document says which record is the tensor's, and that record's header where it lies.
+        if len(data) == size and _DOCUMENT in data:
+            self._known.add(dtype, chunk, _Beginning(data, found.strides))
 
 
 def _try_header(path: Path) -> Header | None:

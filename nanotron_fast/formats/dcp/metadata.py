@@ -48,6 +48,11 @@ class StoredChunk:
     sizes: tuple[int, ...]
     place: Place
 
+    @property
+    def high(self) -> tuple[int, ...]:
+        """The first index behind it, along each dimension."""
+        return tuple(low + size for low, size in zip(self.low, self.sizes, strict=True))
+
 
 @dataclass(frozen=True, slots=True)
 class ChunkedTensor:
