@@ -86,7 +86,7 @@ def _options(
 
 @_command
 def convert(
-    src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    src: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
     dst: Annotated[str, typer.Argument(help="The directory to write.")],
     *,
     choices: Choices,
@@ -119,7 +119,7 @@ def convert(
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
 ) -> None:
-    """Convert a checkpoint to the other format.
+    """Convert a checkpoint to another format.
 
     DST appears when it is whole. On an error it is as it was before, and what was finished by then
     stays beside it, for --resume.
@@ -176,7 +176,7 @@ def convert(
 
 @_command
 def verify(
-    a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    a: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
     b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
     *,
     logits: Annotated[
@@ -219,7 +219,7 @@ def verify(
 
 @_command
 def inspect(
-    path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    path: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
     *,
     choices: InspectChoices,
     json: Json = False,

@@ -153,7 +153,7 @@ def test_a_tied_model_has_its_head_under_both_names(tmp_path: Path) -> None:
     save(tmp_path / "unequal", other)
     with pytest.raises(
         CheckpointError,
-        match="lm_head.weight differs from model.embed_tokens.weight in 1 of 1216 elements",
+        match=r"lm_head\.weight differs from model\.embed_tokens\.weight in 1 of 1216 elements",
     ):
         nf.convert(tmp_path / "unequal", tmp_path / "from-unequal", like=hf)
 
@@ -192,7 +192,7 @@ def test_state_beside_torchtitans_weights(hf: Path, tmp_path: Path) -> None:
 
 def test_a_tensor_without_a_place(hf: Path, tmp_path: Path) -> None:
     source = save(tmp_path / "source", {**titan_of(hf), "v_head.weight": torch.ones(1, 32)})
-    with pytest.raises(CheckpointError, match="1 tensors have no place.*: v_head.weight"):
+    with pytest.raises(CheckpointError, match=r"1 tensors have no place.*: v_head\.weight"):
         nf.convert(source, tmp_path / "out", like=hf)
     nf.convert(source, tmp_path / "out", like=hf, ignore_tensors=["v_head.*"])
     assert nf.verify(hf, tmp_path / "out").equal
@@ -242,8 +242,10 @@ def test_where_the_configuration_comes_from(hf: Path, tmp_path: Path) -> None:
     assert found.spec is None
     assert found.problem is not None
     assert "no config.json lies in it" in found.problem
-    with pytest.raises(CheckpointError, match="--like .*empty: it has no config.json and no nano"):
-        (tmp_path / "empty").mkdir()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"--like .*empty: it has no config\.json and no nano"
+    ):
         nf.convert(source, tmp_path / "out", like=tmp_path / "empty")
     # Of two sides, the other one's.
     assert nf.verify(source, hf).equal
@@ -283,7 +285,7 @@ def test_a_model_of_other_names(tmp_path: Path) -> None:
 def test_two_models(hf: Path, tmp_path: Path) -> None:
     source = save(tmp_path / "source", {"a": tensors_of(hf), "b": tensors_of(hf)})
     with pytest.raises(
-        CheckpointError, match="it holds 2 models, whose names begin with 'a.', 'b."
+        CheckpointError, match=r"it holds 2 models, whose names begin with 'a\.', 'b\."
     ):
         nf.inspect(source)
 
