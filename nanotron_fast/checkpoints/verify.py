@@ -114,6 +114,12 @@ def verify(
     options = Options.of(choices, VerifyChoices)
     roots = resolve(a), resolve(b)
     whole = _read(roots, options.like)
+    for root, each in zip(roots, whole, strict=True):
+        if logits and isinstance(each, HfCheckpoint) and each.format == "dcp":
+            raise ConfigError(
+                f"--logits: {root} is of torch.distributed.checkpoint, which is not run: convert "
+                "it with --to hf, and compare that"
+            )
     names = [name for each in whole for name in tensor_names(each)]
     unused = unmatched(names, options.ignore_tensors)
     first, second = (each.without(options.ignore_tensors) for each in whole)

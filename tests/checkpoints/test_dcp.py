@@ -252,6 +252,8 @@ def test_where_the_configuration_comes_from(hf: Path, tmp_path: Path) -> None:
     assert nf.verify(hf, source).equal
     nf.convert(hf, tmp_path / "nanotron")
     assert nf.verify(tmp_path / "nanotron", source).equal
+    with pytest.raises(ConfigError, match=r"--logits: .*source is of torch.distributed.* --to hf"):
+        nf.verify(source, hf, logits=True)
     with pytest.raises(ConfigError, match="--like: it has no meaning where no side is"):
         nf.verify(hf, hf, like=hf)
     with pytest.raises(ConfigError, match="--like: it has no meaning for a Hugging Face"):
