@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from nanotron_fast.checkpoints.inspect import inspect
     from nanotron_fast.checkpoints.load import load_into
     from nanotron_fast.checkpoints.plan.plan import Plan
+    from nanotron_fast.checkpoints.reshard import reshard
     from nanotron_fast.checkpoints.verify import verify
     from nanotron_fast.errors import NanotronFastError
     from nanotron_fast.model.topology import Topology
@@ -38,6 +39,7 @@ __all__ = [
     "inspect",
     "load_into",
     "plan",
+    "reshard",
     "status",
     "verify",
 ]
@@ -55,6 +57,7 @@ _HOMES = {
     "inspect": "checkpoints.inspect",
     "load_into": "checkpoints.load",
     "plan": "checkpoints.convert",
+    "reshard": "checkpoints.reshard",
     "status": "patch.nanotron.registry",
     "verify": "checkpoints.verify",
 }

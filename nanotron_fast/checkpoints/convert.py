@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
-from nanotron_fast.checkpoints.options import Choices, Options, takes
+from nanotron_fast.checkpoints.options import Choices, Options, reject_like, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.settling import Wishes
@@ -45,24 +45,36 @@ def plan(
     if not str(dst):
         raise ConfigError("the destination has no name")
     # What a direction does not need is not even imported: it counts in the time to start.
-    whole = read(resolve(src))
+    whole = read(resolve(src), like=options.like)
     warnings = unmatched(tensor_names(whole), options.ignore_tensors)
     checkpoint = whole.without(options.ignore_tensors)
+    destination = Path(os.path.realpath(dst))
     if isinstance(checkpoint, HfCheckpoint):
-        if options.to == "hf":
-            raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
-        from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
-
-        ready = plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
+        ready = _plan_published(checkpoint, destination, options)
     elif options.to == "nanotron":
         from nanotron_fast.checkpoints.plan.reshard import plan_reshard
 
-        ready = plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
+        ready = plan_reshard(checkpoint, destination, options)
     else:
         from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
         ready = plan_to_hf(checkpoint, options)
     return replace(ready, warnings=(*ready.warnings, *warnings), sources_read=checkpoint.read)
+
+
+def _plan_published(source: HfCheckpoint, destination: Path, options: Options) -> Plan:
+    """Plans from a model as it is published. Raises what `plan` does."""
+    if source.format == "hf":
+        if options.to == "hf":
+            raise ConfigError(f"--to hf: {source.root} is a Hugging Face checkpoint already")
+        reject_like(options)
+    if options.to in (None, "nanotron"):
+        from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
+
+        return plan_to_nanotron(source, destination, options)
+    from nanotron_fast.checkpoints.plan.renaming import plan_renaming
+
+    return plan_renaming(source, options)
 
 
 @takes(Choices)
@@ -83,7 +95,7 @@ def convert(
     processes: Processes | None = None,
     **choices: Unpack[Choices],
 ) -> Report:
-    """Converts `src` to `dst`: Hugging Face to Nanotron or back, by what `src` is.
+    """Converts `src` to `dst`: to Nanotron or from it, by what `src` is.
 
     `dst` appears when it is whole. On an error, and when interrupted, it is as it was before, and
     the files that were whole by then stay in `dst`.partial-ID, for a run with `resume`.

@@ -18,6 +18,7 @@ from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyCho
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.cli.generate import generate
+from nanotron_fast.cli.reshard import reshard
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
 from nanotron_fast.errors import ConfigError, NanotronFastError
@@ -85,7 +86,7 @@ def _options(
 
 @_command
 def convert(
-    src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    src: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
     dst: Annotated[str, typer.Argument(help="The directory to write.")],
     *,
     choices: Choices,
@@ -118,7 +119,7 @@ def convert(
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
 ) -> None:
-    """Convert a checkpoint to the other format.
+    """Convert a checkpoint to another format.
 
     DST appears when it is whole. On an error it is as it was before, and what was finished by then
     stays beside it, for --resume.
@@ -175,7 +176,7 @@ def convert(
 
 @_command
 def verify(
-    a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    a: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
     b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
     *,
     logits: Annotated[
@@ -218,7 +219,7 @@ def verify(
 
 @_command
 def inspect(
-    path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    path: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
     *,
     choices: InspectChoices,
     json: Json = False,
@@ -322,6 +323,7 @@ def run(
         raise typer.Exit(1) from None
 
 
+_command(reshard)
 _command(train, {"allow_extra_args": True, "ignore_unknown_options": True})
 _command(generate)
 _command(tokenize)

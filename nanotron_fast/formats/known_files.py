@@ -20,14 +20,16 @@ MARKERS = (
     "model.safetensors.index.json",
     "model_config.json",
     "checkpoint_metadata.json",
+    ".metadata",
     "config.json",
 )
 _WEIGHTS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.*.safetensors"),
     *("adapter_model.safetensors", "consolidated*.safetensors"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+    "__[0-9]*_[0-9]*.distcp",
 )
-_CONFIGS = ("config.json", "model_config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "model_config.json", "adapter_config.json", ".metadata")
 # Names that nothing but a checkpoint has: what merely begins or ends like one may be somebody's.
 _PATTERNS = (
     *(*_WEIGHTS, *_CONFIGS),

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanotron_fast import _C
 from nanotron_fast.interruption import ending
+from nanotron_fast.moves.checksums import write_checksums
 from nanotron_fast.moves.files import FileState, Folder
 from nanotron_fast.moves.move import Move, table_of
 from nanotron_fast.moves.plan import MovePlan, OutputFile
@@ -78,9 +79,12 @@ def execute(
     progress = _C.Progress()
 
     def collect() -> None:
-        finished = progress.take_finished()
+        finished = [plan.outputs[index] for index in progress.take_finished()]
+        for output in finished:
+            if output.checksums:
+                write_checksums(root, output.path, output.checksums, workers=workers, fsync=fsync)
         if on_finished is not None and finished:
-            on_finished([plan.outputs[index] for index in finished])
+            on_finished(finished)
 
     _run(
         lambda: _C.execute(

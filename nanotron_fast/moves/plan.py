@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanotron_fast.errors import PlanError
+from nanotron_fast.moves.checksums import Checksum
 from nanotron_fast.moves.coverage import Extent, cover, extent_of
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.row import FILL
@@ -17,13 +18,14 @@ class OutputFile:
     """A file to be written: path relative to the destination, header, whole size.
 
     `literals` are further bytes that no move writes, each with its offset, in order: other headers,
-    a directory at the end.
+    a directory at the end. `checksums` are written over some of them once the file is whole.
     """
 
     path: str
     header: bytes
     size_bytes: int
     literals: tuple[tuple[int, bytes], ...] = ()
+    checksums: tuple[Checksum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,17 +38,21 @@ class Beside:
     warnings: tuple[str, ...] = ()
 
 
-def beside_nanotron(source: HfCheckpoint, options: Options) -> Beside:
-    """For a conversion to Nanotron. Raises CheckpointError, OSError."""
+def beside_published(source: HfCheckpoint, options: Options) -> Beside:
+    """For a conversion of a published model. Raises CheckpointError, OSError."""
     found = companions(source.root, source.config, used=source.files)
-    tokenizer = found.tokenizer
+    tokenizer, others = found.tokenizer, found.others
+    if options.like is not None:
+        like = companions(options.like, source.config)
+        tokenizer = like.tokenizer or tokenizer
+        others = {**others, **like.others}
     if options.tokenizer is not None:
         tokenizer = _tokenizer_of(options.tokenizer)
-    return Beside({**found.others, **tokenizer}, found.left, bool(tokenizer))
+    return Beside({**others, **tokenizer}, found.left, bool(tokenizer))
 
 
 def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> Beside:
-    """For a conversion to Hugging Face. `config` is the source's config.json, where it is known.
+    """For a conversion from Nanotron. `config` is the source's config.json, where it is known.
 
     Raises CheckpointError, OSError.
     """

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from nanotron_fast.checkpoints.options import Options
-from nanotron_fast.checkpoints.plan.beside import beside_nanotron
+from nanotron_fast.checkpoints.plan.beside import beside_published
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
@@ -61,8 +61,8 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
     check_divides(params, topology)
     reader = HfSource(source)
-    stored_dtype = _stored_dtype(source, params, reader, options.dtype)
-    main_dtype = options.dtype or stored_dtype
+    most = stored_dtype(source, params, reader, options.dtype)
+    main_dtype = options.dtype or most
     warnings += source.warnings
     dtypes = {
         param.name: Dtype.F32
@@ -84,7 +84,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     )
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     warnings += kept_warnings
-    beside = beside_nanotron(source, options)
+    beside = beside_published(source, options)
     if source.absent is not None:
         warnings.append(
             f"{source.root}: the index places {source.absent} in a file that does not hold it; the "
@@ -100,7 +100,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         vocab_size=spec.vocab_size,
         config=source.config,
         generation_config=source.generation_config,
-        dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.dtype),
+        dtypes=_other_dtypes(params, reader, dtypes, most, options.dtype),
         carried=sorted(beside.copies),
     )
     metadata = nanotron.metadata_document(version, topology.tp)
@@ -133,6 +133,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
         copies=beside.copies,
+        published_format=source.format,
         must_be_equal=duplicates,
         warnings=tuple(warnings),
         ignored=source.ignored,
@@ -143,7 +144,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     return plan.for_ranks(options.ranks_only, writer.ranks)
 
 
-def _stored_dtype(
+def stored_dtype(
     source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
 ) -> Dtype:
     """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast."""
