@@ -181,6 +181,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.errors",
         "nanotron_fast.interruption",
         "nanotron_fast.model",
+        "nanotron_fast.model.ranks",
         "nanotron_fast.model.topology",
         "nanotron_fast.checkpoints",
         "nanotron_fast.checkpoints.options",
