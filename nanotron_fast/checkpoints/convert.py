@@ -59,7 +59,11 @@ def plan(
         from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
         ready = plan_to_hf(checkpoint, options)
-    return replace(ready, warnings=(*ready.warnings, *warnings), sources_read=checkpoint.read)
+    return replace(
+        ready,
+        warnings=(*ready.warnings, *warnings),
+        sources_read={**checkpoint.read, **ready.sources_read},
+    )
 
 
 def _plan_published(source: HfCheckpoint, destination: Path, options: Options) -> Plan:

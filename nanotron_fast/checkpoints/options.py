@@ -101,6 +101,7 @@ class Choices(LoadChoices, total=False):
     vocab_size: int | None
     max_shard_size: str | int | None
     names: str
+    master_weights: bool
     tokenizer: str | Path | None
     ranks_only: Sequence[str]
 
@@ -258,6 +259,12 @@ class Options:
         "gave until then); with torchtitan's, rows of wq and wk are in its order.",
         check=_naming,
         ways=("dcp", "renaming"),
+    )
+    master_weights: bool = _option(
+        False,
+        "Write the fp32 masters of a training, which its optimizer keeps, and not the weights that "
+        "were rounded from them.",
+        ways=("hf", "dcp"),
     )
     tokenizer: Path | None = _option(
         None,

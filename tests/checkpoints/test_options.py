@@ -29,6 +29,7 @@ ALL = [
     "vocab_size",
     "max_shard_size",
     "names",
+    "master_weights",
     "tokenizer",
     "like",
     "ranks_only",
@@ -66,13 +67,14 @@ GIVEN: dict[str, dict[str, Any]] = {
     "--vocab-size": {"vocab_size": 8},
     "--max-shard-size": {"max_shard_size": "5GB"},
     "--names": {"names": "torchtitan"},
+    "--master-weights": {"master_weights": True},
     "--tokenizer": {"tokenizer": "/"},
     "--like": {"like": "/"},
     "--ranks-only": {"ranks_only": ["pp=0"]},
     "--ignore-tensors": {"ignore_tensors": ["a"]},
 }
 REFUSED = {
-    "nanotron": ("--vocab-size", "--max-shard-size", "--names"),
+    "nanotron": ("--vocab-size", "--max-shard-size", "--names", "--master-weights"),
     "hf": (
         "--tp",
         "--pp",
@@ -91,6 +93,7 @@ REFUSED = {
         "--checkpoint-version",
         "--pad-vocab-to-multiple-of",
         "--vocab-size",
+        "--master-weights",
         "--ranks-only",
     ),
     "resharding": (
@@ -103,6 +106,7 @@ REFUSED = {
         "--vocab-size",
         "--max-shard-size",
         "--names",
+        "--master-weights",
         "--like",
     ),
 }

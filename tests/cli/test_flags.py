@@ -33,6 +33,7 @@ FLAGS: dict[str, tuple[type, Any, str | None]] = {
     "vocab_size": (int, None, None),
     "max_shard_size": (str, None, None),
     "names": (str, "hf", None),
+    "master_weights": (bool, None, None),
     "tokenizer": (str, None, "DIR_OR_ID"),
     "like": (str, None, "DIR_OR_ID"),
     "ranks_only": (list, None, "AXIS=RANKS"),

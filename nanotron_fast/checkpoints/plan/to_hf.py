@@ -11,6 +11,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_training
 from nanotron_fast.checkpoints.plan.hf_config import hf_config
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
+from nanotron_fast.checkpoints.plan.masters import MastersSource
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.publishing import is_interleaved, publish
 from nanotron_fast.checkpoints.plan.sides import NanotronSource
@@ -49,9 +50,10 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     )
     check_expressible(family, spec)
     params = model.params(tensors_interleaved=is_interleaved(to, options.names))
-    reader = NanotronSource(source)
+    reader = MastersSource(source) if options.master_weights else NanotronSource(source)
     main_dtype = options.dtype or main_dtype_of(params, reader)
-    dtypes = _hf_dtypes(params, reader, model, options.dtype, main_dtype)
+    cast = main_dtype if options.master_weights else options.dtype
+    dtypes = _hf_dtypes(params, reader, model, cast, main_dtype)
     published = publish(params, dtypes, family, to, options)
     writer = published.target
     moves = tuple(named.move for named in plan_moves(params, reader, writer))
@@ -83,6 +85,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         warnings=tuple(warnings),
         ignored=source.ignored,
         left_behind=beside.left_behind,
+        sources_read=reader.states.read_files if isinstance(reader, MastersSource) else {},
     )
     plan.check()
     return plan
