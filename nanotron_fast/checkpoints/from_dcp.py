@@ -57,7 +57,7 @@ def read_dcp_model(root: Path, like: Path | None) -> HfCheckpoint:
     saved = read_dcp(root)
     prefix, is_torchtitan = _layout(saved)
     weights, left = _weights(saved, prefix, is_torchtitan)
-    chunks = saved.locate(weight.saved for weight in weights)
+    located = saved.locate(weight.saved for weight in weights)
     tensors: dict[str, StoredTensor] = {}
     for name, original in weights:
         tensor = saved.tensors[original]
@@ -68,7 +68,7 @@ def read_dcp_model(root: Path, like: Path | None) -> HfCheckpoint:
         if name in tensors:
             raise CheckpointError(f"{root / METADATA}: two tensors are {name}, one is {original}")
         info = TensorInfo(tensor.dtype, tensor.shape, 0, 0)
-        tensors[name] = StoredTensor(root / METADATA, info, chunks[original])
+        tensors[name] = StoredTensor(root / METADATA, info, located.chunks[original])
     config, generation_config, lacks = _configuration(root, like)
     files = {chunk.place.file for tensor in saved.tensors.values() for chunk in tensor.chunks}
     return HfCheckpoint(
@@ -81,6 +81,7 @@ def read_dcp_model(root: Path, like: Path | None) -> HfCheckpoint:
         rope_interleaved=is_torchtitan,
         lacks_config=lacks,
         other_files=frozenset((METADATA, *files)),
+        read=located.read,
     )
 
 

@@ -24,10 +24,18 @@ from nanotron_fast.formats.plain_file import open_plain
 from nanotron_fast.formats.safetensors import Header, read_header
 from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves.boxes import Bounds, row_major
+from nanotron_fast.moves.files import FileState, ReadFile
 
 _ZIP = b"PK\x03\x04"
 _DOCUMENT = b"/data.pkl"
 _MAX_BEGINNING_BYTES = 8192
+
+
+class Located(NamedTuple):
+    """The chunks of tensors, by name, and what each file was when it was read."""
+
+    chunks: dict[str, tuple[Chunk, ...]]
+    read: dict[Path, ReadFile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +48,10 @@ class DcpCheckpoint:
     root: Path
     tensors: dict[str, ChunkedTensor]
     others: tuple[str, ...]
+    # Of `.metadata`.
+    digest: str
 
-    def locate(self, names: Iterable[str]) -> dict[str, tuple[Chunk, ...]]:
+    def locate(self, names: Iterable[str]) -> Located:
         """Where the elements of tensors lie. Reads what `.distcp` files say of each chunk.
 
         Raises CheckpointError where chunks do not fill a tensor, or a file does not hold what
@@ -60,18 +70,20 @@ class DcpCheckpoint:
             for index, chunk in enumerate(tensor.chunks):
                 wanted.setdefault(chunk.place.file, []).append((name, index))
         known = _Known()
+        read: dict[Path, ReadFile] = {}
         for file, items in wanted.items():
             with _Items(self.root / file, items[0][0], known) as reader:
                 for name, index in items:
                     tensor = self.tensors[name]
                     found[name][index] = reader.chunk(name, tensor, tensor.chunks[index])
-        return {name: tuple(filter(None, chunks)) for name, chunks in found.items()}
+                read[reader.path] = ReadFile(reader.state, self.digest)
+        return Located({name: tuple(filter(None, chunks)) for name, chunks in found.items()}, read)
 
 
 def read_dcp(root: Path) -> DcpCheckpoint:
     """Reads `.metadata`. Raises CheckpointError, OSError."""
     metadata = read_metadata(root)
-    return DcpCheckpoint(root, metadata.tensors, metadata.others)
+    return DcpCheckpoint(root, metadata.tensors, metadata.others, metadata.digest)
 
 
 class _Beginning(NamedTuple):
@@ -102,14 +114,14 @@ class _Items:
     """The items of one `.distcp` file. `name` is that of a tensor that should be in it."""
 
     def __init__(self, path: Path, name: str, known: _Known) -> None:
-        self._path, self._known = path, known
+        self.path, self._known = path, known
         try:
             self._file = open_plain(path)
         except FileNotFoundError:
             raise CheckpointError(
                 f"{path}: no such file, and {METADATA} places {name} there"
             ) from None
-        self._size = os.fstat(self._file.fileno()).st_size
+        self.state = FileState.of(os.fstat(self._file.fileno()))
         # Items that are no tensors come first, and may begin with anything.
         is_zip = self._read(0, len(_ZIP)) == _ZIP
         self._header = None if is_zip else _try_header(path)
@@ -126,7 +138,7 @@ class _Items:
 
     def chunk(self, name: str, tensor: ChunkedTensor, chunk: StoredChunk) -> Chunk:
         """Raises CheckpointError where something else lies there, OSError."""
-        place, path = chunk.place, self._path
+        place, path = chunk.place, self.path
         if place.transforms:
             raise CheckpointError(
                 f"{path}: {name} at byte {place.offset_bytes} was written through "
@@ -135,7 +147,7 @@ class _Items:
         known = self._known.of(tensor.dtype, chunk)
         if (
             known is not None
-            and place.offset_bytes + place.size_bytes <= self._size
+            and place.offset_bytes + place.size_bytes <= self.state.size_bytes
             and self._read(place.offset_bytes, len(known.data)) == known.data
         ):
             begin = place.offset_bytes + len(known.data)
@@ -158,7 +170,7 @@ class _Items:
         if self._header is not None:
             return _in_header(self._header, name)
         return read_torch_file(
-            self._path, offset_bytes=place.offset_bytes, size_bytes=place.size_bytes
+            self.path, offset_bytes=place.offset_bytes, size_bytes=place.size_bytes
         )
 
     def _remember(self, dtype: str, chunk: StoredChunk, found: StoredTensor) -> None:

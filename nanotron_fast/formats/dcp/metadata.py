@@ -6,6 +6,7 @@ names of DCP's own classes stand for records here, and any other name is an erro
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,11 @@ class ChunkedTensor:
 
 @dataclass(frozen=True, slots=True)
 class DcpMetadata:
-    """The tensors by their names, and the names of what is no tensor."""
+    """The tensors by their names, the names of what is no tensor, and a digest of the file."""
 
     tensors: dict[str, ChunkedTensor]
     others: tuple[str, ...]
+    digest: str
 
 
 class _Record:
@@ -186,10 +188,9 @@ _CONSTANTS: Mapping[str, Any] = {
 def read_metadata(root: Path) -> DcpMetadata:
     """Reads what a folder holds. Raises CheckpointError, which names the file; OSError."""
     path = root / METADATA
-    document = unpickle(
-        read_small(path), where=str(path), callables=_CALLABLES, constants=_CONSTANTS
-    )
-    return _Reader(path, document).read()
+    data = read_small(path)
+    document = unpickle(data, where=str(path), callables=_CALLABLES, constants=_CONSTANTS)
+    return _Reader(path, document).read(hashlib.sha256(data).hexdigest())
 
 
 class _Reader:
@@ -199,7 +200,7 @@ class _Reader:
         self._items = self._dict(fields, "state_dict_metadata")
         self._storage = self._dict(fields, "storage_data")
 
-    def read(self) -> DcpMetadata:
+    def read(self, digest: str) -> DcpMetadata:
         places = dict(self._places())
         tensors: dict[str, ChunkedTensor] = {}
         others: list[str] = []
@@ -212,7 +213,7 @@ class _Reader:
             shown = _told(name)
             fields = self._fields(item, _Tensor, f"what it says of {shown}")
             tensors[name] = self._tensor(shown, name, fields, places)
-        return DcpMetadata(tensors, tuple(others))
+        return DcpMetadata(tensors, tuple(others), digest)
 
     def _tensor(
         self,
