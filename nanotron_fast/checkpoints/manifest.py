@@ -7,7 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanotron_fast.formats.manifest import Manifest, ManifestFile, ManifestTensor
+from nanotron_fast.checkpoints.journal import read_record
+from nanotron_fast.checkpoints.partial import Partial
+from nanotron_fast.checkpoints.small_files import write_file
+from nanotron_fast.formats.manifest import NAME, Manifest, ManifestFile, ManifestTensor
 from nanotron_fast.formats.safetensors import header_of
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.plan import OutputFile
@@ -76,10 +79,41 @@ def make_manifest(outputs: Sequence[OutputFile], digests: Mapping[str, Sequence[
     return Manifest(__version__, files)
 
 
+def write_manifest(
+    partial: Partial,
+    outputs: Sequence[OutputFile],
+    digests: Mapping[str, Sequence[str]],
+    *,
+    workers: int,
+    io: str,
+    fsync: bool,
+) -> None:
+    """Writes the manifest beside files that are whole.
+
+    Args:
+        partial: where the files are, and the journals of all who wrote them.
+        outputs: all of them.
+        digests: of those that this run has written. Those of runs before stand in the journals;
+            what was finished without being hashed is hashed now.
+
+    Raises:
+        OSError.
+    """
+    entries = read_record(partial.folder).entries
+    known = {path: each.sha256 for path, each in entries.items()} | dict(digests)
+    unknown = [
+        output for output in outputs if len(known.get(output.path, ())) != len(hashed_in(output))
+    ]
+    if unknown:
+        known |= hash_again(partial.content.path, unknown, workers=workers, io=io)
+    data = make_manifest(outputs, known).to_bytes()
+    write_file(Path(NAME), data, fsync=fsync, within=partial.content)
+
+
 def hash_again(
     root: Path, outputs: Sequence[OutputFile], *, workers: int, io: str
 ) -> dict[str, list[str]]:
-    """Digests of files that another run has finished without keeping them. Raises OSError."""
+    """Digests of files that are whole, by their paths from `root`. Raises OSError."""
     ranges = [
         (place, each.begin_bytes, each.end_bytes - each.begin_bytes)
         for place, output in enumerate(outputs)

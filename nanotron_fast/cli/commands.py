@@ -113,6 +113,18 @@ def convert(
     finish: Annotated[
         bool, typer.Option("--finish", help="Prove that all shares are done, and make DST of them.")
     ] = False,
+    io: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="auto, buffered (through the page cache), direct (past it) or dontcache (through "
+            "it without staying there).",
+        ),
+    ] = "auto",
+    manifest: Annotated[
+        bool,
+        typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
     ] = False,
@@ -158,6 +170,8 @@ def convert(
                 overwrite_partial=overwrite_partial,
                 share=_share(share),
                 finish=finish,
+                io=io,
+                manifest=manifest,
                 on_plan=on_plan,
                 on_total=progress.expect,
                 on_progress=on_progress,
