@@ -14,6 +14,7 @@ from nanotron_fast.version import __version__
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.carrying_out import Report
+    from nanotron_fast.checkpoints.check_manifest import check_manifest
     from nanotron_fast.checkpoints.convert import convert, plan
     from nanotron_fast.checkpoints.inspect import inspect
     from nanotron_fast.checkpoints.load import load_into
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "Topology",
     "__version__",
+    "check_manifest",
     "convert",
     "disable",
     "disable_transformers",
@@ -49,6 +51,7 @@ _HOMES = {
     "Plan": "checkpoints.plan.plan",
     "Report": "checkpoints.carrying_out",
     "Topology": "model.topology",
+    "check_manifest": "checkpoints.check_manifest",
     "convert": "checkpoints.convert",
     "disable": "patch.nanotron.registry",
     "disable_transformers": "patch.transformers.models",

@@ -93,6 +93,8 @@ def convert(
     overwrite_partial: bool = False,
     share: tuple[int, int] | None = None,
     finish: bool = False,
+    io: str = "auto",
+    manifest: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
@@ -114,6 +116,9 @@ def convert(
         overwrite_partial: give up what earlier runs have finished.
         share: (I, N): do the I-th of N shares, each of which may run anywhere, at any time.
         finish: prove that all shares are done, and give the result its name.
+        io: how bytes pass between files and memory: "buffered", through the page cache; "direct",
+            past it; "dontcache", through it without staying there; "auto" chooses.
+        manifest: write the SHA-256 of every tensor beside them, for `check_manifest`.
         on_plan: called with the Plan before anything is written.
         on_total: called with the bytes that this process is about to write.
         on_progress: called now and then with the bytes written so far.
@@ -130,6 +135,8 @@ def convert(
         workers=workers,
         fsync=fsync,
         wishes=Wishes(resume, overwrite_partial, share, finish),
+        io=io,
+        manifest=manifest,
         on_plan=on_plan,
         on_total=on_total,
         on_progress=on_progress,

@@ -113,6 +113,18 @@ def convert(
     finish: Annotated[
         bool, typer.Option("--finish", help="Prove that all shares are done, and make DST of them.")
     ] = False,
+    io: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="auto, buffered (through the page cache), direct (past it) or dontcache (through "
+            "it without staying there).",
+        ),
+    ] = "auto",
+    manifest: Annotated[
+        bool,
+        typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
     ] = False,
@@ -158,6 +170,8 @@ def convert(
                 overwrite_partial=overwrite_partial,
                 share=_share(share),
                 finish=finish,
+                io=io,
+                manifest=manifest,
                 on_plan=on_plan,
                 on_total=progress.expect,
                 on_progress=on_progress,
@@ -177,7 +191,10 @@ def convert(
 @_command
 def verify(
     a: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
-    b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
+    b: Annotated[
+        str | None,
+        typer.Argument(help="What to compare it with, likewise. (default: A's own manifest)"),
+    ] = None,
     *,
     logits: Annotated[
         bool, typer.Option("--logits", help="Also run both and compare logits.")
@@ -188,11 +205,24 @@ def verify(
 ) -> None:
     """Compare every tensor of two checkpoints, in any two formats and topologies.
 
+    With one alone: hash its tensors, and compare with the manifest that `convert --manifest` wrote.
+
     Exit code 1 says that something differs.
     """
     from nanotron_fast.checkpoints import verify as verification
     from nanotron_fast.cli import reporting
 
+    if b is None:
+        from nanotron_fast.cli import manifest
+
+        found = manifest.check(a, logits=logits, choices=choices, workers=workers, is_quiet=json)
+        if json:
+            _print_json(found.to_json())
+        else:
+            _print(reporting.manifest_lines(found))
+        if not found.intact:
+            raise typer.Exit(EXIT_DIFFERENT)
+        return
     progress = reporting.Progress(is_quiet=json)
 
     def on_plan(num_bytes: int) -> None:

@@ -14,6 +14,7 @@ from nanotron_fast.units import size
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.carrying_out import Report
+    from nanotron_fast.checkpoints.check_manifest import ManifestCheck
     from nanotron_fast.checkpoints.inspect import Inspection
     from nanotron_fast.checkpoints.plan.plan import Plan
     from nanotron_fast.checkpoints.verify import Verification
@@ -134,6 +135,17 @@ def verification_lines(result: Verification) -> Iterator[str]:
         yield f"logits were not run: {result.no_logits}"
     verdict = "equal" if result.equal else f"different in {len(result.differing)}"
     yield f"{verdict}: {_count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
+
+
+def manifest_lines(found: ManifestCheck) -> Iterator[str]:
+    """What a check against a manifest found: every finding, for each is a loss."""
+    for item in found.findings:
+        yield f"differs: {item}"
+    verdict = "intact" if found.intact else f"damaged in {_count(len(found.findings), 'place')}"
+    yield (
+        f"{verdict}: {_count(found.tensors_checked, 'tensor')} in "
+        f"{_count(found.files_checked, 'file')}, {size(found.bytes_checked)}"
+    )
 
 
 def inspection_lines(found: Inspection) -> Iterator[str]:

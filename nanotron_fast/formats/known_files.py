@@ -11,6 +11,7 @@ from typing import Any
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.huggingface.companions import named_files
 from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.formats.nanotron.side_file import NAME as SIDE_FILE
 
 # What this tool's own folders and files in a destination start with.
@@ -36,7 +37,7 @@ _PATTERNS = (
     *("model.safetensors.index.json", "model.safetensors.index.*.json"),
     *("pytorch_model.bin.index.json", "generation_config.json", "quantize_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("config.yaml", "checkpoint_metadata.json", "nanotron_fast.json", "latest.txt"),
+    *("config.yaml", "checkpoint_metadata.json", SIDE_FILE, MANIFEST, "latest.txt"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v[0-9]*"),
     *("*.tiktoken", "spiece.model", "spm.model", "sentencepiece*.model", "source.spm"),
     *("target.spm", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "bpe.codes"),

@@ -86,13 +86,15 @@ def test_the_scripts_of_nanotron_there_and_back(
 def test_every_process_writes_its_share(
     run_ranks: RunRanks, tmp_path: Path, golden_hf: Path
 ) -> None:
-    results = run_ranks(
-        2, "-m", "nanotron_fast", "convert", golden_hf, tmp_path / "out", "--tp", 2, "--json"
-    )
+    words = ("convert", golden_hf, tmp_path / "out", "--tp", 2, "--manifest", "--json")
+    results = run_ranks(2, "-m", "nanotron_fast", *words)
     report = json.loads(results[0].out)
     assert results[1].out == ""
     assert report["tensor_files"] == len(list((tmp_path / "out").rglob("*.safetensors")))
     assert nf.verify(golden_hf, tmp_path / "out").equal
+    found = nf.check_manifest(tmp_path / "out")
+    assert found.intact
+    assert found.files_checked == report["tensor_files"]
 
 
 def test_one_failure_stops_all_and_leaves_nothing(

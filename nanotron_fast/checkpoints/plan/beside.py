@@ -11,6 +11,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.huggingface.companions import Companions, companions
+from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
@@ -23,6 +24,7 @@ _NANOTRON = (
     nanotron.CONFIG_YAML,
     nanotron.WEIGHTS,
     side_file.NAME,
+    MANIFEST,
 )
 # Letters of a name that a warning repeats.
 _SHOWN = 300
