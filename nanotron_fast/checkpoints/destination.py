@@ -9,6 +9,7 @@ owner, mode and access lists. `settling.py` decides what becomes of what earlier
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -17,7 +18,14 @@ from pathlib import Path
 
 from nanotron_fast.checkpoints.journal import Entry
 from nanotron_fast.checkpoints.ownership import Lock
-from nanotron_fast.checkpoints.partial import REPLACED, Leftover, Partial, leftovers, new_run
+from nanotron_fast.checkpoints.partial import (
+    REPLACED,
+    Leftover,
+    Partial,
+    leftovers,
+    new_run,
+    remove,
+)
 from nanotron_fast.checkpoints.renaming import exchange, rename_to_free
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.formats.known_files import MARKERS, OURS, foreign_names
@@ -322,10 +330,7 @@ class Destination:
         warnings: list[str] = []
         self.partial.close()
         try:
-            if self.partial.content_path.exists():  # what was replaced: it may take its time
-                shutil.rmtree(self.partial.content_path)
-            with held():
-                shutil.rmtree(self.partial.path)
+            remove(self.partial.path)
         except OSError as error:
             warnings.append(
                 f"{self.partial.path} cannot be removed, and is not needed: {error.strerror}"
@@ -353,7 +358,8 @@ class Destination:
                 # What was replaced may take its time to remove.
                 has_old = self._is_whole and partial.content_path.exists()
                 if self._lock is not None and not has_old and not (keeps and not self._is_whole):
-                    shutil.rmtree(partial.path, ignore_errors=True)
+                    with contextlib.suppress(OSError):
+                        remove(partial.path)
             if self._lock is not None:
                 self._lock.release()
                 if not self._is_whole:

@@ -115,15 +115,15 @@ class Leftover:
             return None
         with Folder.open(path) as folder:
             names = set(os.listdir(folder.descriptor))
-            others = {name for name in names if not _is_journal(name)}
-            if others - {CONTENT, COMMIT, REPLACED} or (others == names and names - {CONTENT}):
+            commit = _read_commit(path)
+            if not _is_made_by_a_run(folder, names, commit):
                 return None
             record = read_record(folder)
             sizes: dict[str, int | None] = {}
             if CONTENT in names:
                 with Folder.open(Path(CONTENT), within=folder) as content:
                     sizes = {name: content.size_of(name) for name in record.entries}
-        return cls(path, destination, run, record, _read_commit(path), sizes)
+        return cls(path, destination, run, record, commit, sizes)
 
     @property
     def finished(self) -> dict[str, Entry]:
@@ -183,7 +183,15 @@ class Leftover:
 
     def remove(self) -> None:
         """Removes it. Raises OSError."""
-        shutil.rmtree(self.path)
+        remove(self.path)
+
+
+def remove(path: Path) -> None:
+    """Removes the folder of a run: its journals last, by which it is known. Raises OSError."""
+    for name in (CONTENT, REPLACED):
+        if (path / name).exists():
+            shutil.rmtree(path / name)
+    shutil.rmtree(path)
 
 
 def whole_outputs(
@@ -218,6 +226,17 @@ def leftovers(destination: Path) -> list[Leftover]:
                 if leftover is not None:
                     found.append(leftover)
     return found
+
+
+def _is_made_by_a_run(folder: Folder, names: set[str], commit: Mapping[str, Any] | None) -> bool:
+    """Whether nothing else can have made it: not for its name alone is a folder swept away."""
+    others = {name for name in names if not _is_journal(name)}
+    if others - {CONTENT, COMMIT, REPLACED}:
+        return False
+    if others < names or commit is not None or not names:
+        return True
+    # A run may be killed before it has a journal.
+    return names == {CONTENT} and not os.listdir(folder.path / CONTENT)
 
 
 def _is_journal(name: str) -> bool:

@@ -342,7 +342,7 @@ def test_what_was_replaced_and_cannot_be_removed_is_a_warning(
     def fail(path: Path) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
 
-    monkeypatch.setattr("nanotron_fast.checkpoints.destination.shutil.rmtree", fail)
+    monkeypatch.setattr("nanotron_fast.checkpoints.destination.remove", fail)
     report = nf.convert(source, out, topology=TP2, overwrite=True)
     (warning,) = report.warnings
     assert "cannot be removed, and is not needed: Operation not permitted" in warning

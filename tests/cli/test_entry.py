@@ -46,11 +46,11 @@ conversion.engine.execute = interrupted
 # The second signal, as torchrun sends one, comes while the first is being answered.
 TWICE = """
 from nanotron_fast.checkpoints import destination
-rmtree = destination.shutil.rmtree
-def remove(*args, **kwargs):
+remove = destination.remove
+def removed(path):
     os.kill(os.getpid(), signal.SIGTERM)
-    rmtree(*args, **kwargs)
-destination.shutil.rmtree = remove
+    remove(path)
+destination.remove = removed
 """
 # When all of them are.
 WHEN_WRITTEN = """

@@ -42,7 +42,7 @@ FLAGS: dict[str, tuple[type, Any, str | None]] = {
 OWN = {
     "convert": [
         *("src", "dst", *FLAGS, "workers", "fsync", "overwrite", "resume", "overwrite_partial"),
-        *("share", "finish", "dry_run", "json", "quiet"),
+        *("share", "finish", "io", "manifest", "dry_run", "json", "quiet"),
     ],
     "verify": [
         "a",
