@@ -124,5 +124,6 @@ class MovePlan:
 
 
 def _folder(output: OutputFile) -> str:
+    """What stays together: a folder's files, but for those that hold many tensors each."""
     folder, _, name = output.path.rpartition("/")
-    return folder or name
+    return output.path if output.literals else folder or name

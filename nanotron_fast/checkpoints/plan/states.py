@@ -73,6 +73,11 @@ class StatesTarget:
         self._params = {param.name: param for param in params}
         self._was = {param.name: param for param in stored_params}
         self._stage_of, self._has_tied_copy = stage_of, has_tied_copy
+        self._order = {name: index for index, name in enumerate(states.names())}
+        # What the files of many ranks have alike.
+        self._names: dict[tuple[int, bool], list[str]] = {}
+        self._shards: dict[tuple[str, str], list[StoredShard]] = {}
+        self._values: dict[str, dict[str, Any]] = {}
         self._check_names()
         self._rates = states.rates()
 
@@ -93,13 +98,18 @@ class StatesTarget:
 
     def names_of(self, place: Place) -> list[str]:
         """The parameters of a rank, in the order of its modules."""
-        order = {name: index for index, name in enumerate(self.states.names())}
-        mine = [param for param in self._params.values() if self._stage_of(param.block) == place.pp]
-        mine.sort(key=lambda param: (_rank_of(param.block), order[param.name]))
+        key = place.pp, place.tp == 0
+        if key not in self._names:
+            self._names[key] = self._names_at(*key)
+        return self._names[key]
+
+    def _names_at(self, stage: int, is_first: bool) -> list[str]:
+        mine = [param for param in self._params.values() if self._stage_of(param.block) == stage]
+        mine.sort(key=lambda param: (_rank_of(param.block), self._order[param.name]))
         names = [param.name for param in mine]
-        if self._has_tied_copy and place.pp == self._stage_of("head"):
+        if self._has_tied_copy and stage == self._stage_of("head"):
             names += [name for name, param in self._params.items() if param.block == "embedding"]
-        return [name for name in names if place.tp == 0 or not is_row_bias(name, self._params)]
+        return [name for name in names if is_first or not is_row_bias(name, self._params)]
 
     def plan(self, number: Callable[[Path], int], outputs: list[OutputFile]) -> Iterator[Move]:
         """Adds the files to `outputs`, and makes the moves that fill them.
@@ -154,10 +164,11 @@ class StatesTarget:
             raise CheckpointError(f"{source.path}: there is no master of {name} in it")
         return {key: _kept(value) for key, value in source.groups[name].items()}
 
-    def _scalars(self, name: str) -> Iterator[tuple[str, Any]]:
-        source = self.states.first_of(self.states.stage_of(name))
-        for key, value in source.scalars[name].items():
-            yield key, _kept(value)
+    def _scalars(self, name: str) -> dict[str, Any]:
+        if name not in self._values:
+            source = self.states.first_of(self.states.stage_of(name))
+            self._values[name] = {key: _kept(value) for key, value in source.scalars[name].items()}
+        return self._values[name]
 
     def _run(self, name: str, place: Place) -> Run | None:
         if place.dp is None:
@@ -168,8 +179,11 @@ class StatesTarget:
         return self._params[name].local_shape({"tp": self.sizes.tp})
 
     def _stored(self, name: str, key: str) -> list[StoredShard]:
-        was = self._was[name]
-        return list(self.states.shards_of(was, key, was.local_shape({"tp": self.states.sizes.tp})))
+        if (name, key) not in self._shards:
+            was = self._was[name]
+            shape = was.local_shape({"tp": self.states.sizes.tp})
+            self._shards[name, key] = list(self.states.shards_of(was, key, shape))
+        return self._shards[name, key]
 
     def _dtype(self, name: str, key: str) -> Dtype:
         dtypes = {shard.dtype for shard in self._stored(name, key)}
