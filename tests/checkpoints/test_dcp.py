@@ -11,6 +11,7 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
+from nanotron_fast.checkpoints.check_manifest import check_manifest
 from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nanotron_fast.formats.dcp.checkpoint import read_dcp
 from tests import forks
@@ -316,3 +317,18 @@ def test_replacing_one(hf: Path, tmp_path: Path) -> None:
         "__0_0.distcp",
         "config.json",
     ]
+
+
+def test_what_a_manifest_says_of_one(hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    nf.convert(hf, out, to="dcp", manifest=True)
+    assert check_manifest(out).intact
+    chunk = read_dcp(out).locate(["model.norm.weight"]).chunks["model.norm.weight"][0]
+    with open(chunk.path, "r+b") as file:
+        file.seek(chunk.begin_bytes)
+        byte = file.read(1)[0]
+        file.seek(chunk.begin_bytes)
+        file.write(bytes([byte ^ 1]))
+    (finding,) = check_manifest(out).findings
+    assert finding.file == "__0_0.distcp"
+    assert finding.tensor == f"bytes {chunk.begin_bytes} to {chunk.begin_bytes + 64}"
