@@ -39,6 +39,8 @@ _STATES = frozenset(
     )
 )
 _SHOWN = 5
+# Of a name, in a message that shows several.
+_MAX_LETTERS = 80
 
 
 class _Weight(NamedTuple):
@@ -98,7 +100,7 @@ def _layout(saved: DcpCheckpoint) -> tuple[str, bool]:
             if prefix != plain and (not prefix or prefix.endswith(".")):
                 found[prefix] = embedding == torchtitan.EMBEDDING
     if not found:
-        shown = ", ".join(sorted(saved.tensors)[:_SHOWN])
+        shown = ", ".join(name[:_MAX_LETTERS] for name in sorted(saved.tensors)[:_SHOWN])
         raise CheckpointError(
             f"{saved.root / METADATA}: no tensor is called {_HF_EMBEDDING} or "
             f"{torchtitan.EMBEDDING}, whatever stands before it, so that there is no model with "
@@ -106,9 +108,10 @@ def _layout(saved: DcpCheckpoint) -> tuple[str, bool]:
             f"{f', as {shown}' if shown else ''}"
         )
     if len(found) > 1:
+        shown = ", ".join(repr(prefix[:_MAX_LETTERS]) for prefix in sorted(found)[:_SHOWN])
         raise CheckpointError(
             f"{saved.root / METADATA}: it holds {len(found)} models, whose names begin with "
-            f"{', '.join(map(repr, sorted(found)))}: save one of them alone"
+            f"{shown}: save one of them alone"
         )
     return found.popitem()
 
@@ -172,7 +175,7 @@ def _configuration(
 
 def _beside(root: Path, names: Iterable[str]) -> tuple[str, ...]:
     """A word on what lies beside the model."""
-    counts = Counter(name.partition(".")[0][:80] for name in names)
+    counts = Counter(name.partition(".")[0][:_MAX_LETTERS] for name in names)
     if not counts:
         return ()
     most = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_SHOWN))

@@ -1,8 +1,8 @@
 """What each rank runs in test_dcp.py: torch's own dcp.save and dcp.load, over gloo.
 
 `python -m tests.checkpoints.dcp_ranks ROOT`: the tensors of ROOT/hf/model.safetensors are saved as
-FSDP2 and as tensor parallelism hold them, and the folders of ROOT that we wrote are loaded into a
-model that FSDP2 shards.
+FSDP2 holds them, and as it does over tensor parallelism; and the folders of ROOT that we wrote are
+loaded into a model that FSDP2 shards.
 """
 
 from __future__ import annotations
@@ -63,16 +63,15 @@ def save_fsdp(root: Path, tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh)
     dcp.save(state, checkpoint_id=root / "fsdp")
 
 
-def save_tp(root: Path, tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
-    """As tensor parallelism cuts them, and as FSDP2 does beside it where there are enough ranks."""
-    state: dict[str, torch.Tensor] = {}
+def save_both(root: Path, tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
+    """As tensor parallelism cuts them along "tp", and FSDP2 cuts what that leaves along "dp"."""
+    model = model_of(tensors)
     for name, tensor in tensors.items():
-        dim = 1 if name.endswith(COLUMNS) else 0
-        cut = Replicate() if name.endswith(WHOLE) else Shard(dim)
-        # What FSDP2 shards beside it is the first dimension.
-        placements = [cut] if mesh.ndim == 1 else [Shard(1 - dim) if tensor.ndim > 1 else cut, cut]
-        state[name] = distribute_tensor(tensor, mesh, placements)
-    dcp.save(state, checkpoint_id=root / "tp")
+        cut = Replicate() if name.endswith(WHOLE) else Shard(1 if name.endswith(COLUMNS) else 0)
+        path, _, leaf = name.rpartition(".")
+        mine = distribute_tensor(tensor, mesh["tp"], [cut])
+        model.get_submodule(path).register_parameter(leaf, nn.Parameter(mine))
+    dcp.save(get_model_state_dict(shard(model, mesh["dp"])), checkpoint_id=root / "both")
 
 
 def load(root: Path, tensors: Mapping[str, torch.Tensor], mesh: DeviceMesh) -> None:
@@ -116,11 +115,13 @@ def in_torchtitan(
 
 def main(root: Path) -> None:
     dist.init_process_group("gloo")
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    world_size = dist.get_world_size()
+    mesh = init_device_mesh("cpu", (world_size,))
     tensors = load_file(root / "hf" / "model.safetensors")
     titan = in_torchtitan(tensors, 4, 2)
     save_fsdp(root, tensors, mesh)
-    save_tp(root, titan, mesh)
+    both = init_device_mesh("cpu", (world_size // 2, 2), mesh_dim_names=("dp", "tp"))
+    save_both(root, titan, both)
     load(root / "ours", tensors, mesh)
     load(root / "ours-torchtitan", titan, mesh)
     dist.destroy_process_group()

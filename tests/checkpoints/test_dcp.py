@@ -11,7 +11,9 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
+from nanotron_fast.checkpoints.check_manifest import check_manifest
 from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nanotron_fast.formats.dcp.checkpoint import read_dcp
 from tests import forks
 from tests.checkpoints.test_processes import ranks
 from tests.modelzoo import Model, make, read_tensors
@@ -71,15 +73,17 @@ def same(one: Path, other: Path) -> None:
 
 
 def test_ranks_of_torch_there_and_back(tmp_path: Path) -> None:
-    """FSDP2 and DTensors of two ranks, read and written; one rank has more rows than the other."""
+    """FSDP2 of four ranks, and of two times two with tensor parallelism; none has equal shards."""
     hf = llama(vocab_size=37).save(tmp_path / "hf")
     nf.convert(hf, tmp_path / "ours", to="dcp", max_shard_size=20_000)
     nf.convert(hf, tmp_path / "ours-torchtitan", to="dcp", names="torchtitan")
-    results = forks.run(("-m", "tests.checkpoints.dcp_ranks", tmp_path), ranks(2), tmp_path, 120)
-    assert [result.code for result in results] == [0, 0], results[0].err + results[1].err
-    for name in ("fsdp", "tp"):
+    results = forks.run(("-m", "tests.checkpoints.dcp_ranks", tmp_path), ranks(4), tmp_path, 120)
+    assert [result.code for result in results] == [0] * 4, results[0].err
+    chunks = read_dcp(tmp_path / "both").tensors["layers.0.attention.wo.weight"].chunks
+    assert {chunk.low for chunk in chunks} == {(0, 0), (0, 16), (16, 0), (16, 16)}
+    for name in ("fsdp", "both"):
         source = tmp_path / name
-        assert len(list(source.glob("*.distcp"))) == 2
+        assert len(list(source.glob("*.distcp"))) == 4
         there = tmp_path / f"{name}-nanotron"
         report = nf.convert(
             source, there, like=hf, topology=Topology(tp=2, pp=2), pad_vocab_to_multiple_of=2
@@ -313,3 +317,18 @@ def test_replacing_one(hf: Path, tmp_path: Path) -> None:
         "__0_0.distcp",
         "config.json",
     ]
+
+
+def test_what_a_manifest_says_of_one(hf: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    nf.convert(hf, out, to="dcp", manifest=True)
+    assert check_manifest(out).intact
+    chunk = read_dcp(out).locate(["model.norm.weight"]).chunks["model.norm.weight"][0]
+    with open(chunk.path, "r+b") as file:
+        file.seek(chunk.begin_bytes)
+        byte = file.read(1)[0]
+        file.seek(chunk.begin_bytes)
+        file.write(bytes([byte ^ 1]))
+    (finding,) = check_manifest(out).findings
+    assert finding.file == "__0_0.distcp"
+    assert finding.tensor == f"bytes {chunk.begin_bytes} to {chunk.begin_bytes + 64}"

@@ -205,8 +205,8 @@ class _Reader:
         tensors: dict[str, ChunkedTensor] = {}
         others: list[str] = []
         for name, item in self._items.items():
-            if not isinstance(name, str):
-                raise self._error(f"it names a tensor by {_told(name)}, which is not text")
+            if not isinstance(name, str) or not name.isprintable():
+                raise self._error(f"{_told(name)} is not the name of a tensor")
             if isinstance(item, _Bytes):
                 others.append(name)
                 continue
@@ -260,7 +260,7 @@ class _Reader:
             file: Any = info.get("relative_path")
             offset: Any = info.get("offset")
             size: Any = info.get("length")
-            if not is_file_name(file):
+            if not is_file_name(file) or not file.isprintable():
                 raise self._error(
                     f"it places {shown} in {_told(file)}, which is not the name of a file in "
                     "the folder"
