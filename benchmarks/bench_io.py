@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import models
-from bench_convert import ENVIRONMENT, OURS, RESULTS, environment
+from bench_convert import ENVIRONMENT, OURS, environment
 
 import nanotron_fast as nf
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--memory", default="800MB", help="what a run may take")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--directory", type=Path, help="a folder on the disk to measure")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/io.json")
+    parser.add_argument("--save", type=Path, help="a JSON file to write")
     args = parser.parse_args()
     from nanotron_fast.units import parse_size
 
@@ -155,7 +155,7 @@ def main() -> None:
             "page_cache": "cold source",
             "variants": rows,
         }
-        (RESULTS / "io.json").write_text(json.dumps(document, indent=1) + "\n")
+        args.save.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
