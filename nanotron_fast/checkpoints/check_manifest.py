@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.io_modes import mode_for
+from nanotron_fast.checkpoints.manifest import rest_sha256
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.manifest import (
     NAME,
@@ -17,12 +17,10 @@ from nanotron_fast.formats.manifest import (
     ManifestTensor,
     read_manifest,
 )
-from nanotron_fast.formats.plain_file import check_plain, open_plain
+from nanotron_fast.formats.plain_file import check_plain
 from nanotron_fast.formats.safetensors import TensorInfo, read_header
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
-
-_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +143,7 @@ def _check_file(
         return
     if size != file.size_bytes:
         return  # nothing says where anything is now
-    if _rest_sha256(path, size, list(file.tensors.values())) != file.header_sha256:
+    if _rest_sha256(path, size, file.tensors.values()) != file.header_sha256:
         yield Finding(name, None, "the bytes around its tensors have changed")
     wanted += [_Wanted(name, key, tensor) for key, tensor in file.tensors.items()]
 
@@ -185,22 +183,8 @@ def _at(tensor: ManifestTensor, info: TensorInfo) -> ManifestTensor:
     return replace(tensor, begin_bytes=info.begin_bytes, end_bytes=info.end_bytes)
 
 
-def _rest_sha256(path: Path, size: int, tensors: list[ManifestTensor]) -> str:
-    """Of the bytes that belong to no tensor."""
-    rest = hashlib.sha256()
-    ends = sorted((each.begin_bytes, each.end_bytes) for each in tensors)
-    position = 0
-    with open_plain(path) as file:
-        for begin, end in (*ends, (size, size)):
-            file.seek(position)
-            while position < begin:
-                block = file.read(min(_BLOCK_BYTES, begin - position))
-                if not block:
-                    raise CheckpointError(f"{path}: it has shrunk while it was read")
-                rest.update(block)
-                position += len(block)
-            position = max(position, end)
-    return rest.hexdigest()
+def _rest_sha256(path: Path, size: int, tensors: Iterable[ManifestTensor]) -> str:
+    return rest_sha256(path, size, [(each.begin_bytes, each.end_bytes) for each in tensors])
 
 
 def _unknown_files(root: Path, known: Any) -> Iterator[Finding]:

@@ -6,17 +6,23 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nanotron_fast.checkpoints.journal import read_record
 from nanotron_fast.checkpoints.partial import Partial
 from nanotron_fast.checkpoints.small_files import write_file
+from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.manifest import NAME, Manifest, ManifestFile, ManifestTensor
+from nanotron_fast.formats.plain_file import open_plain
 from nanotron_fast.formats.safetensors import header_of
+from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.plan import OutputFile
 from nanotron_fast.version import __version__
 
 _SAFETENSORS = ".safetensors"
+_TORCH = ".pt"
+_BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +68,71 @@ def ranges_of(outputs: Iterable[OutputFile]) -> dict[str, list[tuple[int, int]]]
     }
 
 
-def make_manifest(outputs: Sequence[OutputFile], digests: Mapping[str, Sequence[str]]) -> Manifest:
-    """The manifest of files, from the digests of what `hashed_in` says, in hexadecimal."""
+def make_manifest(
+    root: Path, outputs: Sequence[OutputFile], digests: Mapping[str, Sequence[str]]
+) -> Manifest:
+    """The manifest of files that are whole, by their paths from `root`.
+
+    `digests` are those of what `hashed_in` says, in hexadecimal. Raises OSError.
+    """
     files = {}
     for output in outputs:
-        rest = hashlib.sha256(output.header)
-        for _, literal in output.literals:
-            rest.update(literal)
+        hashed = hashed_in(output)
+        if output.checksums:  # they stand in the file alone
+            ranges = [(each.begin_bytes, each.end_bytes) for each in hashed]
+            rest = rest_sha256(root / output.path, output.size_bytes, ranges)
+        else:
+            literals = (output.header, *(literal for _, literal in output.literals))
+            rest = hashlib.sha256(b"".join(literals)).hexdigest()
+        names = _names_in(root, output)
         tensors = {
-            each.name: ManifestTensor(
+            names.get(each.begin_bytes, each.name): ManifestTensor(
                 each.begin_bytes, each.end_bytes, digest, each.dtype, each.shape
             )
-            for each, digest in zip(hashed_in(output), digests[output.path], strict=True)
+            for each, digest in zip(hashed, digests[output.path], strict=True)
         }
-        files[output.path] = ManifestFile(output.size_bytes, rest.hexdigest(), tensors)
+        files[output.path] = ManifestFile(output.size_bytes, rest, tensors)
     return Manifest(__version__, files)
+
+
+def _names_in(root: Path, output: OutputFile) -> dict[int, str]:
+    """What torch.save's tensors are called in their document, by where they begin in the file."""
+    if not output.path.endswith(_TORCH):
+        return {}
+    found: dict[int, str] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, StoredTensor):
+            found.setdefault(value.offset_bytes, name)
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                walk(each, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, list | tuple):
+            for place, each in enumerate(value):
+                walk(each, f"{name}.{place}")
+
+    walk(read_torch_file(root / output.path), "")
+    return found
+
+
+def rest_sha256(path: Path, size: int, ranges: Iterable[tuple[int, int]]) -> str:
+    """Of the bytes of a file that lie in none of the ranges, each from its begin to its end.
+
+    Raises CheckpointError, OSError.
+    """
+    rest = hashlib.sha256()
+    position = 0
+    with open_plain(path) as file:
+        for begin, end in (*sorted(ranges), (size, size)):
+            file.seek(position)
+            while position < begin:
+                block = file.read(min(_BLOCK_BYTES, begin - position))
+                if not block:
+                    raise CheckpointError(f"{path}: it has shrunk while it was read")
+                rest.update(block)
+                position += len(block)
+            position = max(position, end)
+    return rest.hexdigest()
 
 
 def write_manifest(
@@ -106,7 +162,7 @@ def write_manifest(
     ]
     if unknown:
         known |= hash_again(partial.content.path, unknown, workers=workers, io=io)
-    data = make_manifest(outputs, known).to_bytes()
+    data = make_manifest(partial.content.path, outputs, known).to_bytes()
     write_file(Path(NAME), data, fsync=fsync, within=partial.content)
 
 

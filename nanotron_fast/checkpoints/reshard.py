@@ -88,6 +88,8 @@ def reshard(
     fsync: bool = False,
     resume: bool = False,
     overwrite_partial: bool = False,
+    io: str = "auto",
+    manifest: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
@@ -100,8 +102,8 @@ def reshard(
 
     Args:
         src, dst, tp, pp, dp, ep, zero_stage: as for `plan`.
-        overwrite, workers, fsync, resume, overwrite_partial, on_plan, on_total, on_progress,
-            processes: as for `convert`.
+        overwrite, workers, fsync, resume, overwrite_partial, io, manifest, on_plan, on_total,
+            on_progress, processes: as for `convert`.
 
     Raises:
         What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk too
@@ -115,6 +117,8 @@ def reshard(
         workers=workers,
         fsync=fsync,
         wishes=Wishes(resume, overwrite_partial),
+        io=io,
+        manifest=manifest,
         on_plan=on_plan,
         on_total=on_total,
         on_progress=on_progress,

@@ -48,6 +48,13 @@ def reshard(
     overwrite_partial: Annotated[
         bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
     ] = False,
+    io: Annotated[
+        str, typer.Option(metavar="MODE", help="auto, buffered, direct or dontcache: see convert.")
+    ] = "auto",
+    manifest: Annotated[
+        bool,
+        typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
     ] = False,
@@ -93,6 +100,8 @@ def reshard(
                 fsync=fsync,
                 resume=resume,
                 overwrite_partial=overwrite_partial,
+                io=io,
+                manifest=manifest,
                 on_plan=on_plan,
                 on_total=progress.expect,
                 on_progress=on_progress,

@@ -14,6 +14,7 @@ import nanotron_fast as nf
 from nanotron_fast import _C
 from nanotron_fast.checkpoints import manifest
 from nanotron_fast.checkpoints.check_manifest import ManifestCheck
+from nanotron_fast.checkpoints.reshard import reshard
 from nanotron_fast.errors import CheckpointError, NanotronFastError
 from nanotron_fast.formats.manifest import NAME
 from nanotron_fast.formats.safetensors import read_header
@@ -263,3 +264,26 @@ def test_what_a_file_system_refuses_is_a_warning(golden: Path, tmp_path: Path) -
     assert warning.startswith("--io dontcache: ")
     assert warning.endswith("what is carried is dropped from the page cache afterwards")
     assert nf.verify(golden / "llama_untied" / "hf", tmp_path / "out").equal
+
+
+def test_states_of_an_optimizer_are_named_as_in_their_document(
+    golden: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    reshard(
+        next((golden / "training").rglob("model_config.json")).parent,
+        out,
+        tp=1,
+        manifest=True,
+    )
+    assert check(out).intact
+    path = sorted((out / "optimizer").rglob("*.pt"))[0]
+    entries = json.loads((out / NAME).read_bytes())["files"][path.relative_to(out).as_posix()]
+    name = next(name for name in entries["tensors"] if name.endswith("exp_avg"))
+    flip(path, entries["tensors"][name]["file_offsets"][0])
+    (finding,) = check(out).findings
+    assert (finding.file, finding.tensor) == (path.relative_to(out).as_posix(), name)
+    flip(path, entries["tensors"][name]["file_offsets"][0])
+    flip(path, 3)
+    (finding,) = check(out).findings
+    assert finding.reason == "the bytes around its tensors have changed"
