@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
+from nanotron_fast.checkpoints.collection import keeping_objects
 from nanotron_fast.checkpoints.options import Choices, Options, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 
 @takes(Choices)
+@keeping_objects()
 def plan(
     src: str | Path,
     dst: str | Path,

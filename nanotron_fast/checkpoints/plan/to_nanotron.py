@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -61,14 +60,15 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
     params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
     check_divides(params, topology)
     reader = HfSource(source)
-    stored_dtype = _stored_dtype(source, params, reader, options.dtype)
+    stored = [[reader.dtype(part) for part in param.parts] for param in params]
+    stored_dtype = _stored_dtype(source, params, stored, options.dtype)
     main_dtype = options.dtype or stored_dtype
     warnings += source.warnings
     dtypes = {
         param.name: Dtype.F32
         if param.is_fp32
-        else options.dtype or _widest(param, reader, warnings)
-        for param in params
+        else options.dtype or _widest(param, set(of_parts), warnings)
+        for param, of_parts in zip(params, stored, strict=True)
     }
     writer = NanotronTarget(
         params,
@@ -100,7 +100,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
         vocab_size=spec.vocab_size,
         config=source.config,
         generation_config=source.generation_config,
-        dtypes=_other_dtypes(params, reader, dtypes, stored_dtype, options.dtype),
+        dtypes=_other_dtypes(params, stored, dtypes, stored_dtype, options.dtype),
         carried=sorted(beside.copies),
     )
     metadata = nanotron.metadata_document(version, topology.tp)
@@ -144,26 +144,27 @@ def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) 
 
 
 def _stored_dtype(
-    source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
+    source: HfCheckpoint, params: list[Param], stored: list[list[Dtype]], cast: Dtype | None
 ) -> Dtype:
-    """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast."""
-    counts: Counter[Dtype] = Counter()
-    for param in params:
-        for part in param.parts:
-            dtype = reader.dtype(part)
-            counts[dtype] += math.prod(part.sizes)
+    """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast.
+
+    `stored` are the dtypes of the tensors that make each parameter.
+    """
+    counts: dict[Dtype, int] = {}
+    for param, of_parts in zip(params, stored, strict=True):
+        for part, dtype in zip(param.parts, of_parts, strict=True):
+            counts[dtype] = counts.get(dtype, 0) + math.prod(part.sizes)
             if dtype is Dtype.F64 and (cast is not None or param.is_fp32):
                 raise UnsupportedModelError(
                     f"{source.root}: {part.name} is F64, which is not cast; use --dtype keep"
                 )
-    return counts.most_common(1)[0][0]
+    return max(counts, key=counts.__getitem__)
 
 
-def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
-    """The dtype that holds every value of the tensors that make a parameter."""
-    dtypes = {reader.dtype(part) for part in param.parts}
+def _widest(param: Param, dtypes: set[Dtype], warnings: list[str]) -> Dtype:
+    """The dtype that holds every value of tensors of these, which make a parameter."""
     if len(dtypes) == 1:
-        return dtypes.pop()
+        return next(iter(dtypes))
     if Dtype.F64 in dtypes:
         raise UnsupportedModelError(
             f"{param.name} is made of tensors of different dtypes, F64 among them"
@@ -175,9 +176,9 @@ def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
 
 def _other_dtypes(
     params: list[Param],
-    reader: HfSource,
+    stored: list[list[Dtype]],
     written: dict[str, Dtype],
-    stored: Dtype,
+    main: Dtype,
     cast: Dtype | None,
 ) -> dict[str, str]:
     """Dtypes to restore on the way back: where it would not choose the tensor's own.
@@ -186,11 +187,10 @@ def _other_dtypes(
     wider than some of those that it is made of.
     """
     others: dict[str, str] = {}
-    for param in params:
-        for part in param.parts:
-            dtype = reader.dtype(part)
-            expected = stored if param.is_fp32 else written[param.name]
-            is_cast = cast is not None and not param.is_fp32
+    for param, of_parts in zip(params, stored, strict=True):
+        expected = main if param.is_fp32 else written[param.name]
+        is_cast = cast is not None and not param.is_fp32
+        for part, dtype in zip(param.parts, of_parts, strict=True):
             if dtype is not expected and not is_cast:
                 others[part.name] = dtype.name
     return others
