@@ -13,6 +13,8 @@ from nanotron_fast.checkpoints.collection import keeping_objects
 from nanotron_fast.checkpoints.options import Choices, Options, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.remote.mirror import mirrors_closed, shown, shown_in_errors
+from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import ConfigError
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 @takes(Choices)
 @keeping_objects()
+@shown_in_errors()
 def plan(
     src: str | Path,
     dst: str | Path,
@@ -34,8 +37,9 @@ def plan(
     """Plans the conversion of `src` to `dst` from headers alone; writes nothing.
 
     Args:
-        src: a directory, or the id of a model on the Hugging Face Hub.
-        dst: the directory that `convert` would write.
+        src: a directory, the id of a model on the Hugging Face Hub, or a URL such as
+            `hf://org/model@revision` or `s3://bucket/folder`, whose tensors are read by ranges.
+        dst: the directory that `convert` would write, or a URL.
         choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
@@ -47,7 +51,7 @@ def plan(
     if not str(dst):
         raise ConfigError("the destination has no name")
     # What a direction does not need is not even imported: it counts in the time to start.
-    whole = read(resolve(src))
+    whole = read(resolve(src, takes_urls=True))
     warnings = unmatched(tensor_names(whole), options.ignore_tensors)
     checkpoint = whole.without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
@@ -55,19 +59,26 @@ def plan(
             raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
         from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
 
-        ready = plan_to_nanotron(checkpoint, Path(os.path.realpath(dst)), options)
+        ready = plan_to_nanotron(checkpoint, _absolute(dst), options)
     elif options.to == "nanotron":
         from nanotron_fast.checkpoints.plan.reshard import plan_reshard
 
-        ready = plan_reshard(checkpoint, Path(os.path.realpath(dst)), options)
+        ready = plan_reshard(checkpoint, _absolute(dst), options)
     else:
         from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
         ready = plan_to_hf(checkpoint, options)
-    return replace(ready, warnings=(*ready.warnings, *warnings), sources_read=checkpoint.read)
+    warnings = list(map(shown, (*ready.warnings, *warnings)))
+    return replace(ready, warnings=tuple(warnings), sources_read=checkpoint.read)
+
+
+def _absolute(dst: str | Path) -> str:
+    """What config.yaml calls the destination."""
+    return str(dst) if is_url(dst) else os.path.realpath(dst)
 
 
 @takes(Choices)
+@mirrors_closed()
 def convert(
     src: str | Path,
     dst: str | Path,

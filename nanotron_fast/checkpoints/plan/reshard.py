@@ -35,7 +35,7 @@ from nanotron_fast.moves.plan import MovePlan
 _STATES = ("optimizer", "lr_scheduler", "random")
 
 
-def plan_reshard(source: NanotronCheckpoint, destination: Path, options: Options) -> Plan:
+def plan_reshard(source: NanotronCheckpoint, destination: str | Path, options: Options) -> Plan:
     """Plans it. `destination` is the final absolute path, which config.yaml names.
 
     Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
@@ -117,7 +117,7 @@ def _metadata(source: NanotronCheckpoint) -> Mapping[str, Any]:
 
 
 def _at(
-    training: Mapping[str, Any], topology: Topology, destination: Path, has_tokenizer: bool
+    training: Mapping[str, Any], topology: Topology, destination: str | Path, has_tokenizer: bool
 ) -> dict[str, Any]:
     """A training configuration at another topology, which starts from the new checkpoint."""
     document = dict(training)
