@@ -130,9 +130,8 @@ class Store:
 
         where, sha = self._again("the Hub does not answer", commit)
         if sha is not None:
-            where.revision = sha
-            where._raw_revision = sha
-            self._root = where.unresolve().rstrip("/")
+            kind = "" if where.repo_type == "model" else f"{where.repo_type}s/"
+            self._root = f"{kind}{where.repo_id}@{sha}/{where.path_in_repo}".rstrip("/")
             self._is_pinned = True
 
     def name_of(self, name: str) -> str:

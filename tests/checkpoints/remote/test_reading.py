@@ -22,7 +22,7 @@ URL = "faulty://bucket/models/llama"
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    made = make("llama", num_hidden_layers=4)
+    made = make("llama", num_hidden_layers=2)
     made.tokenizer = {"tokenizer.json": b"{}", "README.md": b"# card"}
     return made.save(tmp_path / "model", shards=3)
 
@@ -79,7 +79,7 @@ def test_reads_are_ranges_of_bounded_size_and_number(
 
 
 def test_no_more_than_one_group_lies_on_the_disk(faulty, temporary, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(running, "GROUP_BYTES", 60_000)
+    monkeypatch.setattr(running, "GROUP_BYTES", 30_000)
     held = []
     execute = engine.execute
 
@@ -93,7 +93,7 @@ def test_no_more_than_one_group_lies_on_the_disk(faulty, temporary, model, tmp_p
     total = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     assert len(held) > 5
     # Blocks of the file system round every range up.
-    assert max(held) < 60_000 + 40 * 4096 < total
+    assert max(held) < 30_000 + 20 * 4096 < total
 
 
 def test_reads_that_fail_are_tried_again(faulty, temporary, model, tmp_path):
@@ -216,14 +216,14 @@ def test_tied_copies_are_compared_in_a_store_too(faulty, temporary, tmp_path):
     embedding = made.tensors["model.embed_tokens.weight"]
     other = embedding._replace(data=bytes(len(embedding.data)))
     put(made.save(tmp_path / "model", extra={"lm_head.weight": other}), URL)
-    with pytest.raises(CheckpointError, match="lm_head.weight differs from"):
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from"):
         nf.convert(URL, tmp_path / "out")
     put(made.save(tmp_path / "same", extra={"lm_head.weight": embedding}), f"{URL}-same")
     nf.convert(f"{URL}-same", tmp_path / "out")
 
 
 def test_two_sets_of_weights_are_left_to_a_disk(faulty, temporary, model, tmp_path):
-    make("llama", num_hidden_layers=4).save(model)
+    make("llama", num_hidden_layers=2).save(model)
     put(model, URL)
     with pytest.raises(CheckpointError, match="lie side by side"):
         nf.convert(URL, tmp_path / "out")

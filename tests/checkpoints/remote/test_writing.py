@@ -19,7 +19,7 @@ TP2 = nf.Topology(tp=2, pp=2)
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    made = make("llama", num_hidden_layers=4)
+    made = make("llama", num_hidden_layers=2)
     made.tokenizer = {"tokenizer.json": b"{}"}
     return made.save(tmp_path / "model", shards=3)
 
@@ -89,9 +89,7 @@ def test_what_was_written_is_removed_after_an_error(faulty, temporary, model, tm
             raise OSError(errno.EIO, "the store is full")
 
     faulty.on_write = fails
-    with pytest.raises(
-        OSError, match="cannot be written in 6 tries: .*the store is full"
-    ) as caught:
+    with pytest.raises(OSError, match=r"cannot be written in 6 tries: .*is full") as caught:
         nf.convert(model, URL)
     assert caught.value.filename.startswith(f"{URL}/")
     assert fails_at in caught.value.filename
@@ -115,7 +113,7 @@ def test_what_cannot_be_removed_is_named(faulty, temporary, model, tmp_path):
 
 
 def test_what_is_there_stays_without_overwrite(faulty, temporary, model, tmp_path):
-    put(make("llama", seed=1, num_hidden_layers=4).save(tmp_path / "old"), URL)
+    put(make("llama", seed=1, num_hidden_layers=2).save(tmp_path / "old"), URL)
     before = contents(URL)
     with pytest.raises(DestinationError, match="--overwrite replaces what is there"):
         nf.convert(model, URL)
@@ -123,7 +121,7 @@ def test_what_is_there_stays_without_overwrite(faulty, temporary, model, tmp_pat
 
 
 def test_overwrite_replaces_a_checkpoint(faulty, temporary, model, tmp_path):
-    old = make("llama", seed=1, num_hidden_layers=6).save(tmp_path / "old")
+    old = make("llama", seed=1, num_hidden_layers=3).save(tmp_path / "old")
     nf.convert(old, URL, topology=TP2)
     nf.convert(model, URL, overwrite=True)
     assert nf.verify(URL, model).equal
