@@ -85,8 +85,8 @@ def _options(
 
 @_command
 def convert(
-    src: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
-    dst: Annotated[str, typer.Argument(help="The directory to write.")],
+    src: Annotated[str, typer.Argument(help="A directory in either format, a Hub id or a URL.")],
+    dst: Annotated[str, typer.Argument(help="The directory to write, or a URL.")],
     *,
     choices: Choices,
     workers: Workers = None,
@@ -175,7 +175,7 @@ def convert(
 
 @_command
 def verify(
-    a: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    a: Annotated[str, typer.Argument(help="A directory in either format, a Hub id or a URL.")],
     b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
     *,
     logits: Annotated[
@@ -218,7 +218,7 @@ def verify(
 
 @_command
 def inspect(
-    path: Annotated[str, typer.Argument(help="A directory in either format, or a Hub id.")],
+    path: Annotated[str, typer.Argument(help="A directory in either format, a Hub id or a URL.")],
     *,
     choices: InspectChoices,
     json: Json = False,
