@@ -9,9 +9,6 @@ from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.plan import MovePlan
 from nanotron_fast.moves.row import FILL
 
-# Ranges that are this close to each other are read as one.
-_GAP_BYTES = 64 << 10
-
 
 @dataclass(frozen=True, slots=True)
 class Group:
@@ -36,10 +33,10 @@ def source_range(move: Move) -> tuple[int, int]:
 
 
 def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Ranges in order, without overlaps; those that lie close together as one."""
+    """Ranges in order, without overlaps; those that touch as one."""
     result: list[tuple[int, int]] = []
     for begin, end in sorted(ranges):
-        if result and begin <= result[-1][1] + _GAP_BYTES:
+        if result and begin <= result[-1][1]:
             result[-1] = result[-1][0], max(result[-1][1], end)
         else:
             result.append((begin, end))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nanotron_fast.moves.shares import owners_of
@@ -18,7 +18,8 @@ def loads_of(files: list[tuple[str, int]], num_shares: int) -> list[int]:
     return loads
 
 
-@given(st.dictionaries(PATHS, st.integers(1, 1000), min_size=1), st.integers(1, 70))
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.dictionaries(PATHS, st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 70))
 def test_no_share_is_larger_than_the_mean_and_one_file_or_the_tolerance(
     sizes: dict[str, int], num_shares: int
 ) -> None:
