@@ -14,7 +14,7 @@ from nanotron_fast.checkpoints.options import Choices, Options, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote.mirror import mirrors_closed, shown, shown_in_errors
-from nanotron_fast.checkpoints.remote.store import is_url
+from nanotron_fast.checkpoints.remote.store import is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import ConfigError
@@ -74,7 +74,7 @@ def plan(
 
 def _absolute(dst: str | Path) -> str:
     """What config.yaml calls the destination."""
-    return str(dst) if is_url(dst) else os.path.realpath(dst)
+    return without_password(str(dst)) if is_url(dst) else os.path.realpath(dst)
 
 
 @takes(Choices)

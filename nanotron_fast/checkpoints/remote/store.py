@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.interruption import ending
 
 BLOCK_BYTES = 8 << 20
 NUM_AT_A_TIME = 8
 NUM_TRIES = 6
 FIRST_PAUSE_SECONDS = 0.25
 _POLL_SECONDS = 0.1
+_PATIENCE_SECONDS = 0.5
 
 _URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>.*)", re.DOTALL)
 _PASSWORD = re.compile(r"(//[^/@:]*):[^/@]*@")
@@ -40,6 +42,11 @@ _FINAL = (
     *(NotImplementedError, ImportError, TypeError, AttributeError),
 )
 _Result = TypeVar("_Result")
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown and written down."""
+    return _PASSWORD.sub(r"\1@", url).rstrip("/")
 
 
 def is_url(place: object) -> bool:
@@ -94,7 +101,7 @@ class Store:
         """Raises ConfigError where there is no file system for such a URL; OSError."""
         match = _URL.match(url)
         assert match is not None
-        shown = _PASSWORD.sub(r"\1@", url).rstrip("/")
+        shown = without_password(url)
         if not match["path"].strip("/"):
             raise ConfigError(f"{shown}: it names no folder")
         try:
@@ -322,8 +329,8 @@ def at_once(
     """Runs calls on `NUM_AT_A_TIME` threads; each returns the bytes that it has moved.
 
     `on_progress` is called on this thread with the bytes of all that are done. The first error
-    stops the rest and is raised here. So does a signal, without waiting: the threads end with the
-    requests that they have begun.
+    stops the rest and is raised here once all requests have ended. A signal waits for them half a
+    second at most: they end with the process then.
     """
     waiting: queue.SimpleQueue[Callable[[], int]] = queue.SimpleQueue()
     num_calls = 0
@@ -364,10 +371,11 @@ def at_once(
             num_bytes += result
             if on_progress is not None:
                 on_progress(num_bytes)
-    except Exception:
+    except BaseException as error:
         stop.set()
-        for thread in threads:
-            thread.join()
+        until = time.monotonic() + _PATIENCE_SECONDS
+        with ending():
+            for thread in threads:
+                is_error = isinstance(error, Exception)
+                thread.join(None if is_error else max(0.0, until - time.monotonic()))
         raise
-    finally:
-        stop.set()

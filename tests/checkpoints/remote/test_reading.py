@@ -270,6 +270,11 @@ def test_the_package_to_install_is_named(temporary, monkeypatch):
         nf.inspect("s3://bucket/model")
 
 
+def test_passwords_are_not_shown():
+    assert store.without_password("sftp://me:secret@host/model/") == "sftp://me@host/model"
+    assert store.without_password("hf://org/model@v1") == "hf://org/model@v1"
+
+
 def test_names_that_lead_out_are_refused(faulty, temporary):
     faulty.store["/bucket/models/llama/../../evil"] = faulty()._open("/x", "wb")
     with pytest.raises(CheckpointError, match="is not the name of a file"):
