@@ -109,7 +109,7 @@ clean: ## remove everything that was built, .venv too
 CPP := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
 HEADERS := $(filter-out %.cpp,$(CPP))
 SANITIZED := build/sanitize/$(SANITIZER)
-OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/core/*.cpp csrc/cast/*.cpp))
+OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/core/*.cpp csrc/cast/*.cpp csrc/hash/*.cpp))
 NATIVE_TESTS := $(patsubst %.cpp,$(SANITIZED)/%,$(wildcard tests/native/test_*.cpp))
 # TSan of older compilers cannot map its shadow where the kernel randomises addresses widely.
 FIXED_ADDRESSES := $(shell setarch -R true 2>/dev/null && echo setarch -R)

@@ -38,7 +38,9 @@ COMPILE_FLAGS = [
     "-ffp-contract=off",
 ]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow"]
-SOURCES = sorted(glob("csrc/bindings.cpp") + glob("csrc/core/*.cpp") + glob("csrc/cast/*.cpp"))
+SOURCES = sorted(
+    path for room in ("", "core/", "cast/", "hash/") for path in glob(f"csrc/{room}*.cpp")
+)
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
 
 RULES = """\

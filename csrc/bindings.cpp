@@ -13,8 +13,10 @@
 
 #include "cast/cast.h"
 #include "core/blend.h"
+#include "core/digest.h"
 #include "core/engine.h"
 #include "core/error.h"
+#include "core/failure_point.h"
 #include "core/pack.h"
 #include "core/read.h"
 #include "core/tiles.h"
@@ -98,10 +100,11 @@ std::vector<SourceFile> sources_of(const std::vector<SourceTuple>& tuples) {
   return sources;
 }
 
-EngineOptions make_options(int num_workers, bool sync) {
+EngineOptions make_options(int num_workers, bool sync, const std::string& io = "buffered") {
   if (num_workers < 1) throw std::invalid_argument("workers must be at least 1");
+  const IoMode mode = parse_io_mode(io);
   try {
-    return {num_workers, sync, default_simd_level()};
+    return {num_workers, sync, default_simd_level(), mode};
   } catch (const std::invalid_argument& error) {
     const py::object type = py::module_::import("nanotron_fast.errors").attr("ConfigError");
     PyErr_SetString(type.ptr(), (std::string("NANOTRON_FAST_SIMD: ") + error.what()).c_str());
@@ -109,20 +112,72 @@ EngineOptions make_options(int num_workers, bool sync) {
   }
 }
 
-void execute_binding(const std::vector<SourceTuple>& sources,
-                     const std::pair<int, std::string>& root,
-                     const std::vector<OutputTuple>& outputs, const py::buffer& moves, int workers,
-                     bool fsync, Progress& progress) {
+// (offset, size in bytes) of a range whose digest is wanted.
+using RangeTuple = std::pair<int64_t, int64_t>;
+
+std::string execute_binding(const std::vector<SourceTuple>& sources,
+                            const std::pair<int, std::string>& root,
+                            const std::vector<OutputTuple>& outputs, const py::buffer& moves,
+                            int workers, bool fsync, Progress& progress, const std::string& io,
+                            const std::vector<std::vector<RangeTuple>>& hashed) {
   const Table table(moves);
   std::vector<OutputFile> files;
   for (const auto& [path, literals, size_bytes] : outputs) {
     OutputFile& file = files.emplace_back(OutputFile{path, {}, size_bytes});
     for (const auto& [offset, bytes] : literals) file.literals.push_back({offset, bytes});
   }
-  const EngineOptions options = make_options(workers, fsync);
+  if (!hashed.empty() && hashed.size() != files.size()) {
+    throw std::invalid_argument("hashed has ranges for each output, or is empty");
+  }
+  for (size_t i = 0; i < hashed.size(); ++i) {
+    for (const auto& [offset, size] : hashed[i]) files[i].hashed.push_back({offset, size});
+  }
+  const EngineOptions options = make_options(workers, fsync, io);
   const py::gil_scoped_release release;
-  execute(sources_of(sources), {root.first, root.second}, files, table.data(), table.num_moves(),
-          options, progress);
+  return execute(sources_of(sources), {root.first, root.second}, files, table.data(),
+                 table.num_moves(), options, progress);
+}
+
+py::list bytes_of(const std::vector<Sha256::Digest>& digests) {
+  py::list result;
+  for (const Sha256::Digest& digest : digests) {
+    result.append(py::bytes(reinterpret_cast<const char*>(digest.data()), digest.size()));
+  }
+  return result;
+}
+
+py::list take_finished_binding(Progress& progress) {
+  py::list result;
+  for (const Finished& finished : progress.take_finished()) {
+    result.append(py::make_tuple(finished.output, bytes_of(finished.digests)));
+  }
+  return result;
+}
+
+// (file, offset, size in bytes).
+using FileRangeTuple = std::tuple<int64_t, int64_t, int64_t>;
+
+py::list digest_binding(const std::vector<SourceTuple>& files,
+                        const std::vector<FileRangeTuple>& ranges, int workers, Progress& progress,
+                        const std::string& io) {
+  if (workers < 1) throw std::invalid_argument("workers must be at least 1");
+  std::vector<FileRange> wanted;
+  for (const auto& [file, offset, size] : ranges) wanted.push_back({file, {offset, size}});
+  const IoMode mode = parse_io_mode(io);
+  std::vector<Sha256::Digest> digests;
+  {
+    const py::gil_scoped_release release;
+    digests = digest(sources_of(files), wanted, workers, mode, progress);
+  }
+  return bytes_of(digests);
+}
+
+py::bytes sha256_binding(const py::bytes& data, const std::string& level) {
+  Sha256 sha = level.empty() ? Sha256() : Sha256(parse_sha256_level(level));
+  const std::string_view view = data;
+  sha.update(reinterpret_cast<const std::byte*>(view.data()), static_cast<int64_t>(view.size()));
+  const Sha256::Digest digest = sha.finish();
+  return py::bytes(reinterpret_cast<const char*>(digest.data()), digest.size());
 }
 
 std::vector<std::tuple<int64_t, int64_t, int64_t>> compare_binding(
@@ -262,7 +317,7 @@ PYBIND11_MODULE(_C, module) {
   py::class_<Progress>(module, "Progress")
       .def(py::init<>())
       .def_property_readonly("bytes_done", [](const Progress& p) { return p.bytes_done.load(); })
-      .def("take_finished", &Progress::take_finished)
+      .def("take_finished", &take_finished_binding)
       .def("cancel", [](Progress& p) { p.is_cancelled = true; });
 
   // Read by the tests, which hold Python's names of the columns to these.
@@ -272,16 +327,27 @@ PYBIND11_MODULE(_C, module) {
   module.attr("TILE_COLUMNS") = tile_columns();
   module.def("execute", &execute_binding, py::arg("sources"), py::arg("root"), py::arg("outputs"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("fsync"),
-             py::arg("progress"));
+             py::arg("progress"), py::arg("io") = "buffered",
+             py::arg("hashed") = std::vector<std::vector<RangeTuple>>());
   module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"));
   module.def(
       "worker_buffer_bytes",
-      [](const py::buffer& moves, bool compares) {
+      [](const py::buffer& moves, const std::string& io, bool compares) {
         const Table table(moves);
-        return worker_buffer_bytes(table.data(), table.num_moves(), compares);
+        return worker_buffer_bytes(table.data(), table.num_moves(), parse_io_mode(io), compares);
       },
-      py::arg("moves"), py::kw_only(), py::arg("compares") = false);
+      py::arg("moves"), py::kw_only(), py::arg("io") = "buffered", py::arg("compares") = false);
+  module.def("digest", &digest_binding, py::arg("files"), py::arg("ranges"), py::kw_only(),
+             py::arg("workers"), py::arg("progress"), py::arg("io") = "buffered");
+  module.def("sha256", &sha256_binding, py::arg("data"), py::kw_only(), py::arg("level") = "");
+  module.def("sha256_levels", [] {
+    std::vector<std::string> names;
+    for (const Sha256Level level : supported_sha256_levels()) names.emplace_back(name_of(level));
+    return names;
+  });
+  module.def("set_failure_point", &set_failure_point, py::arg("failure"));
+  module.def("failure_point_calls", &failure_point_calls);
   module.def("pack", &pack_binding, py::arg("moves"), py::arg("sources"), py::arg("destinations"),
              py::kw_only(), py::arg("workers"));
   module.def("pack_tiles", &tiles_binding, py::arg("moves"), py::arg("sources"),

@@ -14,10 +14,12 @@ from nanotron_fast.version import __version__
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.carrying_out import Report
+    from nanotron_fast.checkpoints.check_manifest import check_manifest
     from nanotron_fast.checkpoints.convert import convert, plan
     from nanotron_fast.checkpoints.inspect import inspect
     from nanotron_fast.checkpoints.load import load_into
     from nanotron_fast.checkpoints.plan.plan import Plan
+    from nanotron_fast.checkpoints.reshard import reshard
     from nanotron_fast.checkpoints.verify import verify
     from nanotron_fast.errors import NanotronFastError
     from nanotron_fast.model.topology import Topology
@@ -30,6 +32,7 @@ __all__ = [
     "Report",
     "Topology",
     "__version__",
+    "check_manifest",
     "convert",
     "disable",
     "disable_transformers",
@@ -38,6 +41,7 @@ __all__ = [
     "inspect",
     "load_into",
     "plan",
+    "reshard",
     "status",
     "verify",
 ]
@@ -47,6 +51,7 @@ _HOMES = {
     "Plan": "checkpoints.plan.plan",
     "Report": "checkpoints.carrying_out",
     "Topology": "model.topology",
+    "check_manifest": "checkpoints.check_manifest",
     "convert": "checkpoints.convert",
     "disable": "patch.nanotron.registry",
     "disable_transformers": "patch.transformers.models",
@@ -55,6 +60,7 @@ _HOMES = {
     "inspect": "checkpoints.inspect",
     "load_into": "checkpoints.load",
     "plan": "checkpoints.convert",
+    "reshard": "checkpoints.reshard",
     "status": "patch.nanotron.registry",
     "verify": "checkpoints.verify",
 }

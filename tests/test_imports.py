@@ -19,6 +19,7 @@ import nanotron_fast
 from tests.train.configs import save
 
 ROOT = Path(__file__).resolve().parents[1]
+TRAINING = ROOT / "tests" / "golden" / "training" / "llama_tied_tp2_zero0"
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface_hub")
 
 # A room, and what its files may import beside each other. "_C" and "_cuda" are the native parts.
@@ -180,6 +181,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.errors",
         "nanotron_fast.interruption",
         "nanotron_fast.model",
+        "nanotron_fast.model.ranks",
         "nanotron_fast.model.topology",
         "nanotron_fast.checkpoints",
         "nanotron_fast.checkpoints.options",
@@ -188,6 +190,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.cli.entry",
         "nanotron_fast.cli.flags",
         "nanotron_fast.cli.generate",
+        "nanotron_fast.cli.reshard",
         "nanotron_fast.cli.streams",
         "nanotron_fast.cli.tokenize",
         "nanotron_fast.cli.train",
@@ -211,6 +214,7 @@ def test_a_conversion_there_and_back_imports_nothing_heavy(tmp_path: Path, golde
         " topology=nf.Topology(tp=2, pp=2))\n"
         f"nf.convert({str(tmp_path / 'there')!r}, {str(tmp_path / 'back')!r})\n"
         f"assert nf.verify({str(golden_hf)!r}, {str(tmp_path / 'back')!r}).equal\n"
+        f"nf.reshard({str(TRAINING)!r}, {str(tmp_path / 'states')!r}, tp=1, zero_stage=1)\n"
         f"assert not set({HEAVY!r}) & set(sys.modules), set({HEAVY!r}) & set(sys.modules)"
     )
 

@@ -21,7 +21,7 @@ const File& SourceFiles::get(int64_t index) {
   const auto found = open_.find(index);
   if (found != open_.end()) return found->second;
   if (open_.size() >= kMaxOpen) open_.clear();
-  return open_.emplace(index, File::open_for_reading(files_[static_cast<size_t>(index)]))
+  return open_.emplace(index, File::open_for_reading(files_[static_cast<size_t>(index)], policy_))
       .first->second;
 }
 

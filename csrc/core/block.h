@@ -25,19 +25,22 @@ class Buffer {
 class SourceFiles {
  public:
   explicit SourceFiles(const std::vector<SourceFile>& files) : files_(files) {}
+  SourceFiles(const std::vector<SourceFile>& files, IoPolicy& policy)
+      : files_(files), policy_(&policy) {}
   const File& get(int64_t index);
 
  private:
   static constexpr size_t kMaxOpen = 32;
   const std::vector<SourceFile>& files_;
+  IoPolicy* policy_ = nullptr;
   std::unordered_map<int64_t, File> open_;
 };
 
 // What one worker needs to build blocks: buffers and files.
 class BlockBuilder {
  public:
-  BlockBuilder(const std::vector<SourceFile>& sources, SimdLevel level)
-      : sources_(sources), level_(level) {}
+  BlockBuilder(const std::vector<SourceFile>& sources, SimdLevel level, IoPolicy& policy)
+      : sources_(sources, policy), level_(level) {}
 
   // Reads what a block needs and lays it out as its destination views want it. The result holds
   // the views of job.destinations one after another, and stays valid until the next call.

@@ -17,9 +17,6 @@ namespace nanotron_fast {
 
 namespace {
 
-// Bytes that a device should take in well under a second.
-constexpr int64_t kSyncBytes = int64_t{64} << 20;
-
 // What happens to a block once it is built: (job, first row, number of rows, the built bytes).
 using Sink = std::function<void(const Job&, int64_t, int64_t, const std::byte*)>;
 
@@ -29,14 +26,14 @@ using Sink = std::function<void(const Job&, int64_t, int64_t, const std::byte*)>
 // own: two threads whose writes alternate in one file's range wait for each other more often than
 // two that each write a long run of it.
 void run_schedule(const Schedule& schedule, const std::vector<SourceFile>& sources,
-                  const EngineOptions& options, Progress& progress,
+                  const EngineOptions& options, IoPolicy& policy, Progress& progress,
                   const std::function<Sink()>& make_sink) {
   std::atomic<size_t> next_unit{0};
   const std::unique_ptr<std::atomic<int64_t>[]> next_block(
       new std::atomic<int64_t>[schedule.jobs.size()]());
 
   run_workers(options.num_workers, [&](int worker, const std::atomic<bool>& should_stop) {
-    BlockBuilder builder(sources, options.simd_level);
+    BlockBuilder builder(sources, options.simd_level, policy);
     const Sink sink = make_sink();
     const auto work_on = [&](size_t index) {
       const Job& job = schedule.jobs[index];
@@ -64,100 +61,6 @@ void run_schedule(const Schedule& schedule, const std::vector<SourceFile>& sourc
     for (size_t i = 0; i < num_jobs; ++i) work_on((first + i) % num_jobs);
   });
 }
-
-// Output files, each created by whoever writes to it first and closed by whoever writes last.
-class Outputs {
- public:
-  Outputs(const Folder& root, const std::vector<OutputFile>& files, const Schedule& schedule,
-          bool sync, Progress& progress)
-      : root_(root), files_(files), states_(files.size()), sync_(sync), progress_(progress) {
-    for (const Job& job : schedule.jobs) {
-      for (const View& view : job.destinations) {
-        states_[static_cast<size_t>(view.file)].blocks_left += job.num_blocks;
-      }
-    }
-  }
-
-  // Files that hold literals alone have no move, and are created here.
-  void create_empty() {
-    for (size_t i = 0; i < files_.size(); ++i) {
-      if (states_[i].blocks_left != 0) continue;
-      open(i);
-      finish(i);
-    }
-  }
-
-  void write(int64_t index, const std::byte* data, int64_t num_bytes, int64_t offset_bytes) {
-    const auto i = static_cast<size_t>(index);
-    State& state = states_[i];
-    const File& file = open(i);
-    while (num_bytes > 0) {
-      const int64_t piece = std::min(num_bytes, kBlockBytes - offset_bytes % kBlockBytes);
-      file.pwrite_exact(data, piece, offset_bytes);
-      data += piece;
-      offset_bytes += piece;
-      num_bytes -= piece;
-    }
-    if (state.blocks_left.fetch_sub(1) == 1) finish(i);
-  }
-
-  // Bytes are synced in pieces, so that a run can be cancelled while a device is slow.
-  void sync_all(int num_workers) {
-    std::atomic<size_t> next{0};
-    run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
-      const auto check = [&] {
-        if (progress_.is_cancelled) throw Cancelled();
-      };
-      for (size_t i; !should_stop && (i = next.fetch_add(1)) < files_.size();) {
-        const File file = File::open_for_reading(root_, files_[i].path);
-        for (int64_t offset = 0; offset < files_[i].size_bytes; offset += kSyncBytes) {
-          check();
-          file.write_back(offset, kSyncBytes);
-        }
-        check();
-        file.sync();
-      }
-    });
-  }
-
- private:
-  struct State {
-    std::mutex mutex;
-    File file;
-    std::atomic<int64_t> blocks_left{0};
-  };
-
-  const File& open(size_t i) {
-    State& state = states_[i];
-    const std::lock_guard<std::mutex> lock(state.mutex);
-    if (!state.file.is_open()) {
-      state.file = File::create(root_, files_[i].path);
-      for (const Literal& literal : files_[i].literals) {
-        state.file.pwrite_exact(reinterpret_cast<const std::byte*>(literal.bytes.data()),
-                                static_cast<int64_t>(literal.bytes.size()), literal.offset_bytes);
-      }
-    }
-    return state.file;
-  }
-
-  void finish(size_t i) {
-    State& state = states_[i];
-    if (state.file.size_bytes() != files_[i].size_bytes) {
-      throw PlanError(files_[i].path + ": the plan left " +
-                      std::to_string(state.file.size_bytes()) + " of " +
-                      std::to_string(files_[i].size_bytes) + " bytes");
-    }
-    if (sync_) state.file.start_writeback();
-    state.file.close();
-    progress_.add_finished(static_cast<int64_t>(i));
-  }
-
-  const Folder& root_;
-  const std::vector<OutputFile>& files_;
-  std::vector<State> states_;
-  bool sync_;
-  Progress& progress_;
-};
 
 std::vector<int64_t> sizes_of(const std::vector<SourceFile>& files) {
   std::vector<int64_t> sizes;
@@ -217,18 +120,24 @@ class DifferenceCounter {
   std::vector<Count> by_move_;
 };
 
+// A device is asked for more at a time than the page cache.
+int64_t block_bytes_of(IoMode io) {
+  return io == IoMode::kBuffered ? kBlockBytes : kUncachedBlockBytes;
+}
+
 }  // namespace
 
-void execute(const std::vector<SourceFile>& sources, const Folder& root,
-             const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
-             const EngineOptions& options, Progress& progress) {
+std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
+                    const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
+                    const EngineOptions& options, Progress& progress) {
   std::vector<int64_t> output_sizes;
   for (const OutputFile& output : outputs) output_sizes.push_back(output.size_bytes);
-  const Schedule schedule =
-      make_schedule(parse_moves(table, num_moves, sizes_of(sources), output_sizes));
-  Outputs files(root, outputs, schedule, options.sync, progress);
+  const Schedule schedule = make_schedule(
+      parse_moves(table, num_moves, sizes_of(sources), output_sizes), block_bytes_of(options.io));
+  IoPolicy policy(options.io);
+  Outputs files(root, outputs, schedule, options.sync, policy, progress);
   files.create_empty();
-  run_schedule(schedule, sources, options, progress, [&]() -> Sink {
+  run_schedule(schedule, sources, options, policy, progress, [&]() -> Sink {
     return [&](const Job& job, int64_t first_row, int64_t num_rows, const std::byte* data) {
       for (const View& view : job.destinations) {
         const int64_t num_bytes = view.block_bytes(num_rows);
@@ -239,6 +148,7 @@ void execute(const std::vector<SourceFile>& sources, const Folder& root,
     };
   });
   if (options.sync) files.sync_all(options.num_workers);
+  return policy.refusal();
 }
 
 std::vector<Difference> compare(const std::vector<SourceFile>& sources,
@@ -246,10 +156,12 @@ std::vector<Difference> compare(const std::vector<SourceFile>& sources,
                                 int64_t num_moves, const EngineOptions& options,
                                 Progress& progress) {
   const Schedule schedule =
-      make_schedule(parse_moves(table, num_moves, sizes_of(sources), sizes_of(destinations)));
+      make_schedule(parse_moves(table, num_moves, sizes_of(sources), sizes_of(destinations)),
+                    block_bytes_of(options.io));
+  IoPolicy policy(options.io);
   DifferenceCounter counter(static_cast<size_t>(num_moves));
-  run_schedule(schedule, sources, options, progress, [&]() -> Sink {
-    const auto files = std::make_shared<SourceFiles>(destinations);
+  run_schedule(schedule, sources, options, policy, progress, [&]() -> Sink {
+    const auto files = std::make_shared<SourceFiles>(destinations, policy);
     const auto buffer = std::make_shared<Buffer>();
     return [&, files, buffer](const Job& job, int64_t first_row, int64_t num_rows,
                               const std::byte* wanted) {
@@ -277,7 +189,7 @@ std::vector<Difference> compare(const std::vector<SourceFile>& sources,
   return differences;
 }
 
-int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, bool compares) {
+int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, IoMode io, bool compares) {
   std::vector<Move> moves;
   const int64_t no_limit = INT64_MAX;
   int64_t num_sources = 0, num_destinations = 0;
@@ -285,9 +197,11 @@ int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, bool compar
     num_sources = std::max(num_sources, table[i * Move::kNumColumns] + 1);
     num_destinations = std::max(num_destinations, table[i * Move::kNumColumns + 2] + 1);
   }
-  const Schedule schedule = make_schedule(parse_moves(
-      table, num_moves, std::vector<int64_t>(static_cast<size_t>(num_sources), no_limit),
-      std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit)));
+  const Schedule schedule = make_schedule(
+      parse_moves(table, num_moves,
+                  std::vector<int64_t>(static_cast<size_t>(num_sources), no_limit),
+                  std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit)),
+      block_bytes_of(io));
   const int64_t destination = schedule.max_destination_buffer_bytes();
   return schedule.max_source_buffer_bytes() + destination * (compares ? 2 : 1);
 }

@@ -6,36 +6,26 @@
 
 #include "core/file.h"
 #include "core/move.h"
+#include "core/outputs.h"
 #include "core/progress.h"
 
 namespace nanotron_fast {
-
-// Bytes of a file that no move writes, such as a header.
-struct Literal {
-  int64_t offset_bytes;
-  std::string bytes;
-};
-
-// A file to be written: its path from the folder, what no move writes, and its whole size.
-struct OutputFile {
-  std::string path;
-  std::vector<Literal> literals;
-  int64_t size_bytes;
-};
 
 struct EngineOptions {
   int num_workers;
   // Data and metadata of every file are on the device when execute returns.
   bool sync;
   SimdLevel simd_level;
+  IoMode io = IoMode::kBuffered;
 };
 
 // Creates every output under root (its directory must exist, and the file must not), writes its
-// literals, and carries out the moves. Progress learns of each output that is whole.
+// literals, and carries out the moves. Progress learns of each output that is whole. Returns what a
+// file system refused of options.io, and what was done instead; empty where nothing was.
 // Throws IoError, ChangedError, PlanError or Cancelled; files may then be incomplete.
-void execute(const std::vector<SourceFile>& sources, const Folder& root,
-             const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
-             const EngineOptions& options, Progress& progress);
+std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
+                    const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
+                    const EngineOptions& options, Progress& progress);
 
 // What a move would write differs from what is there.
 struct Difference {
@@ -51,6 +41,6 @@ std::vector<Difference> compare(const std::vector<SourceFile>& sources,
                                 Progress& progress);
 
 // The memory one worker takes for buffers while it executes these moves, or compares them.
-int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, bool compares);
+int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, IoMode io, bool compares);
 
 }  // namespace nanotron_fast

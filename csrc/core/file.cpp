@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "core/calls.h"
 #include "core/error.h"
 
 namespace nanotron_fast {
@@ -18,11 +19,9 @@ std::string name_of(const Folder& folder, const std::string& path) {
 }
 
 int open_or_throw(const Folder& folder, const std::string& path, int flags) {
-  int descriptor;
-  do {
-    descriptor = ::openat(folder.descriptor, path.c_str(), flags | O_CLOEXEC, 0666);
-  } while (descriptor < 0 && errno == EINTR);
-  if (descriptor < 0) throw IoError(errno, name_of(folder, path));
+  const std::string name = name_of(folder, path);
+  const int descriptor = calls::open_at(folder.descriptor, path, flags, name);
+  if (descriptor < 0) throw IoError(-descriptor, name);
   return descriptor;
 }
 
@@ -56,9 +55,10 @@ void check_state(int descriptor, const SourceFile& source) {
 
 }  // namespace
 
-File File::open_for_reading(const SourceFile& source) {
+File File::open_for_reading(const SourceFile& source, IoPolicy* policy) {
   File file(open_or_throw({AT_FDCWD, ""}, source.path, O_RDONLY), source.path);
   if (source.state) check_state(file.descriptor_, source);
+  file.transfer_ = make_transfer(file.descriptor_, file.path_, policy);
   return file;
 }
 
@@ -66,21 +66,27 @@ File File::open_for_reading(const Folder& folder, const std::string& path) {
   return File(open_or_throw(folder, path, O_RDONLY), name_of(folder, path));
 }
 
-File File::create(const Folder& folder, const std::string& path) {
-  return File(open_or_throw(folder, path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW),
-              name_of(folder, path));
+File File::create(const Folder& folder, const std::string& path, IoPolicy* policy) {
+  File file(open_or_throw(folder, path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW),
+            name_of(folder, path));
+  file.transfer_ = make_transfer(file.descriptor_, file.path_, policy);
+  return file;
 }
 
 File::File(File&& other) noexcept
-    : descriptor_(std::exchange(other.descriptor_, -1)), path_(std::move(other.path_)) {}
+    : descriptor_(std::exchange(other.descriptor_, -1)),
+      path_(std::move(other.path_)),
+      transfer_(std::move(other.transfer_)) {}
 
 File& File::operator=(File&& other) noexcept {
   std::swap(descriptor_, other.descriptor_);
   std::swap(path_, other.path_);
+  std::swap(transfer_, other.transfer_);
   return *this;
 }
 
 File::~File() {
+  transfer_.reset();
   if (descriptor_ >= 0) ::close(descriptor_);
 }
 
@@ -91,60 +97,53 @@ int64_t File::size_bytes() const {
 }
 
 void File::pread_exact(std::byte* destination, int64_t num_bytes, int64_t offset_bytes) const {
-  while (num_bytes > 0) {
-    const ssize_t got =
-        ::pread(descriptor_, destination, static_cast<size_t>(num_bytes), offset_bytes);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) throw IoError(errno, path_);
-    // The plan was made from this file's header: if bytes are missing now, it shrank since.
-    if (got == 0) {
-      throw ChangedError(path_ + ": it ends at byte " + std::to_string(offset_bytes) +
-                         ", and was longer when the plan was made");
-    }
-    destination += got;
-    num_bytes -= got;
-    offset_bytes += got;
+  const Outcome outcome = transfer_ == nullptr
+                              ? read_all(descriptor_, path_, destination, num_bytes, offset_bytes)
+                              : transfer_->read(destination, num_bytes, offset_bytes);
+  if (outcome.error_number != 0) throw IoError(outcome.error_number, path_);
+  // The plan was made from this file's header: if bytes are missing now, it shrank since.
+  if (outcome.num_bytes < num_bytes) {
+    throw ChangedError(path_ + ": it ends at byte " +
+                       std::to_string(offset_bytes + outcome.num_bytes) +
+                       ", and was longer when the plan was made");
   }
 }
 
 void File::pwrite_exact(const std::byte* source, int64_t num_bytes, int64_t offset_bytes) const {
-  while (num_bytes > 0) {
-    const ssize_t put = ::pwrite(descriptor_, source, static_cast<size_t>(num_bytes), offset_bytes);
-    if (put < 0 && errno == EINTR) continue;
-    if (put < 0) throw IoError(errno, path_);
-    source += put;
-    num_bytes -= put;
-    offset_bytes += put;
-  }
+  const Outcome outcome = transfer_ == nullptr
+                              ? write_all(descriptor_, path_, source, num_bytes, offset_bytes)
+                              : transfer_->write(source, num_bytes, offset_bytes);
+  if (outcome.error_number != 0) throw IoError(outcome.error_number, path_);
 }
 
-void File::start_writeback() const noexcept {
-#ifdef __linux__
-  ::sync_file_range(descriptor_, 0, 0, SYNC_FILE_RANGE_WRITE);
-#endif
+void File::start_writeback() const {
+  throw_unless_unknown(calls::write_back(descriptor_, path_, 0, 0, false));
 }
 
 void File::write_back(int64_t offset_bytes, int64_t num_bytes) const {
-#ifdef __linux__
-  constexpr unsigned kAll =
-      SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER;
-  if (::sync_file_range(descriptor_, offset_bytes, num_bytes, kAll) == 0) return;
-  // The system tells of a device's error once, so that sync() would not see it again. A system that
-  // does not know this call has told of nothing.
-  if (errno != ENOSYS && errno != EINVAL && errno != ESPIPE) throw IoError(errno, path_);
-#else
-  (void)offset_bytes;
-  (void)num_bytes;
-#endif
+  throw_unless_unknown(calls::write_back(descriptor_, path_, offset_bytes, num_bytes, true));
+}
+
+// The system tells of a device's error once, so that sync() would not see it again. A system that
+// does not know the call has told of nothing.
+void File::throw_unless_unknown(int result) const {
+  if (result == 0 || result == -ENOSYS || result == -EINVAL || result == -ESPIPE) return;
+  throw IoError(-result, path_);
 }
 
 void File::sync() const {
-  if (::fsync(descriptor_) != 0) throw IoError(errno, path_);
+  const int result = calls::sync(descriptor_, path_);
+  if (result < 0) throw IoError(-result, path_);
 }
 
 void File::close() {
-  const int descriptor = std::exchange(descriptor_, -1);
-  if (descriptor >= 0 && ::close(descriptor) != 0 && errno != EINTR) throw IoError(errno, path_);
+  if (!is_open()) return;
+  const int unfinished = transfer_ == nullptr ? 0 : transfer_->finish();
+  transfer_.reset();
+  // One that a signal interrupted has closed all the same.
+  const int result = calls::close(std::exchange(descriptor_, -1), path_);
+  if (unfinished != 0) throw IoError(unfinished, path_);
+  if (result < 0 && result != -EINTR) throw IoError(-result, path_);
 }
 
 }  // namespace nanotron_fast

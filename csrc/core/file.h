@@ -2,8 +2,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
+#include <utility>
+
+#include "core/transfer.h"
 
 namespace nanotron_fast {
 
@@ -30,12 +34,13 @@ struct Folder {
 // used from many threads.
 class File {
  public:
+  // A policy says how bytes pass, by default through the page cache, and outlives the file.
   // Throws IoError, and ChangedError where it is no longer the file that it should be.
-  static File open_for_reading(const SourceFile& source);
+  static File open_for_reading(const SourceFile& source, IoPolicy* policy = nullptr);
   // By a path from the folder.
   static File open_for_reading(const Folder& folder, const std::string& path);
   // Creates the file; one that is there already is an error.
-  static File create(const Folder& folder, const std::string& path);
+  static File create(const Folder& folder, const std::string& path, IoPolicy* policy = nullptr);
 
   File() = default;
   File(File&& other) noexcept;
@@ -51,7 +56,7 @@ class File {
   void pwrite_exact(const std::byte* source, int64_t num_bytes, int64_t offset_bytes) const;
 
   // Asks the kernel to start writing dirty pages out, and does not wait.
-  void start_writeback() const noexcept;
+  void start_writeback() const;
   // Returns once these bytes have been written out, as far as the system can say so.
   void write_back(int64_t offset_bytes, int64_t num_bytes) const;
   // Returns once data and metadata are on the device.
@@ -61,9 +66,11 @@ class File {
 
  private:
   File(int descriptor, std::string path) : descriptor_(descriptor), path_(std::move(path)) {}
+  void throw_unless_unknown(int result) const;
 
   int descriptor_ = -1;
   std::string path_;
+  std::unique_ptr<Transfer> transfer_;  // nullptr: through the page cache
 };
 
 }  // namespace nanotron_fast

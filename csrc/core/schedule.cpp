@@ -80,14 +80,14 @@ int64_t packed_source_bytes(const Job& job, int64_t num_rows) {
 }
 
 // How many rows a block takes, and how it reads them.
-void choose_blocks(Job& job) {
+void choose_blocks(Job& job, int64_t file_block_bytes) {
   int64_t row_bytes = 0;
   for (const View& view : job.destinations) row_bytes += view.row_stride_bytes;
   row_bytes = std::max(row_bytes, packed_source_bytes(job, 1));
   // A block that many files share still gives each of them a write of that size.
   const auto num_files =
       static_cast<int64_t>(std::max(job.sources.size(), job.destinations.size()));
-  const int64_t block_bytes = num_files * kBlockBytes;
+  const int64_t block_bytes = num_files * file_block_bytes;
   int64_t rows = std::clamp<int64_t>(block_bytes / row_bytes, 1, job.num_rows);
 
   const bool is_transposed =
@@ -127,7 +127,7 @@ void choose_blocks(Job& job) {
   job.destination_buffer_bytes = buffer_bytes(job.destinations, rows);
 }
 
-Job make_job(const MoveGroup& group) {
+Job make_job(const MoveGroup& group, int64_t block_bytes) {
   Job job{};
   job.num_rows = group.front().move.sizes[0];
   for (const Candidate& candidate : group) {
@@ -152,7 +152,7 @@ Job make_job(const MoveGroup& group) {
     placed.destination_delta_bytes = placed.move.destination_offset_bytes -
                                      job.destinations[placed.destination_view].offset_bytes;
   }
-  choose_blocks(job);
+  choose_blocks(job, block_bytes);
   return job;
 }
 
@@ -201,9 +201,12 @@ int64_t Schedule::max_destination_buffer_bytes() const {
   return most;
 }
 
-Schedule make_schedule(const std::vector<Move>& moves) {
+Schedule make_schedule(const std::vector<Move>& moves, int64_t block_bytes) {
   Schedule schedule;
-  for (const MoveGroup& group : group_moves(moves)) schedule.jobs.push_back(make_job(group));
+  schedule.block_bytes = block_bytes;
+  for (const MoveGroup& group : group_moves(moves)) {
+    schedule.jobs.push_back(make_job(group, block_bytes));
+  }
   std::stable_sort(schedule.jobs.begin(), schedule.jobs.end(), [](const Job& a, const Job& b) {
     const Move& left = a.moves.front().move;
     const Move& right = b.moves.front().move;

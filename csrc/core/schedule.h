@@ -62,6 +62,7 @@ struct Unit {
 struct Schedule {
   std::vector<Job> jobs;    // unit by unit; in a unit, in order of source file and offset
   std::vector<Unit> units;  // in order of their first job's source
+  int64_t block_bytes;      // that one write of a file carries, at most
 
   int64_t max_source_buffer_bytes() const;
   int64_t max_destination_buffer_bytes() const;
@@ -74,7 +75,10 @@ struct Schedule {
 // in a virtual machine, get it back from the host.
 constexpr int64_t kBlockBytes = int64_t{128} << 10;
 
+// Where the page cache is passed by, or not kept, each call waits for the device, or starts it.
+constexpr int64_t kUncachedBlockBytes = int64_t{1} << 20;
+
 // Moves must not overlap in their destinations (the planner proves that).
-Schedule make_schedule(const std::vector<Move>& moves);
+Schedule make_schedule(const std::vector<Move>& moves, int64_t block_bytes = kBlockBytes);
 
 }  // namespace nanotron_fast

@@ -12,7 +12,9 @@ from typing import Any
 
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.checkpoints.fingerprint import Made, made_by, states_of
+from nanotron_fast.checkpoints.io_modes import check_mode, mode_for
 from nanotron_fast.checkpoints.journal import Journal
+from nanotron_fast.checkpoints.manifest import ranges_of, write_manifest
 from nanotron_fast.checkpoints.ownership import boot_id
 from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
@@ -23,6 +25,7 @@ from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
 from nanotron_fast.errors import CheckpointError, ConfigError, add_note
+from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.interruption import Interrupted, ending
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
@@ -74,6 +77,8 @@ def carry_out(
     workers: int | None = None,
     fsync: bool = False,
     wishes: Wishes = _NO_WISHES,
+    io: str = "auto",
+    manifest: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
@@ -96,9 +101,10 @@ def carry_out(
     if is_url(dst):
         from nanotron_fast.checkpoints.remote.upload import upload
 
-        if wishes != _NO_WISHES:
+        if wishes != _NO_WISHES or manifest:
             raise ConfigError(
-                f"{dst}: --resume, --overwrite-partial, --share and --finish are for a directory"
+                f"{dst}: --resume, --overwrite-partial, --share, --finish and --manifest are for a "
+                "directory"
             )
         ready, shown, engine_seconds = upload(
             make_plan,
@@ -114,7 +120,7 @@ def carry_out(
         seconds = time.perf_counter() - started
         peak = peak_resident_bytes()
         return Report(ready, shown, seconds, engine_seconds, peak, ready.transfer)
-    run = _Run(dst, processes, wishes, fsync=fsync)
+    run = _Run(dst, processes, wishes, fsync=fsync, io=io, manifest=manifest)
     run.workers = workers
     try:
         run.prepare(make_plan, on_plan, overwrite=overwrite)
@@ -137,12 +143,24 @@ class _Run:
     _todo: MovePlan
 
     def __init__(
-        self, dst: str | Path, processes: Processes, wishes: Wishes, *, fsync: bool
+        self,
+        dst: str | Path,
+        processes: Processes,
+        wishes: Wishes,
+        *,
+        fsync: bool,
+        io: str,
+        manifest: bool,
     ) -> None:
         self._dst = Path(dst)
         self._processes = processes
         self._wishes = wishes
         self._fsync = fsync
+        self._io = check_mode(io)
+        self._has_manifest = manifest
+        # Of the outputs that this process has written, in hexadecimal.
+        self._digests: dict[str, Sequence[str]] = {}
+        self._warnings: list[str] = []
         self._started = time.perf_counter()
         self._engine_seconds = 0.0
         # The outputs that are whole, of this process and of runs before; None until it is open.
@@ -152,6 +170,12 @@ class _Run:
     @property
     def _is_first(self) -> bool:
         return self._processes.rank == 0
+
+    @property
+    def _names(self) -> frozenset[str]:
+        """Paths of the small files that will lie in the destination."""
+        own = (MANIFEST,) if self._has_manifest else ()
+        return frozenset((*self._plan.documents, *self._plan.copies, *own))
 
     def prepare(
         self,
@@ -197,7 +221,7 @@ class _Run:
     ) -> None:
         """The first process's part: its run's folder, with what runs before it have finished."""
         plan, destination, wishes = self._plan, self._destination, self._wishes
-        names = _names(plan)
+        names = self._names
         destination.check(names)
         destination.lock()
         earlier = settle(destination, made, plan.transfer, wishes, boots)
@@ -237,7 +261,9 @@ class _Run:
             on_total(part.bytes_written)
         with processes.step():
             started = time.perf_counter()
-            running.execute(
+            num_bytes = self._plan.bytes_read + self._plan.bytes_written
+            self._io = mode_for(self._io, partial.content.path, num_bytes)
+            refusal = running.execute(
                 part,
                 partial.content,
                 workers=self.workers,
@@ -246,7 +272,12 @@ class _Run:
                 on_progress=on_progress,
                 on_finished=self._note,
                 meanwhile=self._write_documents,
+                io=self._io,
+                hashed=ranges_of(part.outputs) if self._has_manifest else {},
+                on_digests=self._keep,
             )
+            if refusal:
+                self._warnings.append(f"--io {self._io}: {refusal}")
             self._journal.finish()
             self._engine_seconds = time.perf_counter() - started
 
@@ -255,11 +286,15 @@ class _Run:
         if not self._is_first or self._wishes.share:
             return
         plan, root, fsync = self._plan, self._destination.partial.content, self._fsync
-        root.make_folders({os.path.dirname(name) for name in _names(plan)})
+        root.make_folders({os.path.dirname(name) for name in self._names})
         for name, contents in plan.documents.items():
             write_file(Path(name), contents(), fsync=fsync, within=root)
         for name, path in plan.copies.items():
             copy_file(path, Path(name), fsync=fsync, within=root)
+
+    def _keep(self, output: OutputFile, digests: Sequence[bytes]) -> None:
+        self._digests[output.path] = [each.hex() for each in digests]
+        self._journal.keep(output.path, self._digests[output.path])
 
     def _note(self, outputs: Sequence[OutputFile]) -> None:
         self._journal.add(outputs)
@@ -268,7 +303,10 @@ class _Run:
     def end(self) -> Report:
         """Gives the result its name; a share leaves it to the run that finishes."""
         processes, destination = self._processes, self._destination
-        warnings: list[str] = []
+        digests: dict[str, Sequence[str]] = {}
+        if self._has_manifest:
+            for each in processes.gather(self._digests):
+                digests |= each
         with processes.step():
             self._journal.close()
             if self._is_first:
@@ -276,8 +314,18 @@ class _Run:
                 if self._wishes.share:
                     destination.leave()
                 else:
-                    warnings = destination.commit(
-                        self._plan.transfer.outputs, fsync=self._fsync, names=_names(self._plan)
+                    outputs = self._plan.transfer.outputs
+                    if self._has_manifest:
+                        write_manifest(
+                            destination.partial,
+                            outputs,
+                            digests,
+                            workers=self.workers,
+                            io=self._io,
+                            fsync=self._fsync,
+                        )
+                    self._warnings += destination.commit(
+                        outputs, fsync=self._fsync, names=self._names
                     )
         return Report(
             self._plan,
@@ -287,7 +335,7 @@ class _Run:
             peak_resident_bytes(),
             self._todo,
             self._wishes.share,
-            tuple(warnings),
+            tuple(self._warnings),
         )
 
     def abort(self, error: BaseException) -> None:
@@ -340,11 +388,6 @@ def check_unchanged(states: Mapping[Path, ReadFile]) -> None:
                 f"{path}: it has changed while it was read ({read.state.size_bytes:,} bytes then, "
                 f"{found.size_bytes:,} now): what was written may be a mixture, and is given up"
             )
-
-
-def _names(ready: Plan) -> frozenset[str]:
-    """Paths of the small files that will lie in the destination."""
-    return frozenset((*ready.documents, *ready.copies))
 
 
 def _sizes(ready: Plan, outputs: Sequence[OutputFile]) -> Iterator[int]:

@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
 from nanotron_fast.checkpoints.collection import keeping_objects
-from nanotron_fast.checkpoints.options import Choices, Options, takes
+from nanotron_fast.checkpoints.options import Choices, Options, reject_like, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
-from nanotron_fast.checkpoints.remote.mirror import mirrors_closed, shown, shown_in_errors
+from nanotron_fast.checkpoints.remote.mirror import (
+    mirror_of,
+    mirrors_closed,
+    shown,
+    shown_in_errors,
+)
 from nanotron_fast.checkpoints.remote.store import is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.moves.engine import ProgressCallback
@@ -51,30 +56,50 @@ def plan(
     if not str(dst):
         raise ConfigError("the destination has no name")
     # What a direction does not need is not even imported: it counts in the time to start.
-    whole = read(resolve(src, takes_urls=True))
+    whole = read(resolve(src, takes_urls=True), like=options.like)
+    if options.master_weights and mirror_of(whole.root) is not None:
+        raise CheckpointError(
+            f"{src}: the states of an optimizer are read from a disk alone: copy it to one"
+        )
     warnings = unmatched(tensor_names(whole), options.ignore_tensors)
     checkpoint = whole.without(options.ignore_tensors)
+    destination = _absolute(dst)
     if isinstance(checkpoint, HfCheckpoint):
-        if options.to == "hf":
-            raise ConfigError(f"--to hf: {src} is a Hugging Face checkpoint already")
-        from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
-
-        ready = plan_to_nanotron(checkpoint, _absolute(dst), options)
+        ready = _plan_published(checkpoint, destination, options)
     elif options.to == "nanotron":
         from nanotron_fast.checkpoints.plan.reshard import plan_reshard
 
-        ready = plan_reshard(checkpoint, _absolute(dst), options)
+        ready = plan_reshard(checkpoint, destination, options)
     else:
         from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
         ready = plan_to_hf(checkpoint, options)
     warnings = list(map(shown, (*ready.warnings, *warnings)))
-    return replace(ready, warnings=tuple(warnings), sources_read=checkpoint.read)
+    return replace(
+        ready,
+        warnings=tuple(warnings),
+        sources_read={**checkpoint.read, **ready.sources_read},
+    )
 
 
 def _absolute(dst: str | Path) -> str:
     """What config.yaml calls the destination."""
     return without_password(str(dst)) if is_url(dst) else os.path.realpath(dst)
+
+
+def _plan_published(source: HfCheckpoint, destination: str, options: Options) -> Plan:
+    """Plans from a model as it is published. Raises what `plan` does."""
+    if source.format == "hf":
+        if options.to == "hf":
+            raise ConfigError(f"--to hf: {source.root} is a Hugging Face checkpoint already")
+        reject_like(options)
+    if options.to in (None, "nanotron"):
+        from nanotron_fast.checkpoints.plan.to_nanotron import plan_to_nanotron
+
+        return plan_to_nanotron(source, destination, options)
+    from nanotron_fast.checkpoints.plan.renaming import plan_renaming
+
+    return plan_renaming(source, options)
 
 
 @takes(Choices)
@@ -90,13 +115,15 @@ def convert(
     overwrite_partial: bool = False,
     share: tuple[int, int] | None = None,
     finish: bool = False,
+    io: str = "auto",
+    manifest: bool = False,
     on_plan: Callable[[Plan], None] | None = None,
     on_total: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
     processes: Processes | None = None,
     **choices: Unpack[Choices],
 ) -> Report:
-    """Converts `src` to `dst`: Hugging Face to Nanotron or back, by what `src` is.
+    """Converts `src` to `dst`: to Nanotron or from it, by what `src` is.
 
     `dst` appears when it is whole. On an error, and when interrupted, it is as it was before, and
     the files that were whole by then stay in `dst`.partial-ID, for a run with `resume`.
@@ -111,6 +138,9 @@ def convert(
         overwrite_partial: give up what earlier runs have finished.
         share: (I, N): do the I-th of N shares, each of which may run anywhere, at any time.
         finish: prove that all shares are done, and give the result its name.
+        io: how bytes pass between files and memory: "buffered", through the page cache; "direct",
+            past it; "dontcache", through it without staying there; "auto" chooses.
+        manifest: write the SHA-256 of every tensor beside them, for `check_manifest`.
         on_plan: called with the Plan before anything is written.
         on_total: called with the bytes that this process is about to write.
         on_progress: called now and then with the bytes written so far.
@@ -127,6 +157,8 @@ def convert(
         workers=workers,
         fsync=fsync,
         wishes=Wishes(resume, overwrite_partial, share, finish),
+        io=io,
+        manifest=manifest,
         on_plan=on_plan,
         on_total=on_total,
         on_progress=on_progress,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.bounds import check_counts
-from nanotron_fast.checkpoints.options import InspectChoices, Options, takes
+from nanotron_fast.checkpoints.options import InspectChoices, Options, reject_like, takes
 from nanotron_fast.checkpoints.remote.mirror import mirror_of, mirrors_closed, shown
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import NanotronModel
-from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.errors import CheckpointError, NanotronFastError
 from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
@@ -46,7 +46,7 @@ class Inspection:
     has_side_file: bool
     # Why family and architecture are unknown, where they are.
     problem: str | None = None
-    # Whether rotary pairs lie beside each other in q and k, in a Nanotron checkpoint.
+    # Whether rotary pairs lie beside each other in q and k, in a Nanotron or a DCP checkpoint.
     rope_interleaved: bool | None = None
     warnings: tuple[str, ...] = ()
 
@@ -90,15 +90,17 @@ def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
     """Reads a checkpoint's headers and configuration.
 
     Args:
-        path: a directory in either format, a Hub id or a URL.
+        path: a directory in any of the formats, a Hub id or a URL.
         choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
     """
     options = Options.of(choices, InspectChoices)
-    checkpoint = read(resolve(path, takes_urls=True))
+    checkpoint = read(resolve(path, takes_urls=True), like=options.like)
     if isinstance(checkpoint, HfCheckpoint):
+        if checkpoint.format == "hf":
+            reject_like(options)
         found = _inspect_hf(checkpoint, options)
     else:
         found = _inspect_nanotron(checkpoint, options)
@@ -116,6 +118,8 @@ def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
     name, spec, problem = None, None, None
     warnings: list[str] = []
     try:
+        if checkpoint.lacks_config is not None:
+            raise CheckpointError(checkpoint.lacks_config)
         found = family_of_config(checkpoint.config, options.family)
         warnings = warnings_about(found, checkpoint.config)
         name, spec = found.name, read_config(found, checkpoint.config)
@@ -125,17 +129,20 @@ def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
     infos = [tensor.info for tensor in checkpoint.tensors.values()]
     return Inspection(
         path=checkpoint.root,
-        format="hf",
+        format=checkpoint.format,
         family=name,
         model_class=None,
         topology=None,
         spec=spec,
         num_tensors=len(infos),
-        tensor_files=len({tensor.path for tensor in checkpoint.tensors.values()}),
+        tensor_files=len(
+            {chunk.path for tensor in checkpoint.tensors.values() for chunk in tensor.pieces}
+        ),
         layer_stages=(),
         has_side_file=False,
         problem=problem,
-        warnings=tuple(warnings),
+        rope_interleaved=checkpoint.rope_interleaved if checkpoint.format == "dcp" else None,
+        warnings=(*warnings, *(checkpoint.warnings if checkpoint.format == "dcp" else ())),
         **_totals([(info.dtype, info.num_elements) for info in infos]),
     )
 

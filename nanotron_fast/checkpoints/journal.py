@@ -28,11 +28,15 @@ _LAST_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file that is whole: its bytes, whether the device has it, and when: of which boot."""
+    """A file that is whole: its bytes, whether the device has it, and when: of which boot.
+
+    `sha256` has the digests for a manifest, in hexadecimal, or nothing.
+    """
 
     size: int
     is_synced: bool
     boot: str
+    sha256: tuple[str, ...] = ()
 
     def counts(self, boots: Collection[str]) -> bool:
         """Whether its bytes are sure to be there. `boots` are those of the machines that ask."""
@@ -63,6 +67,7 @@ class Journal:
         self._content = content
         self._descriptor = folder.create(f"{_PREFIX}{rank}")
         self._boot = boot_id()
+        self._digests: dict[str, tuple[str, ...]] = {}
         self._queue: queue.Queue[Sequence[OutputFile] | None] = queue.Queue()
         self._errors: list[OSError] = []
         self._thread: threading.Thread | None = None
@@ -80,9 +85,19 @@ class Journal:
     def adopt(self, entries: Mapping[str, Entry]) -> None:
         """Notes what other runs have finished, as they have noted it."""
         self._write(
-            {"file": name, "size": each.size, "synced": each.is_synced, "boot": each.boot}
+            {
+                "file": name,
+                "size": each.size,
+                "synced": each.is_synced,
+                "boot": each.boot,
+                **({"sha256": each.sha256} if each.sha256 else {}),
+            }
             for name, each in entries.items()
         )
+
+    def keep(self, path: str, sha256: Sequence[str]) -> None:
+        """Takes the digests of a file that is about to be added."""
+        self._digests[path] = tuple(sha256)
 
     def add(self, outputs: Sequence[OutputFile]) -> None:
         """Notes that files are whole. Raises OSError, of an earlier one too."""
@@ -94,7 +109,14 @@ class Journal:
             self._queue.put(outputs)
 
     def _note(self, outputs: Iterable[OutputFile], *, is_synced: bool) -> None:
-        self.adopt({each.path: Entry(each.size_bytes, is_synced, self._boot) for each in outputs})
+        self.adopt(
+            {
+                each.path: Entry(
+                    each.size_bytes, is_synced, self._boot, self._digests.pop(each.path, ())
+                )
+                for each in outputs
+            }
+        )
 
     def _sync_all(self) -> None:
         while (outputs := self._queue.get()) is not None:
@@ -186,4 +208,7 @@ def _entry(document: Mapping[str, Any]) -> Entry | None:
     size, is_synced, boot = (document.get(key) for key in ("size", "synced", "boot"))
     if not (isinstance(size, int) and isinstance(is_synced, bool) and isinstance(boot, str)):
         return None
-    return Entry(size, is_synced, boot)
+    sha256 = document.get("sha256", [])
+    if not (isinstance(sha256, list) and all(isinstance(each, str) for each in sha256)):
+        return None
+    return Entry(size, is_synced, boot, tuple(sha256))

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nanotron_fast import _C
-from nanotron_fast.checkpoints.options import LoadChoices, Options, takes
+from nanotron_fast.checkpoints.options import LoadChoices, Options, reject_like, takes
 from nanotron_fast.checkpoints.plan.load import TensorSpec, plan_load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.errors import ConfigError
@@ -116,8 +116,10 @@ def load_into(
         name: TensorSpec(tuple(tensor.shape), DTYPES[tensor.dtype], tensor.data_ptr())
         for name, tensor in named.items()
     }
-    checkpoint = read(resolve(path)).without(options.ignore_tensors)
+    checkpoint = read(resolve(path), like=options.like).without(options.ignore_tensors)
     if isinstance(checkpoint, HfCheckpoint):
+        if checkpoint.format == "hf":
+            reject_like(wanted)
         check_rival_bytes(checkpoint)
     plan = plan_load(
         checkpoint,

@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.topology import Topology, topology_wanted
 
 if TYPE_CHECKING:
@@ -24,12 +25,14 @@ DEFAULT_SHARD_BYTES = 5 * 10**9
 IGNORE_HINT = "--ignore-tensors GLOB leaves out what is not wanted"
 _MAX_ROWS = 2**31
 
-Way = Literal["nanotron", "hf", "resharding"]
+Way = Literal["nanotron", "hf", "resharding", "dcp", "renaming"]
 # What a conversion may do, in the words of a message.
 WAYS: Mapping[Way, str] = {
     "nanotron": "writing a Nanotron checkpoint",
     "hf": "writing a Hugging Face checkpoint",
     "resharding": "writing a Nanotron checkpoint at another topology",
+    "dcp": "writing a checkpoint of torch.distributed.checkpoint",
+    "renaming": "no Nanotron checkpoint is read or written",
 }
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
@@ -71,6 +74,7 @@ class InspectChoices(TypedDict, total=False):
 
     family: str | None
     rope_interleaved: bool | None
+    like: str | Path | None
 
 
 class VerifyChoices(InspectChoices, total=False):
@@ -96,8 +100,10 @@ class Choices(LoadChoices, total=False):
     dtype: str
     vocab_size: int | None
     max_shard_size: str | int | None
+    names: str
+    master_weights: bool
     tokenizer: str | Path | None
-    like: str | Path | None
+    ranks_only: Sequence[str]
 
 
 def _one_of(flag: str, given: str, allowed: Sequence[str]) -> str:
@@ -107,7 +113,13 @@ def _one_of(flag: str, given: str, allowed: Sequence[str]) -> str:
 
 
 def _direction(flag: str, given: str) -> str:
-    return _one_of(flag, given, ("nanotron", "hf"))
+    return _one_of(flag, given, ("nanotron", "hf", "dcp"))
+
+
+def _naming(flag: str, given: str) -> str:
+    from nanotron_fast.families.torchtitan import NAMINGS
+
+    return _one_of(flag, given, ("hf", *NAMINGS))
 
 
 def _topology(flag: str, given: object) -> Topology:
@@ -174,8 +186,8 @@ class Options:
 
     to: str | None = _option(
         None,
-        "nanotron or hf; a Nanotron SRC can be written to nanotron at another topology. "
-        "(default: what SRC is not)",
+        "nanotron, hf, or dcp (torch.distributed.checkpoint); a Nanotron SRC can be written to "
+        "nanotron at another topology. (default: hf for a Nanotron SRC, else nanotron)",
         check=_direction,
     )
     topology: Topology = _option(
@@ -194,7 +206,7 @@ class Options:
         "keep, bf16, fp16 or fp32; a router stays fp32 in Nanotron.",
         written="keep",
         check=_dtype,
-        ways=("nanotron", "hf"),
+        ways=("nanotron", "hf", "dcp", "renaming"),
     )
     model_class: str = _option(
         "auto",
@@ -209,33 +221,50 @@ class Options:
         "own, biases, windows on some layers), for conversion and loading alone. "
         "(default: nanotron)",
         check=_target,
-        ways=("nanotron", "hf"),
+        ways=("nanotron", "hf", "dcp"),
     )
     # To Nanotron: the layout to write. From it: the layout that is there, whatever its config says.
     rope_interleaved: bool | None = _option(
         None,
         "Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
         "for Nanotron, and what to read from it. (default: halves; what its config says)",
-        ways=("nanotron", "hf"),
+        ways=("nanotron", "hf", "dcp"),
     )
     checkpoint_version: str | None = _option(
         None,
         "1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)",
         check=_version,
-        ways=("nanotron", "hf"),
+        ways=("nanotron", "hf", "dcp"),
     )
     pad_vocab_to_multiple_of: int | None = _option(
         None, "Add zero rows to embedding and head.", check=_rows, ways=("nanotron",)
     )
     vocab_size: int | None = _option(
-        None, "Rows of a padded vocabulary to keep for Hugging Face.", check=_rows, ways=("hf",)
+        None,
+        "Rows of a padded vocabulary to keep outside of Nanotron.",
+        check=_rows,
+        ways=("hf", "dcp"),
     )
     # In bytes.
     max_shard_size: int | None = _option(
         None,
-        "The most bytes of a Hugging Face file, in decimal units. (default: 5GB)",
+        "The most bytes of a Hugging Face or DCP file, in decimal units. (default: 5GB)",
         check=_shard_bytes,
-        ways=("hf",),
+        ways=("hf", "dcp", "renaming"),
+    )
+    # One of "hf" and torchtitan.NAMINGS.
+    names: str = _option(
+        "hf",
+        "Whose names tensors get in a DCP checkpoint: hf, torchtitan, or torchtitan-0.2 (those it "
+        "gave until then); with torchtitan's, rows of wq and wk are in its order.",
+        check=_naming,
+        ways=("dcp", "renaming"),
+    )
+    master_weights: bool = _option(
+        False,
+        "Write the fp32 masters of a training, which its optimizer keeps, and not the weights that "
+        "were rounded from them.",
+        ways=("hf", "dcp"),
     )
     tokenizer: Path | None = _option(
         None,
@@ -245,11 +274,20 @@ class Options:
     )
     like: Path | None = _option(
         None,
-        "The Hugging Face model that SRC was made from: its configuration, vocabulary size, "
-        "generation_config and tokenizer are taken.",
+        "The Hugging Face model that a Nanotron checkpoint was made from, or one of the shape of a "
+        "DCP checkpoint: its configuration, vocabulary size, generation_config and tokenizer are "
+        "taken.",
         check=_folder,
-        ways=("hf",),
+        ways=("nanotron", "hf", "dcp", "renaming"),
         metavar="DIR_OR_ID",
+    )
+    ranks_only: Ranks | None = _option(
+        None,
+        "Write only what some ranks need, as pp=1 or tp=0-3: for a machine with a disk of its own. "
+        "May be given several times.",
+        check=Ranks.parse,
+        ways=("nanotron", "resharding"),
+        metavar="AXIS=RANKS",
     )
     ignore_tensors: tuple[str, ...] = _option(
         (),
@@ -292,6 +330,12 @@ class Options:
                 given = [name] if value != option.default else []
             if given and way not in option.ways:
                 raise ConfigError(f"{spelled(given[0])}: it has no meaning when {WAYS[way]}")
+
+
+def reject_like(options: Options) -> None:
+    """Refuses --like for a model that has its own configuration. Raises ConfigError."""
+    if options.like is not None:
+        raise ConfigError("--like: it has no meaning for a Hugging Face checkpoint")
 
 
 def described(among: type = Choices) -> dict[str, Option]:

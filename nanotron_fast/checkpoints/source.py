@@ -9,6 +9,7 @@ from typing import Any
 from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
 from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.hints import hint
 from nanotron_fast.formats.huggingface import companions
 from nanotron_fast.formats.huggingface.checkpoint import (
@@ -26,6 +27,7 @@ from nanotron_fast.formats.nanotron.checkpoint import (
     read_nanotron,
     resolve_latest,
 )
+from nanotron_fast.formats.nanotron.side_file import NAME as SIDE_FILE
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # Weights in the original authors' own layout.
@@ -98,10 +100,24 @@ def _download(hub_id: str, **choices: Any) -> Path:
         ) from error
 
 
-def read(root: Path) -> HfCheckpoint | NanotronCheckpoint:
-    """The checkpoint in a directory, from its headers. Raises CheckpointError, OSError."""
+def read(root: Path, *, like: Path | None = None) -> HfCheckpoint | NanotronCheckpoint:
+    """The checkpoint in a directory, from its headers. Raises CheckpointError, OSError.
+
+    `like` has the configuration of a model in a folder of torch.distributed.checkpoint, which is
+    read as one of Hugging Face's.
+    """
     if is_nanotron_checkpoint(root):
         return read_nanotron(root)
+    # Whose .metadata is beside weights that transformers loads, is not asked.
+    if is_dcp_checkpoint(root) and not any((root / name).is_file() for name in (SINGLE, INDEX)):
+        if mirror_of(root) is not None:
+            raise CheckpointError(
+                f"{root}: a folder of torch.distributed.checkpoint is read from a disk alone: copy "
+                "it to one"
+            )
+        from nanotron_fast.checkpoints.from_dcp import read_dcp_model
+
+        return read_dcp_model(root, like)
     if is_hf_checkpoint(root):
         checkpoint = read_hf(root)
         if checkpoint.rivals and mirror_of(root) is not None:
@@ -117,8 +133,13 @@ def read(root: Path) -> HfCheckpoint | NanotronCheckpoint:
         raise CheckpointError(f"{root}: no model_config.json beside Nanotron's other files")
     raise CheckpointError(
         f"{root}: neither a Hugging Face checkpoint (config.json) nor a Nanotron one "
-        "(model_config.json and model/)"
+        "(model_config.json and model/), nor one of torch.distributed.checkpoint (.metadata)"
     )
+
+
+def has_configuration(root: Path) -> bool:
+    """Whether a published model's configuration lies in a directory."""
+    return (root / CONFIG).is_file() or (root / SIDE_FILE).is_file()
 
 
 def tensor_names(checkpoint: HfCheckpoint | NanotronCheckpoint) -> list[str]:

@@ -27,6 +27,7 @@ from nanotron_fast.families import (
     Family,
     family_of_config,
     family_of_model_config,
+    torchtitan,
     warnings_about,
 )
 from nanotron_fast.families.hf_config import read_config
@@ -36,6 +37,7 @@ from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
+from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
@@ -49,7 +51,8 @@ class StoredModel:
     """What a checkpoint of either format holds.
 
     `padded_vocab_size` counts the rows that are stored, `spec.vocab_size` those of the model.
-    `is_interleaved`: rotary pairs of q and k lie beside each other.
+    `is_interleaved`: rotary pairs of q and k lie beside each other, in Nanotron's parameters;
+    `tensors_interleaved` says it of the tensors of a published model.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +60,7 @@ class StoredModel:
     spec: ModelSpec
     padded_vocab_size: int
     is_interleaved: bool
+    tensors_interleaved: bool = False
     warnings: list[str]
     # What is left over, and whose it would have to be.
     _what: ClassVar[tuple[str, str]]
@@ -76,14 +80,18 @@ class StoredModel:
         has_rope_pairs: bool = False,
         vocab_size: int | None = None,
         rope_interleaved: bool | None = None,
+        tensors_interleaved: bool | None = None,
     ) -> list[Param]:
         """The parameters as they are stored, or with other padding or rotary rows. Family.params"""
         interleaved = self.is_interleaved if rope_interleaved is None else rope_interleaved
+        if tensors_interleaved is None:
+            tensors_interleaved = self.tensors_interleaved
         return self.family.params(
             self.spec,
             padded_vocab_size=vocab_size or self.padded_vocab_size,
             rope_interleaved=interleaved,
             has_rope_pairs=has_rope_pairs,
+            tensors_interleaved=tensors_interleaved,
         )
 
     def leftovers(self, reader: HfSource | NanotronSource) -> list[str]:
@@ -117,7 +125,7 @@ class StoredModel:
         """What to compare of a tied model's second copy. Raises CheckpointError."""
         if not isinstance(reader, HfSource) or not self.spec.tie_word_embeddings:
             return ()
-        return (reader.tied_copy(),) if reader.has_tied_copy else ()
+        return reader.tied_copy() if reader.has_tied_copy else ()
 
 
 class HfModel(StoredModel):
@@ -128,6 +136,8 @@ class HfModel(StoredModel):
 
     def __init__(self, source: HfCheckpoint, options: Options) -> None:
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        if source.lacks_config is not None:
+            raise CheckpointError(source.lacks_config)
         config, self.warnings = check_config(source.config, source.dtypes)
         self.checkpoint = replace(source, config=config)
         self.family = family_of_config(config, options.family)
@@ -136,6 +146,12 @@ class HfModel(StoredModel):
         check_counts(self.spec, source)
         self.padded_vocab_size = self.spec.vocab_size
         self.is_interleaved = False
+        self.tensors_interleaved = source.rope_interleaved
+        if self.tensors_interleaved and self.family.name != torchtitan.MODEL_TYPE:
+            raise UnsupportedModelError(
+                f"{source.root}: its tensors have the names of torchtitan's "
+                f"{torchtitan.MODEL_TYPE}, and the configuration is that of a {self.family.name}"
+            )
 
     def reader(self) -> HfSource:
         """See StoredModel."""
@@ -164,7 +180,7 @@ class NanotronModel(StoredModel):
             dtypes = self.side.dtypes if self.side else {}
             self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
         self.family = self._choose_family(config, options.family)
-        self.warnings: list[str] = []
+        self.warnings: list[str] = _about_states(source)
         self.is_interleaved = self._is_interleaved(config, options)
         stored = self.model_class.read(
             config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
@@ -224,6 +240,17 @@ class NanotronModel(StoredModel):
                 "that the checkpoint holds"
             )
         return size
+
+
+def _about_states(source: NanotronCheckpoint) -> list[str]:
+    """What is wrong with the states of training beside weights that are whole."""
+    if not (source.root / OPTIMIZER).is_dir():
+        return []
+    try:
+        check_beside_weights(find_states(source.root), source)
+    except (CheckpointError, OSError) as error:
+        return [f"the states of training cannot be used: {error}"]
+    return []
 
 
 def stored_model(checkpoint: Checkpoint, options: Options) -> HfModel | NanotronModel:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,10 @@ from nanotron_fast.checkpoints.options import Options, VerifyChoices, takes
 from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
 from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.checkpoints.remote.mirror import mirrors_closed, shown
-from nanotron_fast.checkpoints.source import read, resolve, tensor_names
+from nanotron_fast.checkpoints.source import has_configuration, read, resolve, tensor_names
+from nanotron_fast.checkpoints.stored import Checkpoint
+from nanotron_fast.errors import ConfigError
+from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.moves import engine
@@ -100,7 +103,7 @@ def verify(
     of those whose configuration does not.
 
     Args:
-        a, b: directories, Hub ids or URLs, each in either format. Logits take no URLs.
+        a, b: directories, Hub ids or URLs, each in any of the formats. Logits take no URLs.
         logits: also run both, a Hugging Face side in transformers and a Nanotron side by Nanotron's
             own rules in plain torch, and compare what they compute.
         workers: threads; by default one for each core, 16 at most.
@@ -113,13 +116,21 @@ def verify(
     """
     options = Options.of(choices, VerifyChoices)
     roots = resolve(a, takes_urls=not logits), resolve(b, takes_urls=not logits)
-    whole = [read(root) for root in roots]
+    whole = _read(roots, options.like)
+    for root, each in zip(roots, whole, strict=True):
+        if logits and isinstance(each, HfCheckpoint) and each.format == "dcp":
+            raise ConfigError(
+                f"--logits: {root} is of torch.distributed.checkpoint, which is not run: convert "
+                "it with --to hf, and compare that"
+            )
     names = [name for each in whole for name in tensor_names(each)]
     unused = unmatched(names, options.ignore_tensors)
     first, second = (each.without(options.ignore_tensors) for each in whole)
     for side in (first, second):
         if isinstance(side, HfCheckpoint):
             check_rival_bytes(side)
+    # It is said of a folder of DCP, and not of a Nanotron checkpoint beside it.
+    options = replace(options, like=None)
     plan = plan_comparison(first, second, options)
     if on_plan is not None:
         on_plan(plan.num_bytes)
@@ -145,6 +156,19 @@ def verify(
         warnings=tuple(map(shown, (*plan.warnings, *unused))),
         ignored=tuple(dict.fromkeys((*first.ignored, *second.ignored))),
     )
+
+
+def _read(roots: Sequence[Path], like: Path | None) -> list[Checkpoint]:
+    """Both sides. A folder of DCP without a configuration is seen as what the other side is."""
+    if like is not None and not any(map(is_dcp_checkpoint, roots)):
+        raise ConfigError("--like: it has no meaning where no side is a checkpoint of DCP")
+    found: list[Checkpoint] = []
+    for root, other in zip(roots, reversed(roots), strict=True):
+        seen_as = like
+        if like is None and not has_configuration(root) and has_configuration(other):
+            seen_as = other
+        found.append(read(root, like=seen_as))
+    return found
 
 
 def _reasons(plan: ComparisonPlan, found: list[tuple[int, int, int]]) -> dict[str, str]:

@@ -18,6 +18,7 @@ from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyCho
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.cli.generate import generate
+from nanotron_fast.cli.reshard import reshard
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
 from nanotron_fast.errors import ConfigError, NanotronFastError
@@ -85,7 +86,7 @@ def _options(
 
 @_command
 def convert(
-    src: Annotated[str, typer.Argument(help="A directory in either format, a Hub id or a URL.")],
+    src: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     dst: Annotated[str, typer.Argument(help="The directory to write, or a URL.")],
     *,
     choices: Choices,
@@ -112,13 +113,25 @@ def convert(
     finish: Annotated[
         bool, typer.Option("--finish", help="Prove that all shares are done, and make DST of them.")
     ] = False,
+    io: Annotated[
+        str,
+        typer.Option(
+            metavar="MODE",
+            help="auto, buffered (through the page cache), direct (past it) or dontcache (through "
+            "it without staying there).",
+        ),
+    ] = "auto",
+    manifest: Annotated[
+        bool,
+        typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST."),
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
     ] = False,
     json: Json = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
 ) -> None:
-    """Convert a checkpoint to the other format.
+    """Convert a checkpoint to another format.
 
     DST appears when it is whole. On an error it is as it was before, and what was finished by then
     stays beside it, for --resume.
@@ -157,6 +170,8 @@ def convert(
                 overwrite_partial=overwrite_partial,
                 share=_share(share),
                 finish=finish,
+                io=io,
+                manifest=manifest,
                 on_plan=on_plan,
                 on_total=progress.expect,
                 on_progress=on_progress,
@@ -175,8 +190,11 @@ def convert(
 
 @_command
 def verify(
-    a: Annotated[str, typer.Argument(help="A directory in either format, a Hub id or a URL.")],
-    b: Annotated[str, typer.Argument(help="What to compare it with, likewise.")],
+    a: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
+    b: Annotated[
+        str | None,
+        typer.Argument(help="What to compare it with, likewise. (default: A's own manifest)"),
+    ] = None,
     *,
     logits: Annotated[
         bool, typer.Option("--logits", help="Also run both and compare logits.")
@@ -187,11 +205,24 @@ def verify(
 ) -> None:
     """Compare every tensor of two checkpoints, in any two formats and topologies.
 
+    With one alone: hash its tensors, and compare with the manifest that `convert --manifest` wrote.
+
     Exit code 1 says that something differs.
     """
     from nanotron_fast.checkpoints import verify as verification
     from nanotron_fast.cli import reporting
 
+    if b is None:
+        from nanotron_fast.cli import manifest
+
+        found = manifest.check(a, logits=logits, choices=choices, workers=workers, is_quiet=json)
+        if json:
+            _print_json(found.to_json())
+        else:
+            _print(reporting.manifest_lines(found))
+        if not found.intact:
+            raise typer.Exit(EXIT_DIFFERENT)
+        return
     progress = reporting.Progress(is_quiet=json)
 
     def on_plan(num_bytes: int) -> None:
@@ -218,7 +249,7 @@ def verify(
 
 @_command
 def inspect(
-    path: Annotated[str, typer.Argument(help="A directory in either format, a Hub id or a URL.")],
+    path: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     *,
     choices: InspectChoices,
     json: Json = False,
@@ -322,6 +353,7 @@ def run(
         raise typer.Exit(1) from None
 
 
+_command(reshard)
 _command(train, {"allow_extra_args": True, "ignore_unknown_options": True})
 _command(generate)
 _command(tokenize)

@@ -15,12 +15,18 @@ from nanotron_fast.units import size
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.carrying_out import Report
+    from nanotron_fast.checkpoints.check_manifest import ManifestCheck
     from nanotron_fast.checkpoints.inspect import Inspection
     from nanotron_fast.checkpoints.plan.plan import Plan
     from nanotron_fast.checkpoints.verify import Verification
 
 _PLAIN_SECONDS = 5.0
 _MAX_SHOWN = 10
+_FORMATS = {
+    "nanotron": "Nanotron",
+    "hf": "Hugging Face",
+    "dcp": "torch.distributed.checkpoint",
+}
 
 
 def _count(number: int, noun: str) -> str:
@@ -45,15 +51,17 @@ def _ahead(numbered: tuple[int, int]) -> int:
 def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
     """A plan, for `--dry-run`."""
     to_nanotron = plan.direction == "nanotron"
-    source = "Hugging Face" if to_nanotron and plan.source_topology is None else "Nanotron"
     yield shown(plan.source)
-    yield f"  {source} -> {'Nanotron' if to_nanotron else 'Hugging Face'}"
+    yield f"  {_FORMATS[plan.source_format]} -> {_FORMATS[plan.direction]}"
     yield f"  family      {plan.family} ({plan.model_class})"
     yield f"  parameters  {plan.num_parameters:,} in {plan.dtype.short_name}"
     was = "" if plan.source_topology is None else f", was {plan.source_topology}"
-    yield f"  topology    {plan.topology}{was}{'' if to_nanotron else ' (of the source)'}"
-    for line in stage_lines(plan.layer_stages):
-        yield f"              {line}"
+    if "nanotron" in (plan.source_format, plan.direction):
+        yield f"  topology    {plan.topology}{was}{'' if to_nanotron else ' (of the source)'}"
+        for line in stage_lines(plan.layer_stages):
+            yield f"              {line}"
+    if plan.states is not None:
+        yield f"  states      {plan.states}, was {plan.source_states}"
     yield f"  read        {size(plan.bytes_read)} from {_count(len(plan.transfer.sources), 'file')}"
     yield (
         f"  write       {size(plan.bytes_written)} to {_count(len(plan.transfer.outputs), 'file')}"
@@ -72,9 +80,13 @@ def report_lines(report: Report) -> Iterator[str]:
         way = f"{before} -> {report.destination} ({plan.topology})"
     elif plan.direction == "nanotron":
         way = f"{plan.topology} -> {report.destination}"
+    elif plan.source_format != "nanotron":
+        way = f"{shown(plan.source)} -> {report.destination}"
     else:
         way = f"{shown(plan.source)} ({plan.topology}) -> {report.destination}"
     yield f"{plan.family}, {plan.num_parameters:,} parameters, {way}"
+    if plan.states is not None:
+        yield f"states of training: {plan.source_states} -> {plan.states}"
     if report.share is not None:
         number, total = report.share
         yield f"share {number} of {total}: --finish makes {report.destination} when all are done"
@@ -127,10 +139,21 @@ def verification_lines(result: Verification) -> Iterator[str]:
     yield f"{verdict}: {_count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
 
 
+def manifest_lines(found: ManifestCheck) -> Iterator[str]:
+    """What a check against a manifest found: every finding, for each is a loss."""
+    for item in found.findings:
+        yield f"differs: {item}"
+    verdict = "intact" if found.intact else f"damaged in {_count(len(found.findings), 'place')}"
+    yield (
+        f"{verdict}: {_count(found.tensors_checked, 'tensor')} in "
+        f"{_count(found.files_checked, 'file')}, {size(found.bytes_checked)}"
+    )
+
+
 def inspection_lines(found: Inspection) -> Iterator[str]:
     """What a checkpoint is."""
     yield f"{found.path}"
-    yield f"  format      {'Nanotron' if found.format == 'nanotron' else 'Hugging Face'}"
+    yield f"  format      {_FORMATS[found.format]}"
     if found.family:
         kind = f" ({found.model_class})" if found.model_class else ""
         yield f"  family      {found.family}{kind}"

@@ -131,18 +131,20 @@ class Family:
         padded_vocab_size: int | None = None,
         rope_interleaved: bool = False,
         has_rope_pairs: bool = False,
+        tensors_interleaved: bool = False,
     ) -> list[Param]:
         """Every parameter of a model, in the order of its layers.
 
         With `has_rope_pairs`, an interleaved model and one that is not have the same parts.
+        `tensors_interleaved`: the published model has rotary pairs beside each other as well.
         """
         padded_vocab = padded_vocab_size or spec.vocab_size
-        is_paired = has_rope_pairs or rope_interleaved
+        is_paired = has_rope_pairs or rope_interleaved or tensors_interleaved
         outer = spec.layers[0]
 
         def context(layer: int | str, of: Layer) -> Context:
             sizes, flags = _sizes(spec, of, padded_vocab), _flags(spec, of)
-            return Context(sizes, flags, rope_interleaved, is_paired, layer)
+            return Context(sizes, flags, rope_interleaved, is_paired, layer, tensors_interleaved)
 
         before: list[Param] = []
         after: list[Param] = []

@@ -8,7 +8,7 @@ directions, and the way from one topology to another, come from the same parts.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import mul
 from typing import NamedTuple
@@ -83,9 +83,42 @@ class Part:
 
     def whole(self, address: Address) -> Share:
         """The part in a tensor that is not cut. `address` is one of `tensors`."""
-        rows = self.sizes[0] if self.unpadded_rows is None else self.unpadded_rows
-        high = (rows, self.sizes[1], self.sizes[2])
+        high = (self._rows, self.sizes[1], self.sizes[2])
         return _share((0, 0, 0), high, address, address.start, row_major(address.shape))
+
+    def within(
+        self,
+        address: Address,
+        low: Sequence[int],
+        sizes: Sequence[int],
+        strides: tuple[int, ...],
+    ) -> Iterator[Share]:
+        """What a chunk of a tensor holds of the part: a few boxes, or none.
+
+        The chunk has the elements from index `low` on, `sizes` many along each dimension, and lies
+        on its own with these strides; the shares' offsets are in it. `address` is one of
+        `tensors`. A chunk may begin and end inside a head.
+        """
+        lengths = (self._rows, self.sizes[1], self.sizes[2])
+        start = tuple(at - first for at, first in zip(address.start, low, strict=True))
+        by_axis = [
+            list(_ranges(address, lengths, axis, -start[axis], size - start[axis]))
+            for axis, size in enumerate(sizes)
+        ]
+        for ranges in itertools.product(*by_axis):
+            first, end = [0, 0, 0], [1, 1, 1]
+            for dims in ranges:
+                for dim, (begin, stop) in dims.items():
+                    first[dim], end[dim] = begin, stop
+            at = list(start)
+            for dim, (axis, step) in enumerate(zip(address.axes, address.steps, strict=True)):
+                at[axis] += first[dim] * step
+            yield _share(_box(first), _box(end), address, tuple(at), strides)
+
+    @property
+    def _rows(self) -> int:
+        """Of the box, without padding."""
+        return self.sizes[0] if self.unpadded_rows is None else self.unpadded_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +184,46 @@ def _share(
         sum(map(mul, start, strides)),
         (a * strides[i], b * strides[j], c * strides[k]),
     )
+
+
+def _ranges(
+    address: Address, lengths: Box, axis: int, low: int, high: int
+) -> Iterator[dict[int, tuple[int, int]]]:
+    """Ranges of the box's dimensions that together run over indices `low` to `high` of an axis.
+
+    Indices are counted from where the part starts. The dimensions of an axis are nested: the rows
+    of a head, the heads. A range of indices is a few boxes: the end of a head, whole heads, the
+    beginning of a head.
+    """
+    dims = [dim for dim in range(3) if address.axes[dim] == axis and lengths[dim] != 1]
+    dims.sort(key=lambda dim: (-address.steps[dim], dim))
+    yield from _nested(address.steps, lengths, dims, low, high)
+
+
+def _nested(
+    steps: Box, lengths: Box, dims: Sequence[int], low: int, high: int
+) -> Iterator[dict[int, tuple[int, int]]]:
+    if not dims:
+        if low <= 0 < high:
+            yield {}
+        return
+    dim, inner = dims[0], dims[1:]
+    step, length = max(steps[dim], 1), lengths[dim]
+    # Indices that one value of this dimension takes, from its first to the one behind its last.
+    extent = 1 + sum(steps[each] * (lengths[each] - 1) for each in inner)
+    first, end = max(0, -(-low // step)), min(length, (high - extent) // step + 1)
+    if first < end:
+        whole = {each: (0, lengths[each]) for each in inner}
+        yield {dim: (first, end), **whole}
+    if not inner:
+        return
+    start, stop = max(0, (low - extent) // step + 1), min(length, -(-high // step))
+    if first >= end:
+        first = end = stop
+    for value in itertools.chain(range(start, first), range(end, stop)):
+        begin = value * step
+        for ranges in _nested(steps, lengths, inner, low - begin, high - begin):
+            yield {dim: (value, value + 1), **ranges}
 
 
 def _box(values: list[int]) -> Box:

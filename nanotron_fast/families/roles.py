@@ -35,6 +35,15 @@ def role_of(param: Param) -> Role:
     return "row" if param.cuts.get("tp") == 1 else "column"
 
 
+def is_row_bias(name: str, params: Mapping[str, Param]) -> bool:
+    """The bias of a matrix whose input features are cut, among the parameters that hold both.
+
+    Nanotron has it on the first rank of the tensor-parallel group alone.
+    """
+    weight = params.get(f"{name.removesuffix('.bias')}.weight")
+    return name.endswith(".bias") and weight is not None and role_of(weight) == "row"
+
+
 def is_hidden_matrix(param: Param) -> bool:
     """A matrix of a layer, as Muon takes them: no embedding, head, router, norm or bias."""
     return role_of(param) in ("column", "row") and min(param.shape[-2:]) > 1

@@ -32,6 +32,8 @@ class Context:
     # Each half of a rotary range is a part of its own: always so when interleaved.
     has_rope_pairs: bool
     layer: int | str
+    # The same pairs in the tensors of the published model: torchtitan has them beside each other.
+    tensors_interleaved: bool = False
 
     def size(self, name: str) -> int:
         return self.sizes[name]
@@ -156,17 +158,17 @@ class Fuse:
                             Address(
                                 tensor.format(layer=context.layer),
                                 (groups * length, *tail),
-                                (run.first, *(0 for _ in tail)),
+                                (run.tensor.first, *(0 for _ in tail)),
                                 axes,
-                                (length, 1, len(tail)),
+                                (length, run.tensor.step, len(tail)),
                             ),
                         ),
                         param=Address(
                             name,
                             shape,
-                            (chunk_start + run.param_first, *(0 for _ in tail)),
+                            (chunk_start + run.param.first, *(0 for _ in tail)),
                             axes,
-                            (length, run.param_step, len(tail)),
+                            (length, run.param.step, len(tail)),
                         ),
                         sizes=(groups, run.length, columns),
                         cuts={"tp": Cut(0, unit, chunk_start)},
@@ -176,13 +178,19 @@ class Fuse:
         return Param(name, shape, tuple(parts), context.layer, cuts={"tp": 0}, chunks=tuple(widths))
 
 
-class _Run(NamedTuple):
-    """Rows of a head, as a tensor has them, and where the parameter has them."""
+class _Rows(NamedTuple):
+    """Rows of a head: the first, and how far each is from the one before."""
 
     first: int
+    step: int = 1
+
+
+class _Run(NamedTuple):
+    """As many rows of a head, as a tensor has them and as the parameter has them."""
+
     length: int
-    param_first: int
-    param_step: int = 1
+    tensor: _Rows
+    param: _Rows
 
 
 def _runs(name: str, context: Context, rotary: Rotary | None, length: int) -> list[_Run]:
@@ -191,17 +199,28 @@ def _runs(name: str, context: Context, rotary: Rotary | None, length: int) -> li
     Interleaved, row p * half + i of a rotary range becomes its row 2 * i + p: a run for each p.
     """
     if rotary is None or not context.has_rope_pairs:
-        return [_Run(0, length, 0)]
+        return [_Run(length, _Rows(0), _Rows(0))]
     first, end = map(context.size, rotary)
     if (end - first) % 2:
         raise UnsupportedModelError(f"{name}: heads of {end - first} rows have no rotary pairs")
     half = (end - first) // 2
-    if context.rope_interleaved:
-        turned = [_Run(first + pair * half, half, first + pair, 2) for pair in range(2)]
-    else:
-        turned = [_Run(first + pair * half, half, first + pair * half) for pair in range(2)]
-    before, after = _Run(0, first, 0), _Run(end, length - end, end)
-    return [run for run in (before, *turned, after) if run.length]
+
+    def turned(pair: int, is_interleaved: bool) -> _Rows:
+        return _Rows(first + pair, 2) if is_interleaved else _Rows(first + pair * half)
+
+    runs = [
+        _Run(first, _Rows(0), _Rows(0)),
+        *(
+            _Run(
+                half,
+                turned(pair, context.tensors_interleaved),
+                turned(pair, context.rope_interleaved),
+            )
+            for pair in range(2)
+        ),
+        _Run(length - end, _Rows(end), _Rows(end)),
+    ]
+    return [run for run in runs if run.length]
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from nanotron_fast.formats.dcp import METADATA, is_dcp_checkpoint
+
 _NUM_SHOWN = 3
 # What other programs keep weights in, and what makes safetensors of it.
 _OTHER_FORMATS = (
@@ -88,14 +90,19 @@ def _deepspeed(root: Path) -> str | None:
 
 
 def _sharded(root: Path) -> str | None:
-    folders = [root, *_children(root, lambda path: path.name.startswith("pytorch_model_fsdp"))]
-    found = next((folder for folder in folders if any(folder.glob("*.distcp"))), None)
-    if found is None:
+    """Near a checkpoint of torch.distributed.checkpoint: in a run of FSDP's, or of torchtitan."""
+    if any(root.glob("*.distcp")):
+        return f"a sharded checkpoint of torch's, without its {METADATA}. Fetch that too"
+    steps = _children(root, is_dcp_checkpoint)
+    # The Trainer keeps an optimizer's beside the model's.
+    steps = [path for path in steps if not path.name.startswith("optimizer")]
+    if not steps:
         return None
+    last = max(steps, key=_step)
+    like = root if (root / "config.json").is_file() else "DIR_OR_ID"
     return (
-        f"a sharded checkpoint of torch's (FSDP). Gather its weights first: accelerate "
-        f"merge-weights {found} NEW; put config.json and the tokenizer's files into NEW, and "
-        "convert that"
+        f"sharded checkpoints of torch's (FSDP, torchtitan) lie in folders below it: name one, "
+        f"such as {last}, and the model's configuration with --like {like}"
     )
 
 
@@ -125,15 +132,17 @@ def _trainer(root: Path) -> str | None:
     if not found:
         return None
 
-    def step(path: Path) -> int:
-        number = path.name.rpartition("-")[2]
-        # Not isdigit alone: it takes digits that int does not.
-        return int(number) if number.isdecimal() else -1
-
-    found.sort(key=step)
+    found.sort(key=_step)
     shown = ", ".join(path.name for path in found[-_NUM_SHOWN:])
     more = f" and {len(found) - _NUM_SHOWN} more" if len(found) > _NUM_SHOWN else ""
     return f"checkpoints lie in folders below it ({shown}{more}): name one, such as {found[-1]}"
+
+
+def _step(path: Path) -> int:
+    """The number at the end of a folder's name, or -1."""
+    number = path.name.rpartition("-")[2]
+    # Not isdigit alone: it takes digits that int does not.
+    return int(number) if number.isdecimal() else -1
 
 
 def _is_nanotron(path: Path) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.huggingface.companions import named_files
 from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.formats.nanotron.side_file import NAME as SIDE_FILE
 
 # What this tool's own folders and files in a destination start with.
@@ -20,21 +21,23 @@ MARKERS = (
     "model.safetensors.index.json",
     "model_config.json",
     "checkpoint_metadata.json",
+    ".metadata",
     "config.json",
 )
 _WEIGHTS = (
     *("model.safetensors", "model-*-of-*.safetensors", "model.*.safetensors"),
     *("adapter_model.safetensors", "consolidated*.safetensors"),
     *("pytorch_model.bin", "pytorch_model-*-of-*.bin"),
+    "__[0-9]*_[0-9]*.distcp",
 )
-_CONFIGS = ("config.json", "model_config.json", "adapter_config.json")
+_CONFIGS = ("config.json", "model_config.json", "adapter_config.json", ".metadata")
 # Names that nothing but a checkpoint has: what merely begins or ends like one may be somebody's.
 _PATTERNS = (
     *(*_WEIGHTS, *_CONFIGS),
     *("model.safetensors.index.json", "model.safetensors.index.*.json"),
     *("pytorch_model.bin.index.json", "generation_config.json", "quantize_config.json"),
     *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
-    *("config.yaml", "checkpoint_metadata.json", "nanotron_fast.json", "latest.txt"),
+    *("config.yaml", "checkpoint_metadata.json", SIDE_FILE, MANIFEST, "latest.txt"),
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v[0-9]*"),
     *("*.tiktoken", "spiece.model", "spm.model", "sentencepiece*.model", "source.spm"),
     *("target.spm", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "bpe.codes"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TypeGuard
 
 from nanotron_fast.errors import CheckpointError
 
@@ -24,6 +24,16 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a directory",
 }
+
+
+def is_file_name(name: object) -> TypeGuard[str]:
+    """Whether it names a file in a folder. A path could lead out of the checkpoint."""
+    return (
+        isinstance(name, str)
+        and Path(name).name == name
+        and name not in ("", "..")
+        and "\x00" not in name
+    )
 
 
 def open_plain(path: Path) -> BinaryIO:

@@ -90,6 +90,14 @@ def read_header(path: Path) -> Header:
     return _parse_header(path, raw, data_start, state)
 
 
+def header_of(path: Path, start: bytes, file_bytes: int) -> Header:
+    """The header of a file that starts with these bytes, as `build_header` makes them.
+
+    Raises CheckpointError.
+    """
+    return _parse_header(path, start[8:], len(start), FileState(0, 0, file_bytes, 0))
+
+
 def _parse_header(path: Path, raw: bytes, data_start: int, state: FileState) -> Header:
     document = _parse_json(path, raw)
     metadata = document.pop("__metadata__", None)

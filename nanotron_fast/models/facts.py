@@ -7,13 +7,13 @@ to be summed over the tensor-parallel group, where its other copy is.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.roles import Role, is_hidden_matrix, role_of
+from nanotron_fast.families.roles import Role, is_hidden_matrix, is_row_bias, role_of
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import HEAD, Architecture, Block
 from nanotron_fast.models.names import embedding_of
@@ -113,15 +113,10 @@ def facts_of(decoder: OwnsBlocks) -> dict[str, Facts]:
     return {
         name: replace(
             _facts(params[name], decoder.architecture, decoder.blocks, decoder.mode),
-            is_row_bias=_is_row_bias(name, params),
+            is_row_bias=is_row_bias(name, params),
         )
         for name in names
     }
-
-
-def _is_row_bias(name: str, params: Mapping[str, Param]) -> bool:
-    weight = params.get(f"{name.removesuffix('.bias')}.weight")
-    return name.endswith(".bias") and weight is not None and role_of(weight) == "row"
 
 
 def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mode: str) -> Facts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nanotron_fast.errors import PlanError
+from nanotron_fast.moves.checksums import Checksum
 from nanotron_fast.moves.coverage import Extent, cover, extent_of
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.row import FILL
@@ -18,13 +19,14 @@ class OutputFile:
     """A file to be written: path relative to the destination, header, whole size.
 
     `literals` are further bytes that no move writes, each with its offset, in order: other headers,
-    a directory at the end.
+    a directory at the end. `checksums` are written over some of them once the file is whole.
     """
 
     path: str
     header: bytes
     size_bytes: int
     literals: tuple[tuple[int, bytes], ...] = ()
+    checksums: tuple[Checksum, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,7 @@ class MovePlan:
         """The plan without these outputs."""
         if not paths:
             return self
-        return self._only(
+        return self.only(
             [index for index, output in enumerate(self.outputs) if output.path not in paths]
         )
 
@@ -92,9 +94,10 @@ class MovePlan:
         if world_size == 1:
             return self
         owners = owners_of([(each.path, each.size_bytes) for each in self.outputs], world_size)
-        return self._only([index for index, owner in enumerate(owners) if owner == rank])
+        return self.only([index for index, owner in enumerate(owners) if owner == rank])
 
-    def _only(self, mine: Sequence[int]) -> MovePlan:
+    def only(self, mine: Sequence[int]) -> MovePlan:
+        """The plan with these outputs alone, by their numbers."""
         renumbered = {old: new for new, old in enumerate(mine)}
         return MovePlan(
             self.sources,

@@ -32,18 +32,22 @@ from nanotron_fast.formats.nanotron.checkpoint import (
     tensor_header,
     tensor_path,
 )
-from nanotron_fast.formats.nanotron.slices import shard_metadata
-from nanotron_fast.train.mesh import Mesh
-from nanotron_fast.train.optimizer import AdamW, Rate
-from nanotron_fast.train.optimizer_files import (
+from nanotron_fast.formats.nanotron.optimizer import (
     OPTIMIZER,
     OPTIMIZER_CONFIG,
     Described,
     config_document,
-    lr_scheduler_document,
     lr_scheduler_path,
-    optimizer_document,
     optimizer_path,
+)
+from nanotron_fast.formats.nanotron.slices import shard_metadata
+from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.optimizer import AdamW, Rate
+from nanotron_fast.train.optimizer_files import (
+    lr_scheduler_document,
+    optimizer_document,
+    place_of,
+    sizes_of,
 )
 from nanotron_fast.train.parameters import Trained
 from nanotron_fast.train.zero import resolve_group
@@ -82,14 +86,17 @@ def snapshot(
         found = _weight(each, mesh)
         if found is not None:
             taken.tensors.append(found)
+    sizes, place = sizes_of(mesh, zero_stage=zero_stage), place_of(mesh, zero_stage=zero_stage)
     if mesh.dp_rank == 0:
-        taken.documents[lr_scheduler_path(mesh)] = lr_scheduler_document(optimizer, rate, mesh)
+        taken.documents[lr_scheduler_path(place, sizes)] = lr_scheduler_document(
+            optimizer, rate, mesh
+        )
     if zero_stage > 0 or mesh.dp_rank == 0:
         document = optimizer_document(optimizer, rate, mesh, zero_stage=zero_stage)
-        taken.documents[optimizer_path(mesh, zero_stage=zero_stage)] = document
+        taken.documents[optimizer_path(place, sizes)] = document
     everywhere = _of_all_stages(trained, mesh)
     if mesh.rank == 0:
-        config = config_document(everywhere, mesh, zero_stage=zero_stage)
+        config = config_document(everywhere, sizes)
         taken.small_files[f"{OPTIMIZER}/{OPTIMIZER_CONFIG}"] = json.dumps(config).encode()
     return taken
 

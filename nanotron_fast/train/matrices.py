@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.families.roles import matrices_beside
+from nanotron_fast.formats.nanotron.optimizer import Run
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.parameters import Trained
-from nanotron_fast.train.zero import Run
 
 # So many elements of experts are computed with at once, or one expert: a bound for the memory that
 # is the same at every topology, as the results are.

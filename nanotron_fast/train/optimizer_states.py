@@ -22,11 +22,10 @@ from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
+from nanotron_fast.formats.nanotron.optimizer import MASTERS, Place, Run, find_states, runs_of
 from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW, State
-from nanotron_fast.train.optimizer_files import MASTERS, Place, found_files
-from nanotron_fast.train.zero import Run, runs_of
 
 
 class StoredStates:
@@ -35,14 +34,15 @@ class StoredStates:
     Args:
         folder: of the checkpoint.
 
-    Raises CheckpointError where files are missing.
+    Raises CheckpointError where files are missing, or some of another topology lie beside them.
     """
 
     def __init__(self, folder: Path) -> None:
-        self._files, self.sizes = found_files(folder)
+        found = find_states(folder)
+        self._files, self.sizes = found.files, found.sizes
         self._open: dict[Place, dict[str, Any]] = {}
         self._by_name: dict[Place, dict[str, dict[str, Tensor]]] = {}
-        self._is_zero = any(place.dp is not None for place in self._files)
+        self._is_zero = self.sizes.zero_stage > 0
         # Rows of the vocabulary, padded to what that topology needed.
         self._vocab_size = read_json_object(folder / MODEL_CONFIG).get("vocab_size")
 
@@ -73,7 +73,7 @@ class StoredStates:
         Returns None for masters where the checkpoint has none. Raises CheckpointError where the
         parameter is missing, or has another shape.
         """
-        stage, was_tp = self._stage_of(name), self.sizes["tp"]
+        stage, was_tp = self._stage_of(name), self.sizes.tp
         num_rows = self._num_rows(param)
         if not param.cuts or (was_tp == tp and num_rows == param.shape[0]):
             same = param.local_shape({"tp": tp})
@@ -117,7 +117,7 @@ class StoredStates:
             value = self._value(Place(stage, tp_rank, None), name, key, shape)
             return None if value is None else value.reshape(-1)[run[0] : run[1]]
         parts = []
-        for rank, (first, end) in enumerate(runs_of(math.prod(shape), self.sizes["dp"])):
+        for rank, (first, end) in enumerate(runs_of(math.prod(shape), self.sizes.dp)):
             low, high = max(first, run[0]), min(end, run[1])
             if low < high:
                 part = self._value(Place(stage, tp_rank, rank), name, key, (end - first,))

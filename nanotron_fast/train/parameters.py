@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanotron_fast.formats.nanotron.optimizer import Run, runs_of
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import Facts
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.sharded import runs_of_rows, shard
-from nanotron_fast.train.zero import Run, gathered, runs_of
+from nanotron_fast.train.zero import gathered
 
 
 @dataclass(frozen=True, slots=True)

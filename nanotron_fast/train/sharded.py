@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanotron_fast.formats.nanotron.optimizer import Run
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.train.mesh import Mesh
-from nanotron_fast.train.zero import Run
 
 
 def runs_of_rows(shape: Sequence[int], dp: int) -> list[Run]:

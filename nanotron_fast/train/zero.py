@@ -1,11 +1,8 @@
 """ZeRO-1: which elements of a parameter each data-parallel rank keeps the optimizer's states of.
 
-Nanotron's slices: a flattened parameter of n elements is cut into runs of ceil(n / dp), of which
-the last ceil(n / dp) * dp - n ranks have one element less; a run without elements is left out.
-Source: ZeroDistributedOptimizer in nanotron/optim/zero.py at 2411b022.
-
-Where all runs are equally long, a reduce-scatter and an all-gather work on the parameter as it
-lies. Others are rare: they are summed whole, and gathered through a buffer.
+The runs are Nanotron's (`formats/nanotron/optimizer.py`). Where all of them are equally long, a
+reduce-scatter and an all-gather work on the parameter as it lies. Others are rare: they are summed
+whole, and gathered through a buffer.
 """
 
 from __future__ import annotations
@@ -17,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nanotron_fast.formats.nanotron.optimizer import Run, runs_of
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.parallel.communication import (
     start_all_gather,
@@ -24,21 +22,8 @@ from nanotron_fast.parallel.communication import (
     start_reduce_scatters,
 )
 
-Run = tuple[int, int]
 # Collectives under way: more of them would only hold more memory.
 _NUM_UNDER_WAY = 8
-
-
-def runs_of(num_elements: int, dp: int) -> list[Run]:
-    """The first element of each data-parallel rank's run, and the one behind its last."""
-    longest = -(-num_elements // dp)
-    num_shorter = longest * dp - num_elements
-    runs, start = [], 0
-    for rank in range(dp):
-        end = start + longest - (rank >= dp - num_shorter)
-        runs.append((start, end))
-        start = end
-    return runs
 
 
 def start_sums_of_runs(tensors: Sequence[Tensor], group: Group) -> Callable[[], None]:

@@ -28,16 +28,19 @@ ALL = [
     "pad_vocab_to_multiple_of",
     "vocab_size",
     "max_shard_size",
+    "names",
+    "master_weights",
     "tokenizer",
     "like",
+    "ranks_only",
     "ignore_tensors",
 ]
 # What each function takes, in order.
 TAKEN = {
     "convert": ALL,
     "plan": ALL,
-    "verify": ["family", "rope_interleaved", "ignore_tensors"],
-    "inspect": ["family", "rope_interleaved"],
+    "verify": ["family", "rope_interleaved", "like", "ignore_tensors"],
+    "inspect": ["family", "rope_interleaved", "like"],
     "load_into": [
         "model_class",
         "family",
@@ -45,6 +48,7 @@ TAKEN = {
         "rope_interleaved",
         "checkpoint_version",
         "pad_vocab_to_multiple_of",
+        "like",
         "ignore_tensors",
     ],
 }
@@ -62,13 +66,36 @@ GIVEN: dict[str, dict[str, Any]] = {
     "--pad-vocab-to-multiple-of": {"pad_vocab_to_multiple_of": 8},
     "--vocab-size": {"vocab_size": 8},
     "--max-shard-size": {"max_shard_size": "5GB"},
+    "--names": {"names": "torchtitan"},
+    "--master-weights": {"master_weights": True},
     "--tokenizer": {"tokenizer": "/"},
     "--like": {"like": "/"},
+    "--ranks-only": {"ranks_only": ["pp=0"]},
     "--ignore-tensors": {"ignore_tensors": ["a"]},
 }
 REFUSED = {
-    "nanotron": ("--vocab-size", "--max-shard-size", "--like"),
-    "hf": ("--tp", "--pp", "--model-class", "--pad-vocab-to-multiple-of"),
+    "nanotron": ("--vocab-size", "--max-shard-size", "--names", "--master-weights"),
+    "hf": (
+        "--tp",
+        "--pp",
+        "--model-class",
+        "--pad-vocab-to-multiple-of",
+        "--names",
+        "--ranks-only",
+    ),
+    "dcp": ("--tp", "--pp", "--model-class", "--pad-vocab-to-multiple-of", "--ranks-only"),
+    "renaming": (
+        "--tp",
+        "--pp",
+        "--model-class",
+        "--target",
+        "--rope-interleaved",
+        "--checkpoint-version",
+        "--pad-vocab-to-multiple-of",
+        "--vocab-size",
+        "--master-weights",
+        "--ranks-only",
+    ),
     "resharding": (
         "--dtype",
         "--model-class",
@@ -78,12 +105,16 @@ REFUSED = {
         "--pad-vocab-to-multiple-of",
         "--vocab-size",
         "--max-shard-size",
+        "--names",
+        "--master-weights",
         "--like",
     ),
 }
 WORDS = {
     "nanotron": "writing a Nanotron checkpoint",
     "hf": "writing a Hugging Face checkpoint",
+    "dcp": "writing a checkpoint of torch.distributed.checkpoint",
+    "renaming": "no Nanotron checkpoint is read or written",
     "resharding": "writing a Nanotron checkpoint at another topology",
 }
 

@@ -14,6 +14,7 @@ import pytest
 
 import nanotron_fast as nf
 from tests import forks
+from tests.checkpoints.kill_loop import tree
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "llama"
 RunRanks = Callable[..., list[forks.Result]]
@@ -85,13 +86,15 @@ def test_the_scripts_of_nanotron_there_and_back(
 def test_every_process_writes_its_share(
     run_ranks: RunRanks, tmp_path: Path, golden_hf: Path
 ) -> None:
-    results = run_ranks(
-        2, "-m", "nanotron_fast", "convert", golden_hf, tmp_path / "out", "--tp", 2, "--json"
-    )
+    words = ("convert", golden_hf, tmp_path / "out", "--tp", 2, "--manifest", "--json")
+    results = run_ranks(2, "-m", "nanotron_fast", *words)
     report = json.loads(results[0].out)
     assert results[1].out == ""
     assert report["tensor_files"] == len(list((tmp_path / "out").rglob("*.safetensors")))
     assert nf.verify(golden_hf, tmp_path / "out").equal
+    found = nf.check_manifest(tmp_path / "out")
+    assert found.intact
+    assert found.files_checked == report["tensor_files"]
 
 
 def test_one_failure_stops_all_and_leaves_nothing(
@@ -104,6 +107,68 @@ def test_one_failure_stops_all_and_leaves_nothing(
     assert "is not empty" in results[0].err
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+# A rank that is killed when some of its files are whole, or whose disk is full then.
+ENDS = """
+import errno, os, signal, sys
+from nanotron_fast.moves import engine
+execute = engine.execute
+def end(plan, root, **given):
+    part = plan.without({{each.path for each in plan.outputs[3:]}}) if {is_this} else plan
+    execute(part, root, **given)
+    if {is_this}:
+        {what}
+engine.execute = end
+sys.argv = ["nanotron-fast", *sys.argv[1:]]
+from nanotron_fast.__main__ import main
+main()
+"""
+FAILS = 'raise OSError(errno.ENOSPC, "No space left on device", plan.outputs[3].path)'
+KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("what", ["fails", "is killed"])
+def test_one_that_ends_leaves_what_others_go_on_with(
+    rank: int, what: str, run_ranks: RunRanks, tmp_path: Path, golden_hf: Path
+) -> None:
+    """Fewer may go on, or more: the shares are cut anew."""
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    is_this = f'os.environ["RANK"] == "{rank}"'
+    script.write_text(ENDS.format(is_this=is_this, what=FAILS if what == "fails" else KILLED))
+    environments = ranks(3)
+    streams = tmp_path / "streams"
+    streams.mkdir()
+    words = [script, "convert", golden_hf, out, "--tp", 2]
+    results = forks.run(words, environments, streams, 120)
+    for number, result in enumerate(results):
+        expected = -9 if number == rank and what == "is killed" else 2
+        assert result.code == expected, result.err
+    assert not out.exists()
+    if what == "fails":
+        assert "No space left on device" in results[rank].err
+        assert "--resume goes on with them" in results[0].err
+    (result, _) = run_ranks(
+        2, "-m", "nanotron_fast", "convert", golden_hf, out, "--tp", 2, "--resume"
+    )
+    assert "files of 45 were whole before" in result.out
+    assert nf.verify(golden_hf, out).equal
+    nf.convert(golden_hf, tmp_path / "wanted", topology=nf.Topology(tp=2))
+    assert tree(out) == tree(tmp_path / "wanted")
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["out", "script.py", "streams", "wanted"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_any_number_of_processes_write_the_same_bytes(
+    world_size: int, run_ranks: RunRanks, tmp_path: Path, golden_hf: Path
+) -> None:
+    words = ("-m", "nanotron_fast", "convert", golden_hf, tmp_path / "out", "--tp", 2, "--pp", 2)
+    run_ranks(world_size, *words)
+    nf.convert(golden_hf, tmp_path / "wanted", topology=nf.Topology(tp=2, pp=2))
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
 
 
 @pytest.mark.parametrize("world_size", ["many", "2"])

@@ -5,11 +5,17 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import nanotron_fast as nf
+from nanotron_fast.checkpoints.options import VerifyChoices
+from nanotron_fast.cli.manifest import check
+from nanotron_fast.errors import ConfigError
 
 COMMAND = [sys.executable, "-m", "nanotron_fast"]
 DRY_RUN_KEYS = {
@@ -47,7 +53,7 @@ def test_help_names_every_option() -> None:
     options = (
         "to tp pp dtype model-class family target rope-interleaved checkpoint-version "
         "pad-vocab-to-multiple-of vocab-size max-shard-size tokenizer like ignore-tensors "
-        "workers fsync overwrite dry-run json quiet"
+        "workers fsync io manifest overwrite dry-run json quiet"
     )
     for option in options.split():
         assert f"--{option}" in text
@@ -234,3 +240,23 @@ def test_an_unknown_instruction_set_is_bad_input(tmp_path: Path, golden_hf: Path
 
 def test_a_family_that_is_none_is_bad_input(golden_hf: Path) -> None:
     assert "--family nosuch" in run("inspect", golden_hf, "--family", "nosuch", code=2).stderr
+
+
+def test_verify_with_one_checkpoint_names_what_rotted(tmp_path: Path, golden_hf: Path) -> None:
+    out = tmp_path / "out"
+    nf.convert(golden_hf, out, manifest=True)
+    assert re.match(r"intact: 27 tensors in 27 files, \d+ kB\n", run("verify", out).stdout)
+    path = next(iter(sorted(out.rglob("o_proj/*.safetensors"))))
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    lines = run("verify", out, code=1).stdout.splitlines()
+    assert lines[0].startswith(f"differs: data in {path.relative_to(out)}: its ")
+    assert lines[1].startswith("damaged in 1 place: 27 tensors in 27 files, ")
+    found = json.loads(run("verify", out, "--json", code=1).stdout)
+    assert (found["intact"], found["tensors_checked"]) == (False, 27)
+    assert found["findings"][0]["file"] == str(path.relative_to(out))
+    assert "it has no nanotron_fast_manifest.json" in run("verify", golden_hf, code=2).stderr
+    for logits, choices in ((True, VerifyChoices()), (False, VerifyChoices(family="llama"))):
+        with pytest.raises(ConfigError, match="it has no meaning without a second checkpoint"):
+            check(str(out), logits=logits, choices=choices, workers=1, is_quiet=True)

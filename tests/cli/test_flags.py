@@ -32,8 +32,11 @@ FLAGS: dict[str, tuple[type, Any, str | None]] = {
     "pad_vocab_to_multiple_of": (int, None, None),
     "vocab_size": (int, None, None),
     "max_shard_size": (str, None, None),
+    "names": (str, "hf", None),
+    "master_weights": (bool, None, None),
     "tokenizer": (str, None, "DIR_OR_ID"),
     "like": (str, None, "DIR_OR_ID"),
+    "ranks_only": (list, None, "AXIS=RANKS"),
     "ignore_tensors": (list, None, "GLOB"),
 }
 OWN = {
@@ -47,11 +50,12 @@ OWN = {
         "logits",
         "family",
         "rope_interleaved",
+        "like",
         "ignore_tensors",
         "workers",
         "json",
     ],
-    "inspect": ["path", "family", "rope_interleaved", "json"],
+    "inspect": ["path", "family", "rope_interleaved", "like", "json"],
 }
 
 

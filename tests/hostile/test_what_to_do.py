@@ -55,7 +55,13 @@ def deepspeed_step(tmp_path: Path) -> Path:
 
 
 def fsdp(tmp_path: Path) -> Path:
-    return touch(tmp_path / "fsdp", "pytorch_model_fsdp_0/__0_0.distcp", "config.json")
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        touch(tmp_path / "fsdp", f"{name}/__0_0.distcp", f"{name}/.metadata", "config.json")
+    return tmp_path / "fsdp"
+
+
+def fsdp_without_metadata(tmp_path: Path) -> Path:
+    return touch(tmp_path / "fsdp", "__0_0.distcp", "config.json")
 
 
 def steps(tmp_path: Path) -> Path:
@@ -107,7 +113,8 @@ FOLDERS: dict[Callable[[Path], Path], str] = {
     adapter_beside_config: r"an adapter \(LoRA\) of org/base.*merge_and_unload",
     deepspeed: r"DeepSpeed's.*python .*/ds/zero_to_fp32.py .*/ds NEW --safe_serialization",
     deepspeed_step: r"python .*/ds/zero_to_fp32.py .*/ds NEW",
-    fsdp: r"accelerate merge-weights .*pytorch_model_fsdp_0 NEW",
+    fsdp: r"name one, such as .*/pytorch_model_fsdp_0, and .* with --like .*/fsdp$",
+    fsdp_without_metadata: r"a sharded checkpoint of torch's, without its \.metadata",
     steps: r"2 training steps, without latest.txt .* such as .*/run/10$",
     inside_a_step: r"a part of the Nanotron checkpoint .*/run/10: name that",
     deep_inside_a_step: r"a part of the Nanotron checkpoint .*/run/10: name that",

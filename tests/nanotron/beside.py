@@ -16,12 +16,13 @@ import torch.distributed as dist
 import yaml
 from torch import Tensor
 
+from nanotron_fast.formats.nanotron.optimizer import optimizer_path
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.train import Trainer, TrainingConfig
 from nanotron_fast.train import trainer as our_trainer
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW
-from nanotron_fast.train.optimizer_files import optimizer_document, optimizer_path
+from nanotron_fast.train.optimizer_files import optimizer_document, place_of, sizes_of
 from nanotron_fast.train.optimizer_states import load_states
 from tests.nanotron.training import BATCH, SEQUENCE, VOCABULARY
 
@@ -153,7 +154,8 @@ def train_ours(config: Path, grid: Grid) -> Figures:
         load_states(folder, optimizer, mesh)
         zero = grid.zero_stage
         found = optimizer_document(optimizer, lambda peak: peak, mesh, zero_stage=zero)
-        check_states(found, folder / optimizer_path(mesh, zero_stage=zero))
+        place, sizes = place_of(mesh, zero_stage=zero), sizes_of(mesh, zero_stage=zero)
+        check_states(found, folder / optimizer_path(place, sizes))
 
     read = TrainingConfig.load(config)
     batches = (rows(step, grid) for step in range(1, STEPS + 1))

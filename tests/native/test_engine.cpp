@@ -64,7 +64,7 @@ struct Fixture {
     run_over(progress, workers);
   }
   void run_over(Progress& progress, int workers) const {
-    const EngineOptions options{workers, workers == 1, supported_simd_levels().back()};
+    const EngineOptions options{workers, workers == 1, supported_simd_levels().back(), io};
     execute(source_files(), kHere, outputs, plan.table.data(), num_moves(), options, progress);
   }
   std::vector<Difference> differences(Progress& progress) const {
@@ -75,14 +75,38 @@ struct Fixture {
   Plan plan;
   std::vector<std::string> sources, destinations, contents;
   std::vector<OutputFile> outputs;
+  IoMode io = IoMode::kBuffered;
 };
+
+void check_digests(const Fixture& fixture, const Finished& finished,
+                   const std::vector<std::string>& wanted) {
+  const auto i = static_cast<size_t>(finished.output);
+  const std::vector<Range>& ranges = fixture.outputs[i].hashed;
+  CHECK(finished.digests.size() == ranges.size());
+  for (size_t j = 0; j < ranges.size(); ++j) {
+    Sha256 sha;
+    sha.update(reinterpret_cast<const std::byte*>(wanted[i].data()) + ranges[j].offset_bytes,
+               ranges[j].num_bytes);
+    CHECK(finished.digests[j] == sha.finish());
+  }
+}
 
 void test_random_plans(const std::string& folder) {
   for (unsigned seed = 0; seed < 150; ++seed) {
     Fixture fixture(seed, folder);
     const std::vector<std::string> wanted = execute_naively(fixture.plan, fixture.contents);
+    fixture.io = static_cast<IoMode>(seed % 3);
+    for (OutputFile& output : fixture.outputs) {
+      // All of it, a part, and what ends it.
+      const int64_t size = output.size_bytes, middle = size / 3;
+      output.hashed = seed % 2 == 0 ? std::vector<Range>{{0, size}}
+                                    : std::vector<Range>{{middle, middle}, {2 * middle, 0}};
+    }
     Progress progress;
     fixture.run(progress, 1 + static_cast<int>(seed % 5));
+    const std::vector<Finished> finished = progress.take_finished();
+    CHECK(finished.size() == kNumFiles);
+    for (const Finished& each : finished) check_digests(fixture, each, wanted);
     int64_t num_bytes = 0;
     for (int i = 0; i < kNumFiles; ++i) {
       CHECK(read_file(fixture.destinations[i]) == wanted[i]);
@@ -175,10 +199,14 @@ void test_changed_sources(const std::string& folder) {
 void test_literals(const std::string& folder) {
   Progress progress;
   const EngineOptions options{2, true, default_simd_level()};
-  const std::vector<OutputFile> outputs{{folder + "/literals", {{0, "head"}, {4, "tail"}}, 8}};
+  const std::vector<OutputFile> outputs{
+      {folder + "/literals", {{0, "head"}, {4, "tail"}}, 8, {{0, 7}, {8, 0}}}};
   execute({}, kHere, outputs, nullptr, 0, options, progress);
   CHECK(read_file(folder + "/literals") == "headtail");
-  CHECK(progress.take_finished() == std::vector<int64_t>{0});
+  const std::vector<Finished> finished = progress.take_finished();
+  CHECK(finished.size() == 1 && finished[0].output == 0 && finished[0].digests.size() == 2);
+  CHECK(to_hex(finished[0].digests[0]) ==  // of headtai
+        "2069980b7157977e56cec0d9ddfe7b8341b8cd9dcc83175e4e8d155bcc7edf87");
 }
 
 void test_plan_errors(const std::string& folder) {

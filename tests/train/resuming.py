@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
+from nanotron_fast.checkpoints.reshard import reshard
 from nanotron_fast.families.roles import is_hidden_matrix
 from nanotron_fast.train.checkpoint import Beside, metadata_document, save, snapshot
 from nanotron_fast.train.muon import MOMENTUM
@@ -85,12 +87,34 @@ def check_resume(case: Case, others: list[Case], root: Path) -> None:
     for number, other in enumerate(others):
         alike = replace(other, is_tied=case.is_tied, dtype=case.dtype, is_muon=case.is_muon)
         run = resumed(alike, folder)
+        check_resharded(run, folder, root / f"resharded-{number}")
         again = save_run(run, root / f"other-{number}", SAVED)
         check_same_states(run, folder, again)
         if case.dtype == torch.float32:
             losses = expected_of(case)[0][SAVED:END]
             for ours, theirs in zip(run.steps(SAVED, END), losses, strict=True):
                 assert abs(ours[0] - theirs[0]) <= 1e-5 * theirs[0], other
+
+
+def check_resharded(run: Run, folder: Path, root: Path) -> None:
+    """What a run has resumed is what it resumes from the checkpoint resharded to its ranks."""
+    case, values = run.case, values_of(run)
+    if run.mesh.rank == 0:
+        reshard(
+            folder,
+            root,
+            tp=case.tp,
+            pp=case.pp,
+            dp=case.dp,
+            zero_stage=min(case.zero, 1),
+            workers=1,
+        )
+    if run.mesh.world is not None:
+        dist.barrier()
+    again = resumed(case, root)
+    assert again.optimizer.num_steps == run.optimizer.num_steps
+    for name, value in values_of(again).items():
+        assert torch.equal(value, values[name]), f"{case}: {name}"
 
 
 def check_same_states(run: Run, one: Path, other: Path) -> None:

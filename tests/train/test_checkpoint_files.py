@@ -17,17 +17,18 @@ import torch
 
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.formats.nanotron.checkpoint import read_nanotron, resolve_latest
-from nanotron_fast.parallel.pipeline import check_schedule
-from nanotron_fast.train.checkpoint import Snapshot, publish, write
-from nanotron_fast.train.mesh import Mesh
-from nanotron_fast.train.optimizer_files import (
+from nanotron_fast.formats.nanotron.optimizer import (
     Described,
     config_document,
     lr_scheduler_path,
     optimizer_path,
+    runs_of,
 )
+from nanotron_fast.parallel.pipeline import check_schedule
+from nanotron_fast.train.checkpoint import Snapshot, publish, write
+from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.optimizer_files import place_of, sizes_of
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
-from nanotron_fast.train.zero import runs_of
 from tests.train.engine import HIDDEN, VOCAB, Case, Run, rate
 from tests.train.resuming import save_run
 
@@ -99,12 +100,15 @@ def test_the_files_are_those_of_nanotron(run: Run, saved: Path) -> None:
 def test_ranks_and_runs_in_names_and_configuration() -> None:
     mesh = Mesh(dp=4, pp=2, tp=2, rank=(1 * 4 + 3) * 2 + 1, device=CPU)
     assert (mesh.pp_rank, mesh.dp_rank, mesh.tp_rank) == (1, 3, 1)
-    assert optimizer_path(mesh, zero_stage=1) == (
+    place, sizes = place_of(mesh, zero_stage=1), sizes_of(mesh, zero_stage=1)
+    assert optimizer_path(place, sizes) == (
         "optimizer/optimizer_pp-1-of-2_dp-3-of-4_tp-1-of-2_exp-0-of-1.pt"
     )
-    assert lr_scheduler_path(mesh) == "lr_scheduler/lr_scheduler_pp-1-of-2_tp-1-of-2_exp-0-of-1.pt"
+    assert lr_scheduler_path(place, sizes) == (
+        "lr_scheduler/lr_scheduler_pp-1-of-2_tp-1-of-2_exp-0-of-1.pt"
+    )
     described = [Described("norm", tuple(runs_of(3, 4)), (3,))]
-    config = config_document(described, mesh, zero_stage=1)
+    config = config_document(described, sizes)
     assert config["type"] == "ZeroDistributedOptimizer"
     assert config["configs"] == {
         "param_name_to_dp_rank_offsets": {

@@ -11,6 +11,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.huggingface.companions import Companions, companions
+from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
@@ -23,6 +24,7 @@ _NANOTRON = (
     nanotron.CONFIG_YAML,
     nanotron.WEIGHTS,
     side_file.NAME,
+    MANIFEST,
 )
 # Letters of a name that a warning repeats.
 _SHOWN = 300
@@ -38,17 +40,21 @@ class Beside:
     warnings: tuple[str, ...] = ()
 
 
-def beside_nanotron(source: HfCheckpoint, options: Options) -> Beside:
-    """For a conversion to Nanotron. Raises CheckpointError, OSError."""
+def beside_published(source: HfCheckpoint, options: Options) -> Beside:
+    """For a conversion of a published model. Raises CheckpointError, OSError."""
     found = companions(source.root, source.config, used=source.files)
-    tokenizer = found.tokenizer
+    tokenizer, others = found.tokenizer, found.others
+    if options.like is not None:
+        like = companions(options.like, source.config)
+        tokenizer = like.tokenizer or tokenizer
+        others = {**others, **like.others}
     if options.tokenizer is not None:
         tokenizer = _tokenizer_of(options.tokenizer)
-    return Beside({**found.others, **tokenizer}, found.left, bool(tokenizer))
+    return Beside({**others, **tokenizer}, found.left, bool(tokenizer))
 
 
 def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> Beside:
-    """For a conversion to Hugging Face. `config` is the source's config.json, where it is known.
+    """For a conversion from Nanotron. `config` is the source's config.json, where it is known.
 
     Raises CheckpointError, OSError.
     """

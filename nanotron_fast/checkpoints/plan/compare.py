@@ -65,6 +65,7 @@ class _Model:
             padded_vocab_size=self.stored.padded_vocab_size,
             rope_interleaved=self.stored.is_interleaved,
             has_rope_pairs=has_rope_pairs,
+            tensors_interleaved=self.stored.tensors_interleaved,
         )
 
     def dtype(self, param: Param) -> Dtype:
@@ -158,7 +159,9 @@ def _beside(checkpoint: Checkpoint, label: str, other: _Model, options: Options)
 
 
 def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
-    has_rope_pairs = first.stored.is_interleaved or second.stored.is_interleaved
+    has_rope_pairs = any(
+        model.stored.is_interleaved or model.stored.tensors_interleaved for model in (first, second)
+    )
     left_params = first.params(first.stored.family, first.spec, has_rope_pairs)
     right_params = second.params(first.stored.family, first.spec, has_rope_pairs)
     casts: Counter[tuple[str, Dtype, Dtype]] = Counter()

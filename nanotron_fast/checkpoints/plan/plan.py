@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.formats.nanotron.optimizer import Sizes
+from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -33,10 +35,15 @@ class Plan:
     # The small files, by name: what makes their contents, and what is copied as it is.
     documents: dict[str, Callable[[], bytes]]
     copies: dict[str, Path]
+    # "hf" or "dcp", of a source that is a published model; None where it is Nanotron's.
+    published_format: str | None = None
     # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
     must_be_equal: tuple[NamedMove, ...] = ()
     # That of a Nanotron source which is written at another one.
     source_topology: Topology | None = None
+    # The ranks that states of training are written for, and that wrote them; None without states.
+    states: Sizes | None = None
+    source_states: Sizes | None = None
     warnings: tuple[str, ...] = field(default=())
     # Tensors that the user asked to leave out, and what lies beside the source and is not copied.
     ignored: tuple[str, ...] = ()
@@ -45,6 +52,30 @@ class Plan:
     check_source: Callable[[], None] | None = None
     # What the sources were when their headers were read, where that was noted.
     sources_read: Mapping[Path, ReadFile] = field(default_factory=dict)
+
+    def for_ranks(self, ranks: Ranks | None, files: Sequence[tuple[int, int | None]]) -> Plan:
+        """The plan with what some ranks need alone.
+
+        Args:
+            ranks: None for all.
+            files: of each output, its stage, and its tensor-parallel rank where it has one.
+
+        Raises TopologyError.
+        """
+        if ranks is None:
+            return self
+        ranks.check(self.topology)
+        mine = [number for number, (pp, tp) in enumerate(files) if ranks.have(pp, tp)]
+        warning = (
+            f"what ranks {ranks} of {self.topology} need is written alone: "
+            f"{len(mine):,} of {len(files):,} files"
+        )
+        return replace(self, transfer=self.transfer.only(mine), warnings=(*self.warnings, warning))
+
+    @property
+    def source_format(self) -> str:
+        """ "hf", "dcp" or "nanotron"."""
+        return self.published_format or "nanotron"
 
     @property
     def bytes_read(self) -> int:
@@ -83,7 +114,14 @@ class Plan:
             "peak_memory_bytes": self.peak_memory_bytes(workers),
             "layer_stages": list(self.layer_stages),
             "warnings": list(self.warnings),
+            **self._states_to_json(),
         }
+
+    def _states_to_json(self) -> dict[str, Any]:
+        """Only of a plan that takes states of training along."""
+        if self.states is None or self.source_states is None:
+            return {}
+        return {"states": asdict(self.states), "source_states": asdict(self.source_states)}
 
 
 def resident_bytes() -> int:

@@ -25,7 +25,7 @@ from nanotron_fast.moves.boxes import (
 )
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
-from nanotron_fast.moves.pieces import Piece, common_box, intersect
+from nanotron_fast.moves.pieces import Piece, common_box, fill_behind, intersect
 
 _NUM_DIMS = 3
 
@@ -110,13 +110,21 @@ def _box(values: Sequence[int], rest: int) -> Box:
     return a, b, c
 
 
-def plan_shards(stored: Sequence[Share], wanted: Sequence[Share], *, place: str) -> list[Move]:
+def plan_shards(
+    stored: Sequence[Share],
+    wanted: Sequence[Share],
+    *,
+    place: str,
+    stored_rows: int | None = None,
+) -> list[Move]:
     """The moves that fill the wanted shares of one tensor, each of them whole.
 
     Args:
         stored: all that there is of the tensor; what nobody wants of it is not moved.
         wanted: shares that are filled from nothing else.
         place: where those that are stored lie, for messages: a folder.
+        stored_rows: rows of the whole tensor that were stored; those behind them are zeros. None
+            where all were.
 
     Raises:
         CheckpointError: shares contradict each other or themselves, or some are missing.
@@ -145,6 +153,11 @@ def plan_shards(stored: Sequence[Share], wanted: Sequence[Share], *, place: str)
             in_boxes = sum(box.num_elements for box in boxes)
             found += in_boxes
             held += in_boxes if are_disjoint(boxes) else num_covered(boxes)
+            padding = None if stored_rows is None else fill_behind(piece, stored_rows)
+            if padding is not None:
+                moves.append(padding)
+                found += padding.num_elements
+                held += padding.num_elements
         if held < share.num_elements:
             raise CheckpointError(
                 f"{share.name}: the {len(stored)} shards in {place} hold {held} of the "

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from nanotron_fast.families.parts import Address, Param, Part, Share
+from nanotron_fast.formats.chunks import Chunk
+from nanotron_fast.formats.dcp.writing import NewFile as NewDcpFile
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, StoredTensor
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
 from nanotron_fast.formats.nanotron.slices import check_metadata, shard_metadata
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
-from nanotron_fast.moves.move import Move
-from nanotron_fast.moves.pieces import Piece
+from nanotron_fast.moves.pieces import Piece, intersect
 from nanotron_fast.moves.plan import OutputFile
 
 # A tied model's file may hold its matrix under this name as well, or under this name alone.
@@ -118,8 +119,14 @@ class HfSource:
         address, tensor = self.find(part)
         self.used.add(address.name)
         dtype = self._dtype_of(address, tensor)
-        file = self.files.number(tensor.path)
-        return [piece_of(part.whole(address), file, tensor.info.begin_bytes, dtype)]
+        if not tensor.chunks:
+            file = self.files.number(tensor.path)
+            return [piece_of(part.whole(address), file, tensor.info.begin_bytes, dtype)]
+        return [
+            piece_of(share, self.files.number(chunk.path), chunk.begin_bytes, dtype)
+            for chunk in tensor.chunks
+            for share in part.within(address, chunk.low, chunk.sizes, chunk.strides)
+        ]
 
     @property
     def has_tied_copy(self) -> bool:
@@ -130,8 +137,8 @@ class HfSource:
             and _EMBEDDING in self.used
         )
 
-    def tied_copy(self) -> NamedMove:
-        """A move that would write the embedding over its copy: comparing shows differences.
+    def tied_copy(self) -> tuple[NamedMove, ...]:
+        """Moves that would write the embedding over its copy: comparing shows differences.
 
         Raises CheckpointError where they cannot be equal.
         """
@@ -143,18 +150,24 @@ class HfSource:
                 f"{list(b.info.shape)} and {first} is {a.info.dtype} {list(a.info.shape)}. {UNTIE}"
             )
         dtype = float_dtype(first, a.info.dtype, a.path)
-        move = Move(
-            source=self.files.number(a.path),
-            source_offset=a.info.begin_bytes,
-            destination=self.files.number(b.path),
-            destination_offset=b.info.begin_bytes,
-            sizes=(a.info.num_elements, 1, 1),
-            source_strides=(1, 1, 1),
-            destination_strides=(1, 1, 1),
-            source_dtype=dtype,
-            destination_dtype=dtype,
+        moves = (
+            intersect(self._matrix(piece, dtype), self._matrix(other, dtype))
+            for piece in a.pieces
+            for other in b.pieces
         )
-        return NamedMove(move, first, second)
+        return tuple(NamedMove(move, first, second) for move in moves if move is not None)
+
+    def _matrix(self, chunk: Chunk, dtype: Dtype) -> Piece:
+        """A chunk of a matrix as a piece of it."""
+        (row, column), (rows, columns), strides = chunk.low, chunk.sizes, chunk.strides
+        return Piece(
+            file=self.files.number(chunk.path),
+            offset_bytes=chunk.begin_bytes,
+            dtype=dtype,
+            low=(row, column, 0),
+            high=(row + rows, column + columns, 1),
+            strides=(strides[0], strides[1], 0),
+        )
 
 
 class NanotronSource:
@@ -230,22 +243,43 @@ class NanotronSource:
         ]
 
 
-class HfTarget:
-    """Hugging Face files that are to be written."""
+class PublishedTarget:
+    """Files of a published model that are to be written.
 
-    def __init__(self, files: Iterable[NewFile], dtypes: dict[str, Dtype]) -> None:
+    Args:
+        files: what they hold beside tensors, and where tensors begin, by the name they get.
+        names: the names that a tensor gets, from Hugging Face's; each is written.
+        dtypes: by Hugging Face's names.
+    """
+
+    def __init__(
+        self,
+        files: Iterable[NewFile | NewDcpFile],
+        dtypes: Mapping[str, Dtype],
+        names: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
         self.outputs: list[OutputFile] = []
         self._places: dict[str, tuple[int, int]] = {}
         self._dtypes = dtypes
+        self._names = names
         for index, file in enumerate(files):
-            self.outputs.append(OutputFile(file.name, file.header, file.size_bytes))
+            literals: tuple[tuple[int, bytes], ...] = ()
+            header = b""
+            if isinstance(file, NewFile):
+                header = file.header
+            else:
+                literals = file.literals
+            self.outputs.append(OutputFile(file.name, header, file.size_bytes, literals))
             for name, offset in file.offsets.items():
                 self._places[name] = index, offset
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
-        file, begin_bytes = self._places[part.name]
         whole = part.whole(part.tensors[0])
-        return [piece_of(whole, file, begin_bytes, self._dtypes[part.name])]
+        names = (part.name,) if self._names is None else self._names[part.name]
+        return [
+            piece_of(whole, file, begin_bytes, self._dtypes[part.name])
+            for file, begin_bytes in map(self._places.__getitem__, names)
+        ]
 
 
 class NanotronTarget:
@@ -262,6 +296,8 @@ class NanotronTarget:
     ) -> None:
         self.sizes = topology.sizes
         self.outputs: list[OutputFile] = []
+        # Of each output, its stage, and its tensor-parallel rank where it is not for all of them.
+        self.ranks: list[tuple[int, int | None]] = []
         self._dtypes = dtypes
         # Of each shard of a parameter: its ranks, its file, and where its tensor begins in that.
         self._places: dict[str, list[tuple[dict[str, int], int, int]]] = {}
@@ -270,12 +306,13 @@ class NanotronTarget:
             shape = param.local_shape(self.sizes)
             dtype = dtypes[param.name]
             places = self._places[param.name] = []
+            stage = stage_of(param.block)
             for ranks in param.shards(self.sizes):
                 metadata: dict[str, str] = {}
                 shard = None
                 if ranks:
                     rank = ranks["tp"]
-                    shard = (stage_of(param.block), pp, rank, tp)
+                    shard = (stage, pp, rank, tp)
                     metadata = shard_metadata(
                         param.shape,
                         split=param.cuts["tp"],
@@ -289,6 +326,7 @@ class NanotronTarget:
                 for length in shape:
                     size *= length
                 places.append((ranks, len(self.outputs), start))
+                self.ranks.append((stage, ranks.get("tp")))
                 self.outputs.append(
                     OutputFile(nanotron.tensor_path(param.name, shard), header, start + size)
                 )

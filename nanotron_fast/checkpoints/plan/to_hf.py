@@ -1,4 +1,4 @@
-"""Planning the way from Nanotron to Hugging Face."""
+"""Planning the way from Nanotron to Hugging Face, or to torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from nanotron_fast.checkpoints.options import DEFAULT_SHARD_BYTES, Options
+from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_training
 from nanotron_fast.checkpoints.plan.hf_config import hf_config
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
+from nanotron_fast.checkpoints.plan.masters import MastersSource
 from nanotron_fast.checkpoints.plan.plan import Plan
-from nanotron_fast.checkpoints.plan.sides import HfTarget, NanotronSource
+from nanotron_fast.checkpoints.plan.publishing import is_interleaved, publish
+from nanotron_fast.checkpoints.plan.sides import NanotronSource
 from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters, main_dtype_of
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
@@ -33,7 +35,8 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
 
     Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
     """
-    options.reject_for("hf")
+    to = options.to or "hf"
+    options.reject_for("dcp" if to == "dcp" else "hf")
     model = NanotronModel(source, options)
     family, spec = model.family, model.spec
     # A checkpoint is refused for what was wrong with it in Nanotron, too: it computed otherwise.
@@ -46,16 +49,13 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         rope_interleaved=None,
     )
     check_expressible(family, spec)
-    params = model.params()
-    reader = NanotronSource(source)
+    params = model.params(tensors_interleaved=is_interleaved(to, options.names))
+    reader = MastersSource(source) if options.master_weights else NanotronSource(source)
     main_dtype = options.dtype or main_dtype_of(params, reader)
-    dtypes = _hf_dtypes(params, reader, model, options.dtype, main_dtype)
-    shapes = {part.name: part.tensors[0].shape for param in params for part in param.parts}
-    files, index = hf.layout_shards(
-        [(name, dtypes[name], shape) for name, shape in shapes.items()],
-        options.max_shard_size or DEFAULT_SHARD_BYTES,
-    )
-    writer = HfTarget(files, dtypes)
+    cast = main_dtype if options.master_weights else options.dtype
+    dtypes = _hf_dtypes(params, reader, model, cast, main_dtype)
+    published = publish(params, dtypes, family, to, options)
+    writer = published.target
     moves = tuple(named.move for named in plan_moves(params, reader, writer))
     model.check_leftovers(reader)
 
@@ -67,11 +67,10 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     generation_config = _generation_config(model.side, spec)
     if generation_config is not None:
         documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
-    if index is not None:
-        documents[hf.INDEX] = partial(bytes, index)
+    documents.update(published.documents)
     topology = Topology(tp=source.tp, pp=source.pp)
     plan = Plan(
-        direction="hf",
+        direction=to,
         source=source.root,
         family=family.name,
         model_class=model.model_class.name,
@@ -86,6 +85,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         warnings=tuple(warnings),
         ignored=source.ignored,
         left_behind=beside.left_behind,
+        sources_read=reader.states.read_files if isinstance(reader, MastersSource) else {},
     )
     plan.check()
     return plan

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from nanotron_fast.checkpoints.options import Options
-from nanotron_fast.checkpoints.plan.beside import beside_nanotron
+from nanotron_fast.checkpoints.plan.beside import beside_published
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
@@ -60,15 +61,14 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
     check_divides(params, topology)
     reader = HfSource(source)
-    stored = [[reader.dtype(part) for part in param.parts] for param in params]
-    stored_dtype = _stored_dtype(source, params, stored, options.dtype)
-    main_dtype = options.dtype or stored_dtype
+    most = stored_dtype(source, params, reader, options.dtype)
+    main_dtype = options.dtype or most
     warnings += source.warnings
     dtypes = {
         param.name: Dtype.F32
         if param.is_fp32
-        else options.dtype or _widest(param, set(of_parts), warnings)
-        for param, of_parts in zip(params, stored, strict=True)
+        else options.dtype or _widest(param, reader, warnings)
+        for param in params
     }
     writer = NanotronTarget(
         params,
@@ -84,7 +84,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     )
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     warnings += kept_warnings
-    beside = beside_nanotron(source, options)
+    beside = beside_published(source, options)
     if source.absent is not None:
         warnings.append(
             f"{source.root}: the index places {source.absent} in a file that does not hold it; the "
@@ -100,7 +100,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
         vocab_size=spec.vocab_size,
         config=source.config,
         generation_config=source.generation_config,
-        dtypes=_other_dtypes(params, stored, dtypes, stored_dtype, options.dtype),
+        dtypes=_other_dtypes(params, reader, dtypes, most, options.dtype),
         carried=sorted(beside.copies),
     )
     metadata = nanotron.metadata_document(version, topology.tp)
@@ -133,6 +133,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
         copies=beside.copies,
+        published_format=source.format,
         must_be_equal=duplicates,
         warnings=tuple(warnings),
         ignored=source.ignored,
@@ -140,31 +141,30 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
         check_source=partial(check_rival_bytes, source) if source.rivals else None,
     )
     plan.check()
-    return plan
+    return plan.for_ranks(options.ranks_only, writer.ranks)
 
 
-def _stored_dtype(
-    source: HfCheckpoint, params: list[Param], stored: list[list[Dtype]], cast: Dtype | None
+def stored_dtype(
+    source: HfCheckpoint, params: list[Param], reader: HfSource, cast: Dtype | None
 ) -> Dtype:
-    """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast.
-
-    `stored` are the dtypes of the tensors that make each parameter.
-    """
-    counts: dict[Dtype, int] = {}
-    for param, of_parts in zip(params, stored, strict=True):
-        for part, dtype in zip(param.parts, of_parts, strict=True):
-            counts[dtype] = counts.get(dtype, 0) + math.prod(part.sizes)
+    """The dtype of most elements. Raises UnsupportedModelError where F64 would be cast."""
+    counts: Counter[Dtype] = Counter()
+    for param in params:
+        for part in param.parts:
+            dtype = reader.dtype(part)
+            counts[dtype] += math.prod(part.sizes)
             if dtype is Dtype.F64 and (cast is not None or param.is_fp32):
                 raise UnsupportedModelError(
                     f"{source.root}: {part.name} is F64, which is not cast; use --dtype keep"
                 )
-    return max(counts, key=counts.__getitem__)
+    return counts.most_common(1)[0][0]
 
 
-def _widest(param: Param, dtypes: set[Dtype], warnings: list[str]) -> Dtype:
-    """The dtype that holds every value of tensors of these, which make a parameter."""
+def _widest(param: Param, reader: HfSource, warnings: list[str]) -> Dtype:
+    """The dtype that holds every value of the tensors that make a parameter."""
+    dtypes = {reader.dtype(part) for part in param.parts}
     if len(dtypes) == 1:
-        return next(iter(dtypes))
+        return dtypes.pop()
     if Dtype.F64 in dtypes:
         raise UnsupportedModelError(
             f"{param.name} is made of tensors of different dtypes, F64 among them"
@@ -176,9 +176,9 @@ def _widest(param: Param, dtypes: set[Dtype], warnings: list[str]) -> Dtype:
 
 def _other_dtypes(
     params: list[Param],
-    stored: list[list[Dtype]],
+    reader: HfSource,
     written: dict[str, Dtype],
-    main: Dtype,
+    stored: Dtype,
     cast: Dtype | None,
 ) -> dict[str, str]:
     """Dtypes to restore on the way back: where it would not choose the tensor's own.
@@ -187,10 +187,11 @@ def _other_dtypes(
     wider than some of those that it is made of.
     """
     others: dict[str, str] = {}
-    for param, of_parts in zip(params, stored, strict=True):
-        expected = main if param.is_fp32 else written[param.name]
-        is_cast = cast is not None and not param.is_fp32
-        for part, dtype in zip(param.parts, of_parts, strict=True):
+    for param in params:
+        for part in param.parts:
+            dtype = reader.dtype(part)
+            expected = stored if param.is_fp32 else written[param.name]
+            is_cast = cast is not None and not param.is_fp32
             if dtype is not expected and not is_cast:
                 others[part.name] = dtype.name
     return others

@@ -35,27 +35,29 @@ def execute(
     on_progress: ProgressCallback | None = None,
     meanwhile: Callable[[], None] | None = None,
     **more: Any,
-) -> None:
-    """Does what `engine.execute` does, with sources in mirrors too. The arguments are the same.
+) -> str:
+    """Does what `engine.execute` does, with sources in mirrors too. Arguments and result are the
+    same.
 
     Raises what that raises; CheckpointError where a source has changed in its store, OSError where
     it cannot be read, DestinationError where there is no room to hold what one group needs.
     """
     if not is_remote(plan.sources):
-        engine.execute(plan, root, on_progress=on_progress, meanwhile=meanwhile, **more)
-        return
-    done = 0
+        return engine.execute(plan, root, on_progress=on_progress, meanwhile=meanwhile, **more)
+    done, refusal = 0, ""
     if meanwhile is not None:
         meanwhile()
     for group in groups_of(plan, GROUP_BYTES, counts_outputs=False):
         with holding(plan.sources, group.ranges):
-            engine.execute(
+            said = engine.execute(
                 group.plan,
                 root,
                 on_progress=behind(on_progress, done),
                 **more,
             )
         done += group.plan.bytes_written
+        refusal = refusal or said
+    return refusal
 
 
 def behind(on_progress: ProgressCallback | None, done: int) -> ProgressCallback | None:

@@ -33,6 +33,7 @@ MARKERS = (
     "model_config.json",
     "model.safetensors.index.json",
     "checkpoint_metadata.json",
+    ".metadata",
 )
 
 

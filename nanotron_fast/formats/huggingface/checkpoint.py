@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.chunks import Chunk
 from nanotron_fast.formats.huggingface.files import (
     EXPLICIT,
     HEAD,
@@ -23,6 +24,7 @@ from nanotron_fast.formats.huggingface.files import (
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
+from nanotron_fast.moves.boxes import row_major
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 
@@ -36,15 +38,31 @@ _BLOCK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor and the file that holds it."""
+    """A tensor and the file that holds it.
+
+    `chunks`: where the tensor does not lie whole in the file, and the file says alone where it
+    does. Offsets of `info` mean nothing then.
+    """
 
     path: Path
     info: TensorInfo
+    chunks: tuple[Chunk, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Chunk, ...]:
+        """The chunks of the tensor, one where it lies whole."""
+        shape = self.info.shape
+        whole = Chunk(self.path, self.info.begin_bytes, (0,) * len(shape), shape, row_major(shape))
+        return self.chunks or (whole,)
 
 
 @dataclass(frozen=True, slots=True)
 class HfCheckpoint:
-    """What is in a directory, from its headers."""
+    """What is in a directory, from its headers.
+
+    `format` is "hf"; or "dcp" where torch.distributed.checkpoint wrote the tensors, under whatever
+    names: they have Hugging Face's here.
+    """
 
     root: Path
     config: dict[str, Any]
@@ -59,6 +77,13 @@ class HfCheckpoint:
     ignored: tuple[str, ...] = ()
     # What each file was when its header was read.
     read: Mapping[Path, ReadFile] = field(default_factory=dict)
+    format: str = "hf"
+    # Rotary pairs lie beside each other in q and k, as torchtitan has them.
+    rope_interleaved: bool = False
+    # Why there is no configuration, where there is none.
+    lacks_config: str | None = None
+    # Names of further files in the folder that belong to the tensors.
+    other_files: frozenset[str] = frozenset()
 
     @property
     def dtypes(self) -> set[str]:
@@ -69,7 +94,8 @@ class HfCheckpoint:
     def files(self) -> set[str]:
         """Names of the files that were read, in their folder."""
         tensors = (*self.tensors.values(), *self.rivals.values())
-        return {CONFIG, GENERATION_CONFIG, SINGLE, INDEX, *(tensor.path.name for tensor in tensors)}
+        names = {tensor.path.name for tensor in tensors}
+        return {CONFIG, GENERATION_CONFIG, SINGLE, INDEX, *names, *self.other_files}
 
     def without(self, patterns: Sequence[str]) -> HfCheckpoint:
         """The checkpoint without the tensors whose names match."""

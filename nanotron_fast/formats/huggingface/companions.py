@@ -19,6 +19,7 @@ from typing import Any
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.lfs import HINT, is_pointer
+from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.formats.plain_file import check_plain
 
 # The largest tokenizers have 40 MB; nothing else that is asked for comes near.
@@ -30,7 +31,7 @@ FOLDER_PATTERNS = (f"{TEMPLATES}/*.jinja", f"{GENERATE}/*.py", f"{GENERATE}/*.tx
 # Either format's own: written anew by a conversion, never copied.
 _OWN = (
     *("config.json", "generation_config.json", "nanotron_fast.json", "model_config.json"),
-    *("checkpoint_metadata.json", "config.yaml", "latest.txt", "model"),
+    *("checkpoint_metadata.json", "config.yaml", "latest.txt", "model", MANIFEST),
     # Never carried, though a configuration names them.
     *("*.safetensors", "*.index.json", "pytorch_model*.bin", "adapter_config.json"),
 )

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.hints import hint
 from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.plain_file import is_file_name
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,16 +119,6 @@ def indexed_files(root: Path, index: str) -> Files:
             wanted = files[name] = set()
         wanted.add(tensor)
     return files
-
-
-def is_file_name(name: object) -> TypeGuard[str]:
-    """Whether it names a file in a folder. A path could lead out of the checkpoint."""
-    return (
-        isinstance(name, str)
-        and Path(name).name == name
-        and name not in ("", "..")
-        and "\x00" not in name
-    )
 
 
 def _check_present(root: Path, index: str, files: Files) -> None:

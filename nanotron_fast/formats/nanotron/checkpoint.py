@@ -24,6 +24,8 @@ CONFIG_YAML = "config.yaml"
 LATEST = "latest.txt"
 WEIGHTS = "model"
 TENSOR = "data"
+# What to do where files are mixed, which Nanotron would merge in silence.
+STALE = "Remove those of the topology that did not write this checkpoint"
 
 _FILE_NAME = re.compile(
     r"model_(?P<leaf>[A-Za-z0-9_]+?)"
@@ -139,7 +141,7 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
         if tp_rank in shards:
             raise CheckpointError(
                 f"{path}: {shards[tp_rank].path.name} holds the same shard of {param}: files of "
-                "two topologies are mixed"
+                f"two topologies are mixed. {STALE}"
             )
         shards[tp_rank] = shard
     if not found:
@@ -148,18 +150,35 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
         (first, first_path), (second, second_path) = list(sizes.items())[:2]
         raise CheckpointError(
             f"{root}: files of two topologies are mixed: TP={first[0]} PP={first[1]} "
-            f"({first_path.name}) and TP={second[0]} PP={second[1]} ({second_path.name})"
+            f"({first_path.name}) and TP={second[0]} PP={second[1]} ({second_path.name}). {STALE}"
         )
     tp, pp = next(iter(sizes), (1, 1))
+    params = {param: _in_order(root, param, shards, tp) for param, shards in found.items()}
+    _check_metadata(root, sizes)
     return NanotronCheckpoint(
         root,
         model_config,
-        {param: _in_order(root, param, shards, tp) for param, shards in found.items()},
+        params,
         frozenset(param for param, shards in found.items() if None not in shards),
         tp,
         pp,
         read=read,
     )
+
+
+def _check_metadata(root: Path, sizes: Mapping[tuple[int, int], Path]) -> None:
+    """Holds the ranks that files' names speak of to what was said of them when they were written.
+
+    Raises CheckpointError.
+    """
+    path = root / METADATA
+    told = read_json_object(path).get("tp") if path.is_file() else None
+    for (tp, _), example in sizes.items():
+        if isinstance(told, int) and told != tp:
+            raise CheckpointError(
+                f"{path}: it says tp={told}, and the files of the weights are of TP={tp} "
+                f"({example.name}). {STALE}, or write its metadata anew"
+            )
 
 
 def _tensor_files(folder: Path) -> Iterator[Path]:
@@ -185,7 +204,7 @@ def _in_order(
         if len(shards) > 1:
             raise CheckpointError(
                 f"{root}: {param} is there both whole and in shards: files of two topologies are "
-                "mixed"
+                f"mixed. {STALE}"
             )
         return (shards[None],)
     if len(shards) != tp or any(rank not in range(tp) for rank in shards):

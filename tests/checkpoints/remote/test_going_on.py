@@ -71,10 +71,17 @@ def test_a_source_that_is_another_by_now_is_not_gone_on_with(
 
 
 @pytest.mark.parametrize(
-    "wish", [{"resume": True}, {"overwrite_partial": True}, {"share": (1, 2)}, {"finish": True}]
+    "wish",
+    [
+        {"resume": True},
+        {"overwrite_partial": True},
+        {"share": (1, 2)},
+        {"finish": True},
+        {"manifest": True},
+    ],
 )
 def test_a_store_takes_a_conversion_as_a_whole(faulty, temporary, model, wish):
-    with pytest.raises(ConfigError, match="are for a directory"):
+    with pytest.raises(ConfigError, match="are for a"):
         nf.convert(model, OUT, **wish)
 
 

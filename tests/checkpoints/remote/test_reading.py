@@ -289,3 +289,14 @@ def test_what_cannot_read_urls_says_so(faulty, temporary, model):
         nf.load_into({"x": torch.zeros(1)}, URL, topology=nf.Topology(), rank=0)
     with pytest.raises(CheckpointError, match="copy the checkpoint to a disk first"):
         nf.verify(URL, model, logits=True)
+
+
+def test_what_is_read_from_a_disk_alone_says_so(faulty, temporary, model, tmp_path):
+    nf.convert(model, tmp_path / "nanotron")
+    put(tmp_path / "nanotron", URL)
+    with pytest.raises(CheckpointError, match="are read from a disk alone"):
+        nf.convert(URL, tmp_path / "out", master_weights=True)
+    faulty().pipe_file("faulty://bucket/dcp/.metadata", b"x")
+    faulty().pipe_file("faulty://bucket/dcp/__0_0.distcp", b"x")
+    with pytest.raises(CheckpointError, match="is read from a disk alone"):
+        nf.convert("faulty://bucket/dcp", tmp_path / "out")

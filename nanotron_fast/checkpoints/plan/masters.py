@@ -1,0 +1,108 @@
+"""The fp32 masters of a training as a side to read from, in the place of its weights.
+
+With ZeRO-1 a rank's shard lies in the files of several data-parallel ranks, each of which has a run
+of it: a part of a parameter is cut where a run ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanotron_fast.checkpoints.plan.sides import NanotronSource, piece_of
+from nanotron_fast.checkpoints.states import TrainingStates
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.families.parts import Param, Part, Share
+from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.optimizer import MASTERS, OPTIMIZER, check_beside_weights
+from nanotron_fast.moves.boxes import Box
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.pieces import Piece
+
+
+class MastersSource(NanotronSource):
+    """The masters of a checkpoint's parameters, which must be there beside the weights.
+
+    Raises CheckpointError where there are no masters, or they are not of these weights.
+    """
+
+    def __init__(self, checkpoint: NanotronCheckpoint) -> None:
+        super().__init__(checkpoint)
+        folder = checkpoint.root / OPTIMIZER
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"--master-weights: {checkpoint.root} has no {OPTIMIZER}/, where masters would be"
+            )
+        self.states = TrainingStates.read(checkpoint.root)
+        check_beside_weights(self.states.found, checkpoint)
+        if not self.states.first_of(0).has_masters:
+            raise CheckpointError(
+                f"--master-weights: {folder} has no {MASTERS}: this training kept no masters"
+            )
+
+    def dtype(self, param: Param) -> Dtype:
+        """The dtype of a parameter's masters."""
+        self._shards(param)
+        shape = param.local_shape(self.sizes)
+        return next(shard.dtype for shard in self.states.shards_of(param, MASTERS, shape))
+
+    def pieces(self, param: Param, part: Part) -> list[Piece]:
+        """See `Side`."""
+        self._shards(param)
+        shape = param.local_shape(self.sizes)
+        ranks = list(param.shards(self.sizes))
+        pieces: list[Piece] = []
+        for shard in self.states.shards_of(param, MASTERS, shape):
+            share = param.share(part, self.sizes, ranks[shard.tp_rank])
+            file = self.files.number(shard.tensor.path)
+            cut = [share] if shard.run is None else within(share, *shard.run)
+            pieces += [piece_of(each, file, shard.tensor.offset_bytes, shard.dtype) for each in cut]
+        return pieces
+
+
+def within(share: Share, first: int, end: int) -> list[Share]:
+    """What a share of a flattened shard has among the elements from `first` up to `end`.
+
+    Returns boxes, whose offsets are counted from `first`.
+    """
+    found = []
+    for low, high, offset in _cut(share.low, share.high, share.offset, share.strides, first, end):
+        found.append(Share(low, high, offset - first, share.strides))
+    return found
+
+
+def _cut(
+    low: Box, high: Box, offset: int, strides: Box, first: int, end: int
+) -> Iterator[tuple[Box, Box, int]]:
+    """The boxes of a box whose elements lie between two offsets; `offset` is that of `low`."""
+    sizes = [b - a for a, b in zip(low, high, strict=True)]
+    if min(sizes) < 1:
+        return
+    reach = [(size - 1) * stride for size, stride in zip(sizes, strides, strict=True)]
+    if offset + sum(reach) < first or offset >= end:
+        return
+    if offset >= first and offset + sum(reach) < end:
+        yield low, high, offset
+        return
+    # The dimension with the longest stride: most of its slices lie on one side of each border.
+    dim = max((n for n in range(3) if sizes[n] > 1), key=lambda n: strides[n])
+    stride, inner = strides[dim], sum(reach) - reach[dim]
+    # Slices from `whole` up to `behind` lie between the borders; those beside them across one.
+    whole = min(sizes[dim], max(0, -(-(first - offset) // stride)))
+    behind = max(whole, min(sizes[dim], (end - offset - inner - 1) // stride + 1))
+    if behind > whole:
+        yield (
+            _slices(low, dim, low[dim] + whole),
+            _slices(high, dim, low[dim] + behind),
+            (offset + whole * stride),
+        )
+    for index in (*range(whole), *range(behind, sizes[dim])):
+        at = offset + index * stride
+        if at + inner >= first and at < end:
+            start = low[dim] + index
+            one = _slices(low, dim, start), _slices(high, dim, start + 1)
+            yield from _cut(*one, at, strides, first, end)
+
+
+def _slices(box: Box, dim: int, value: int) -> Box:
+    a, b, c = (value if n == dim else each for n, each in enumerate(box))
+    return a, b, c

@@ -1,0 +1,287 @@
+"""Planning the states of training at another topology: files of the optimizer and the rates.
+
+A file is laid out as Nanotron would write it: its names and numbers in the order of the target
+rank's modules, whole shards or runs of them. The tensors in it are filled by moves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from nanotron_fast.checkpoints.plan.shards import Share, plan_shards
+from nanotron_fast.checkpoints.states import StoredShard, TrainingStates
+from nanotron_fast.checkpoints.stored import some
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.families.parts import Param
+from nanotron_fast.families.roles import is_row_bias
+from nanotron_fast.formats.nanotron.optimizer import (
+    MASTERS,
+    OPTIMIZER,
+    PLAIN,
+    RANDOM,
+    ZERO,
+    Described,
+    Place,
+    Run,
+    Sizes,
+    config_document,
+    lr_scheduler_path,
+    optimizer_path,
+    random_path,
+    runs_of,
+)
+from nanotron_fast.formats.nanotron.slices import shard_pairs
+from nanotron_fast.formats.torch_file import Layout, NewTensor, StoredTensor, lay_out
+from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.moves.move import Move
+from nanotron_fast.moves.plan import OutputFile
+
+# Where the blocks stand that are no decoder layer: before the layers, or behind them.
+_OTHERS = {"embedding": (0, 0), "norm": (2, 0), "head": (2, 1)}
+
+
+class StatesTarget:
+    """The files of the states at a topology.
+
+    Args:
+        states: as they are stored.
+        params: the parameters as they will be written.
+        stored_params: the same as they are stored, with other rows of the vocabulary perhaps.
+        sizes: of the groups to write for.
+        stage_of: the stage of a block.
+        has_tied_copy: the head's stage has the embedding's matrix as well.
+
+    Raises CheckpointError where the states are not those of these parameters.
+    """
+
+    def __init__(
+        self,
+        states: TrainingStates,
+        params: Sequence[Param],
+        stored_params: Sequence[Param],
+        sizes: Sizes,
+        *,
+        stage_of: Callable[[int | str], int],
+        has_tied_copy: bool,
+    ) -> None:
+        self.states, self.sizes = states, sizes
+        self._params = {param.name: param for param in params}
+        self._was = {param.name: param for param in stored_params}
+        self._stage_of, self._has_tied_copy = stage_of, has_tied_copy
+        self._check_names()
+        self._rates = states.rates()
+
+    def _check_names(self) -> None:
+        found = self.states.names()
+        unknown = [name for name in found if name not in self._params]
+        if unknown:
+            raise CheckpointError(
+                f"{self.states.folder / OPTIMIZER}: there are states of {len(unknown)} parameters "
+                f"that the model has not: {some(unknown)}"
+            )
+        missing = [name for name in self._params if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"{self.states.folder / OPTIMIZER}: there are no states of {len(missing)} "
+                f"parameters: {some(missing)}"
+            )
+
+    def names_of(self, place: Place) -> list[str]:
+        """The parameters of a rank, in the order of its modules."""
+        order = {name: index for index, name in enumerate(self.states.names())}
+        mine = [param for param in self._params.values() if self._stage_of(param.block) == place.pp]
+        mine.sort(key=lambda param: (_rank_of(param.block), order[param.name]))
+        names = [param.name for param in mine]
+        if self._has_tied_copy and place.pp == self._stage_of("head"):
+            names += [name for name, param in self._params.items() if param.block == "embedding"]
+        return [name for name in names if place.tp == 0 or not is_row_bias(name, self._params)]
+
+    def plan(self, number: Callable[[Path], int], outputs: list[OutputFile]) -> Iterator[Move]:
+        """Adds the files to `outputs`, and makes the moves that fill them.
+
+        `number` gives the number of a file among the sources.
+        """
+        wanted: dict[tuple[str, str], list[tuple[Place, int, int]]] = {}
+        for place in self.sizes.places():
+            layout = lay_out(self._document(place))
+            for key, offset in layout.offsets.items():
+                wanted.setdefault(key, []).append((place, len(outputs), offset))  # type: ignore[arg-type]
+            outputs.append(_output(optimizer_path(place, self.sizes), layout))
+        for (name, key), places in wanted.items():
+            yield from self._moves(name, key, places, number)
+        if self._rates is not None:
+            for place in Sizes(self.sizes.tp, self.sizes.pp, 1).places():
+                document = self._rates.document(self.names_of(place))
+                outputs.append(_output(lr_scheduler_path(place, self.sizes), lay_out(document)))
+
+    def _document(self, place: Place) -> dict[str, Any]:
+        """What a rank's file holds, its tensors still to be filled."""
+        state: dict[int, dict[str, Any]] = {}
+        groups: list[dict[str, Any]] = []
+        names: dict[int, str] = {}
+        masters: dict[str, NewTensor] = {}
+        for name in self.names_of(place):
+            index, run = len(names), self._run(name, place)
+            is_here = run is None or run[0] < run[1]
+            groups.append({**self._constants(name), "params": [index] if is_here else []})
+            if not is_here:
+                continue
+            shape = self._local_shape(name) if run is None else (run[1] - run[0],)
+            names[index] = name
+            state[index] = dict(self._scalars(name))
+            for key in self.states.keys_of(name):
+                tensor = NewTensor((name, key), self._dtype(name, key), shape)
+                if key == MASTERS:
+                    masters[name] = tensor
+                else:
+                    state[index][key] = tensor
+        document = {"state": state, "param_groups": groups, "names": names}
+        return document | ({MASTERS: masters} if self._has_masters() else {})
+
+    def _has_masters(self) -> bool:
+        return self.states.first_of(0).has_masters
+
+    def _constants(self, name: str) -> Mapping[str, Any]:
+        source = self.states.first_of(self.states.stage_of(name))
+        if name not in source.groups:
+            raise CheckpointError(f"{source.path}: there are no constants of {name} in it")
+        if self._has_masters() and MASTERS not in source.tensors[name]:
+            raise CheckpointError(f"{source.path}: there is no master of {name} in it")
+        return {key: _kept(value) for key, value in source.groups[name].items()}
+
+    def _scalars(self, name: str) -> Iterator[tuple[str, Any]]:
+        source = self.states.first_of(self.states.stage_of(name))
+        for key, value in source.scalars[name].items():
+            yield key, _kept(value)
+
+    def _run(self, name: str, place: Place) -> Run | None:
+        if place.dp is None:
+            return None
+        return runs_of(math.prod(self._local_shape(name)), self.sizes.dp)[place.dp]
+
+    def _local_shape(self, name: str) -> tuple[int, ...]:
+        return self._params[name].local_shape({"tp": self.sizes.tp})
+
+    def _stored(self, name: str, key: str) -> list[StoredShard]:
+        was = self._was[name]
+        return list(self.states.shards_of(was, key, was.local_shape({"tp": self.states.sizes.tp})))
+
+    def _dtype(self, name: str, key: str) -> Dtype:
+        dtypes = {shard.dtype for shard in self._stored(name, key)}
+        if len(dtypes) != 1:
+            told = ", ".join(sorted(dtype.name for dtype in dtypes)) or "nothing"
+            raise CheckpointError(f"{self.states.folder / OPTIMIZER}: {key} of {name} is {told}")
+        return dtypes.pop()
+
+    def _moves(
+        self,
+        name: str,
+        key: str,
+        places: Sequence[tuple[Place, int, int]],
+        number: Callable[[Path], int],
+    ) -> list[Move]:
+        """Those that fill one state of a parameter in all files."""
+        param, was = self._params[name], self._was[name]
+        # Rows are counted in a tensor that has room for those of both sides.
+        whole = max(param.shape, was.shape)
+        shape = was.local_shape({"tp": self.states.sizes.tp})
+        stored = [
+            Share(
+                name=f"{key} of {name} in {shard.tensor.path}",
+                file=number(shard.tensor.path),
+                offset_bytes=shard.tensor.offset_bytes,
+                dtype=shard.dtype,
+                shape=shape,
+                pairs=_pairs(was, self.states.sizes.tp, shard.tp_rank),
+                whole_shape=whole,
+                run=shard.run,
+            )
+            for shard in self._stored(name, key)
+        ]
+        wanted = [
+            Share(
+                name=f"{key} of {name} in {optimizer_path(place, self.sizes)}",
+                file=file,
+                offset_bytes=offset,
+                dtype=stored[0].dtype,
+                shape=self._local_shape(name),
+                pairs=_pairs(param, self.sizes.tp, place.tp),
+                whole_shape=whole,
+                run=self._run(name, place),
+            )
+            for place, file, offset in places
+        ]
+        return plan_shards(
+            stored,
+            wanted,
+            place=str(self.states.folder / OPTIMIZER),
+            stored_rows=was.shape[0] if was.shape != param.shape else None,
+        )
+
+    def config(self) -> bytes:
+        """`optimizer_config.json`."""
+        described: dict[str, Described] = {}
+        for stage in range(self.sizes.pp):
+            for name in self.names_of(Place(stage, 0, None)):
+                shape = self._local_shape(name)
+                runs = tuple(runs_of(math.prod(shape), self.sizes.dp))
+                described.setdefault(name, Described(name, runs, shape))
+        kind = self.states.kind
+        if kind in (None, ZERO):
+            kind = PLAIN if self._has_masters() else "NamedOptimizer"
+        return json.dumps(config_document(list(described.values()), self.sizes, kind=kind)).encode()
+
+    def random_files(self) -> dict[str, Path]:
+        """The files of random states to copy, by their paths in the destination.
+
+        A rank has those of the rank in its place; of one that was not there, those of another: the
+        ranks of a tensor-parallel group have the same.
+        """
+        was, copies = self.states.sizes, {}
+        if not (self.states.folder / RANDOM).is_dir():
+            return {}
+        for pp in range(self.sizes.pp):
+            for dp in range(self.sizes.dp):
+                for tp in range(self.sizes.tp):
+                    name = random_path(pp % was.pp, dp % was.dp, tp % was.tp, was)
+                    path = self.states.folder / name
+                    if path.is_file():
+                        copies[random_path(pp, dp, tp, self.sizes)] = path
+        return copies
+
+
+def _kept(value: Any) -> Any:
+    """A value as it is written again: tensors are those of one element, whose bytes are read."""
+    if not isinstance(value, StoredTensor):
+        return value
+    if value.dtype not in Dtype.__members__ or value.shape:
+        raise CheckpointError(
+            f"{value.path}: among the constants is a tensor of {value.dtype} {list(value.shape)}"
+        )
+    return NewTensor(object(), Dtype[value.dtype], (), value.read())
+
+
+def _rank_of(block: int | str) -> tuple[int, int]:
+    """Sorts blocks by their order in the model."""
+    return (1, block) if isinstance(block, int) else _OTHERS[block]
+
+
+@cache
+def _pairs_of(
+    shape: tuple[int, ...], split: int | None, chunks: tuple[int, ...] | None, tp: int, rank: int
+) -> Any:
+    return shard_pairs(shape, split=split, chunks=chunks, tp=tp, rank=rank)
+
+
+def _pairs(param: Param, tp: int, rank: int) -> Any:
+    return _pairs_of(param.shape, param.cuts.get("tp"), param.chunks, tp, rank)
+
+
+def _output(path: str, layout: Layout) -> OutputFile:
+    (_, header), *literals = layout.literals
+    return OutputFile(path, header, layout.size_bytes, tuple(literals), checksums=layout.checksums)
