@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="a folder on the disk to use")
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/scale.json")
     args = parser.parse_args()
-    found = environment()
+    found = {**environment(), "load": f"{os.getloadavg()[0]:.1f}"}
     print(", ".join(f"{key} {value}" for key, value in found.items()))
     rows = []
     with tempfile.TemporaryDirectory(dir=args.directory, prefix="nanotron_fast-bench-") as folder:
