@@ -54,6 +54,38 @@ SHAPES: dict[str, dict[str, object]] = {
         "num_key_value_heads": 8,
         "vocab_size": 32000,
     },
+    "llama-13b": {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 40,
+        "vocab_size": 32000,
+    },
+    "llama-405b": {
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_hidden_layers": 126,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    # As many layers and experts, and as wide, as DeepSeek-V3 has; its attention is another.
+    "qwen2-moe-671b": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "shared_expert_intermediate_size": 2048,
+        "num_experts": 256,
+        "num_experts_per_tok": 8,
+        "mlp_only_layers": [0, 1, 2],
+        "num_hidden_layers": 61,
+        "num_attention_heads": 56,
+        "num_key_value_heads": 8,
+        "vocab_size": 129280,
+    },
 }
 
 

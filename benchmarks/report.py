@@ -2,9 +2,9 @@
 
     python benchmarks/report.py [--out docs/results]
 
-Takes what bench_convert.py, bench_load.py, bench_kernels.py, bench_step.py, bench_train.py and
-pytest-benchmark write, and tells them apart by their keys. Plots need matplotlib; without it the
-tables are written alone, and it says so.
+Takes what bench_convert.py, bench_scale.py, bench_load.py, bench_kernels.py, bench_step.py,
+bench_train.py and pytest-benchmark write, and tells them apart by their keys. Plots need
+matplotlib; without it the tables are written alone, and it says so.
 """
 
 from __future__ import annotations
@@ -185,6 +185,79 @@ def training_section(name: str, document: dict[str, Any]) -> Section:
     return Section(name, lines + table(header, rows), bars)
 
 
+def scale_section(name: str, document: dict[str, Any]) -> Section:
+    """Of planning the largest models over many processes, and of one conversion for real."""
+    lines = [
+        f"Measured: {about(document['environment'])}.",
+        "",
+        f"Plans at {document['topology']} from headers alone (`convert --dry-run`, the whole "
+        "command). Balance: the bytes of the largest share over the mean one. Shares are made of "
+        "whole files: where the largest file is more than a twentieth of a mean share, as the "
+        "experts of a layer are, which Nanotron keeps in one file whatever TP is, they cannot "
+        "balance better than such files let them.",
+        "",
+    ]
+    rows, bars = [], []
+    for row in document["scale"]:
+        balance = {int(count): value for count, value in row["balance"].items()}
+        rows.append(
+            (
+                row["model"],
+                f"{row['parameters'] / 1e9:.0f} G",
+                f"{row['bytes_written'] / 1e9:,.0f}",
+                f"{row['tensor_files']:,}",
+                f"{row['largest_file_bytes'] / 1e9:.2f}",
+                f"{row['median_seconds']:.1f}",
+                f"{row['median_cpu_seconds']:.1f}",
+                f"{row['peak_rss_bytes'] / 1e6:.0f}",
+                f"{row['expected_bytes_of_conversion'] / 1e6:.0f}",
+                " to ".join(map(str, row["files_of_a_rank"])),
+                " to ".join(map(str, row["files_of_a_process"])),
+            )
+        )
+        shown = [count for count in (2, 4, 8, 16, 32, 64) if count in balance]
+        bars.append(
+            Bars(
+                row["model"],
+                "largest share over the mean, by number of processes",
+                [f"{count}" for count in shown],
+                [balance[count] for count in shown],
+                1.05,
+            )
+        )
+    header = ("model", "parameters", "GB", "files", "largest GB", "s", "CPU s", "MB of the plan")
+    more = ("MB expected of the conversion", "files a rank", "files a process of 64")
+    lines += table((*header, *more), rows)
+    lines.append("")
+    counts = ("2", "3", "4", "7", "8", "16", "32", "48", "64")
+    lines += table(
+        ("balance of processes", *counts, "worst of 1 to 64"),
+        [
+            (
+                row["model"],
+                *(f"{row['balance'][count]:.3f}" for count in counts),
+                f"{max(row['balance'].values()):.3f}",
+            )
+            for row in document["scale"]
+        ],
+    )
+    if document["conversion"] is not None:
+        found = document["conversion"]
+        rows = [
+            (
+                each["name"],
+                f"{each['bytes'] / 1e9:.1f}",
+                f"{each['seconds']:.1f}",
+                f"{each['bytes'] / 1e9 / each['seconds']:.2f}",
+                f"{each['peak_rss_bytes'] / 1e6:.0f}",
+            )
+            for each in found["rows"]
+        ]
+        lines += ["", f"A conversion out of holes: {about(found['environment'])}.", ""]
+        lines += table(("", "GB", "s", "GB/s", "peak MB"), rows)
+    return Section(name, lines, bars)
+
+
 def pytest_section(name: str, document: dict[str, Any]) -> Section:
     machine = document["machine_info"]
     cpu = machine.get("cpu", {})
@@ -215,6 +288,8 @@ def read(path: Path) -> Section:
         return files_section(path.stem, document)
     if "variants" in document:
         return step_section(path.stem, document)
+    if "scale" in document:
+        return scale_section(path.stem, document)
     if "ceilings" in document:
         return kernel_section(path.stem, document)
     if "training" in document or "steps" in document:

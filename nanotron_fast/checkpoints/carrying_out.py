@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.plan.sides import UNTIE
 from nanotron_fast.checkpoints.processes import PeerFailed, Processes
+from nanotron_fast.checkpoints.remote import running
+from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
 from nanotron_fast.errors import CheckpointError, ConfigError, add_note
@@ -39,7 +42,7 @@ class Report:
     """What a conversion did. `engine_seconds` leaves out planning and the small files."""
 
     plan: Plan
-    destination: Path
+    destination: Path | str
     seconds: float
     engine_seconds: float
     peak_rss_bytes: int
@@ -90,10 +93,35 @@ def carry_out(
         What `make_plan` raises; DestinationError (an OSError) where `dst` is in the way or the
         disk too small; CheckpointError where a source has changed; OSError.
     """
-    run = _Run(dst, processes or Processes(), wishes, fsync=fsync, io=io, manifest=manifest)
-    run.workers = engine.default_workers() if workers is None else workers
-    if run.workers < 1:
+    started = time.perf_counter()
+    processes = processes or Processes()
+    workers = engine.default_workers() if workers is None else workers
+    if workers < 1:
         raise ConfigError(f"--workers {workers}: it should be at least 1")
+    if is_url(dst):
+        from nanotron_fast.checkpoints.remote.upload import upload
+
+        if wishes != _NO_WISHES or manifest:
+            raise ConfigError(
+                f"{dst}: --resume, --overwrite-partial, --share, --finish and --manifest are for a "
+                "directory"
+            )
+        ready, shown, engine_seconds = upload(
+            make_plan,
+            str(dst),
+            overwrite=overwrite,
+            workers=workers,
+            check=partial(check_source, workers=workers),
+            on_plan=on_plan,
+            on_total=on_total,
+            on_progress=on_progress,
+            processes=processes,
+        )
+        seconds = time.perf_counter() - started
+        peak = peak_resident_bytes()
+        return Report(ready, shown, seconds, engine_seconds, peak, ready.transfer)
+    run = _Run(dst, processes, wishes, fsync=fsync, io=io, manifest=manifest)
+    run.workers = workers
     try:
         run.prepare(make_plan, on_plan, overwrite=overwrite)
         run.write(on_total, on_progress)
@@ -197,9 +225,7 @@ class _Run:
         destination.check(names)
         destination.lock()
         earlier = settle(destination, made, plan.transfer, wishes, boots)
-        if plan.check_source is not None:
-            plan.check_source()
-        _check_equal(plan, self.workers)
+        check_source(plan, self.workers)
         if on_plan is not None:
             on_plan(plan)
         done: set[str] = set()
@@ -237,7 +263,7 @@ class _Run:
             started = time.perf_counter()
             num_bytes = self._plan.bytes_read + self._plan.bytes_written
             self._io = mode_for(self._io, partial.content.path, num_bytes)
-            refusal = engine.execute(
+            refusal = running.execute(
                 part,
                 partial.content,
                 workers=self.workers,
@@ -390,11 +416,13 @@ def _inputs(ready: Plan) -> set[Path]:
     return set(map(Path, found))
 
 
-def _check_equal(ready: Plan, workers: int) -> None:
-    """Compares the copies of a tied matrix. Raises CheckpointError where they differ."""
+def check_source(ready: Plan, workers: int) -> None:
+    """Compares what the source holds twice. Raises CheckpointError where it differs."""
+    if ready.check_source is not None:
+        ready.check_source()
     for named in ready.must_be_equal:
         paths = ready.transfer.sources
-        differing = engine.compare(paths, paths, [named.move], workers=workers)
+        differing = running.compare(paths, paths, [named.move], workers=workers)
         if differing:
             _, count, _ = differing[0]
             raise CheckpointError(

@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
+from nanotron_fast.checkpoints.collection import keeping_objects
 from nanotron_fast.checkpoints.options import Choices, Options, reject_like, takes
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.remote.mirror import (
+    mirror_of,
+    mirrors_closed,
+    shown,
+    shown_in_errors,
+)
+from nanotron_fast.checkpoints.remote.store import is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.patterns import unmatched
 from nanotron_fast.moves.engine import ProgressCallback
@@ -24,6 +32,8 @@ if TYPE_CHECKING:
 
 
 @takes(Choices)
+@keeping_objects()
+@shown_in_errors()
 def plan(
     src: str | Path,
     dst: str | Path,
@@ -32,8 +42,9 @@ def plan(
     """Plans the conversion of `src` to `dst` from headers alone; writes nothing.
 
     Args:
-        src: a directory, or the id of a model on the Hugging Face Hub.
-        dst: the directory that `convert` would write.
+        src: a directory, the id of a model on the Hugging Face Hub, or a URL such as
+            `hf://org/model@revision` or `s3://bucket/folder`, whose tensors are read by ranges.
+        dst: the directory that `convert` would write, or a URL.
         choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
@@ -45,10 +56,14 @@ def plan(
     if not str(dst):
         raise ConfigError("the destination has no name")
     # What a direction does not need is not even imported: it counts in the time to start.
-    whole = read(resolve(src), like=options.like)
+    whole = read(resolve(src, takes_urls=True), like=options.like)
+    if options.master_weights and mirror_of(whole.root) is not None:
+        raise CheckpointError(
+            f"{src}: the states of an optimizer are read from a disk alone: copy it to one"
+        )
     warnings = unmatched(tensor_names(whole), options.ignore_tensors)
     checkpoint = whole.without(options.ignore_tensors)
-    destination = Path(os.path.realpath(dst))
+    destination = _absolute(dst)
     if isinstance(checkpoint, HfCheckpoint):
         ready = _plan_published(checkpoint, destination, options)
     elif options.to == "nanotron":
@@ -59,14 +74,20 @@ def plan(
         from nanotron_fast.checkpoints.plan.to_hf import plan_to_hf
 
         ready = plan_to_hf(checkpoint, options)
+    warnings = list(map(shown, (*ready.warnings, *warnings)))
     return replace(
         ready,
-        warnings=(*ready.warnings, *warnings),
+        warnings=tuple(warnings),
         sources_read={**checkpoint.read, **ready.sources_read},
     )
 
 
-def _plan_published(source: HfCheckpoint, destination: Path, options: Options) -> Plan:
+def _absolute(dst: str | Path) -> str:
+    """What config.yaml calls the destination."""
+    return without_password(str(dst)) if is_url(dst) else os.path.realpath(dst)
+
+
+def _plan_published(source: HfCheckpoint, destination: str, options: Options) -> Plan:
     """Plans from a model as it is published. Raises what `plan` does."""
     if source.format == "hf":
         if options.to == "hf":
@@ -82,6 +103,7 @@ def _plan_published(source: HfCheckpoint, destination: Path, options: Options) -
 
 
 @takes(Choices)
+@mirrors_closed()
 def convert(
     src: str | Path,
     dst: str | Path,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.plan.plan import Plan
+from nanotron_fast.checkpoints.remote.mirror import shown
 from nanotron_fast.moves.files import FileState, ReadFile
 from nanotron_fast.moves.move import table_of
 
@@ -127,7 +128,7 @@ def made_by(plan: Plan, states: Mapping[Path, ReadFile]) -> Made:
             layout.update(literal)
     layout.update(memoryview(table_of(plan.transfer.moves)).cast("B"))
     sources = {
-        os.fspath(path): Source(read.state.size_bytes, read.state.mtime_ns, read.header_digest)
+        shown(path): Source(read.state.size_bytes, read.state.mtime_ns, read.header_digest)
         for path, read in states.items()
     }
     return Made(layout.hexdigest(), _choices(plan), sources)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.options import InspectChoices, Options, reject_like, takes
+from nanotron_fast.checkpoints.remote.mirror import mirror_of, mirrors_closed, shown
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import CheckpointError, NanotronFastError
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 class Inspection:
     """What a checkpoint holds. Topology, stages and class are those of a Nanotron one."""
 
-    path: Path
+    path: Path | str
     format: str
     family: str | None
     model_class: str | None
@@ -84,23 +85,33 @@ class Inspection:
 
 
 @takes(InspectChoices)
+@mirrors_closed()
 def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
     """Reads a checkpoint's headers and configuration.
 
     Args:
-        path: a directory in any of the formats, or a Hub id.
+        path: a directory in any of the formats, a Hub id or a URL.
         choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
     """
     options = Options.of(choices, InspectChoices)
-    checkpoint = read(resolve(path), like=options.like)
+    checkpoint = read(resolve(path, takes_urls=True), like=options.like)
     if isinstance(checkpoint, HfCheckpoint):
         if checkpoint.format == "hf":
             reject_like(options)
-        return _inspect_hf(checkpoint, options)
-    return _inspect_nanotron(checkpoint, options)
+        found = _inspect_hf(checkpoint, options)
+    else:
+        found = _inspect_nanotron(checkpoint, options)
+    if mirror_of(checkpoint.root) is None:
+        return found
+    return replace(
+        found,
+        path=shown(found.path),
+        problem=None if found.problem is None else shown(found.problem),
+        warnings=tuple(map(shown, found.warnings)),
+    )
 
 
 def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:

@@ -11,6 +11,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve
@@ -109,6 +110,8 @@ def reshard(
         What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk too
         small; OSError.
     """
+    if is_url(dst):
+        raise ConfigError(f"{dst}: a training checkpoint is written to a directory alone")
     processes = processes or Processes()
     report = carry_out(
         lambda: plan(src, dst, tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero_stage),
@@ -125,7 +128,7 @@ def reshard(
         processes=processes,
     )
     if processes.rank == 0 and report.plan.states is not None:
-        _name_latest(report.destination, fsync=fsync)
+        _name_latest(Path(report.destination), fsync=fsync)
     return report
 
 

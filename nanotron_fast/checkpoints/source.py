@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
+from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.hints import hint
@@ -32,11 +34,19 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONSOLIDATED = "consolidated*"
 
 
-def resolve(source: str | Path) -> Path:
+def resolve(source: str | Path, *, takes_urls: bool = False) -> Path:
     """The directory that a source names, fetched from the Hub where it is an id.
 
-    Raises CheckpointError.
+    With `takes_urls` it may be a mirror of what lies in a store: see `checkpoints.remote`.
+    Raises CheckpointError; ConfigError for a URL that cannot be reached, OSError.
     """
+    if is_url(source):
+        if not takes_urls:
+            raise CheckpointError(
+                f"{source}: convert, verify and inspect read from URLs, and nothing else does; "
+                "copy the checkpoint to a disk first"
+            )
+        return mirror(str(source))
     path = Path(source)
     if path.is_dir():
         return resolve_latest(path)
@@ -56,6 +66,8 @@ def resolve_companions(source: str | Path) -> Path:
 
     Raises CheckpointError.
     """
+    if is_url(source):
+        return mirror(str(source), with_tensors=False)
     if Path(source).is_dir():
         return resolve_latest(Path(source))
     if not _HUB_ID.fullmatch(str(source)):
@@ -98,11 +110,22 @@ def read(root: Path, *, like: Path | None = None) -> HfCheckpoint | NanotronChec
         return read_nanotron(root)
     # Whose .metadata is beside weights that transformers loads, is not asked.
     if is_dcp_checkpoint(root) and not any((root / name).is_file() for name in (SINGLE, INDEX)):
+        if mirror_of(root) is not None:
+            raise CheckpointError(
+                f"{root}: a folder of torch.distributed.checkpoint is read from a disk alone: copy "
+                "it to one"
+            )
         from nanotron_fast.checkpoints.from_dcp import read_dcp_model
 
         return read_dcp_model(root, like)
     if is_hf_checkpoint(root):
-        return read_hf(root)
+        checkpoint = read_hf(root)
+        if checkpoint.rivals and mirror_of(root) is not None:
+            raise CheckpointError(
+                f"{root}: {SINGLE} and the files of {INDEX} lie side by side, and whether they "
+                "hold the same can only be told on a disk: copy them to one, or leave one out"
+            )
+        return checkpoint
     found = hint(root)
     if found is not None:
         raise CheckpointError(f"{root}: {found}")

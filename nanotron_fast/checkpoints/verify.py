@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from nanotron_fast.checkpoints.logits import LogitsReport, compare_logits
 from nanotron_fast.checkpoints.options import Options, VerifyChoices, takes
 from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
+from nanotron_fast.checkpoints.remote import running
+from nanotron_fast.checkpoints.remote.mirror import mirrors_closed, shown
 from nanotron_fast.checkpoints.source import has_configuration, read, resolve, tensor_names
 from nanotron_fast.checkpoints.stored import Checkpoint
 from nanotron_fast.errors import ConfigError
@@ -83,6 +85,7 @@ def _finite(value: float) -> float | None:
 
 
 @takes(VerifyChoices)
+@mirrors_closed()
 def verify(
     a: str | Path,
     b: str | Path,
@@ -100,7 +103,7 @@ def verify(
     of those whose configuration does not.
 
     Args:
-        a, b: directories or Hub ids, each in any of the formats.
+        a, b: directories, Hub ids or URLs, each in any of the formats. Logits take no URLs.
         logits: also run both, a Hugging Face side in transformers and a Nanotron side by Nanotron's
             own rules in plain torch, and compare what they compute.
         workers: threads; by default one for each core, 16 at most.
@@ -112,7 +115,7 @@ def verify(
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
     """
     options = Options.of(choices, VerifyChoices)
-    roots = resolve(a), resolve(b)
+    roots = resolve(a, takes_urls=not logits), resolve(b, takes_urls=not logits)
     whole = _read(roots, options.like)
     for root, each in zip(roots, whole, strict=True):
         if logits and isinstance(each, HfCheckpoint) and each.format == "dcp":
@@ -131,7 +134,7 @@ def verify(
     plan = plan_comparison(first, second, options)
     if on_plan is not None:
         on_plan(plan.num_bytes)
-    found = engine.compare(
+    found = running.compare(
         plan.files,
         plan.files,
         [named.move for named in plan.moves],
@@ -145,12 +148,12 @@ def verify(
     return Verification(
         equal=not differing and (report is None or report.equal),
         tensors_compared=plan.num_tensors,
-        differing=tuple(Difference(name, reason) for name, reason in differing.items()),
+        differing=tuple(Difference(name, shown(reason)) for name, reason in differing.items()),
         casts=tuple(plan.casts),
         bytes_compared=plan.num_bytes,
         logits=report,
         no_logits=plan.cannot_run if logits else None,
-        warnings=(*plan.warnings, *unused),
+        warnings=tuple(map(shown, (*plan.warnings, *unused))),
         ignored=tuple(dict.fromkeys((*first.ignored, *second.ignored))),
     )
 

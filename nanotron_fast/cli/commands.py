@@ -86,8 +86,8 @@ def _options(
 
 @_command
 def convert(
-    src: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
-    dst: Annotated[str, typer.Argument(help="The directory to write.")],
+    src: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
+    dst: Annotated[str, typer.Argument(help="The directory to write, or a URL.")],
     *,
     choices: Choices,
     workers: Workers = None,
@@ -190,7 +190,7 @@ def convert(
 
 @_command
 def verify(
-    a: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
+    a: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     b: Annotated[
         str | None,
         typer.Argument(help="What to compare it with, likewise. (default: A's own manifest)"),
@@ -249,7 +249,7 @@ def verify(
 
 @_command
 def inspect(
-    path: Annotated[str, typer.Argument(help="A directory in any format, or a Hub id.")],
+    path: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     *,
     choices: InspectChoices,
     json: Json = False,

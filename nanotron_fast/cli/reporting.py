@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
 
+from nanotron_fast.checkpoints.remote.mirror import shown
 from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.units import size
 
@@ -50,7 +51,7 @@ def _ahead(numbered: tuple[int, int]) -> int:
 def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
     """A plan, for `--dry-run`."""
     to_nanotron = plan.direction == "nanotron"
-    yield f"{plan.source}"
+    yield shown(plan.source)
     yield f"  {_FORMATS[plan.source_format]} -> {_FORMATS[plan.direction]}"
     yield f"  family      {plan.family} ({plan.model_class})"
     yield f"  parameters  {plan.num_parameters:,} in {plan.dtype.short_name}"
@@ -75,13 +76,14 @@ def report_lines(report: Report) -> Iterator[str]:
     """What a conversion did."""
     plan = report.plan
     if plan.source_topology is not None:
-        way = f"{plan.source} ({plan.source_topology}) -> {report.destination} ({plan.topology})"
+        before = f"{shown(plan.source)} ({plan.source_topology})"
+        way = f"{before} -> {report.destination} ({plan.topology})"
     elif plan.direction == "nanotron":
         way = f"{plan.topology} -> {report.destination}"
     elif plan.source_format != "nanotron":
-        way = f"{plan.source} -> {report.destination}"
+        way = f"{shown(plan.source)} -> {report.destination}"
     else:
-        way = f"{plan.source} ({plan.topology}) -> {report.destination}"
+        way = f"{shown(plan.source)} ({plan.topology}) -> {report.destination}"
     yield f"{plan.family}, {plan.num_parameters:,} parameters, {way}"
     if plan.states is not None:
         yield f"states of training: {plan.source_states} -> {plan.states}"

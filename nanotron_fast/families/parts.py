@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import mul
 from typing import NamedTuple
 
 from nanotron_fast.errors import TopologyError
@@ -19,8 +20,7 @@ from nanotron_fast.moves.boxes import Box, row_major
 Sizes = Mapping[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class Address:
+class Address(NamedTuple):
     """Where a part lies in a tensor.
 
     An element's index along dimension `axes[n]` grows by `steps[n]` with the box's n-th
@@ -177,9 +177,13 @@ class Param:
 def _share(
     low: Box, high: Box, address: Address, start: tuple[int, ...], strides: tuple[int, ...]
 ) -> Share:
-    offset = sum(index * stride for index, stride in zip(start, strides, strict=True))
-    steps = [step * strides[axis] for step, axis in zip(address.steps, address.axes, strict=True)]
-    return Share(low, high, offset, _box(steps))
+    (a, b, c), (i, j, k) = address.steps, address.axes
+    return Share(
+        low,
+        high,
+        sum(map(mul, start, strides)),
+        (a * strides[i], b * strides[j], c * strides[k]),
+    )
 
 
 def _ranges(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 from nanotron_fast.errors import PlanError
@@ -23,6 +24,7 @@ class Bounds(NamedTuple):
         return math.prod(high - low for low, high in zip(self.low, self.high, strict=True))
 
 
+@lru_cache(maxsize=1024)
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Strides in elements of a C-contiguous tensor."""
     strides = [1] * len(shape)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanotron_fast.errors import PlanError
 
 
-@dataclass(frozen=True, slots=True)
-class Extent:
+class Extent(NamedTuple):
     """The bytes that a move writes: (count, stride in bytes) a dimension, longest stride first."""
 
     offset: int
@@ -34,10 +33,9 @@ class Extent:
 
 def extent_of(offset: int, item: int, sizes: Sequence[int], strides: Sequence[int]) -> Extent:
     """The bytes that a box takes; offset and item in bytes, strides in elements."""
-    dims = sorted(
-        ((size, stride * item) for size, stride in zip(sizes, strides, strict=True) if size > 1),
-        key=lambda dim: -dim[1],
-    )
+    dims = [(size, stride * item) for size, stride in zip(sizes, strides, strict=True) if size > 1]
+    if len(dims) > 1:
+        dims.sort(key=_longest_first)
     merged: list[tuple[int, int]] = []
     for size, stride in dims:
         if merged and merged[-1][1] == size * stride:
@@ -91,6 +89,10 @@ def cover(path: str, extents: Sequence[Extent], start: int, end: int) -> list[Ex
     if position > end:
         raise PlanError(f"{path}: a move writes past byte {end}, to {position}")
     return left[index:]
+
+
+def _longest_first(dim: tuple[int, int]) -> int:
+    return -dim[1]
 
 
 def _by_offset(extent: Extent) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nanotron_fast.moves.boxes import Box
 from nanotron_fast.moves.dtypes import Dtype
@@ -10,8 +10,7 @@ from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.row import FILL
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """The share of a part that one file holds: a box of it, and where its first element lies.
 
     The box has the elements from index `low` up to `high`, which is not in it; `strides` are those
@@ -63,10 +62,8 @@ def intersect(source: Piece, destination: Piece) -> Move | None:
 
 
 def _offset(piece: Piece, low: Box) -> int:
-    elements = sum(
-        (index - first) * stride
-        for index, first, stride in zip(low, piece.low, piece.strides, strict=True)
-    )
+    (a, b, c), (i, j, k), (x, y, z) = low, piece.low, piece.strides
+    elements = (a - i) * x + (b - j) * y + (c - k) * z
     return piece.offset_bytes + elements * piece.dtype.itemsize
 
 

@@ -11,6 +11,7 @@ from nanotron_fast.moves.checksums import Checksum
 from nanotron_fast.moves.coverage import Extent, cover, extent_of
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.row import FILL
+from nanotron_fast.moves.shares import owners_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,25 +90,11 @@ class MovePlan:
         )
 
     def share(self, rank: int, world_size: int) -> MovePlan:
-        """What one of several processes does: whole folders of files, balanced by bytes.
-
-        The shards of one parameter share a folder and are made from the same bytes, so they stay
-        together. Every process computes the same shares.
-        """
+        """What one of several processes does: some of the files, whole; see `shares.owners_of`."""
         if world_size == 1:
             return self
-        folders: dict[str, int] = {}
-        for output in self.outputs:
-            key = _folder(output)
-            folders[key] = folders.get(key, 0) + output.size_bytes
-        loads = [0] * world_size
-        owner: dict[str, int] = {}
-        for key, size in sorted(folders.items(), key=lambda item: (-item[1], item[0])):
-            owner[key] = loads.index(min(loads))
-            loads[owner[key]] += size
-        return self.only(
-            [index for index, output in enumerate(self.outputs) if owner[_folder(output)] == rank]
-        )
+        owners = owners_of([(each.path, each.size_bytes) for each in self.outputs], world_size)
+        return self.only([index for index, owner in enumerate(owners) if owner == rank])
 
     def only(self, mine: Sequence[int]) -> MovePlan:
         """The plan with these outputs alone, by their numbers."""
@@ -121,9 +108,3 @@ class MovePlan:
                 if move.destination in renumbered
             ),
         )
-
-
-def _folder(output: OutputFile) -> str:
-    """What stays together: a folder's files, but for those that hold many tensors each."""
-    folder, _, name = output.path.rpartition("/")
-    return output.path if output.literals else folder or name

@@ -63,7 +63,7 @@ class Training:
 
 def plan_reshard(
     source: NanotronCheckpoint,
-    destination: Path,
+    destination: str | Path,
     options: Options,
     training: Training | None = None,
 ) -> Plan:
@@ -257,7 +257,7 @@ def _batch_warnings(document: Mapping[str, Any], sizes: Sizes) -> list[str]:
 def _going_on(
     training: Mapping[str, Any],
     sizes: Sizes,
-    destination: Path,
+    destination: str | Path,
     has_tokenizer: bool,
     num_rows: int,
 ) -> dict[str, Any]:
@@ -279,7 +279,7 @@ def _going_on(
 
 
 def _from_weights(
-    training: Mapping[str, Any], topology: Topology, destination: Path, has_tokenizer: bool
+    training: Mapping[str, Any], topology: Topology, destination: str | Path, has_tokenizer: bool
 ) -> dict[str, Any]:
     """A training configuration at another topology, which starts from the new checkpoint."""
     document = _with_tokenizer(training, destination, has_tokenizer)
@@ -293,7 +293,7 @@ def _from_weights(
 
 
 def _with_tokenizer(
-    training: Mapping[str, Any], destination: Path, has_tokenizer: bool
+    training: Mapping[str, Any], destination: str | Path, has_tokenizer: bool
 ) -> dict[str, Any]:
     document = dict(training)
     if has_tokenizer:

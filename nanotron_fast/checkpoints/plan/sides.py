@@ -82,11 +82,13 @@ class HfSource:
         self.checkpoint = checkpoint
         self.files = _Files()
         self.used: set[str] = set()
+        self._dtypes: dict[str, Dtype] = {}
 
     def find(self, part: Part) -> tuple[Address, StoredTensor]:
         """The tensor that holds a part. Raises CheckpointError, naming what is missing."""
+        tensors = self.checkpoint.tensors
         for address in part.tensors:
-            tensor = self.checkpoint.tensors.get(address.name)
+            tensor = tensors.get(address.name)
             if tensor is None:
                 continue
             if tensor.info.shape != address.shape:
@@ -104,13 +106,19 @@ class HfSource:
 
     def dtype(self, part: Part) -> Dtype:
         """The dtype that a part is stored in."""
-        address, tensor = self.find(part)
-        return float_dtype(address.name, tensor.info.dtype, tensor.path)
+        return self._dtype_of(*self.find(part))
+
+    def _dtype_of(self, address: Address, tensor: StoredTensor) -> Dtype:
+        name = tensor.info.dtype
+        dtype = self._dtypes.get(name)
+        if dtype is None:
+            dtype = self._dtypes[name] = float_dtype(address.name, name, tensor.path)
+        return dtype
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
         address, tensor = self.find(part)
         self.used.add(address.name)
-        dtype = float_dtype(address.name, tensor.info.dtype, tensor.path)
+        dtype = self._dtype_of(address, tensor)
         if not tensor.chunks:
             file = self.files.number(tensor.path)
             return [piece_of(part.whole(address), file, tensor.info.begin_bytes, dtype)]
@@ -291,8 +299,8 @@ class NanotronTarget:
         # Of each output, its stage, and its tensor-parallel rank where it is not for all of them.
         self.ranks: list[tuple[int, int | None]] = []
         self._dtypes = dtypes
-        # Of each shard of a parameter, in the order of Param.shards.
-        self._places: dict[str, list[tuple[int, int]]] = {}
+        # Of each shard of a parameter: its ranks, its file, and where its tensor begins in that.
+        self._places: dict[str, list[tuple[dict[str, int], int, int]]] = {}
         tp, pp = topology.tp, topology.pp
         for param in params:
             shape = param.local_shape(self.sizes)
@@ -317,7 +325,7 @@ class NanotronTarget:
                 size = dtype.itemsize
                 for length in shape:
                     size *= length
-                places.append((len(self.outputs), start))
+                places.append((ranks, len(self.outputs), start))
                 self.ranks.append((stage, ranks.get("tp")))
                 self.outputs.append(
                     OutputFile(nanotron.tensor_path(param.name, shard), header, start + size)
@@ -325,8 +333,7 @@ class NanotronTarget:
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
         dtype = self._dtypes[param.name]
-        places = zip(param.shards(self.sizes), self._places[param.name], strict=True)
         return [
             piece_of(param.share(part, self.sizes, ranks), file, begin_bytes, dtype)
-            for ranks, (file, begin_bytes) in places
+            for ranks, file, begin_bytes in self._places[param.name]
         ]

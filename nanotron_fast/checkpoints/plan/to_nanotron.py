@@ -34,7 +34,7 @@ from nanotron_fast.moves.plan import MovePlan
 from nanotron_fast.version import __version__
 
 
-def plan_to_nanotron(source: HfCheckpoint, destination: Path, options: Options) -> Plan:
+def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Options) -> Plan:
     """Plans a conversion. `destination` is the final absolute path, which config.yaml names.
 
     Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.

@@ -154,19 +154,21 @@ def _read_files(
     tensors: dict[str, StoredTensor] = {}
     absent: str | None = None
     for name, wanted in files.items():
-        header = read_header(root / name)
-        read[root / name] = header.read
+        # One Path for all tensors of a file: there may be tens of thousands.
+        path = root / name
+        header = read_header(path)
+        read[path] = header.read
         for tensor, info in header.tensors.items():
             if wanted is not None and tensor not in wanted:
                 raise CheckpointError(
-                    f"{root / name}: it holds {tensor}, which {index} does not place there"
+                    f"{path}: it holds {tensor}, which {index} does not place there"
                 )
-            tensors[tensor] = StoredTensor(root / name, info)
+            tensors[tensor] = StoredTensor(path, info)
         for tensor in wanted or ():
             if tensor in header.tensors:
                 continue
             if tensor != HEAD:
-                raise CheckpointError(f"{root / name}: {index} places {tensor} there; it is not")
+                raise CheckpointError(f"{path}: {index} places {tensor} there; it is not")
             absent = tensor
     return tensors, absent
 

@@ -110,12 +110,13 @@ def indexed_files(root: Path, index: str) -> Files:
         raise CheckpointError(f"{root / index}: no weight_map that maps tensors to files")
     files: Files = {}
     for tensor, name in weight_map.items():
-        if not is_file_name(name):
-            raise CheckpointError(
-                f"{root / index}: {tensor} is placed in {name!r}, which is not a file name"
-            )
-        wanted = files.setdefault(name, set())
-        assert wanted is not None
+        wanted = files.get(name) if isinstance(name, str) else None
+        if wanted is None:
+            if not is_file_name(name):
+                raise CheckpointError(
+                    f"{root / index}: {tensor} is placed in {name!r}, which is not a file name"
+                )
+            wanted = files[name] = set()
         wanted.add(tensor)
     return files
 

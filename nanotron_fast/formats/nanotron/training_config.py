@@ -8,7 +8,7 @@ at 2411b022; version 1.2 (PyPI's 0.4) has an older set. Training settings are pl
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 _LEARNING_RATE = {
@@ -39,7 +39,7 @@ _MAX_SEQUENCE_LENGTH = 4096
 def training_config(
     model_config: Mapping[str, Any],
     *,
-    root: Path,
+    root: str | Path,
     dtype: str,
     tp: int,
     pp: int,
@@ -62,7 +62,7 @@ def training_config(
         "general": {
             "ignore_sanity_checks": True,
             "project": "nanotron",
-            "run": root.name,
+            "run": PurePath(root).name,
             "seed": 42,
         },
         "logging": {

@@ -1,0 +1,162 @@
+"""Ends before the time: what is left, and going on with it from a store."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import nanotron_fast as nf
+from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.remote import mirror, running
+from nanotron_fast.errors import ConfigError, DestinationError
+from tests.checkpoints.remote.stores import contents, put
+from tests.modelzoo import make
+
+URL, OUT = "faulty://bucket/llama", "faulty://bucket/out"
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make("llama", num_hidden_layers=2).save(tmp_path / "model", shards=3)
+
+
+def fails_half_way() -> Callable[[str, int, int], None]:
+    """Some reads of tensors go well, and all others fail."""
+    left = [12]
+
+    def fail(path: str, begin: int, end: int) -> None:
+        left[0] -= begin > 0
+        if begin > 0 and left[0] < 0:
+            raise OSError(errno.EIO, "the store is on fire")
+
+    return fail
+
+
+def test_a_run_goes_on_with_what_it_had_finished(faulty, temporary, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(running, "GROUP_BYTES", 20_000)
+    put(model, URL)
+    faulty.on_read = fails_half_way()
+    with pytest.raises(OSError, match="on fire"):
+        nf.convert(URL, tmp_path / "out")
+    with pytest.raises(DestinationError, match="--resume"):
+        nf.convert(URL, tmp_path / "out")
+    faulty.on_read = None
+    faulty.reads.clear()
+    nf.convert(URL, tmp_path / "out", resume=True)
+    assert nf.verify(tmp_path / "out", model).equal
+    again = sum(end - begin for _, begin, end in faulty.reads if begin > 0)
+    assert 0 < again < 0.8 * sum(path.stat().st_size for path in model.glob("*.safetensors"))
+
+
+def test_a_source_that_is_another_by_now_is_not_gone_on_with(
+    faulty, temporary, model, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(running, "GROUP_BYTES", 20_000)
+    put(model, URL)
+    faulty.on_read = fails_half_way()
+    with pytest.raises(OSError, match="on fire"):
+        nf.convert(URL, tmp_path / "out")
+    faulty.on_read = None
+    put(make("llama", seed=1, num_hidden_layers=2).save(tmp_path / "other", shards=3), URL)
+    with pytest.raises(DestinationError, match=f"{URL}/model-0000"):
+        nf.convert(URL, tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"resume": True},
+        {"overwrite_partial": True},
+        {"share": (1, 2)},
+        {"finish": True},
+        {"manifest": True},
+    ],
+)
+def test_a_store_takes_a_conversion_as_a_whole(faulty, temporary, model, wish):
+    with pytest.raises(ConfigError, match="are for a"):
+        nf.convert(model, OUT, **wish)
+
+
+class One(Processes):
+    """One of two processes that do not wait for each other."""
+
+    world_size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+def test_processes_upload_their_shares(faulty, temporary, model):
+    put(model, URL)
+    nf.convert(URL, OUT, processes=One(0))
+    first = set(contents(OUT))
+    nf.convert(URL, OUT, processes=One(1))
+    more = set(contents(OUT)) - first
+    assert "checkpoint_metadata.json" in first
+    assert more
+    assert all(name.endswith(".safetensors") for name in more)
+    assert nf.verify(OUT, model).equal
+
+
+def test_mirrors_of_one_version_look_the_same(faulty, temporary, model):
+    put(model, URL)
+    first, second = mirror.mirror(URL), mirror.mirror(URL)
+    name = "model-00001-of-00003.safetensors"
+    assert (first / name).stat().st_mtime_ns == (second / name).stat().st_mtime_ns
+    faulty().pipe_file(f"{URL}/{name}", (model / name).read_bytes())
+    third = mirror.mirror(URL)
+    assert (first / name).stat().st_mtime_ns != (third / name).stat().st_mtime_ns
+    assert mirror.shown(f"{first / name}: and {second}") == f"{URL}/{name}: and {URL}"
+    for root in (first, second, third):
+        mirror._open[root].close()
+    assert not list(temporary.iterdir())
+
+
+PROGRAM = """
+import sys, time
+import fsspec
+from tests.checkpoints.remote.stores import FaultyFileSystem, put
+from pathlib import Path
+fsspec.register_implementation("faulty", FaultyFileSystem, clobber=True)
+put(Path(sys.argv[1]), "faulty://bucket/llama")
+
+def hangs(path, begin, end):
+    if begin > 0:
+        print("reading", flush=True)
+        time.sleep(60)
+
+FaultyFileSystem.on_read = hangs
+sys.argv = ["nanotron-fast", "convert", "faulty://bucket/llama", sys.argv[2]]
+from nanotron_fast.__main__ import main
+main()
+"""
+
+
+def test_a_signal_ends_a_run_that_waits_for_its_store(temporary, model, tmp_path):
+    root = Path(__file__).parents[3]
+    environment = {**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(root)}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(model), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "reading\n"
+        started = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "interrupted by SIGTERM" in errors
+    assert time.monotonic() - started < 3
+    assert not (tmp_path / "out").exists()
+    assert not list(temporary.iterdir())
