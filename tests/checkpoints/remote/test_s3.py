@@ -20,7 +20,7 @@ from tests.modelzoo import make
 
 s3fs = pytest.importorskip("s3fs", reason="s3fs is not installed: pip install s3fs")
 moto_server = pytest.importorskip(
-    "moto.server", reason="moto's server is not installed: pip install 'moto[server]'"
+    "moto.server", reason="moto's server is not installed: pip install 'moto[s3]' flask flask-cors"
 )
 
 SRC, DST = "s3://models/llama", "s3://models/out"
