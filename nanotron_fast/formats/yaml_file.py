@@ -59,8 +59,6 @@ def _check(path: Path, events: Iterable[Any]) -> None:
     for event in events:
         if isinstance(event, yaml.CollectionStartEvent):
             open_ones.append((event.anchor, 1))
-            if event.anchor is not None:
-                sizes.pop(event.anchor, None)
             if len(open_ones) > _MAX_DEPTH + 1:
                 raise CheckpointError(f"{path}: nested more than {_MAX_DEPTH} deep")
             continue
