@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-gpu build-here bench-gpu gpu gpu-again report demo sanitize run-native clean
+.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-gpu fuzz build-here bench-gpu gpu gpu-again report demo sanitize run-native clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -55,6 +55,16 @@ test-nanotron: build ## install the released Nanotron beside us, without flash-a
 	  > $$(echo $(NANOTRON_VENV)/lib/python3*/site-packages)/development.pth
 	$(NANOTRON_VENV)/bin/python -m pip install -qq --no-deps --ignore-installed -r tests/nanotron/requirements.txt
 	$(NANOTRON_VENV)/bin/python -m pytest tests/nanotron
+
+# Beside .venv, so that nothing else meets it; where there is no wheel of it, without.
+FUZZER := build/fuzz/site
+fuzz: build ## feed random input to every reader (SECONDS=300 in all, TARGET= one alone)
+	@mkdir -p $(FUZZER)
+	@test -d $(FUZZER)/atheris || $(BIN)/pip install -qq -c constraints.txt --no-deps \
+	  --only-binary :all: --target $(FUZZER) atheris 2>/dev/null \
+	  || echo "atheris cannot be installed here, which has wheels for some versions of Python" >&2
+	OMP_NUM_THREADS=1 PYTHONPATH=$(FUZZER) $(BIN)/python -m tests.fuzz \
+	  --seconds $(or $(SECONDS),300) $(if $(TARGET),--target $(TARGET))
 
 test-versions: build ## a few tests with other versions of triton, transformers, numpy and typer
 	$(BIN)/python -m tests.versions

@@ -6,6 +6,18 @@ def add_note(error: BaseException, text: str) -> None:
     error.__notes__ = [*getattr(error, "__notes__", ()), text]
 
 
+def one_line(error: BaseException) -> str:
+    """What a command prints of an error.
+
+    Names and values that others have written are told as they are, and may hold anything: what is
+    no character to print becomes its escape, such as `\\n`.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in str(error)
+    )
+
+
 class NanotronFastError(Exception):
     """Base of every error below."""
 

@@ -66,7 +66,7 @@ class Made:
                 for path, (size, mtime_ns, header) in document["sources"].items()
             }
             return cls(str(document["layout"]), dict(document["choices"]), sources)
-        except (TypeError, KeyError, ValueError, AttributeError):
+        except (TypeError, KeyError, ValueError, OverflowError, AttributeError):
             return None
 
     def difference(self, other: Made, *, mine: str, others: str) -> str | None:
@@ -99,7 +99,10 @@ class Made:
 
 def _time(mtime_ns: int) -> str:
     seconds, rest = divmod(mtime_ns, 10**9)
-    return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{rest:09}"
+    try:
+        return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(seconds))}.{rest:09}"
+    except (ValueError, OverflowError, OSError):  # no year that can be told
+        return f"{mtime_ns} ns since 1970"
 
 
 def states_of(plan: Plan) -> dict[Path, ReadFile]:

@@ -22,6 +22,12 @@ from nanotron_fast.moves.plan import OutputFile
 
 _PREFIX = "journal-"
 _MAX_BYTES = 256 << 20
+# More shares than anybody makes.
+_MAX_SHARES = 1 << 16
+# A file's name, and a path, of Linux.
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095
+# The end of the year 9999, which is as far as a time can be told.
+_MAX_SECONDS = 253402300799
 # How long an ended run waits for the device.
 _LAST_SECONDS = 0.5
 
@@ -171,8 +177,7 @@ def read_record(folder: Folder) -> Record:
             elif record.made is None:
                 made = Made.parse(document.get("made"))
                 begun = document.get("begun")
-                since = float(begun) if isinstance(begun, int | float) else 0.0
-                record = Record(made, _share(document.get("share")), since)
+                record = Record(made, _share(document.get("share")), _time(begun))
     return Record(record.made, record.share, record.begun, entries)
 
 
@@ -191,9 +196,17 @@ def _documents(folder: Folder, name: str) -> Iterable[dict[str, Any]]:
                 yield document
 
 
+def _time(found: object) -> float:
+    if isinstance(found, int | float) and 0 <= found <= _MAX_SECONDS:
+        return float(found)
+    return 0.0
+
+
 def _share(found: object) -> tuple[int, int] | None:
     if isinstance(found, list) and [type(each) for each in found] == [int, int]:
-        return found[0], found[1]
+        number, total = found
+        if 1 <= number <= total <= _MAX_SHARES:
+            return number, total
     return None
 
 
@@ -201,7 +214,14 @@ def _lies_within(name: object) -> TypeGuard[str]:
     """Whether it is a path of a file in the folder."""
     if not isinstance(name, str) or "\x00" in name:
         return False
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+    try:
+        raw = name.encode()
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+    parts = raw.split(b"/")
+    return len(raw) <= _MAX_PATH_BYTES and all(
+        part not in (b"", b".", b"..") and len(part) <= _MAX_NAME_BYTES for part in parts
+    )
 
 
 def _entry(document: Mapping[str, Any]) -> Entry | None:

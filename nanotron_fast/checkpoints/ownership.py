@@ -25,6 +25,7 @@ from nanotron_fast.errors import DestinationError
 _BEAT_SECONDS = 5.0
 # How long a holder on another machine may be silent.
 DEAD_AFTER_SECONDS = 30.0
+_MAX_BYTES = 1 << 16
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
 
@@ -113,7 +114,10 @@ class Owner:
         return silent_seconds < DEAD_AFTER_SECONDS
 
     def __str__(self) -> str:
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        try:
+            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
+        except (ValueError, OverflowError, OSError):  # no year that can be told
+            since = f"{self.since:g}"
         return f"process {self.pid} on {self.host}, since {since}"
 
 
@@ -179,7 +183,7 @@ class Lock:
             self.path.rename(taken)
         except FileNotFoundError:
             return
-        if taken.read_bytes() != holder.text:
+        if _text_of(taken) != holder.text:
             # Somebody else was faster, and has it now: what was taken is given back.
             with contextlib.suppress(OSError):  # else that one notices before it ends
                 os.link(taken, self.path)
@@ -193,7 +197,7 @@ class Lock:
 
     def _is_ours(self) -> bool:
         try:
-            return self.path.read_bytes() == self._text
+            return _text_of(self.path) == self._text
         except FileNotFoundError:
             return False
 
@@ -211,6 +215,19 @@ class Lock:
         if self._is_taken and self._is_ours():
             self.path.unlink(missing_ok=True)
         self._is_taken = False
+
+
+def _text_of(path: Path) -> bytes:
+    """What a lock says. Raises OSError, also where it is a link.
+
+    Neither waits for a pipe, nor takes more of a file than a lock has.
+    """
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        return os.read(descriptor, _MAX_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,8 +258,8 @@ def holder_of(path: Path, *, now: float | None = None) -> Holder | None:
         now: by the clock of the file system; by default that of this machine.
     """
     try:
-        status = path.stat()
-        text = path.read_bytes()
+        status = path.lstat()
+        text = _text_of(path)
     except FileNotFoundError:
         return None
     silent = (time.time() if now is None else now) - status.st_mtime

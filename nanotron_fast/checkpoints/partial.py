@@ -22,12 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.journal import Entry, Journal, Record, read_record
+from nanotron_fast.formats.plain_file import is_file_name, read_small
 from nanotron_fast.moves.files import Folder
 from nanotron_fast.moves.plan import OutputFile
 
 CONTENT, COMMIT, REPLACED = "content", "commit", "replaced"
 _RUN = r"[0-9a-f]{8}"
 _MAX_COMMIT_BYTES = 16 << 20
+_MAX_NAME_BYTES = 255
 
 
 def new_run() -> str:
@@ -117,6 +119,9 @@ class Leftover:
             names = set(os.listdir(folder.descriptor))
             commit = _read_commit(path)
             if not _is_made_by_a_run(folder, names, commit):
+                return None
+            # What a link leads to is nobody's to move.
+            if any((path / name).is_symlink() for name in (CONTENT, REPLACED)):
                 return None
             record = read_record(folder)
             sizes: dict[str, int | None] = {}
@@ -243,15 +248,24 @@ def _is_journal(name: str) -> bool:
     return name.startswith("journal-")
 
 
+def _is_name(name: object) -> bool:
+    """Whether it names something in a folder, as a file system has names."""
+    if not is_file_name(name):
+        return False
+    try:
+        return len(os.fsencode(name)) <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+
+
 def _read_commit(path: Path) -> Mapping[str, Any] | None:
     try:
         if (path / COMMIT).stat().st_size > _MAX_COMMIT_BYTES:
             return None
-        document = json.loads((path / COMMIT).read_bytes())
+        document = json.loads(read_small(path / COMMIT))
         is_right = isinstance(document["content"], int) and all(
-            isinstance(name, str) and Path(name).name == name and name
+            isinstance(document[key], list) and all(map(_is_name, document[key]))
             for key in ("parts", "before")
-            for name in document[key]
         )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None

@@ -7,7 +7,7 @@ work lies about.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from nanotron_fast.checkpoints.destination import Destination
@@ -71,7 +71,8 @@ def settle(
         fitting = [each for each in mine if _difference(each, made) is None]
         others = [each for each in (*mine, *siblings) if _difference(each, made) is not None]
         if wishes.overwrite_partial:
-            _sweep(others if wishes.resume or wishes.finish else [*mine, *others])
+            unwanted = others if wishes.resume or wishes.finish else [*mine, *others]
+            _sweep({each.path: each for each in unwanted}.values())
             return fitting if wishes.resume or wishes.finish else []
         if others and (wishes.resume or wishes.finish or wishes.share):
             raise DestinationError(
@@ -143,7 +144,7 @@ def _ago(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _sweep(found: Sequence[Leftover]) -> None:
+def _sweep(found: Iterable[Leftover]) -> None:
     for leftover in found:
         leftover.remove()
 

@@ -30,6 +30,8 @@ from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 
+# Of a tensor that can be.
+_MAX_DIMS, _MAX_SIZE = 64, 2**63 - 1
 _KEYS = {"state", "param_groups", "names", MASTERS}
 
 
@@ -112,18 +114,24 @@ class TrainingStates:
         for name, by_rank in offsets.items():
             try:
                 shape = [int(size) for size in shapes[name]]
+                if (
+                    len(shape) > _MAX_DIMS
+                    or not 0 <= min(shape, default=0) <= max(shape, default=0) <= _MAX_SIZE
+                ):
+                    raise ValueError
                 found = {int(rank): (int(a), int(b)) for rank, (a, b) in by_rank.items()}
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
                 raise CheckpointError(
-                    f"{path}: the runs of {str(name)[:200]} are not laid out as Nanotron's: "
+                    f"{path}: the runs of {name[:200]} are not laid out as Nanotron's: "
                     f"{type(error).__name__}"
                 ) from None
             runs = runs_of(math.prod(shape), self.sizes.dp)
             wanted = {rank: run for rank, run in enumerate(runs) if run[0] < run[1]}
             if found != wanted:
+                runs_found = f"{list(found.values())[:4]}"[:200]
                 raise CheckpointError(
-                    f"{path}: the data-parallel ranks have the runs {list(found.values())[:4]} of "
-                    f"{name}, and Nanotron's of {math.prod(shape)} elements over "
+                    f"{path}: the data-parallel ranks have the runs {runs_found} of "
+                    f"{name[:200]}, and Nanotron's of {math.prod(shape)} elements over "
                     f"dp={self.sizes.dp} are {list(wanted.values())[:4]}"
                 )
 
@@ -294,6 +302,12 @@ def _laid_out(path: Path, document: Mapping[str, Any]) -> RankStates:
     masters = document.get(MASTERS)
     if masters is not None and not isinstance(masters, dict):
         raise CheckpointError(f"{path}: {MASTERS} is a {type(masters).__name__}")
+    for name, master in (masters or {}).items():
+        if not isinstance(master, StoredTensor):
+            raise CheckpointError(
+                f"{path}: {MASTERS} holds a {type(master).__name__} for {str(name)[:200]}, not a "
+                "tensor"
+            )
     groups: dict[Any, Mapping[str, Any]] = {}
     for group in document.get("param_groups", ()):
         if len(group["params"]) > 1:

@@ -21,7 +21,7 @@ from nanotron_fast.cli.generate import generate
 from nanotron_fast.cli.reshard import reshard
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
-from nanotron_fast.errors import ConfigError, NanotronFastError
+from nanotron_fast.errors import ConfigError, NanotronFastError, one_line
 from nanotron_fast.version import __version__
 
 app = typer.Typer(
@@ -57,7 +57,7 @@ def _command(
         try:
             command(**given)
         except (NanotronFastError, OSError) as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {one_line(error)}", err=True)
             for note in getattr(error, "__notes__", ()):
                 typer.echo(note, err=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
@@ -345,7 +345,7 @@ def run(
             z_loss_mode=z_loss,
         )
     except NanotronFastError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {one_line(error)}", err=True)
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except Exception:
         # The script's own: it ends as `python script` does.

@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,10 @@ _MAX_HEADER_BYTES = 100_000_000
 # Tensors start on a page: writes that begin inside one make the page cache work twice on it.
 _ALIGNMENT_BYTES = 4096
 _MAX_OFFSET = 2**63 - 1
+# As many as a tensor of torch's may have: the product of more would take long to find.
+_MAX_DIMS = 64
+# What a message repeats of a name or of a value.
+_SHOWN = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,9 +129,9 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path}: the header names {twice!r} twice")
+            counts = Counter(name for name, _ in pairs)
+            twice = next(name for name, count in counts.items() if count > 1)
+            raise CheckpointError(f"{path}: the header names {twice[:_SHOWN]!r} twice")
         return result
 
     try:
@@ -151,17 +156,21 @@ def _is_index(value: object) -> bool:
 
 def _parse_tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not name.isprintable():
-        raise CheckpointError(f"{path}: {name!r} is not a tensor's name")
+        raise CheckpointError(f"{path}: {name[:_SHOWN]!r} is not a tensor's name")
     # Further keys are left alone, as by the safetensors library since 0.8.
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= set(entry):
         raise CheckpointError(f"{path}: {name}: an entry has dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
-        raise CheckpointError(f"{path}: {name}: unknown dtype {dtype!r}")
+        raise CheckpointError(f"{path}: {name}: unknown dtype {_told(dtype)}")
     if not isinstance(shape, list) or not all(_is_index(size) for size in shape):
-        raise CheckpointError(f"{path}: {name}: shape {shape!r} is not a list of sizes")
+        raise CheckpointError(f"{path}: {name}: shape {_told(shape)} is not a list of sizes")
+    if len(shape) > _MAX_DIMS:
+        raise CheckpointError(
+            f"{path}: {name}: {len(shape):,} dimensions are over the limit of {_MAX_DIMS}"
+        )
     if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_index, offsets))):
-        raise CheckpointError(f"{path}: {name}: data_offsets {offsets!r} are not two offsets")
+        raise CheckpointError(f"{path}: {name}: data_offsets {_told(offsets)} are not two offsets")
     begin, end = offsets
     num_bits = math.prod(shape) * SAFETENSORS_BITS[dtype]
     if num_bits > _MAX_OFFSET:
@@ -172,6 +181,12 @@ def _parse_tensor(path: Path, name: str, entry: object, data_start: int) -> Tens
             f"its offsets {begin} to {end} give it {end - begin}"
         )
     return TensorInfo(dtype, tuple(shape), data_start + begin, data_start + end)
+
+
+def _told(value: object) -> str:
+    """What a message repeats of a value, which may be anything, and of any size."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def _check_coverage(

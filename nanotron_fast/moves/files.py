@@ -108,9 +108,16 @@ class Folder:
         finally:
             os.close(descriptor)
 
+    def _is_folder(self, path: str) -> bool:
+        status = os.stat(path, dir_fd=self.descriptor, follow_symlinks=False)
+        return stat.S_ISDIR(status.st_mode)
+
     def size_of(self, path: str) -> int | None:
-        """Bytes of a plain file in it; None where there is none."""
+        """Bytes of a plain file in it; None where there is none, or where a link leads to it."""
         try:
+            for at, letter in enumerate(path):
+                if letter == "/" and not self._is_folder(path[:at]):
+                    return None
             status = os.stat(path, dir_fd=self.descriptor, follow_symlinks=False)
         except (FileNotFoundError, NotADirectoryError):
             return None

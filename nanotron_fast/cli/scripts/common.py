@@ -9,7 +9,7 @@ from typing import Any
 from nanotron_fast.checkpoints.options import Choices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, run_command
 from nanotron_fast.cli.flags import flags, gather
-from nanotron_fast.errors import NanotronFastError
+from nanotron_fast.errors import NanotronFastError, one_line
 from nanotron_fast.interruption import telling
 
 
@@ -51,7 +51,7 @@ def _convert(given: dict[str, Any], to: str) -> None:
             **choices,
         )
     except (NanotronFastError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     finally:
         processes.close()

@@ -274,11 +274,12 @@ def _described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
     try:
         tp, pp, dp = (int(parallelism[f"{axis}_size"]) for axis in ("tp", "pp", "dp"))
         kind = document["type"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: it should have type, and parallelism with tp_size, pp_size and dp_size: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {str(error)[:200]}"
         ) from None
     if not all(0 < size <= MAX_RANKS for size in (tp, pp, dp)):
-        raise CheckpointError(f"{where}: tp={tp} pp={pp} dp={dp} is no number of ranks")
+        told = f"tp={tp} pp={pp} dp={dp}"
+        raise CheckpointError(f"{where}: {told[:200]} is no number of ranks")
     return Sizes(tp, pp, dp, zero_stage=int(kind == ZERO))

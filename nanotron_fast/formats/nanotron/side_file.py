@@ -72,4 +72,5 @@ def read_side_file(root: Path) -> SideFile | None:
     if not all(isinstance(dtype, str) for dtype in dtypes.values()):
         raise CheckpointError(f"{path}: dtypes are no names; delete the file to do without it")
     # Keys of a later version are left alone.
-    return SideFile(**{key: document[key] for key in kinds if key in document})
+    fields: dict[str, Any] = {key: document.get(key) for key in kinds}
+    return SideFile(**fields)

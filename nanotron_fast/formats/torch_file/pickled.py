@@ -21,6 +21,13 @@ MAX_DEPTH = 64
 # Larger than any seed or size that is kept in one.
 _MAX_INTEGER_BYTES = 64
 _MAX_KEY_ELEMENTS = 16
+# Python finds the hash of a number by the remainder to this: larger ones may share it, all of them.
+_HASH_MODULUS = 2**61 - 1
+# So may tuples, of which no file has many as keys.
+_MAX_TUPLE_KEYS = 4096
+# A container takes many times the byte that makes it. Files have some 8 bytes for each.
+_BYTES_FOR_CONTAINER = 3
+_MIN_CONTAINERS = 10_000
 _NEWEST_PROTOCOL = 5
 
 
@@ -94,6 +101,8 @@ class _Machine:
         # The stacks that marks have put aside.
         self._aside: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        self._containers_left = max(_MIN_CONTAINERS, len(data) // _BYTES_FOR_CONTAINER)
+        self._tuple_keys = 0
         self.at = 0
 
     def run(self) -> Any:
@@ -147,6 +156,14 @@ class _Machine:
         self._stack = self._aside.pop()
         return items
 
+    def _count(self) -> None:
+        self._containers_left -= 1
+        if self._containers_left < 0:
+            raise self._error(
+                f"a pickle of {len(self._data):,} bytes makes more lists, tuples, sets and "
+                "dictionaries than any file of its size"
+            )
+
     # --- Instructions
 
     def proto(self) -> None:
@@ -157,6 +174,7 @@ class _Machine:
         self._number(8)
 
     def mark(self) -> None:
+        self._count()
         self._aside.append(self._stack)
         self._stack = []
 
@@ -183,6 +201,10 @@ class _Machine:
 
     def push(self, value: Any) -> None:
         self._stack.append(value)
+
+    def push_empty(self, kind: Callable[[], Any]) -> None:
+        self._count()
+        self._stack.append(kind())
 
     def push_integer(self, size: int) -> None:
         self._stack.append(self._number(size))
@@ -212,6 +234,7 @@ class _Machine:
     def short_tuple(self, size: int) -> None:
         if len(self._stack) < size:
             raise self._error("the pickle takes from an empty stack")
+        self._count()
         items = tuple(self._stack[-size:])
         self._stack[-size:] = [items]
 
@@ -262,11 +285,15 @@ class _Machine:
 
     def _key(self, key: Any) -> Any:
         """Refuses keys whose hash would take long to find, or would crash Python: nested ones."""
+        if isinstance(key, int) and abs(key) >= _HASH_MODULUS:
+            raise self._error(f"the pickle has a dictionary or a set with the key {key}")
         if isinstance(key, (str, bytes, int, float)) or key is None:
             return key
         if isinstance(key, tuple):
             is_flat = all(isinstance(each, (str, bytes, int, float)) for each in key)
-            if not is_flat or len(key) > _MAX_KEY_ELEMENTS:
+            self._tuple_keys += 1
+            too_many = self._tuple_keys > _MAX_TUPLE_KEYS
+            if not is_flat or len(key) > _MAX_KEY_ELEMENTS or too_many:
                 raise self._error("the pickle has a dictionary or a set with an unusual key")
         elif isinstance(key, (frozenset, _Global, _Mark)):
             raise self._error("the pickle has a dictionary or a set with an unusual key")
@@ -297,6 +324,7 @@ class _Machine:
 
     def reduce(self) -> None:
         arguments, function = self._stack.pop(), self._stack.pop()
+        self._count()
         if not isinstance(function, _Global) or not isinstance(arguments, tuple):
             raise self._error("the pickle calls what is not a function")
         self._stack.append(function.make(*arguments))
@@ -355,15 +383,15 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
     0x85: _with(_Machine.short_tuple, 1),
     0x86: _with(_Machine.short_tuple, 2),
     0x87: _with(_Machine.short_tuple, 3),
-    ord("]"): lambda machine: machine.push([]),
+    ord("]"): _with(_Machine.push_empty, list),
     ord("l"): _Machine.push_list,
     ord("a"): _Machine.append,
     ord("e"): _Machine.appends,
-    ord("}"): lambda machine: machine.push({}),
+    ord("}"): _with(_Machine.push_empty, dict),
     ord("d"): _Machine.push_dict,
     ord("s"): _Machine.set_item,
     ord("u"): _Machine.set_items,
-    0x8F: lambda machine: machine.push(set()),
+    0x8F: _with(_Machine.push_empty, set),
     0x90: _Machine.add_items,
     0x91: _Machine.frozen_set,
     ord("c"): _Machine.line_global,

@@ -249,12 +249,19 @@ def _callables(archive: Archive) -> dict[str, Callable[..., Any]]:
         "torch._utils._rebuild_parameter": parameter,
         "torch._utils._rebuild_parameter_with_state": parameter,
         "torch.Size": _flat_tuple,
-        "torch.device": lambda *parts: ":".join(str(part)[:80] for part in parts),
+        "torch.device": _device,
         "collections.OrderedDict": _empty_dict,
         "builtins.set": _flat_set,
         "builtins.frozenset": lambda *parts: frozenset(_flat_set(*parts)),
         "_codecs.encode": encoded,
     }
+
+
+def _device(*parts: Any) -> str:
+    # The text of anything else may be too long to be made: parts that lie in it many times over.
+    if not all(isinstance(part, (str, int)) for part in parts):
+        raise ValueError("torch.device of other things than text and numbers")
+    return ":".join(str(part)[:80] for part in parts)
 
 
 def _flat_tuple(sizes: Any = ()) -> tuple[int, ...]:
