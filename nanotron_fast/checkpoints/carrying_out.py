@@ -10,26 +10,25 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.checking import check_same, check_source, check_unchanged
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.checkpoints.fingerprint import Made, made_by, states_of
 from nanotron_fast.checkpoints.io_modes import check_mode, mode_for
 from nanotron_fast.checkpoints.journal import Journal
 from nanotron_fast.checkpoints.manifest import ranges_of, write_manifest
-from nanotron_fast.checkpoints.ownership import boot_id
 from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
-from nanotron_fast.checkpoints.plan.sides import UNTIE
 from nanotron_fast.checkpoints.processes import PeerFailed, Processes
 from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.checkpoints.remote.store import is_url
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
-from nanotron_fast.errors import CheckpointError, ConfigError, add_note
+from nanotron_fast.errors import ConfigError, add_note
 from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.interruption import Interrupted, ending
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
-from nanotron_fast.moves.files import FileState, ReadFile
+from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.plan import MovePlan, OutputFile
 
 _NO_WISHES = Wishes()
@@ -101,10 +100,10 @@ def carry_out(
     if is_url(dst):
         from nanotron_fast.checkpoints.remote.upload import upload
 
-        if wishes != _NO_WISHES or manifest:
+        if wishes != _NO_WISHES or manifest or io != "auto":
             raise ConfigError(
-                f"{dst}: --resume, --overwrite-partial, --share, --finish and --manifest are for a "
-                "directory"
+                f"{dst}: --resume, --overwrite-partial, --share, --finish, --manifest and --io are "
+                "for a directory"
             )
         ready, shown, engine_seconds = upload(
             make_plan,
@@ -361,35 +360,6 @@ class _Run:
                 add_note(error, remains)
 
 
-def check_same(processes: Processes, made: Made) -> Collection[str]:
-    """Proves that all processes have made the same plan, and returns the boots of their machines.
-
-    Raises CheckpointError, which names the first thing in which they differ.
-    """
-    said = processes.gather((made.digest, boot_id()))
-    rank = next((rank for rank, (digest, _) in enumerate(said) if digest != said[0][0]), None)
-    if rank is not None:
-        all_made = processes.gather(made)
-        mine, others = "in process 0", f"in process {rank}"
-        difference = all_made[0].difference(all_made[rank], mine=mine, others=others)
-        raise CheckpointError(
-            f"the processes do not see the same: {difference}. A file system may be mounted on one "
-            "machine alone, or show an older state there"
-        )
-    return {boot for _, boot in said}
-
-
-def check_unchanged(states: Mapping[Path, ReadFile]) -> None:
-    """Raises CheckpointError where a source is not any more what it was; OSError."""
-    for path, read in states.items():
-        found = FileState.of(os.stat(path))
-        if found != read.state:
-            raise CheckpointError(
-                f"{path}: it has changed while it was read ({read.state.size_bytes:,} bytes then, "
-                f"{found.size_bytes:,} now): what was written may be a mixture, and is given up"
-            )
-
-
 def _sizes(ready: Plan, outputs: Sequence[OutputFile]) -> Iterator[int]:
     """Bytes of every file and folder that will be written; a folder takes a block."""
     folders = {os.path.dirname(output.path) for output in outputs}
@@ -414,19 +384,3 @@ def _inputs(ready: Plan) -> set[Path]:
         elif not path.startswith(within):
             found.add(os.path.dirname(path))
     return set(map(Path, found))
-
-
-def check_source(ready: Plan, workers: int) -> None:
-    """Compares what the source holds twice. Raises CheckpointError where it differs."""
-    if ready.check_source is not None:
-        ready.check_source()
-    for named in ready.must_be_equal:
-        paths = ready.transfer.sources
-        differing = running.compare(paths, paths, [named.move], workers=workers)
-        if differing:
-            _, count, _ = differing[0]
-            raise CheckpointError(
-                f"{paths[named.move.destination]}: tie_word_embeddings is true, but {named.param} "
-                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements. "
-                f"{UNTIE}"
-            )

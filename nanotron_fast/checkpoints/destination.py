@@ -12,23 +12,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from nanotron_fast.checkpoints import placing
 from nanotron_fast.checkpoints.journal import Entry
 from nanotron_fast.checkpoints.ownership import Lock
-from nanotron_fast.checkpoints.partial import (
-    REPLACED,
-    Leftover,
-    Partial,
-    leftovers,
-    new_run,
-    remove,
-)
-from nanotron_fast.checkpoints.renaming import exchange, rename_to_free
+from nanotron_fast.checkpoints.partial import Leftover, Partial, leftovers, new_run, remove
 from nanotron_fast.errors import DestinationError
-from nanotron_fast.formats.known_files import MARKERS, OURS, foreign_names
+from nanotron_fast.formats.known_files import OURS, foreign_names
 from nanotron_fast.interruption import ending, held
 from nanotron_fast.moves.plan import OutputFile
 
@@ -202,7 +194,7 @@ class Destination:
         with held():
             self._partial = Partial.create(self._partial_path(self._run))
             if self.path.exists() and not self.is_inside:
-                _take_after(self.path, self._partial.content_path)
+                placing.take_after(self.path, self._partial.content_path)
         self._check_space(list(sizes))
         return self._partial
 
@@ -253,23 +245,23 @@ class Destination:
         partial = self.partial
         if fsync:
             for folder, _, _ in os.walk(partial.content_path):
-                _sync_directory(Path(folder))
+                placing.sync_directory(Path(folder))
         with held():
             self.check(names)
             self._check_ours(outputs)
             if self.is_inside:
-                self._move_up(fsync)
+                placing.move_up(partial, self.path, self._entries(), fsync=fsync)
             elif self.path.exists() and os.listdir(self.path):
-                self._exchange()
+                placing.replace(partial, self.path)
             else:
-                rename_to_free_or_empty(partial.content_path, self.path)
+                placing.give_name(partial, self.path)
             self._is_whole = True
         if fsync:
             parent = self.path if self.is_inside else self.path.parent
             while parent != self._oldest_parent:
-                _sync_directory(parent)
+                placing.sync_directory(parent)
                 parent = parent.parent
-            _sync_directory(parent)
+            placing.sync_directory(parent)
         return self._end()
 
     def _check_ours(self, outputs: Sequence[OutputFile]) -> None:
@@ -288,42 +280,6 @@ class Destination:
                     f"{self.partial.content_path / output.path}: {has}, and {output.size_bytes:,} "
                     "were written: something else has changed it"
                 )
-
-    def _exchange(self) -> None:
-        """A checkpoint that was there changes its name with the new one."""
-        partial = self.partial
-        partial.mark()
-        if exchange(partial.content_path, self.path):
-            return
-        # The other way, in which the name is free for a moment: `Leftover.undo` knows it.
-        aside = partial.path / REPLACED
-        self.path.rename(aside)
-        try:
-            partial.content_path.rename(self.path)
-        except BaseException:
-            aside.rename(self.path)
-            raise
-
-    def _move_up(self, fsync: bool) -> None:
-        """Moves what was there aside, and the parts up; on an error, all of it back."""
-        partial, replaced = self.partial, self.partial.path / REPLACED
-        content = partial.content_path
-        before, parts = self._entries(), sorted(os.listdir(content), key=_order)
-        partial.mark(parts, before)
-        done: list[tuple[Path, Path]] = []
-        try:
-            if before:
-                replaced.mkdir()
-            for name in before:
-                done.append(_move(self.path / name, replaced / name))
-            for name in parts:
-                if fsync and name == parts[-1]:
-                    _sync_directory(self.path)
-                done.append(_move(content / name, self.path / name))
-        except BaseException:
-            for there, here in reversed(done):
-                here.rename(there)
-            raise
 
     def _end(self) -> list[str]:
         """Removes what is not needed any more; that it cannot be removed is no error."""
@@ -394,26 +350,6 @@ class Destination:
         )
 
 
-def rename_to_free_or_empty(content: Path, path: Path) -> None:
-    """Gives a folder its name, which is free, or that of an empty folder. Raises OSError."""
-    if path.exists():
-        content.rename(path)
-    else:
-        rename_to_free(content, path)
-
-
-def _take_after(old: Path, new: Path) -> None:
-    """Gives a folder the owner, mode and access lists of the one that it will replace.
-
-    Files that are made in it then belong to the same group. Raises OSError.
-    """
-    status = old.stat()
-    mine = new.stat()
-    if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
-        os.chown(new, status.st_uid, status.st_gid)
-    shutil.copystat(old, new)
-
-
 def _identities(path: Path) -> list[tuple[int, int] | Path]:
     """A path and all that it lies in: device and inode, or the name of what is not there."""
     found: list[tuple[int, int] | Path] = []
@@ -425,21 +361,3 @@ def _identities(path: Path) -> list[tuple[int, int] | Path]:
         else:
             found.append((status.st_dev, status.st_ino))
     return found
-
-
-def _order(name: str) -> tuple[int, str]:
-    """Weights and what goes with them first, the marks of a whole checkpoint last."""
-    return (MARKERS.index(name) + 1 if name in MARKERS else 0, name)
-
-
-def _move(here: Path, there: Path) -> tuple[Path, Path]:
-    here.rename(there)
-    return here, there
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.checkpoints import carrying_out, ownership
+from nanotron_fast.checkpoints import checking, fingerprint, ownership
 from nanotron_fast.checkpoints.ownership import Owner
+from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
 from nanotron_fast.moves import engine
 from tests.checkpoints.kill_loop import tree
@@ -184,7 +185,7 @@ def test_what_was_not_synced_before_a_crash_is_written_again(
     """The machine was started anew: what it had in memory is gone."""
     stopped(source, tmp_path / "a", 5)
     stopped(source, tmp_path / "b", 5, fsync=True)
-    for module in ("ownership", "journal", "carrying_out"):
+    for module in ("ownership", "journal", "checking"):
         monkeypatch.setattr(f"nanotron_fast.checkpoints.{module}.boot_id", lambda: "another")
     for name, whole in (("a", 0), ("b", 5)):
         report = nf.convert(source, tmp_path / name, topology=TP2, resume=True)
@@ -355,19 +356,19 @@ def test_what_was_replaced_and_cannot_be_removed_is_a_warning(
 def test_processes_that_see_different_things(source: Path, tmp_path: Path) -> None:
     """As through a mount that shows an older state on one machine."""
     plan = nf.plan(source, tmp_path / "out")
-    states = carrying_out.states_of(plan)
-    made = carrying_out.made_by(plan, states)
+    states = fingerprint.states_of(plan)
+    made = fingerprint.made_by(plan, states)
     path = source / "model.safetensors"
     other = {path: type(states[path])(states[path].state._replace(mtime_ns=7), "x")}
 
-    class Two(carrying_out.Processes):
+    class Two(Processes):
         world_size = 2
 
         def gather(self, value: Any) -> list[Any]:
             if isinstance(value, tuple):
-                return [value, (carrying_out.made_by(plan, other).digest, value[1])]
-            return [value, carrying_out.made_by(plan, other)]
+                return [value, (fingerprint.made_by(plan, other).digest, value[1])]
+            return [value, fingerprint.made_by(plan, other)]
 
     message = "do not see the same: .*model.safetensors was written at .* in process 0, and at .* 1"
     with pytest.raises(CheckpointError, match=message):
-        carrying_out.check_same(Two(), made)
+        checking.check_same(Two(), made)

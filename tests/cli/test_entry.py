@@ -62,12 +62,12 @@ def interrupted(*args, **kwargs):
 conversion.engine.execute = interrupted
 """
 AT_THE_END = """
-from nanotron_fast.checkpoints import destination
-rename = destination.rename_to_free
+from nanotron_fast.checkpoints import placing
+rename = placing.rename_to_free
 def kill(one, other):
     os.kill(os.getpid(), {number})
     rename(one, other)
-destination.rename_to_free = kill
+placing.rename_to_free = kill
 """
 FAULT = """
 from nanotron_fast.checkpoints import verify as verification

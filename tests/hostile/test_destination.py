@@ -14,7 +14,7 @@ import pytest
 import nanotron_fast
 from nanotron_fast import Topology
 from nanotron_fast.checkpoints import carrying_out as conversion
-from nanotron_fast.checkpoints import destination
+from nanotron_fast.checkpoints import placing
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import CheckpointError, DestinationError, NanotronFastError
 from nanotron_fast.moves import engine
@@ -267,7 +267,7 @@ def test_exception_at_the_last_step(
     def fail(one: Path, other: Path) -> None:
         raise PermissionError(13, "Permission denied", str(other))
 
-    monkeypatch.setattr(destination, "rename_to_free", fail)
+    monkeypatch.setattr(placing, "rename_to_free", fail)
     with pytest.raises(PermissionError) as caught:
         nanotron_fast.convert(source, tmp_path / "out")
     (note,) = caught.value.__notes__
@@ -320,7 +320,7 @@ def test_file_systems_without_an_exchange_of_names(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
-    monkeypatch.setattr(destination, "exchange", lambda one, other: False)
+    monkeypatch.setattr(placing, "exchange", lambda one, other: False)
     if fails:
         with pytest.raises(PermissionError):
             nanotron_fast.convert(source, tmp_path / "out", overwrite=True)

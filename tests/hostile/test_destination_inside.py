@@ -15,7 +15,7 @@ import pytest
 import nanotron_fast
 from nanotron_fast import Topology
 from nanotron_fast.checkpoints import carrying_out as conversion
-from nanotron_fast.checkpoints import destination
+from nanotron_fast.checkpoints import placing
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import DestinationError
 from tests.modelzoo import make, read_tensors
@@ -273,7 +273,7 @@ def killed(
         patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
         # Nothing is moved back, either.
         patched.setattr(
-            "nanotron_fast.checkpoints.destination.reversed", lambda done: [], raising=False
+            "nanotron_fast.checkpoints.placing.reversed", lambda done: [], raising=False
         )
         with pytest.raises(Killed):
             nanotron_fast.convert(source, out, **options)
@@ -354,7 +354,7 @@ def test_a_run_that_was_killed_between_two_names(
     """At no moment is the checkpoint lost that was to be replaced."""
     out = tmp_path / "out"
     nanotron_fast.convert(source, out)
-    rename, exchange = Path.rename, destination.exchange
+    rename, exchange = Path.rename, placing.exchange
 
     def stop(self: Path, target: Path) -> Path:
         if self.name == "content":
@@ -369,13 +369,16 @@ def test_a_run_that_was_killed_between_two_names(
 
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", stop)
-        patched.setattr(destination, "exchange", stop_after)
+        patched.setattr(placing, "exchange", stop_after)
         patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
         if not can_exchange:
             # The name is free, and nothing is put back.
-            aside = lambda self: rename(self.path, self.partial.path / "replaced")  # noqa: E731
-            mark = lambda self: (self.partial.mark(), aside(self), stop(Path("content"), out))  # noqa: E731
-            patched.setattr(Destination, "_exchange", mark)
+            def free(partial: Any, path: Path) -> None:
+                partial.mark()
+                rename(path, partial.path / "replaced")
+                raise Killed
+
+            patched.setattr(placing, "replace", free)
         with pytest.raises(Killed):
             nanotron_fast.convert(source, out, overwrite=True, topology=Topology(tp=2))
     assert out.exists() == can_exchange

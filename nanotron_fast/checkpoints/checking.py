@@ -1,0 +1,61 @@
+"""What must hold while a plan is carried out: the same for all processes, and of the source."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from nanotron_fast.checkpoints.fingerprint import Made
+from nanotron_fast.checkpoints.ownership import boot_id
+from nanotron_fast.checkpoints.plan.plan import Plan
+from nanotron_fast.checkpoints.plan.sides import UNTIE
+from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.remote import running
+from nanotron_fast.errors import CheckpointError
+from nanotron_fast.moves.files import FileState, ReadFile
+
+
+def check_same(processes: Processes, made: Made) -> Collection[str]:
+    """Proves that all processes have made the same plan, and returns the boots of their machines.
+
+    Raises CheckpointError, which names the first thing in which they differ.
+    """
+    said = processes.gather((made.digest, boot_id()))
+    rank = next((rank for rank, (digest, _) in enumerate(said) if digest != said[0][0]), None)
+    if rank is not None:
+        all_made = processes.gather(made)
+        mine, others = "in process 0", f"in process {rank}"
+        difference = all_made[0].difference(all_made[rank], mine=mine, others=others)
+        raise CheckpointError(
+            f"the processes do not see the same: {difference}. A file system may be mounted on one "
+            "machine alone, or show an older state there"
+        )
+    return {boot for _, boot in said}
+
+
+def check_unchanged(states: Mapping[Path, ReadFile]) -> None:
+    """Raises CheckpointError where a source is not any more what it was; OSError."""
+    for path, read in states.items():
+        found = FileState.of(os.stat(path))
+        if found != read.state:
+            raise CheckpointError(
+                f"{path}: it has changed while it was read ({read.state.size_bytes:,} bytes then, "
+                f"{found.size_bytes:,} now): what was written may be a mixture, and is given up"
+            )
+
+
+def check_source(ready: Plan, workers: int) -> None:
+    """Compares what the source holds twice. Raises CheckpointError where it differs."""
+    if ready.check_source is not None:
+        ready.check_source()
+    for named in ready.must_be_equal:
+        paths = ready.transfer.sources
+        differing = running.compare(paths, paths, [named.move], workers=workers)
+        if differing:
+            _, count, _ = differing[0]
+            raise CheckpointError(
+                f"{paths[named.move.destination]}: tie_word_embeddings is true, but {named.param} "
+                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements. "
+                f"{UNTIE}"
+            )
