@@ -59,6 +59,14 @@ else:
     ]
 
 
+# Whose batches are the same: with as many data-parallel ranks.
+RESHARDED = [
+    (Grid(tp=2, is_tied=True, mode=SCATTERED), Grid(pp=2, is_tied=True)),
+    (Grid(pp=2), Grid(tp=2, mode=SCATTERED)),
+    (Grid(tp=2, dp=2, mode=SCATTERED), Grid(pp=2, dp=2, zero_stage=1)),
+]
+
+
 def weights_of(grid: Grid, folder: Path) -> Path:
     """A checkpoint for the ranks to begin with, and what it was converted from."""
     name = f"{grid.family}-{grid.is_tied}-{grid.dtype}"
@@ -107,6 +115,33 @@ def compare(grid: Grid, folder: Path) -> None:
     check_same(resumed, second_half(straight["ours"]), grid, "ours, resumed by Nanotron")
 
 
+def compare_resharded(here: Grid, there: Grid, folder: Path) -> None:
+    """Ours at one topology; then both go on with it at another, Nanotron by its own way to load."""
+    first = dist.get_rank() == 0
+    if first:
+        weights_of(here, folder)
+        weights_of(there, folder)
+    dist.barrier()
+    root = folder / f"{here}-to-{there}"
+    config = written(root, document(here, weights_of(here, folder), root, None))
+    straight = train_ours(config, here)
+    saved = folder / f"{there}-resharded" / str(SAVED)
+    sizes = {"tp": there.tp, "pp": there.pp, "dp": there.dp, "zero_stage": there.zero_stage}
+    if first:
+        nf.reshard(root / str(SAVED), saved, **sizes)
+    dist.barrier()
+    config = written(root, document_of(saved, folder / f"{there}-by-ours"))
+    resumed = train_ours(config, there)
+    check_same(resumed, second_half(straight), there, "resharded, resumed by ours")
+    if first and not is_main():
+        make_older(saved)
+    dist.barrier()
+    checkpoints = folder / f"{there}-by-nanotron"
+    config = written(checkpoints, document(there, weights_of(there, folder), checkpoints, saved))
+    resumed = train_nanotron(config, there, saved)
+    check_same(resumed, second_half(straight), there, "resharded, resumed by Nanotron")
+
+
 def second_half(figures: Figures) -> Figures:
     return {step: pair for step, pair in figures.items() if step > SAVED}
 
@@ -146,6 +181,10 @@ def cases(folder: str, port: str, size: str) -> Iterator[tuple[str, Callable[[],
     for grid in GRIDS:
         if grid.size == int(size):
             yield str(grid), partial(compare, grid, Path(folder))
+    for here, there in RESHARDED:
+        if here.size == int(size):
+            name = f"{here} resharded to {there}"
+            yield name, partial(compare_resharded, here, there, Path(folder))
 
 
 if __name__ == "__main__":

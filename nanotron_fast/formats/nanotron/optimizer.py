@@ -193,7 +193,8 @@ def find_states(folder: Path) -> Found:
         if axis == "dp" and isinstance(told, int) and 0 < told <= MAX_RANKS and not is_known:
             sizes = replace(sizes, dp=told)
     rates: Mapping[Place, Path] = {}
-    if any((folder / LR_SCHEDULER).glob("*.pt")):
+    # The released 0.4 has one file for all ranks, without their numbers.
+    if any((folder / LR_SCHEDULER).glob(f"{LR_SCHEDULER}_*.pt")):
         rates, of_rates = found_files(folder, LR_SCHEDULER)
         if (of_rates.tp, of_rates.pp) != (sizes.tp, sizes.pp):
             raise CheckpointError(
