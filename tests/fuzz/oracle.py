@@ -14,7 +14,10 @@ from typing import Protocol
 
 from nanotron_fast.errors import NanotronFastError, one_line
 
+# Of a processor's time, so that a busy machine makes no find; waiting takes none, and has a limit
+# of its own.
 SECONDS = 5.0
+TIMES_WALL = 12
 # What Python needs for a plan of a tiny model, and for each byte of the input: an empty set, the
 # dearest thing that one byte of a pickle makes, takes 216.
 BASE_BYTES = 48 << 20
@@ -43,19 +46,28 @@ class Target(Protocol):
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Raises Finding in the main thread where something takes longer, in Python at least."""
+    """Raises Finding in the main thread where something takes longer, in Python at least.
+
+    `seconds` are those of the processor; those of the clock may be TIMES_WALL as many.
+    """
 
     def ring(_: int, frame: FrameType | None) -> None:
         where = "".join(traceback.format_stack(frame, limit=4)) if frame else ""
         raise Finding(f"it takes longer than {seconds:g} s, at\n{where}")
 
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    timers = (
+        (signal.SIGPROF, signal.ITIMER_PROF, seconds),
+        (signal.SIGALRM, signal.ITIMER_REAL, TIMES_WALL * seconds),
+    )
+    before = [signal.signal(number, ring) for number, _, _ in timers]
+    for _, timer, limit in timers:
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        for (number, timer, _), handler in zip(timers, before, strict=True):
+            signal.setitimer(timer, 0)
+            signal.signal(number, handler)
 
 
 def state_of(box: Path) -> dict[str, object]:

@@ -11,7 +11,7 @@ from nanotron_fast.errors import CheckpointError
 from tests.fuzz import CORPUS
 from tests.fuzz.mutations import mutated
 from tests.fuzz.oracle import Finding, check, make_box, tracing
-from tests.fuzz.targets import TARGETS
+from tests.fuzz.targets import TARGETS, templates
 
 # Of inputs to each target; those that make a whole plan of each are slower.
 MANY, FEW = 80, 6
@@ -21,6 +21,7 @@ FILES = sorted(path.name for path in CORPUS.iterdir())
 
 @pytest.fixture
 def box(tmp_path: Path) -> Path:
+    templates()  # which no limit of time is for
     return make_box(tmp_path / "box")
 
 
