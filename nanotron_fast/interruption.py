@@ -10,7 +10,10 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import threading
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -88,6 +91,16 @@ def held() -> Iterator[None]:
     number, _state.pending = _state.pending, None
     if number is not None:
         _handle(number, None)
+
+
+def wait(event: threading.Event, seconds: float) -> bool:
+    """Waits for an event, for a moment; a signal is answered at the end of it.
+
+    Within, the exception would come between a lock that is let go and one that is taken, and become
+    another one.
+    """
+    with held():
+        return event.wait(seconds)
 
 
 @contextmanager

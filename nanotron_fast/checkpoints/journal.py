@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.ownership import boot_id
+from nanotron_fast.interruption import held
 from nanotron_fast.moves.files import Folder
 from nanotron_fast.moves.plan import OutputFile
 
@@ -28,6 +29,7 @@ _MAX_SHARES = 1 << 16
 _MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095
 # The end of the year 9999, which is as far as a time can be told.
 _MAX_SECONDS = 253402300799
+_POLL_SECONDS = 0.1
 # How long an ended run waits for the device.
 _LAST_SECONDS = 0.5
 
@@ -144,7 +146,8 @@ class Journal:
         if self._thread is not None:
             self._queue.put(None)
             while self._thread.is_alive():
-                self._thread.join(0.1)  # so that signals are answered
+                with held():  # a signal is answered between two of them
+                    self._thread.join(_POLL_SECONDS)
             self._thread = None
             os.fsync(self._descriptor)
         if self._errors:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from nanotron_fast.errors import ConfigError, NanotronFastError
-from nanotron_fast.interruption import Interrupted
+from nanotron_fast.interruption import Interrupted, wait
 
 _Value = TypeVar("_Value")
 _POLL_SECONDS = 0.1
@@ -142,7 +142,7 @@ def _call_patiently(call: Callable[[], object], limit_seconds: float | None = No
 
     threading.Thread(target=guarded, name="nanotron_fast-processes", daemon=True).start()
     waited = 0.0
-    while not finished.wait(_POLL_SECONDS):
+    while not wait(finished, _POLL_SECONDS):
         waited += _POLL_SECONDS
         if limit_seconds is not None and waited >= limit_seconds:
             raise TimeoutError(f"the other processes have not come in {limit_seconds:g} s")

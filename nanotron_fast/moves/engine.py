@@ -11,7 +11,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from nanotron_fast import _C
-from nanotron_fast.interruption import ending
+from nanotron_fast.interruption import ending, wait
 from nanotron_fast.moves.checksums import write_checksums
 from nanotron_fast.moves.files import FileState, Folder
 from nanotron_fast.moves.move import Move, table_of
@@ -217,7 +217,7 @@ def _run(
     try:
         if meanwhile is not None:
             meanwhile()
-        while not finished.wait(_POLL_SECONDS):
+        while not wait(finished, _POLL_SECONDS):
             collect()
             if on_progress is not None:
                 on_progress(progress.bytes_done)

@@ -297,3 +297,29 @@ def test_a_signal_waits_for_the_end_of_what_is_held() -> None:
         interruption.restore()
     assert done == ["all", "cleaned"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_within_a_wait_is_no_other_error() -> None:
+    """Between a lock that is let go and one that is taken it would become a RuntimeError."""
+    program = """
+import os, signal, threading
+from nanotron_fast import interruption
+interruption.install()
+
+class Condition(threading.Condition):
+    def wait(self, timeout=None):
+        self.release()
+        os.kill(os.getpid(), signal.SIGTERM)
+        self.acquire()
+        return False
+
+event = threading.Event()
+event._cond = Condition(threading.Lock())
+try:
+    interruption.wait(event, 0.01)
+except interruption.Interrupted:
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
+    assert result.stdout == "interrupted\n"

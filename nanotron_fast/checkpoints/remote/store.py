@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nanotron_fast.errors import CheckpointError, ConfigError
-from nanotron_fast.interruption import ending
+from nanotron_fast.interruption import ending, held
 
 BLOCK_BYTES = 8 << 20
 NUM_AT_A_TIME = 8
@@ -361,9 +361,10 @@ def at_once(
     num_bytes = num_done = 0
     try:
         while num_done < num_calls:
-            try:
+            result: int | BaseException | None = None
+            with held(), contextlib.suppress(queue.Empty):  # a signal is answered at the end of it
                 result = finished.get(timeout=_POLL_SECONDS)
-            except queue.Empty:
+            if result is None:
                 continue
             if isinstance(result, BaseException):
                 raise result

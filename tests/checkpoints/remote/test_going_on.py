@@ -155,7 +155,7 @@ def test_a_signal_ends_a_run_that_waits_for_its_store(temporary, model, tmp_path
         started = time.monotonic()
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143
+    assert process.returncode == 143, errors
     assert "interrupted by SIGTERM" in errors
     assert time.monotonic() - started < 3
     assert not (tmp_path / "out").exists()
