@@ -313,7 +313,8 @@ def _laid_out(path: Path, document: Mapping[str, Any]) -> RankStates:
         if len(group["params"]) > 1:
             raise CheckpointError(
                 f"{path}: a group of constants is of {len(group['params'])} parameters; Nanotron "
-                "writes one for each"
+                "main writes one for each. The released 0.4 writes one for all, and its states are "
+                "not resharded: nanotron-fast convert takes the weights"
             )
         for index in group["params"]:
             groups[index] = {key: value for key, value in group.items() if key != "params"}
