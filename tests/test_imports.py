@@ -194,6 +194,7 @@ def test_a_start_imports_what_the_flags_are_made_of_and_nothing_else() -> None:
         "nanotron_fast.cli.streams",
         "nanotron_fast.cli.tokenize",
         "nanotron_fast.cli.train",
+        "nanotron_fast.cli.writing",
     }
     run(
         "import contextlib\n"

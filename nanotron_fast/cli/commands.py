@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
 
@@ -21,6 +21,22 @@ from nanotron_fast.cli.generate import generate
 from nanotron_fast.cli.reshard import reshard
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
+from nanotron_fast.cli.writing import (
+    DryRun,
+    Fsync,
+    Io,
+    Json,
+    Manifest,
+    Overwrite,
+    OverwritePartial,
+    Quiet,
+    Resume,
+    Workers,
+    print_json,
+    print_lines,
+    warn,
+    write,
+)
 from nanotron_fast.errors import ConfigError, NanotronFastError, one_line
 from nanotron_fast.version import __version__
 
@@ -33,11 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
-]
 
 
 def _command(
@@ -91,18 +102,10 @@ def convert(
     *,
     choices: Choices,
     workers: Workers = None,
-    fsync: Annotated[
-        bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what an earlier run has finished.")
-    ] = False,
-    overwrite_partial: Annotated[
-        bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
-    ] = False,
+    fsync: Fsync = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    overwrite_partial: OverwritePartial = False,
     share: Annotated[
         str | None,
         typer.Option(
@@ -113,23 +116,11 @@ def convert(
     finish: Annotated[
         bool, typer.Option("--finish", help="Prove that all shares are done, and make DST of them.")
     ] = False,
-    io: Annotated[
-        str,
-        typer.Option(
-            metavar="MODE",
-            help="auto, buffered (through the page cache), direct (past it) or dontcache (through "
-            "it without staying there).",
-        ),
-    ] = "auto",
-    manifest: Annotated[
-        bool,
-        typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
-    ] = False,
+    io: Io = "auto",
+    manifest: Manifest = False,
+    dry_run: DryRun = False,
     json: Json = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+    quiet: Quiet = False,
 ) -> None:
     """Convert a checkpoint to another format.
 
@@ -137,55 +128,29 @@ def convert(
     stays beside it, for --resume.
     """
     from nanotron_fast.checkpoints import convert as conversion
-    from nanotron_fast.checkpoints.processes import connect
-    from nanotron_fast.cli import reporting
-    from nanotron_fast.moves import engine
 
-    num_workers = workers or engine.default_workers()
-    if dry_run:
-        plan = conversion.plan(src, dst, **choices)
-        if json:
-            _print_json(plan.to_json(num_workers))
-        elif not quiet:
-            _print(reporting.plan_lines(plan, num_workers))
-            _warn(plan.warnings)
-        return
-    processes = connect()
-    is_silent = quiet or json or processes.rank != 0
-    progress = reporting.Progress(is_quiet=is_silent)
-
-    def on_plan(plan: Any) -> None:
-        if not is_silent:
-            _warn(plan.warnings)
-
-    try:
-        with progress.running("converting") as on_progress:
-            report = conversion.convert(
-                src,
-                dst,
-                overwrite=overwrite,
-                workers=num_workers,
-                fsync=fsync,
-                resume=resume,
-                overwrite_partial=overwrite_partial,
-                share=_share(share),
-                finish=finish,
-                io=io,
-                manifest=manifest,
-                on_plan=on_plan,
-                on_total=progress.expect,
-                on_progress=on_progress,
-                processes=processes,
-                **choices,
-            )
-    finally:
-        processes.close()
-    with interruption.telling(lambda: f"{report.destination} is whole"):
-        _warn(report.warnings)
-        if json and processes.rank == 0:
-            _print_json(report.to_json(num_workers))
-        elif not is_silent:
-            _print(reporting.report_lines(report))
+    write(
+        "converting",
+        conversion.plan,
+        conversion.convert,
+        src,
+        dst,
+        choices=choices,
+        options={
+            "overwrite": overwrite,
+            "fsync": fsync,
+            "resume": resume,
+            "overwrite_partial": overwrite_partial,
+            "share": _share(share),
+            "finish": finish,
+            "io": io,
+            "manifest": manifest,
+        },
+        workers=workers,
+        dry_run=dry_run,
+        json=json,
+        quiet=quiet,
+    )
 
 
 @_command
@@ -217,9 +182,9 @@ def verify(
 
         found = manifest.check(a, logits=logits, choices=choices, workers=workers, is_quiet=json)
         if json:
-            _print_json(found.to_json())
+            print_json(found.to_json())
         else:
-            _print(reporting.manifest_lines(found))
+            print_lines(reporting.manifest_lines(found))
         if not found.intact:
             raise typer.Exit(EXIT_DIFFERENT)
         return
@@ -239,10 +204,10 @@ def verify(
             **choices,
         )
     if json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
     else:
-        _warn(result.warnings)
-        _print(reporting.verification_lines(result))
+        warn(result.warnings)
+        print_lines(reporting.verification_lines(result))
     if not result.equal:
         raise typer.Exit(EXIT_DIFFERENT)
 
@@ -260,10 +225,10 @@ def inspect(
 
     found = inspection.inspect(path, **choices)
     if json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _print(reporting.inspection_lines(found))
-        _warn(found.warnings)
+        print_lines(reporting.inspection_lines(found))
+        warn(found.warnings)
 
 
 @_command
@@ -273,9 +238,9 @@ def env(json: Json = False) -> None:
 
     found = environment.environment()
     if json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _print(environment.lines(found))
+        print_lines(environment.lines(found))
 
 
 @_command
@@ -298,9 +263,9 @@ def plot(
 
     written = [str(path) for path in plotting.plot(runs, output=output)]
     if json:
-        _print_json({"files": written})
+        print_json({"files": written})
     else:
-        _print(written)
+        print_lines(written)
 
 
 @app.command(
@@ -367,22 +332,6 @@ def _share(given: str | None) -> tuple[int, int] | None:
     if not (slash and number.isdecimal() and total.isdecimal()):
         raise ConfigError(f"--share {given}: write I/N, such as 2/8")
     return int(number), int(total)
-
-
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    import json
-
-    typer.echo(json.dumps(document, indent=2))
 
 
 def main() -> None:

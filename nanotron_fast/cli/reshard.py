@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from nanotron_fast import interruption
-
-if TYPE_CHECKING:
-    from nanotron_fast.checkpoints.plan.plan import Plan
+from nanotron_fast.cli.writing import (
+    DryRun,
+    Fsync,
+    Io,
+    Json,
+    Manifest,
+    Overwrite,
+    OverwritePartial,
+    Quiet,
+    Resume,
+    Workers,
+    write,
+)
 
 
 def reshard(
@@ -33,102 +41,40 @@ def reshard(
             "SRC)",
         ),
     ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
-    ] = None,
-    fsync: Annotated[
-        bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
-    ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
-    ] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with what an earlier run has finished.")
-    ] = False,
-    overwrite_partial: Annotated[
-        bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
-    ] = False,
-    io: Annotated[
-        str, typer.Option(metavar="MODE", help="auto, buffered, direct or dontcache: see convert.")
-    ] = "auto",
-    manifest: Annotated[
-        bool,
-        typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST."),
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
-    ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print errors alone.")] = False,
+    workers: Workers = None,
+    fsync: Fsync = False,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+    overwrite_partial: OverwritePartial = False,
+    io: Io = "auto",
+    manifest: Manifest = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a Nanotron checkpoint at another topology, the states of training included.
 
     A run goes on from DST as it would have from SRC. DST appears when it is whole.
     """
     from nanotron_fast.checkpoints import reshard as resharding
-    from nanotron_fast.checkpoints.processes import connect
-    from nanotron_fast.cli import reporting
-    from nanotron_fast.moves import engine
 
-    num_workers = workers or engine.default_workers()
-    choices: dict[str, Any] = {"tp": tp, "pp": pp, "dp": dp, "ep": ep, "zero_stage": zero_stage}
-    if dry_run:
-        plan = resharding.plan(src, dst, **choices)
-        if json:
-            _print_json(plan.to_json(num_workers))
-        elif not quiet:
-            _print(reporting.plan_lines(plan, num_workers))
-            _warn(plan.warnings)
-        return
-    processes = connect()
-    is_silent = quiet or json or processes.rank != 0
-    progress = reporting.Progress(is_quiet=is_silent)
-
-    def on_plan(plan: Plan) -> None:
-        if not is_silent:
-            _warn(plan.warnings)
-
-    try:
-        with progress.running("resharding") as on_progress:
-            report = resharding.reshard(
-                src,
-                dst,
-                overwrite=overwrite,
-                workers=num_workers,
-                fsync=fsync,
-                resume=resume,
-                overwrite_partial=overwrite_partial,
-                io=io,
-                manifest=manifest,
-                on_plan=on_plan,
-                on_total=progress.expect,
-                on_progress=on_progress,
-                processes=processes,
-                **choices,
-            )
-    finally:
-        processes.close()
-    with interruption.telling(lambda: f"{report.destination} is whole"):
-        _warn(report.warnings)
-        if json and processes.rank == 0:
-            _print_json(report.to_json(num_workers))
-        elif not is_silent:
-            _print(reporting.report_lines(report))
-
-
-def _print(lines: Iterable[str]) -> None:
-    for line in lines:
-        typer.echo(line)
-
-
-def _warn(warnings: Iterable[str]) -> None:
-    for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
-
-
-def _print_json(document: dict[str, Any]) -> None:
-    import json
-
-    typer.echo(json.dumps(document, indent=2))
+    write(
+        "resharding",
+        resharding.plan,
+        resharding.reshard,
+        src,
+        dst,
+        choices={"tp": tp, "pp": pp, "dp": dp, "ep": ep, "zero_stage": zero_stage},
+        options={
+            "overwrite": overwrite,
+            "fsync": fsync,
+            "resume": resume,
+            "overwrite_partial": overwrite_partial,
+            "io": io,
+            "manifest": manifest,
+        },
+        workers=workers,
+        dry_run=dry_run,
+        json=json,
+        quiet=quiet,
+    )

@@ -1,0 +1,129 @@
+"""What the commands that write a checkpoint have in common: their options, and how they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nanotron_fast import interruption
+
+if TYPE_CHECKING:
+    from nanotron_fast.checkpoints.plan.plan import Plan
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+Workers = Annotated[
+    int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
+]
+Fsync = Annotated[
+    bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with what an earlier run has finished.")
+]
+OverwritePartial = Annotated[
+    bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
+]
+Io = Annotated[
+    str,
+    typer.Option(
+        metavar="MODE",
+        help="auto, buffered (through the page cache), direct (past it) or dontcache (through it "
+        "without staying there).",
+    ),
+]
+Manifest = Annotated[
+    bool, typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print errors alone.")]
+
+
+def write(
+    verb: str,
+    plan: Callable[..., Plan],
+    carry_out: Callable[..., Any],
+    src: str,
+    dst: str,
+    *,
+    choices: Mapping[str, Any],
+    options: Mapping[str, Any],
+    workers: int | None,
+    dry_run: bool,
+    json: bool,
+    quiet: bool,
+) -> None:
+    """Runs a command, shows how far it is, and says what it did.
+
+    Args:
+        verb: for the progress.
+        plan, carry_out: what plans it from `choices`, and what does it with `options` as well.
+    """
+    from nanotron_fast.checkpoints.processes import connect
+    from nanotron_fast.cli import reporting
+    from nanotron_fast.moves import engine
+
+    num_workers = workers or engine.default_workers()
+    if dry_run:
+        planned = plan(src, dst, **choices)
+        if json:
+            print_json(planned.to_json(num_workers))
+        elif not quiet:
+            print_lines(reporting.plan_lines(planned, num_workers))
+            warn(planned.warnings)
+        return
+    processes = connect()
+    is_silent = quiet or json or processes.rank != 0
+    progress = reporting.Progress(is_quiet=is_silent)
+
+    def on_plan(planned: Plan) -> None:
+        if not is_silent:
+            warn(planned.warnings)
+
+    try:
+        with progress.running(verb) as on_progress:
+            report = carry_out(
+                src,
+                dst,
+                workers=num_workers,
+                on_plan=on_plan,
+                on_total=progress.expect,
+                on_progress=on_progress,
+                processes=processes,
+                **options,
+                **choices,
+            )
+    finally:
+        processes.close()
+    with interruption.telling(lambda: f"{report.destination} is whole"):
+        if not quiet:
+            warn(report.warnings)
+        if json and processes.rank == 0:
+            print_json(report.to_json(num_workers))
+        elif not is_silent:
+            print_lines(reporting.report_lines(report))
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """To stdout."""
+    for line in lines:
+        typer.echo(line)
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """To stderr."""
+    for warning in warnings:
+        typer.echo(f"warning: {warning}", err=True)
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """To stdout."""
+    import json
+
+    typer.echo(json.dumps(document, indent=2))
