@@ -83,16 +83,9 @@ class HfSource:
         self.files = _Files()
         self.used: set[str] = set()
         self._dtypes: dict[str, Dtype] = {}
-        self._found: dict[str, tuple[Address, StoredTensor]] = {}
 
     def find(self, part: Part) -> tuple[Address, StoredTensor]:
         """The tensor that holds a part. Raises CheckpointError, naming what is missing."""
-        found = self._found.get(part.name)
-        if found is None:
-            found = self._found[part.name] = self._find(part)
-        return found
-
-    def _find(self, part: Part) -> tuple[Address, StoredTensor]:
         tensors = self.checkpoint.tensors
         for address in part.tensors:
             tensor = tensors.get(address.name)
