@@ -20,7 +20,7 @@ from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.processes import PeerFailed, Processes
 from nanotron_fast.checkpoints.remote import running
-from nanotron_fast.checkpoints.remote.store import is_url
+from nanotron_fast.checkpoints.remote.store import as_path, is_url
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
 from nanotron_fast.errors import ConfigError, add_note
@@ -97,6 +97,7 @@ def carry_out(
     workers = engine.default_workers() if workers is None else workers
     if workers < 1:
         raise ConfigError(f"--workers {workers}: it should be at least 1")
+    dst = as_path(dst)
     if is_url(dst):
         from nanotron_fast.checkpoints.remote.upload import upload
 

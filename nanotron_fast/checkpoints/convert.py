@@ -19,7 +19,7 @@ from nanotron_fast.checkpoints.remote.mirror import (
     shown,
     shown_in_errors,
 )
-from nanotron_fast.checkpoints.remote.store import is_url, without_password
+from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import CheckpointError, ConfigError
@@ -53,6 +53,7 @@ def plan(
         OSError: a file cannot be read.
     """
     options = Options.of(choices)
+    dst = as_path(dst)
     if not str(dst):
         raise ConfigError("the destination has no name")
     # What a direction does not need is not even imported: it counts in the time to start.

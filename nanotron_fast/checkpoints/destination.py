@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -166,6 +167,18 @@ class Destination:
         if self.is_inside:
             return self.path / f"{_LOCK}{number}"
         return self.path.with_name(f".{self.path.name}{_LOCK}{number}")
+
+    def locks(self) -> list[tuple[Path, tuple[int, int] | None]]:
+        """All files that say who does all of it, or a share, with that share."""
+        whole = self.lock_path(None)
+        pattern = re.compile(re.escape(whole.name) + r"(?:-(\d{1,9})-of-(\d{1,9}))?")
+        found: list[tuple[Path, tuple[int, int] | None]] = []
+        for name in sorted(os.listdir(whole.parent)):
+            match = pattern.fullmatch(name)
+            if match is not None:
+                share = (int(match[1]), int(match[2])) if match[1] else None
+                found.append((whole.parent / name, share))
+        return found
 
     def others(self) -> list[Leftover]:
         """What other runs have here. Raises DestinationError where the source lies in it."""

@@ -245,7 +245,7 @@ def _is_made_by_a_run(folder: Folder, names: set[str], commit: Mapping[str, Any]
 
 
 def _is_journal(name: str) -> bool:
-    return name.startswith("journal-")
+    return re.fullmatch(r"journal-\d+", name) is not None
 
 
 def _is_name(name: object) -> bool:

@@ -11,7 +11,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
-from nanotron_fast.checkpoints.remote.store import is_url
+from nanotron_fast.checkpoints.remote.store import as_path, is_url
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve
@@ -110,6 +110,7 @@ def reshard(
         What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk too
         small; OSError.
     """
+    dst = as_path(dst)
     if is_url(dst):
         raise ConfigError(f"{dst}: a training checkpoint is written to a directory alone")
     processes = processes or Processes()

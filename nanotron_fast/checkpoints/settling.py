@@ -7,13 +7,13 @@ work lies about.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.journal import Journal
-from nanotron_fast.checkpoints.ownership import holder_of
+from nanotron_fast.checkpoints.ownership import Holder, holder_of
 from nanotron_fast.checkpoints.partial import Leftover, Partial, whole_outputs
 from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
 from nanotron_fast.interruption import held
@@ -60,11 +60,16 @@ def settle(
     Raises DestinationError, which says what to do; nothing is lost then.
     """
     with held():
-        found = destination.others()
-        _refuse_living(destination, found, wishes)
-        for leftover in found:
-            leftover.undo()
-        found = [each for each in destination.others() if not _is_alive(destination, each)]
+        # In this order: a run claims the destination before it makes its folder. What is of none
+        # that goes on now has ended, and its journals are read after that.
+        known = {each.run for each in destination.others()}
+        living = _living(destination)
+        _refuse_living(destination, living, wishes)
+        dead = known - set(living)
+        for leftover in destination.others():
+            if leftover.run in dead:
+                leftover.undo()
+        found = [each for each in destination.others() if each.run in dead]
         _sweep([leftover for leftover in found if not leftover.finished])
         kept = [leftover for leftover in found if leftover.finished]
         mine, siblings = _sorted_out(kept, wishes)
@@ -92,26 +97,28 @@ def settle(
     return fitting
 
 
-def _refuse_living(destination: Destination, found: Sequence[Leftover], wishes: Wishes) -> None:
-    for leftover in found:
-        share = leftover.record.share
-        if wishes.share and share and share != wishes.share and share[1] == wishes.share[1]:
+def _living(destination: Destination) -> dict[str, tuple[Holder, tuple[int, int] | None]]:
+    """Other runs that go on, by name: who has their lock, and which share they do."""
+    found: dict[str, tuple[Holder, tuple[int, int] | None]] = {}
+    for path, share in destination.locks():
+        holder = holder_of(path)
+        if holder is None or holder.owner is None or not holder.is_alive:
             continue
-        holder = holder_of(destination.lock_path(share))
-        if holder is not None and _is_alive(destination, leftover):
-            number = f" (share {share[0]} of {share[1]})" if share else ""
-            raise DestinationError(f"{holder.refusal(destination.path)}{number}")
+        if holder.owner.run != destination.run:
+            found[holder.owner.run] = holder, share
+    return found
 
 
-def _is_alive(destination: Destination, leftover: Leftover) -> bool:
-    """Whether its run goes on. Which lock it has its journal says, which comes first."""
-    holder = holder_of(destination.lock_path(leftover.record.share))
-    return (
-        holder is not None
-        and holder.owner is not None
-        and holder.owner.run == leftover.run
-        and holder.is_alive
-    )
+def _refuse_living(
+    destination: Destination,
+    living: Mapping[str, tuple[Holder, tuple[int, int] | None]],
+    wishes: Wishes,
+) -> None:
+    for holder, share in living.values():
+        if wishes.share and share and share[1] == wishes.share[1]:
+            continue
+        number = f" (share {share[0]} of {share[1]})" if share else ""
+        raise DestinationError(f"{holder.refusal(destination.path)}{number}")
 
 
 def _sorted_out(kept: Sequence[Leftover], wishes: Wishes) -> tuple[list[Leftover], list[Leftover]]:

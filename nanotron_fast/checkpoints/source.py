@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
-from nanotron_fast.checkpoints.remote.store import is_url
+from nanotron_fast.checkpoints.remote.store import as_path, is_url
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.hints import hint
@@ -40,6 +40,7 @@ def resolve(source: str | Path, *, takes_urls: bool = False) -> Path:
     With `takes_urls` it may be a mirror of what lies in a store: see `checkpoints.remote`.
     Raises CheckpointError; ConfigError for a URL that cannot be reached, OSError.
     """
+    source = as_path(source)
     if is_url(source):
         if not takes_urls:
             raise CheckpointError(
@@ -66,6 +67,7 @@ def resolve_companions(source: str | Path) -> Path:
 
     Raises CheckpointError.
     """
+    source = as_path(source)
     if is_url(source):
         return mirror(str(source), with_tensors=False)
     if Path(source).is_dir():

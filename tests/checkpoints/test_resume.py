@@ -15,6 +15,7 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast.checkpoints import checking, fingerprint, ownership
+from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.checkpoints.ownership import Owner
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
@@ -217,6 +218,47 @@ def test_shares(source: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["out", "source", "wanted"]
 
 
+def test_shares_that_begin_together(source: Path, tmp_path: Path) -> None:
+    """None sweeps away what another has only begun, or has just finished."""
+    program = """
+import sys
+import nanotron_fast as nf
+from nanotron_fast.checkpoints.journal import Journal
+import time
+begin = Journal.begin
+def late(self, *given):
+    time.sleep(0.2)
+    begin(self, *given)
+Journal.begin = late
+nf.convert(sys.argv[1], sys.argv[2], topology=nf.Topology(tp=2), share=(int(sys.argv[3]), 4))
+"""
+    out = tmp_path / "out"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", program, source, out, str(number)], env=environment)
+        for number in range(1, 5)
+    ]
+    assert [each.wait(100) for each in running] == [0] * 4
+    nf.convert(source, out, topology=TP2, finish=True)
+    assert nf.verify(source, out).equal
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_a_plain_run_beside_a_share_that_begins(source: Path, tmp_path: Path) -> None:
+    """It has claimed its share, and has no folder yet."""
+    share = Destination(tmp_path / "out", source=source, overwrite=False, share=(2, 3))
+    share.lock()
+    with pytest.raises(DestinationError, match=r"another conversion .* \(share 2 of 3\)"):
+        nf.convert(source, tmp_path / "out")
+    share.open()
+    for options in ({}, {"overwrite_partial": True}, {"finish": True}, {"share": (2, 3)}):
+        with pytest.raises(DestinationError, match="another conversion is writing to it"):
+            nf.convert(source, tmp_path / "out", **options)
+    nf.convert(source, tmp_path / "out", share=(1, 3))
+    assert share.partial.is_in_place()
+    share.abort()
+
+
 @pytest.mark.parametrize("share", [(0, 3), (4, 3), (1, 0)])
 def test_shares_that_are_none(share: tuple[int, int], source: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"--share {share[0]}/{share[1]}: "):
@@ -372,3 +414,25 @@ def test_processes_that_see_different_things(source: Path, tmp_path: Path) -> No
     message = "do not see the same: .*model.safetensors was written at .* in process 0, and at .* 1"
     with pytest.raises(CheckpointError, match=message):
         checking.check_same(Two(), made)
+
+
+@pytest.mark.parametrize("name", ["journal-2024.txt", "journal-", "journal-1x"])
+def test_a_folder_that_only_looks_like_a_run_s(name: str, source: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "out.partial-12345678" / name
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    nf.convert(source, tmp_path / "out", overwrite_partial=True)
+    assert precious.read_text() == "precious"
+
+
+@pytest.mark.parametrize(("src", "dst"), [("file://{}", "{}"), ("{}", "file://{}")])
+def test_a_url_of_a_folder_is_that_folder(src: str, dst: str, source: Path, tmp_path: Path) -> None:
+    before = tree(source)
+    with pytest.raises(DestinationError, match="the destination is the source"):
+        nf.convert(src.format(source), dst.format(source), overwrite=True)
+    with pytest.raises(DestinationError, match="the destination lies inside"):
+        nf.convert(src.format(source), dst.format(source / "sub"))
+    assert tree(source) == before
+    nf.convert(src.format(source), dst.format(tmp_path / "out"))
+    assert nf.verify(f"file://{source}", tmp_path / "out").equal
+    assert names(tmp_path) == ["out", "source"]

@@ -54,6 +54,13 @@ def is_url(place: object) -> bool:
     return isinstance(place, str) and _URL.match(place) is not None
 
 
+def as_path(place: str | Path) -> str | Path:
+    """The path that a file:// URL stands for, which is a folder like any; all else as it is."""
+    if isinstance(place, str) and place.startswith("file://"):
+        return place.removeprefix("file://")
+    return place
+
+
 class Version(NamedTuple):
     """What a store says of a file: bytes, and by any of several keys which version it is."""
 
