@@ -59,12 +59,12 @@ def _document_changed(data: bytes, chance: random.Random) -> bytes | None:
 def _places(document: Any) -> list[tuple[Any, Any]]:
     """Every container in a document, with each of its keys."""
     found: list[tuple[Any, Any]] = []
-    todo = [document]
-    while todo:
-        inner = todo.pop()
+    pending = [document]
+    while pending:
+        inner = pending.pop()
         keys = inner if isinstance(inner, dict) else range(len(inner))
         found += [(inner, key) for key in keys]
-        todo += [inner[key] for key in keys if isinstance(inner[key], (dict, list))]
+        pending += [inner[key] for key in keys if isinstance(inner[key], (dict, list))]
     return found
 
 

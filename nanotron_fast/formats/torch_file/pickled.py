@@ -409,9 +409,9 @@ def _check_nesting(document: Any, data_bytes: int, where: str) -> None:
     sizes: dict[int, int] = {}
     heights: dict[int, int] = {}
     open_ones: set[int] = set()
-    todo: list[tuple[Any, bool]] = [(document, False)]
-    while todo:
-        value, is_done = todo.pop()
+    pending: list[tuple[Any, bool]] = [(document, False)]
+    while pending:
+        value, is_done = pending.pop()
         children = _children(value)
         key = id(value)
         if is_done:
@@ -429,8 +429,8 @@ def _check_nesting(document: Any, data_bytes: int, where: str) -> None:
             raise CheckpointError(f"{where}: its pickle holds something that holds itself")
         elif key not in sizes and isinstance(value, (dict, list, tuple, set, frozenset)):
             open_ones.add(key)
-            todo.append((value, True))
-            todo.extend((child, False) for child in children if id(child) not in sizes)
+            pending.append((value, True))
+            pending.extend((child, False) for child in children if id(child) not in sizes)
 
 
 def _children(value: Any) -> list[Any]:
