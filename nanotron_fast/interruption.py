@@ -6,7 +6,9 @@ has something to clean up does so within `ending()`, and says in `remains` what 
 
 from __future__ import annotations
 
+import _thread
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -16,6 +18,21 @@ if TYPE_CHECKING:
     import threading
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# An exception between two statements of these leaves locks taken, lets go of what is not taken, or
+# is lost where a weak reference ends.
+_DELICATE = frozenset(
+    [
+        "_weakrefset",
+        "concurrent.futures._base",
+        "concurrent.futures.thread",
+        "queue",
+        "threading",
+        "weakref",
+    ]
+)
+# So a signal comes again a moment later there. Who is still at it then waits, which may be cut off.
+_MOMENT_SECONDS = 0.005
+_NUM_MOMENTS = 20
 
 
 class Interrupted(BaseException):
@@ -38,6 +55,7 @@ class _State:
 
     def __init__(self) -> None:
         self.depth = 0
+        self.num_moments = 0
         self.pending: int | None = None
         self.previous: dict[int, Any] = {}
 
@@ -48,8 +66,34 @@ _state = _State()
 def _handle(number: int, frame: FrameType | None) -> None:
     if _state.depth:
         _state.pending = number
+    elif (
+        frame is not None and frame.f_globals.get("__name__") in _DELICATE and _comes_again(number)
+    ):
+        pass
     else:
+        _state.num_moments = 0
         raise Interrupted(number)
+
+
+def _comes_again(number: int) -> bool:
+    """Whether the signal is sent once more, in a moment."""
+    if _state.num_moments == _NUM_MOMENTS:
+        return False
+
+    # To this thread: a wait within it ends only so.
+    receiver = _thread.get_ident()
+
+    def send() -> None:
+        time.sleep(_MOMENT_SECONDS)
+        signal.pthread_kill(receiver, number)
+
+    try:
+        # Not threading.Thread, the locks of which may be what the signal came between.
+        _thread.start_new_thread(send, ())
+    except RuntimeError:  # no more threads
+        return False
+    _state.num_moments += 1
+    return True
 
 
 def install(*more: int) -> None:

@@ -323,3 +323,42 @@ except interruption.Interrupted:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True)
     assert result.stdout == "interrupted\n"
+
+
+def test_a_signal_while_a_thread_starts_is_no_other_error() -> None:
+    """So in whatever waits in the standard library's modules for threads."""
+    program = """
+import signal, threading, time
+from nanotron_fast import interruption
+interruption.install()
+code = "def wait(self, timeout=None):\\n"
+for line in ("self.release()", "signal.raise_signal(15)", "self.acquire()", "return True"):
+    code += f" {line}\\n"
+found = {}
+exec(code, {"__name__": "threading", "signal": signal}, found)
+threading.Condition.wait = found["wait"]
+try:
+    threading.Thread(target=int).start()
+    time.sleep(30)
+except interruption.Interrupted:
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, check=False, timeout=60, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("interrupted\n", "")
+
+
+def test_a_signal_ends_a_wait_of_a_library_too() -> None:
+    program = """
+import signal, threading
+from nanotron_fast import interruption
+interruption.install(signal.SIGALRM)
+signal.setitimer(signal.ITIMER_REAL, 0.1)
+try:
+    threading.Event().wait(30)
+except interruption.Interrupted:
+    print("interrupted")
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, check=False, timeout=10, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("interrupted\n", "")
