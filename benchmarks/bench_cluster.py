@@ -67,19 +67,22 @@ def cases(work: Path, shape: str) -> list[Case]:
     finish = convert(source, "--finish")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = ["convert", str(source), "{out}"]
-    sums = "find {source} -type f | sort | xargs -P 2 -n 1 sha256sum > {{out}}"
+    sums = (
+        "mkdir {{out}}; find {source} -type f | sort | xargs -P 2 -n 1 sha256sum > {{out}}/sums"
+    )
     return [
         Case(
             f"{shape}: processes",
             source,
             {
                 "one process, 2 workers": plain,
+                "one process, 2 workers, --fsync": [*plain, "--fsync"],
                 "nanotron-fast, two shares": in_shell(*share, finish, at_once=True),
                 "nanotron-fast, torchrun of 2": [
                     *(*torchrun, "-m", "nanotron_fast", *words, "--workers", "1", "--json")
                 ],
             },
-            "two shares no slower than one process, but for their starts",
+            "two shares no slower than one process with --fsync, but for their starts",
             same_as(source),
         ),
         Case(
