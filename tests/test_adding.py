@@ -246,7 +246,7 @@ def test_the_family_converts_there_and_back(family: families.Family, tmp_path: P
     nf.convert(hf, there, topology=nf.Topology(tp=2, pp=2))
     config = json.loads((there / "model_config.json").read_text())
     assert config["is_madeup_config"]
-    assert config["layers"][0]["attention"]["has_qk_norm"]
+    assert config["layers"][0]["attention"]["qk_norm"]
     assert len(list(there.rglob("attn/q_norm/*.safetensors"))) == 3
     nf.convert(there, back)
     assert nf.verify(hf, there).equal

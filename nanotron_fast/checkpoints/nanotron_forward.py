@@ -157,7 +157,7 @@ class NanotronForward:
         heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         packed = self._linear(x, f"{name}.qkv_proj").unflatten(-1, (-1, attention.head_dim))
         q, k, v = packed.split(heads, -2)
-        if attention.has_qk_norm:
+        if attention.qk_norm:
             q, k = self._rms_norm(q, f"{name}.q_norm"), self._rms_norm(k, f"{name}.k_norm")
         # Nanotron gives a layer without rotary embedding no window.
         has_window = attention.rotary is not None or not self.model_class.is_stock

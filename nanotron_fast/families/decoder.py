@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
+from types import MappingProxyType
 
-from nanotron_fast.families.rules import Copy, Fuse, Rule
+from nanotron_fast.families.rules import Copy, Fuse, Rows, Rule
 
+# A layer's norms in our class, by what most of Hugging Face's classes call them.
+_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "attn_output_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "mlp_output_layernorm",
+}
 LAYER = "model.layers.{layer}."
 BLOCK = "model.decoder.{layer}.pp_block."
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
@@ -45,8 +54,7 @@ EMBEDDINGS: tuple[Rule, ...] = (
     ),
 )
 
-ATTENTION: tuple[Rule, ...] = (
-    Copy(f"{LAYER}input_layernorm.weight", f"{BLOCK}input_layernorm.weight", rows="hidden"),
+PROJECTIONS: tuple[Rule, ...] = (
     Fuse(
         qkv("weight"),
         f"{BLOCK}attn.qkv_proj.weight",
@@ -74,12 +82,46 @@ ATTENTION: tuple[Rule, ...] = (
         rows="hidden",
         when="output_bias",
     ),
+)
+
+ATTENTION: tuple[Rule, ...] = (
+    Copy(f"{LAYER}input_layernorm.weight", f"{BLOCK}input_layernorm.weight", rows="hidden"),
+    *PROJECTIONS,
     Copy(
         f"{LAYER}post_attention_layernorm.weight",
         f"{BLOCK}post_attention_layernorm.weight",
         rows="hidden",
     ),
 )
+
+
+def qk_norm(*, whole: bool = False) -> tuple[Rule, ...]:
+    """The norms of queries and keys: of each head by itself, or of all heads' rows at once."""
+    rows: tuple[Rows, Rows] = ("head_dim", "head_dim")
+    if whole:
+        rows = ("heads", "head_dim"), ("kv_heads", "head_dim")
+    return tuple(
+        Copy(
+            f"{LAYER}self_attn.{letter}_norm.weight",
+            f"{BLOCK}attn.{letter}_norm.weight",
+            rows=count,
+            split="rows" if whole else None,
+            when="qk_norm",
+        )
+        for letter, count in zip("qk", rows, strict=True)
+    )
+
+
+def norms(
+    *places: str, hf: Mapping[str, str] = MappingProxyType({}), kind: str = "weight"
+) -> tuple[Rule, ...]:
+    """A layer's norms: some of _NORMS, under other names in Hugging Face where `hf` has them."""
+    return tuple(
+        Copy(
+            f"{LAYER}{hf.get(place, place)}.{kind}", f"{BLOCK}{_NORMS[place]}.{kind}", rows="hidden"
+        )
+        for place in places
+    )
 
 
 def mlp(

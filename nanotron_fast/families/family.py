@@ -75,8 +75,11 @@ class Family:
         rules: the table of tensors.
         defaults: what transformers assumes of a key that config.json leaves out.
         keys: differences from COMMON_KEYS.
-        norm, has_gated_mlp: as in ModelSpec.
-        has_qk_norm: queries and keys are normalised; `when="qk_norm"` marks those norms' rules.
+        renamed: names under which newer versions of transformers write a key, and its own name.
+        norm, norm_adds_one, has_gated_mlp, norms, qk_norm: as in ModelSpec, of every layer, unless
+            a quirk says otherwise.
+        rotates_neighbours: the published model has rotary pairs beside each other in q and k; in
+            Nanotron's parameters they lie half a head apart.
         quirks: what else config.json says, in the order in which it is read.
         recognises: whether a model_config.json of one of its classes is one of this family, where
             nothing else says so.
@@ -92,12 +95,16 @@ class Family:
     rules: tuple[Rule, ...]
     defaults: Mapping[str, Any]
     keys: Mapping[str, str] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     norm: str = "rms_norm"
     has_gated_mlp: bool = True
-    has_qk_norm: bool = False
+    norm_adds_one: bool = False
+    norms: str = "before"
+    qk_norm: str | None = None
+    rotates_neighbours: bool = False
     quirks: tuple[Quirk, ...] = ()
     recognises: Callable[[Mapping[str, Any]], bool] = lambda model_config: False
     writes_head_dim: bool = False
@@ -105,7 +112,7 @@ class Family:
 
     @property
     def expresses(self) -> frozenset[str]:
-        """What of `model.needs` its config.json can say of single layers."""
+        """What of `model.needs` its config.json can say, and "shared_expert"."""
         return frozenset[str]().union(*(quirk.expresses for quirk in self.quirks))
 
     @property
@@ -139,6 +146,7 @@ class Family:
         `tensors_interleaved`: the published model has rotary pairs beside each other as well.
         """
         padded_vocab = padded_vocab_size or spec.vocab_size
+        tensors_interleaved = tensors_interleaved or self.rotates_neighbours
         is_paired = has_rope_pairs or rope_interleaved or tensors_interleaved
         outer = spec.layers[0]
 
@@ -198,7 +206,9 @@ def _flags(spec: ModelSpec, layer: Layer) -> frozenset[str]:
         "mlp_bias": isinstance(mlp, Dense) and mlp.has_bias,
         "untied": not spec.tie_word_embeddings,
         "tied": spec.tie_word_embeddings,
-        "qk_norm": attention.has_qk_norm,
+        "qk_norm": attention.qk_norm is not None,
         "shared_expert": isinstance(mlp, Experts) and mlp.has_shared_expert,
+        "shared_gate": isinstance(mlp, Experts) and mlp.has_shared_expert and mlp.has_shared_gate,
+        "correction_bias": isinstance(mlp, Experts) and mlp.has_correction_bias,
     }
     return frozenset(name for name, is_set in flags.items() if is_set)

@@ -44,7 +44,12 @@ class _Reader(Fields):
 
 def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
     """The architecture that a config describes. Raises ConfigError, UnsupportedModelError."""
-    reader = _Reader(family, config)
+    newer = {
+        old: config[new]
+        for new, old in family.renamed.items()
+        if new in config and old not in config
+    }
+    reader = _Reader(family, {**config, **newer})
     keys = family.config_keys
     fields: dict[str, Any] = {}
     for name in _POSITIVE:
@@ -83,13 +88,13 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         rotary=(0, head_dim),
         has_qkv_bias=reader.bias(family.qkv_bias),
         has_output_bias=reader.bias(family.output_bias),
-        has_qk_norm=family.has_qk_norm,
+        qk_norm=family.qk_norm,
     )
     has_bias = reader.bias(family.mlp_bias)
     mlp = Dense(fields["intermediate_size"], has_bias, is_gated=family.has_gated_mlp)
-    fields["norm"] = family.norm
+    fields["norm"], fields["norm_adds_one"] = family.norm, family.norm_adds_one
     num_layers = fields["num_layers"]
-    fields["layers"] = [Layer(attention, mlp)] * num_layers
+    fields["layers"] = [Layer(attention, mlp, family.norms)] * num_layers
     if "sliding_window" not in family.expresses:
         check_no_windows(read_kinds(reader, num_layers), f"a {family.name} has none")
     for quirk in family.quirks:

@@ -34,7 +34,7 @@ _BY_REASON: dict[str, str] = {
     _NEIGHBOURS: "ernie4_5 ernie4_5_moe glm helium",
     f"{_NEIGHBOURS}, and its layers have four norms": "glm4",
     f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere cohere2 cohere2_moe",
-    _QK_NORM: "qwen3 qwen3_moe olmo2 olmo3 olmoe exaone4 exaone_moe hunyuan_v1_dense "
+    _QK_NORM: "olmo2 olmo3 olmoe exaone4 exaone_moe hunyuan_v1_dense "
     "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
     "minimax_m3_vl_text qwen4_exp_text",
     f"{_QK_NORM}; its logits are capped": "nanochat",

@@ -9,7 +9,7 @@ from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import like_llama, refusal_of
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
-from nanotron_fast.model.needs import needs
+from nanotron_fast.model.needs import ODDITIES, needs
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
@@ -34,8 +34,20 @@ def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelErro
     )
 
 
+def target_of(family: Family, target: str | None) -> str:
+    """Who shall run a model: --target, by default whoever can. Raises UnsupportedModelError."""
+    if target is None:
+        return "nanotron" if family.model_class.is_stock else "nanotron-fast"
+    if target == "nanotron" and not family.model_class.is_stock:
+        raise UnsupportedModelError(
+            f"--target nanotron: none of Nanotron's classes can load a {family.name}; without the "
+            "option it is converted for nanotron-fast train"
+        )
+    return target
+
+
 def choose_class(family: Family, spec: ModelSpec, option: str, target: str) -> NanotronClass:
-    """The class to write; `option` is --model-class, `target` --target. UnsupportedModelError.
+    """The class to write; `option` is --model-class. UnsupportedModelError.
 
     For nanotron-fast that is this package's own where Nanotron's cannot hold the model.
     """
@@ -46,10 +58,6 @@ def choose_class(family: Family, spec: ModelSpec, option: str, target: str) -> N
     if option == "auto":
         if target == "nanotron-fast" and _lacks(default, spec, target):
             return NANOTRON_FAST_CONFIG
-        if not default.is_stock and target != "nanotron-fast":
-            raise UnsupportedModelError(
-                f"a {family.name}: none of Nanotron's classes holds it; use --target nanotron-fast"
-            )
         return default
     by_option = {each.option: each for each in classes()}
     if option not in by_option:
@@ -213,6 +221,10 @@ def _refused(
         f"without rotary embedding: Nanotron drops the window on those layers{hint}",
         "moe": f"a mixture of experts: Nanotron's {model_class} has none{hint}",
         "unlike_layers": "its layers are of different sizes, and Nanotron's are all alike" + hint,
+        **{
+            name: f"{what}, which Nanotron's {model_class} does not do{hint}"
+            for name, (_, what) in ODDITIES.items()
+        },
     }
     return UnsupportedModelError(reasons[need])
 
@@ -249,12 +261,17 @@ def check_expressible(family: Family, spec: ModelSpec) -> None:
             else "the checkpoint has no experts"
         )
     for need in ("partial_rotary", "unlike_layers"):
-        if need in needs(spec):
+        if need in needs(spec) and need not in expressed:
             raise refuse(f"Hugging Face's class has a place for nothing like it ({need})")
-    if spec.has_qk_norm != family.has_qk_norm:
+    if spec.qk_norm != family.qk_norm:
         raise refuse(
-            f"queries and keys are {'' if spec.has_qk_norm else 'not '}normalised in the "
+            f"queries and keys are {'' if spec.qk_norm else 'not '}normalised in the "
             "checkpoint, and in Hugging Face's class it is the other way round"
         )
-    if spec.moe is not None and not spec.moe.has_shared_expert:
-        raise refuse("Hugging Face's class has a shared expert, and the checkpoint has none")
+    has_shared = spec.moe is not None and spec.moe.has_shared_expert
+    if "moe" in expressed and has_shared != ("shared_expert" in expressed):
+        raise refuse(
+            "Hugging Face's class has no shared expert, and the checkpoint has one"
+            if has_shared
+            else "Hugging Face's class has a shared expert, and the checkpoint has none"
+        )

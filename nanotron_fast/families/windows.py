@@ -103,6 +103,8 @@ PLAIN = Windows(
     has_switch=False,
     keys=frozenset({"sliding_window", "layer_types"}),
 )
+# On every layer, where use_sliding_window is true.
+SWITCHED = Windows(older=_everywhere)
 # On the layers from max_window_layers on, where use_sliding_window is true.
 UPPER_LAYERS = Windows(older=_upper_layers, older_key="max_window_layers")
 

@@ -48,7 +48,12 @@ class Attention:
             layer has no rotary embedding.
         window: a query sees its last `window` keys, itself included; None: all of them.
         has_qkv_bias, has_output_bias: biases on q, k and v; on the output projection.
-        has_qk_norm: queries and keys are normalised, head by head, before the rotary embedding.
+        qk_norm: queries and keys are normalised before the rotary embedding: "head", each head by
+            itself; "whole", all heads' rows at once.
+        scale: of the scores; None: head_dim ** -0.5.
+        softcap: scores s become softcap * tanh(s / softcap).
+        rope_theta: the base of this layer's frequencies, without the model's rope_scaling; None:
+            the model's own, with it.
     """
 
     num_heads: int
@@ -58,7 +63,10 @@ class Attention:
     window: int | None = None
     has_qkv_bias: bool = False
     has_output_bias: bool = False
-    has_qk_norm: bool = False
+    qk_norm: str | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    rope_theta: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,21 +80,52 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts, and an expert that all tokens share where there is one."""
+    """A mixture of experts, and an expert that all tokens share where there is one.
+
+    Args:
+        has_shared_gate: what the shared expert gives is weighed by a sigmoid of each token's own.
+        scoring: of the router's logits over all experts: "softmax", or "sigmoid" one by one.
+        is_renormalised: the weights of the chosen experts are made to sum to 1.
+        scale: of the weights, after that.
+        has_correction_bias: a bias on the scores decides with them which experts are chosen, and
+            not how much they count.
+        num_groups, top_k_groups: experts are chosen from the best groups alone, a group being worth
+            its two best experts.
+    """
 
     num_experts: int
     top_k: int
     intermediate_size: int
     shared_intermediate_size: int
     has_shared_expert: bool
+    has_shared_gate: bool = True
+    scoring: str = "softmax"
+    is_renormalised: bool = False
+    scale: float = 1.0
+    has_correction_bias: bool = False
+    num_groups: int = 1
+    top_k_groups: int = 1
+
+
+# Where a layer has its norms, and what kinds of norms there are.
+NORM_PLACES = ("before", "after", "around", "parallel")
+NORMS = ("rms_norm", "layer_norm", "plain_layer_norm")
+QK_NORMS = ("head", "whole")
+SCORINGS = ("softmax", "sigmoid")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer of a decoder."""
+    """One layer of a decoder: x = x + attention(x), x = x + mlp(x), and norms in one of
+    NORM_PLACES.
+
+    "before" each of the two, "after" each of them, "around": both; or "parallel": the two work side
+    by side on one norm of x.
+    """
 
     attention: Attention
     mlp: Dense | Experts
+    norms: str = "before"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +134,12 @@ class ModelSpec:
 
     Args:
         intermediate_size: that of the dense layers; configurations have one where there are none.
-        norm: of the residual stream, "rms_norm" or "layer_norm" (which has biases).
+        norm: of the residual stream: "rms_norm", "layer_norm" (which has biases) or
+            "plain_layer_norm" (which has none).
+        norm_adds_one: an RMSNorm's weights are stored less one.
+        embedding_scale: of what comes out of the embedding, rounded to its dtype.
+        residual_scale: of what attention and MLP add to the stream.
+        logit_scale, logit_softcap: of the logits, the scale first.
         bos_token_id, eos_token_id, pad_token_id: as in config.json: an id, a list, or nothing.
         extras: kept by both formats, used by neither: `pretraining_tp`, dropout rates.
     """
@@ -111,6 +155,11 @@ class ModelSpec:
     rope_theta: float
     tie_word_embeddings: bool
     norm: str = "rms_norm"
+    norm_adds_one: bool = False
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
     rope_scaling: Mapping[str, Any] | None = None
     router_aux_loss_coef: float | None = None
     bos_token_id: Any = None
@@ -149,8 +198,13 @@ class ModelSpec:
         return self.attention.has_output_bias
 
     @property
-    def has_qk_norm(self) -> bool:
-        return self.attention.has_qk_norm
+    def qk_norm(self) -> str | None:
+        return self.attention.qk_norm
+
+    @property
+    def norm_places(self) -> tuple[str, ...]:
+        """Where each layer has its norms."""
+        return tuple(each.norms for each in self.layers)
 
     @property
     def has_mlp_bias(self) -> bool:
@@ -201,8 +255,9 @@ class ModelSpec:
     @property
     def are_alike(self) -> bool:
         """Whether layers differ in windows, rotary embedding and experts alone, of one size."""
-        first = replace(self.attention, window=None, rotary=None)
-        attentions = (replace(each.attention, window=None, rotary=None) for each in self.layers)
+        free: dict[str, Any] = {"window": None, "rotary": None, "rope_theta": None}
+        first = replace(self.attention, **free)
+        attentions = (replace(each.attention, **free) for each in self.layers)
         rotaries = {each.attention.rotary for each in self.layers} - {None}
         mlps = {each.mlp for each in self.layers}
         kinds = {type(mlp) for mlp in mlps}
@@ -231,6 +286,8 @@ def differing_layer(left: ModelSpec, right: ModelSpec) -> tuple[str, object, obj
                 values = getattr(a, each.name), getattr(b, each.name)
                 if values[0] != values[1]:
                     return f"{each.name} of layer {number}", *values
+        if one.norms != other.norms:
+            return f"norms of layer {number}", one.norms, other.norms
     return None
 
 
@@ -247,9 +304,10 @@ STRUCTURE = (
     "has_qkv_bias",
     "has_output_bias",
     "has_mlp_bias",
-    "has_qk_norm",
+    "qk_norm",
     "has_gated_mlp",
     "norm",
+    "norm_places",
     "moe",
     "moe_layers",
 )
@@ -257,6 +315,11 @@ COMPUTED = (
     *STRUCTURE,
     "hidden_act",
     "norm_eps",
+    "norm_adds_one",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "logit_softcap",
     "rope_theta",
     "rope_scaling",
     "sliding_window",

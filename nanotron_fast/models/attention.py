@@ -13,7 +13,12 @@ from nanotron_fast.kernels.rope.apart import rope_apart
 from nanotron_fast.model.spec import Attention as AttentionSpec
 from nanotron_fast.models.batch import Batch
 from nanotron_fast.models.weights import Setting, Weights
-from nanotron_fast.parallel import column_linear, row_linear, tensor_parallel_attention
+from nanotron_fast.parallel import (
+    column_linear,
+    rms_norm_over_ranks,
+    row_linear,
+    tensor_parallel_attention,
+)
 
 
 class Attention(nn.Module):
@@ -27,7 +32,7 @@ class Attention(nn.Module):
         self.spec, self.setting, self.layer = attention, setting, layer
         self.add_module(setting.names.qkv, Weights(may_have_bias=True))
         self.add_module(setting.names.output, Weights(may_have_bias=True))
-        if attention.has_qk_norm:
+        if attention.qk_norm:
             self.q_norm = Weights()
             self.k_norm = Weights()
 
@@ -41,7 +46,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         packs_by_kv_head = self.setting.names.packs_by_kv_head
-        is_fused = not (self.spec.has_qk_norm or packs_by_kv_head) and batch.cache is None
+        is_fused = not (self.spec.qk_norm or packs_by_kv_head) and batch.cache is None
         out = self._fused(x, batch) if is_fused else self._in_steps(x, batch)
         # Every rank has the whole bias, and adds it once: after the sum over ranks.
         bias = self._output.bias
@@ -66,6 +71,8 @@ class Attention(nn.Module):
             group=setting.group,
             mode=setting.mode,
             window=spec.window,
+            scale=spec.scale,
+            softcap=spec.softcap,
             interleaved=setting.interleaved,
             recompute=setting.recompute,
         )
@@ -88,9 +95,9 @@ class Attention(nn.Module):
         else:
             by_head = packed.view(-1, heads + 2 * kv_heads, spec.head_dim)
             q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
-        if spec.has_qk_norm:
-            q = rms_norm(q, self.q_norm.weight, setting.spec.norm_eps)
-            k = rms_norm(k, self.k_norm.weight, setting.spec.norm_eps)
+        if spec.qk_norm:
+            q = self._normed(q, self.q_norm.weight, spec.num_heads)
+            k = self._normed(k, self.k_norm.weight, spec.num_kv_heads)
         cos, sin = setting.rotary.tables(spec, batch.max_positions, x.device)
         q, keys = rope_apart(q, k[:, None], cos, sin, batch.position_ids, setting.interleaved)
         k = keys[:, 0]
@@ -105,6 +112,17 @@ class Attention(nn.Module):
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=None if batch.cu_seqlens is None else batch.length,
             window=spec.window,
+            scale=spec.scale,
+            softcap=spec.softcap,
         )
         out = out.reshape(packed.shape[0], heads * spec.head_dim)
         return row_linear(out, self._output.weight, **parallel)
+
+    def _normed(self, x: Tensor, weight: Tensor, num_heads: int) -> Tensor:
+        """Queries or keys (tokens, heads of this rank, head_dim), of `num_heads` over all ranks."""
+        spec, ranks = self.setting.spec, self.setting.ranks
+        if self.spec.qk_norm == "head":
+            adds_one = spec.norm_adds_one
+            return cast(Tensor, rms_norm(x, weight, spec.norm_eps, zero_centered=adds_one))
+        width = num_heads * self.spec.head_dim
+        return rms_norm_over_ranks(x.flatten(1), weight, spec.norm_eps, width, ranks).view(x.shape)

@@ -1,7 +1,8 @@
 """One decoder for every family, assembled from a ModelSpec: the modules of one pipeline stage.
 
-    x = embedding(ids);  for each layer: x = x + attention(norm(x)), x = x + mlp(norm(x));
-    norm, then the head's logits, or the loss without keeping them
+    x = embedding(ids);  for each layer: x = x + attention(norm(x)), x = x + mlp(norm(x)), or with
+    norms elsewhere (`model.spec.Layer`);  norm, then the head's logits, or the loss without keeping
+    them
 
 Parameters have Nanotron's names and are this rank's shards, made from the family's table: what the
 table has and no module computes with is refused, and so is the other way round. Tokens are
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
+from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, all_gather
@@ -68,25 +70,61 @@ class Layer(nn.Module):
         self, layer: LayerSpec, setting: Setting, number: int, *, has_norms_first: bool
     ) -> None:
         super().__init__()
-        names = setting.names
-        before, after = names.norms
-        self._order = (before, "attn", after, names.mlp)
-        modules = {
-            before: Norm(setting),
-            after: Norm(setting),
-            "attn": Attention(layer.attention, setting, number),
-            names.mlp: Mlp(setting, is_gated=layer.mlp.is_gated)
-            if isinstance(layer.mlp, Dense)
-            else Experts(layer.mlp, setting),
-        }
-        for name in modules if has_norms_first else self._order:
-            self.add_module(name, modules[name])
+        names, places = setting.names, layer.norms
+        before, after = names.norms if places != "after" else (None, None)
+        outputs = names.output_norms if places in ("after", "around") else (None, None)
+        # Nanotron's order: by it an optimizer's file numbers its states.
+        norms = [before, None if places == "parallel" else after, *outputs]
+        self._norms, self._mlp, self._scale = norms, names.mlp, setting.spec.residual_scale
+        self._is_parallel = places == "parallel"
+        inner = [
+            ("attn", Attention(layer.attention, setting, number)),
+            (norms[2], None),
+            (norms[1], None),
+            (
+                names.mlp,
+                Mlp(setting, is_gated=layer.mlp.is_gated)
+                if isinstance(layer.mlp, Dense)
+                else Experts(layer.mlp, setting),
+            ),
+            (norms[3], None),
+        ]
+        if has_norms_first:
+            inner.insert(0, inner.pop(2))
+        for name, module in [(norms[0], None), *inner]:
+            if name is not None:
+                self.add_module(name, module or Norm(setting))
 
     def forward(self, x: Tensor, residual: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor]:
-        before, attention, after, mlp = (getattr(self, name) for name in self._order)
-        x, residual = before(x, residual)
-        x, residual = after(attention(x, batch), residual)
-        return mlp(x) if isinstance(mlp, Mlp) else mlp(x, batch), residual
+        before, after, attention_norm, mlp_norm = map(self._norm, self._norms)
+        x, stream = _entered(before, x, residual)
+        added = _left(attention_norm, self.attn(x, batch))
+        if self._is_parallel:
+            return self._scaled(added + self._through_mlp(x, batch)), stream
+        x, stream = _entered(after, self._scaled(added), stream)
+        return self._scaled(_left(mlp_norm, self._through_mlp(x, batch))), stream
+
+    def _norm(self, name: str | None) -> Norm | None:
+        return None if name is None else cast(Norm, getattr(self, name))
+
+    def _through_mlp(self, x: Tensor, batch: Batch) -> Tensor:
+        mlp = getattr(self, self._mlp)
+        return cast(Tensor, mlp(x) if isinstance(mlp, Mlp) else mlp(x, batch))
+
+    def _scaled(self, added: Tensor) -> Tensor:
+        return added if self._scale == 1 else added * self._scale
+
+
+def _entered(norm: Norm | None, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What a block takes, and the stream with x in it."""
+    if norm is not None:
+        return cast(tuple[Tensor, Tensor], norm(x, residual))
+    stream = x if residual is None else x + residual
+    return stream, stream
+
+
+def _left(norm: Norm | None, x: Tensor) -> Tensor:
+    return x if norm is None else norm.of(x)
 
 
 class _Gather(torch.autograd.Function):
@@ -291,25 +329,40 @@ class Decoder(nn.Module):
 
     def _embedded(self, ids: Tensor) -> Tensor:
         weight, group = self._embedding_weight, self.setting.group
-        return vocab_parallel_embedding(ids.reshape(-1), weight, group, mode=self.mode)
+        x = vocab_parallel_embedding(ids.reshape(-1), weight, group, mode=self.mode)
+        scale = self.architecture.spec.embedding_scale
+        # As transformers has it: the factor in the dtype of what it multiplies.
+        return x if scale == 1 else x * float(torch.tensor(scale, dtype=x.dtype))
 
     def _loss(self, x: Tensor, labels: Tensor) -> Tensor:
-        if self.setting.is_scattered:
-            x = _Gather.apply(x, self.setting.ranks)
-        loss = linear_cross_entropy(
-            x,
-            self.head_weight,
-            labels.reshape(-1),
-            self.setting.group,
-            ignore_index=IGNORED,
-            z_loss=self.z_loss,
-            z_loss_mode=self.z_loss_mode,
-        )
+        options: dict[str, Any] = {
+            "ignore_index": IGNORED,
+            "z_loss": self.z_loss,
+            "z_loss_mode": self.z_loss_mode,
+        }
+        target, group = labels.reshape(-1), self.setting.group
+        if self.architecture.spec.logit_softcap is not None:
+            logits = self._logits(x)
+            rows = logits.flatten(0, -2)
+            loss = _mean(vocab_parallel_cross_entropy(rows, target, group, **options), target)
+        else:
+            if self.setting.is_scattered:
+                x = _Gather.apply(x, self.setting.ranks)
+            x = self._before_head(x)
+            loss = linear_cross_entropy(x, self.head_weight, target, group, **options)
         # With a z-loss its part comes along, to be looked at.
         return loss[0] if isinstance(loss, tuple) else loss
 
     def _logits(self, x: Tensor) -> Tensor:
-        return column_linear(x, self.head_weight, group=self.setting.group, mode=self.mode)
+        x = self._before_head(x)
+        logits = column_linear(x, self.head_weight, group=self.setting.group, mode=self.mode)
+        cap = self.architecture.spec.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _before_head(self, x: Tensor) -> Tensor:
+        """The logits' factor, which is a number, goes before the product: that is smaller."""
+        scale = self.architecture.spec.logit_scale
+        return x if scale == 1 else x * scale
 
     def _check(
         self,
@@ -354,6 +407,13 @@ class Decoder(nn.Module):
         if not self.is_first and tokens != rows * length:
             raise ValueError(f"{tokens} tokens for {rows} rows of {length}")
         return rows, length
+
+
+def _mean(loss: Tensor | tuple[Tensor, Tensor], target: Tensor) -> Tensor | tuple[Tensor, ...]:
+    """Over the tokens that count; with a z-loss of both."""
+    if isinstance(loss, tuple):
+        return tuple(cast(Tensor, _mean(each, target)) for each in loss)
+    return loss.sum() / (target != IGNORED).sum().clamp_min(1)
 
 
 def _in_order(architecture: Architecture, chosen: Iterable[Block]) -> tuple[Block, ...]:

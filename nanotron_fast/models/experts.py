@@ -1,7 +1,8 @@
 """A mixture of experts: a router sends each token to a few of them.
 
-    p = softmax over all experts of x Wr^T, in fp32;  the top_k largest, as they are, not made to
-    sum to 1;  y = sum over those of p[e] * expert[e](x)  +  sigmoid(x Wg^T) * shared(x)
+    p = softmax over all experts of x Wr^T, in fp32, or the sigmoid of each;  the top_k largest, as
+    they are or made to sum to 1;  y = sum over those of p[e] * expert[e](x)  +
+    sigmoid(x Wg^T) * shared(x), the latter with a gate or without one
 
 Experts are whole on every tensor-parallel rank, as in Nanotron, and a rank computes them for the
 tokens that it has: all of them in mode "all_reduce", its share in mode "reduce_scatter".
@@ -82,21 +83,33 @@ class Experts(nn.Module):
         self.router = Weights()
         if experts.has_shared_expert:
             self.shared_expert = Mlp(setting)
+        if experts.has_shared_expert and experts.has_shared_gate:
             self.shared_expert_gate = Weights()
         self.experts = MergedExperts(setting.spec.hidden_act)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         logits = F.linear(x.float(), self.router.weight.float())
-        probabilities = logits.softmax(-1)
-        weights, chosen = probabilities.topk(self.spec.top_k, -1)
+        is_softmax = self.spec.scoring == "softmax"
+        probabilities = logits.softmax(-1) if is_softmax else logits.sigmoid()
+        weights, chosen = self._chosen(probabilities)
         if batch.auxiliary_loss and torch.is_grad_enabled():
             loss = self._imbalance(probabilities, chosen)
             weights = _Join.apply(weights, loss, batch.auxiliary_loss)
         out = self.experts(x, chosen, weights)
+        if self.spec.has_shared_expert and not self.spec.has_shared_gate:
+            return out + self.shared_expert(x)
         if self.spec.has_shared_expert:
             share = torch.sigmoid(F.linear(x, self.shared_expert_gate.weight))
             out = out + share * self.shared_expert(x)
         return out
+
+    def _chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """The weights and the numbers of each token's experts: (tokens, top_k)."""
+        spec = self.spec
+        weights, chosen = scores.topk(spec.top_k, -1)
+        if spec.is_renormalised:
+            weights = weights / weights.sum(-1, keepdim=True)
+        return weights if spec.scale == 1 else weights * spec.scale, chosen
 
     def _imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """This rank's share of the auxiliary loss: over the ranks of the group they sum to it."""

@@ -52,7 +52,8 @@ def initialize(
     for name, facts in facts_of(decoder).items():
         parameter = parameters[name]
         if facts.role in ("norm", "bias"):
-            parameter.fill_(1.0 if facts.role == "norm" else 0.0)
+            is_one = facts.role == "norm" and not spec.norm_adds_one
+            parameter.fill_(1.0 if is_one else 0.0)
             continue
         deviation = row if facts.role == "row" else base
         drawn = _drawn(facts, seed, tp_rank, decoder.topology.tp)

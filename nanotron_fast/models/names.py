@@ -15,6 +15,7 @@ class Names:
     Args:
         embedding: of the model.
         norms: of a layer, before attention and before the MLP.
+        output_norms: of a layer, after attention and after the MLP.
         qkv, output: of attention.
         mlp: of a layer.
         up, down: of a dense MLP; up is gate and up of a gated one.
@@ -24,6 +25,7 @@ class Names:
 
     embedding: str = "token_position_embeddings"
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm")
+    output_norms: tuple[str, str] = ("attn_output_layernorm", "mlp_output_layernorm")
     qkv: str = "qkv_proj"
     output: str = "o_proj"
     mlp: str = "mlp"

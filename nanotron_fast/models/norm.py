@@ -12,18 +12,25 @@ from nanotron_fast.models.weights import Setting, Weights
 
 
 class Norm(Weights):
-    """An RMSNorm, or a LayerNorm, which has a bias."""
+    """An RMSNorm, or a LayerNorm, with a bias or without one."""
 
     def __init__(self, setting: Setting) -> None:
-        is_rms = setting.spec.norm == "rms_norm"
-        super().__init__(may_have_bias=not is_rms)
-        self.is_rms, self.eps = is_rms, setting.spec.norm_eps
+        spec = setting.spec
+        super().__init__(may_have_bias=spec.norm == "layer_norm")
+        self.is_rms, self.eps = spec.norm == "rms_norm", spec.norm_eps
+        self.adds_one = spec.norm_adds_one
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """The norm of x + residual, and the sum."""
-        if self.is_rms and residual is None:
-            return cast(Tensor, rms_norm(x, self.weight, self.eps)), x
-        if self.is_rms:
-            return cast(tuple[Tensor, Tensor], rms_norm(x, self.weight, self.eps, residual))
+        if self.is_rms and residual is not None:
+            normed = rms_norm(x, self.weight, self.eps, residual, zero_centered=self.adds_one)
+            return cast(tuple[Tensor, Tensor], normed)
         stream = x if residual is None else x + residual
-        return F.layer_norm(stream, stream.shape[-1:], self.weight, self.bias, self.eps), stream
+        return self.of(stream), stream
+
+    def of(self, x: Tensor) -> Tensor:
+        """The norm of x alone."""
+        if self.is_rms:
+            return cast(Tensor, rms_norm(x, self.weight, self.eps, zero_centered=self.adds_one))
+        bias = self.bias if "bias" in self._parameters else None
+        return F.layer_norm(x, x.shape[-1:], self.weight, bias, self.eps)

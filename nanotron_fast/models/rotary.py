@@ -13,6 +13,8 @@ from nanotron_fast.kernels.rope import rope_tables
 from nanotron_fast.model.spec import Attention, ModelSpec
 
 Tables = tuple[Tensor, Tensor]
+# Rows that turn, the base where it is the layer's own, what the frequencies depend on, the device.
+_Key = tuple[int, float | None, int, torch.device]
 # Rows of a table at least, so that sequences of nearly one length share it.
 _MIN_POSITIONS = 512
 
@@ -28,7 +30,7 @@ class Rotary:
         self.spec = spec
         scaling = spec.rope_scaling or {}
         self.kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        self._tables: dict[tuple[int, int, torch.device], Tables] = {}
+        self._tables: dict[_Key, Tables] = {}
 
     def tables(self, attention: Attention, length: int, device: torch.device) -> Tables:
         """cos and sin (positions, rotary rows / 2) fp32, for positions below `length` at least.
@@ -36,13 +38,13 @@ class Rotary:
         A layer without rotary embedding gets tables that turn nothing.
         """
         rotary_dim = 0 if attention.rotary is None else attention.rotary[1]
-        regime = self._regime(length)
-        key = (rotary_dim, regime, device)
+        regime = 0 if attention.rope_theta is not None else self._regime(length)
+        key = (rotary_dim, attention.rope_theta, regime, device)
         found = self._tables.get(key)
         if found is None or len(found[0]) < length:
             # Twice as long as the one before, so that generation makes few of them.
             positions = max(length, _MIN_POSITIONS, 2 * len(found[0]) if found else 0)
-            found = self._make(rotary_dim, positions, regime, device)
+            found = self._make(key, positions)
             self._keep(key, found)
         return found
 
@@ -56,21 +58,22 @@ class Rotary:
             return length if length > (stated or limit) else 0
         return 0
 
-    def _keep(self, key: tuple[int, int, torch.device], tables: Tables) -> None:
+    def _keep(self, key: _Key, tables: Tables) -> None:
         # Generation past a limit has a regime for each length: the last is enough.
-        for other in [each for each in self._tables if each[0] == key[0] and each[1] != 0]:
+        for other in [each for each in self._tables if each[:2] == key[:2] and each[2] != 0]:
             del self._tables[other]
         self._tables[key] = tables
 
-    def _make(self, rotary_dim: int, positions: int, regime: int, device: torch.device) -> Tables:
+    def _make(self, key: _Key, positions: int) -> Tables:
+        rotary_dim, own_theta, regime, device = key
         if rotary_dim == 0:
             shape = (positions, 1)
             return torch.ones(shape, device=device), torch.zeros(shape, device=device)
         return rope_tables(
             rotary_dim,
             positions,
-            self.spec.rope_theta,
-            self.spec.rope_scaling,
+            self.spec.rope_theta if own_theta is None else own_theta,
+            self.spec.rope_scaling if own_theta is None else None,
             max_position_embeddings=self.spec.max_position_embeddings,
             seq_len=regime,
             device=device,

@@ -14,12 +14,14 @@ from nanotron_fast.parallel.modules import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
+from nanotron_fast.parallel.norm import rms_norm_over_ranks
 
 __all__ = [
     "ColumnParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "column_linear",
+    "rms_norm_over_ranks",
     "row_linear",
     "tensor_parallel_attention",
     "tensor_parallel_mlp",

@@ -45,6 +45,7 @@ class _Layout:
     max_seqlen: int | None
     window: int | None
     scale: float | None
+    softcap: float | None
     interleaved: bool
 
     @property
@@ -79,6 +80,7 @@ class _Layout:
             "max_seqlen": self.max_seqlen,
             "window": self.window,
             "scale": self.scale,
+            "softcap": self.softcap,
         }
 
 
@@ -214,6 +216,7 @@ def tensor_parallel_attention(
     mode: str = "all_reduce",
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     interleaved: bool = False,
     recompute: bool = True,
 ) -> Tensor:
@@ -237,6 +240,7 @@ def tensor_parallel_attention(
         mode: "all_reduce" or "reduce_scatter" (sequence parallelism).
         window: how many tokens a token sees at most, itself included.
         scale: of the scores; head_dim ** -0.5 by default.
+        softcap: softcap * tanh(s / softcap) in place of the scores s.
         interleaved: rotary pairs are neighbours (2i, 2i + 1), not halves.
         recompute: save x alone and compute QKV again in backward.
 
@@ -282,6 +286,7 @@ def tensor_parallel_attention(
         max_seqlen=max_seqlen,
         window=window,
         scale=scale,
+        softcap=softcap,
         interleaved=interleaved,
     )
     return _Attention.apply(

@@ -77,7 +77,7 @@ class MicroBatch:
         heads = attention.num_heads * (attention.head_dim * self.value_bytes + 4)
         saved = 2 * self._norm_bytes + self.stream_bytes + self.tokens * heads // self.tp
         saved += self.tokens * self._products(layer) * self.value_bytes // self.tp
-        if attention.has_qk_norm or self.packs_by_kv_head:
+        if attention.qk_norm or self.packs_by_kv_head:
             saved += self.tokens * attention.head_dim * 4
         mlp = layer.mlp
         if not isinstance(mlp, Experts):
@@ -90,7 +90,7 @@ class MicroBatch:
         """Values of a token that attention and MLP keep of their products, over all ranks of tp."""
         attention, mlp = layer.attention, layer.mlp
         rows = attention.num_heads + 2 * attention.num_kv_heads
-        if attention.has_qk_norm:
+        if attention.qk_norm:
             rows += attention.num_heads + attention.num_kv_heads
         rows *= attention.head_dim
         if isinstance(mlp, Experts):

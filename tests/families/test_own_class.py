@@ -46,9 +46,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 RICH = ModelSpec(
     hidden_size=64,
     layers=(
-        Layer(Attention(4, 2, 16, (0, 8), window=32, has_qk_norm=True), Dense(96)),
-        Layer(Attention(4, 2, 16, (0, 8), window=32, has_qk_norm=True), Dense(96)),
-        Layer(Attention(8, 8, 8, None), Experts(4, 2, 16, 0, has_shared_expert=False)),
+        Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
+        Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
+        Layer(
+            Attention(8, 8, 8, None, qk_norm="whole", scale=0.5, softcap=50.0, rope_theta=1e4),
+            Experts(
+                *(4, 2, 16, 0),
+                has_shared_expert=False,
+                has_shared_gate=False,
+                scoring="sigmoid",
+                is_renormalised=True,
+                scale=2.5,
+                has_correction_bias=True,
+                num_groups=2,
+                top_k_groups=1,
+            ),
+            "around",
+        ),
     ),
     intermediate_size=96,
     vocab_size=128,
@@ -58,6 +72,11 @@ RICH = ModelSpec(
     initializer_range=0.02,
     rope_theta=5e5,
     tie_word_embeddings=True,
+    norm_adds_one=True,
+    embedding_scale=8.0,
+    residual_scale=0.5,
+    logit_scale=0.25,
+    logit_softcap=30.0,
     rope_scaling=LINEAR,
     router_aux_loss_coef=0.5,
     eos_token_id=[3, 4],
@@ -149,7 +168,7 @@ def test_every_field_of_a_spec_comes_back() -> None:
         ({"layers": []}, "layers is .*, and should be a list of layers"),
         ({"layers": [3]}, r"layers\[0\] is 3, and should be an object"),
         (
-            {"layers": [{"count": 20_000, "attention": {}, "mlp": {}}]},
+            {"layers": [{"count": 20_000, "attention": {}, "mlp": {}, "norms": "before"}]},
             "count is 20000, and should be at most 10000",
         ),
         ({"layers": [{"count": 1, "mlp": {}}]}, r"layers\[0\]: attention is missing"),
@@ -189,7 +208,7 @@ def test_a_layer_that_makes_no_sense(
         nf.convert(there, tmp_path / "back")
 
 
-@pytest.mark.parametrize("key", ["rotary", "window", "has_qk_norm"])
+@pytest.mark.parametrize("key", ["rotary", "window", "qk_norm"])
 def test_a_layer_says_everything(key: str, tmp_path: Path) -> None:
     """What is left out would be taken for something that the model does not compute."""
     _, there, (config, _) = converted(tmp_path, "llama", {"head_dim": 12})

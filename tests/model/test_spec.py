@@ -89,7 +89,7 @@ def test_layers_of_other_sizes() -> None:
 def test_every_need_can_arise() -> None:
     rich = replace(
         changed(
-            {"rotary": (0, 8), "window": 4, "has_qk_norm": True, "has_output_bias": True},
+            {"rotary": (0, 8), "window": 4, "qk_norm": "head", "has_output_bias": True},
             {},
             {},
             {"rotary": None, "window": 8},
@@ -102,7 +102,28 @@ def test_every_need_can_arise() -> None:
     biased = replace(
         SPEC, norm="layer_norm", layers=(Layer(ATTENTION, Dense(96, True, is_gated=False)),)
     ).with_attention(has_qkv_bias=True, has_output_bias=True)
-    assert {*needs(rich), *needs(biased)} == ALL_NEEDS
+    odd = replace(
+        SPEC,
+        norm="plain_layer_norm",
+        norm_adds_one=True,
+        logit_scale=0.5,
+        logit_softcap=30.0,
+        layers=(
+            replace(
+                LAYER,
+                norms="parallel",
+                attention=replace(ATTENTION, scale=1.0, softcap=50.0, rope_theta=1e6),
+                mlp=replace(
+                    SPARSE,
+                    has_shared_expert=True,
+                    has_shared_gate=False,
+                    scoring="sigmoid",
+                    is_renormalised=True,
+                ),
+            ),
+        ),
+    )
+    assert {*needs(rich), *needs(biased), *needs(odd)} == ALL_NEEDS
 
 
 def test_what_differs_between_layers() -> None:

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanotron_fast import families
 from nanotron_fast.models import build
-from tests.models.tiny import QWEN3, assert_near, gradients_as, save, save_qwen3, tokens
+from tests.families import zoo
+from tests.families.zoo import ZOO
+from tests.models.tiny import assert_near, gradients_as, save, tokens
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
@@ -80,13 +81,6 @@ def test_a_family_computes_what_transformers_does(name: str, tmp_path: Path) -> 
     check(save(tmp_path / "hf", family, **changes), has_gradients=name in WITH_GRADIENTS)
 
 
-def test_a_family_from_outside_normalises_queries_and_keys(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(families, "_FAMILIES", {**families._FAMILIES, "qwen3": QWEN3})
-    check(save_qwen3(tmp_path / "hf"), has_gradients=True)
-
-
 def check(root: Path, *, has_gradients: bool) -> None:
     """Logits, loss and gradients."""
     decoder, model = build(root), theirs(root)
@@ -116,3 +110,8 @@ def test_the_goldens_logits(family: str, golden: Path) -> None:
     ours = decoder(torch.tensor(reference["input_ids"]))[:, -4:].detach()
     assert float((ours - expected).abs().max()) <= 2e-5
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_a_family_of_the_zoo_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
+    check(zoo.save(name, tmp_path / "hf"), has_gradients=True)

@@ -12,12 +12,13 @@ import torch
 
 import nanotron_fast as nf
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
+from nanotron_fast.families import family_named
 from nanotron_fast.families.decoder import BLOCK, LAYER
 from nanotron_fast.families.rules import Copy, Rule
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models import Architecture, Decoder, build, facts_of
 from nanotron_fast.models.names import embedding_of
-from tests.models.tiny import LLAMA, VOCAB, assert_near, save, tokens
+from tests.models.tiny import VOCAB, assert_near, save, tokens
 
 FAMILIES = ("llama", "mistral", "qwen2_moe", "starcoder2")
 EMBEDDING = "model.token_position_embeddings.pp_block.token_embedding.weight"
@@ -160,19 +161,23 @@ def test_neighbours_may_be_rotated_and_any_topology_be_read(tmp_path: Path) -> N
 
 def test_what_no_family_has_a_parameter_for_is_refused(tmp_path: Path) -> None:
     architecture = build(saved(tmp_path, "llama")).architecture
-    spec = architecture.spec.with_attention(has_qk_norm=True)
+    spec = architecture.spec.with_attention(qk_norm="head")
     with pytest.raises(UnsupportedModelError, match=r"attn\.q_norm\.weight"):
-        build(spec)
+        build(Architecture.of_spec(spec, family="llama"))
+    odd = architecture.spec.with_attention(qk_norm="head", softcap=3.0, window=5)
+    with pytest.raises(UnsupportedModelError, match=r"no family.s config\.json can say all"):
+        build(odd)
 
 
 def test_what_no_module_computes_with_is_refused(tmp_path: Path) -> None:
     rule = Copy(f"{LAYER}input_layernorm.bias", f"{BLOCK}input_layernorm.bias", rows="hidden")
-    family = replace(LLAMA, rules=(*LLAMA.rules, rule))
+    llama = family_named("llama")
+    family = replace(llama, rules=(*llama.rules, rule))
     root = saved(tmp_path, "llama")
     architecture = replace(Architecture.of_checkpoint(root), family=family)
     with pytest.raises(UnsupportedModelError, match=r"0.pp_block.input_layernorm.bias: it is a "):
         Decoder(architecture)
-    elsewhere = replace(LLAMA, rules=tuple(map(_renamed, LLAMA.rules)))
+    elsewhere = replace(llama, rules=tuple(map(_renamed, llama.rules)))
     with pytest.raises(UnsupportedModelError, match=r"embedding is model\.words\.weight, a name"):
         Decoder(replace(architecture, family=elsewhere))
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.models.tiny import save, save_qwen3
+from tests.families import zoo
+from tests.models.tiny import save
 from tests.parallel.ranks import run_ranks
 
 
@@ -17,5 +18,6 @@ def test_ranks_agree_with_one_process(tmp_path: Path, golden_hf: Path) -> None:
     save(tmp_path / "qwen2", "qwen2")
     save(tmp_path / "qwen2_moe", "qwen2_moe", mlp_only_layers=[1])
     save(tmp_path / "starcoder2", "starcoder2", sliding_window=7)
-    save_qwen3(tmp_path / "qwen3")
+    for name in zoo.ZOO:
+        zoo.save(name, tmp_path / name)
     run_ranks("tests.models.decoder_ranks", 2, str(tmp_path), str(golden_hf))

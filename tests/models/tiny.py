@@ -10,67 +10,12 @@ import torch
 from torch import Tensor
 
 import nanotron_fast as nf
-from nanotron_fast import families
-from nanotron_fast.families.decoder import BLOCK, DENSE, LAYER
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.rules import Copy
 from nanotron_fast.models import Decoder, facts_of
 from tests import modelzoo
 
 VOCAB = 96
 TINY = {"num_hidden_layers": 3, "hidden_size": 48, "vocab_size": VOCAB}
-
-
-LLAMA = families.family_named("llama")
-# Not built in: a family from outside, whose queries and keys are normalised head by head.
-QWEN3 = families.Family(
-    name="qwen3",
-    architecture="Qwen3ForCausalLM",
-    model_class=LLAMA.model_class,
-    has_qk_norm=True,
-    defaults=LLAMA.defaults,
-    qkv_bias="attention_bias",
-    output_bias="attention_bias",
-    writes_head_dim=True,
-    rules=(
-        *DENSE,
-        *(
-            Copy(
-                f"{LAYER}self_attn.{each}_norm.weight",
-                f"{BLOCK}attn.{each}_norm.weight",
-                rows="head_dim",
-                when="qk_norm",
-            )
-            for each in "qk"
-        ),
-    ),
-)
-
-
-def save_qwen3(root: Path) -> Path:
-    """A random one of transformers', in fp32, with norms that are not all 1."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=10,
-        vocab_size=VOCAB,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        initializer_range=0.3,
-    )
-    model = Qwen3ForCausalLM(config).float()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.add_(0.3 * torch.randn_like(parameter))
-    model.save_pretrained(root)
-    return root
 
 
 def save(root: Path, family: str, **changes: Any) -> Path:

@@ -28,13 +28,13 @@ CASES: dict[str, tuple[str, dict[str, Any], float]] = {
 }
 
 
-def batches() -> list[torch.Tensor]:
+def batches(steps: int) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     shape = (MICRO_BATCHES * ROWS, LENGTH + 1)
-    return [torch.randint(VOCAB, shape, generator=generator) for _ in range(STEPS)]
+    return [torch.randint(VOCAB, shape, generator=generator) for _ in range(steps)]
 
 
-def of_transformers(hf: Path, config: TrainingConfig) -> list[tuple[float, float]]:
+def of_transformers(hf: Path, config: TrainingConfig, steps: int) -> list[tuple[float, float]]:
     """The loss and the norm of the gradient of each step."""
     from transformers import AutoModelForCausalLM
 
@@ -45,7 +45,7 @@ def of_transformers(hf: Path, config: TrainingConfig) -> list[tuple[float, float
     groups = [{"params": others}, {"params": norms, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=BETAS, eps=EPS, weight_decay=DECAY)
     found = []
-    for step, tokens in enumerate(batches(), 1):
+    for step, tokens in enumerate(batches(steps), 1):
         total = 0.0
         for rows in tokens.split(ROWS):
             logits = model(rows[:, :-1]).logits.flatten(0, 1)
@@ -65,11 +65,16 @@ def of_transformers(hf: Path, config: TrainingConfig) -> list[tuple[float, float
 def test_ten_steps_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     family, changes, tolerance = CASES[name]
     hf = make(family, dtype="F32", **{**TINY, **changes}).save(tmp_path / "hf")
+    check_steps(hf, tmp_path / "run", STEPS, tolerance)
+
+
+def check_steps(hf: Path, run: Path, steps: int, tolerance: float) -> None:
+    """Losses and norms of the gradients of as many steps, relative to those of transformers."""
     config = TrainingConfig.from_dict(
         document(
             model={"init_method": {"path": str(hf)}, "dtype": "float32"},
-            checkpoints__checkpoints_path=str(tmp_path / "run"),
-            tokens__train_steps=STEPS,
+            checkpoints__checkpoints_path=str(run),
+            tokens__train_steps=steps,
             tokens__sequence_length=LENGTH,
             tokens__micro_batch_size=ROWS,
             tokens__batch_accumulation_per_replica=MICRO_BATCHES,
@@ -84,9 +89,9 @@ def test_ten_steps_are_those_of_transformers(name: str, tmp_path: Path) -> None:
             },
         )
     )
-    Trainer(config, batches=batches(), device="cpu", is_quiet=True).run()
-    ours = read_metrics(tmp_path / "run" / "metrics.jsonl")
-    for line, (loss, norm) in zip(ours, of_transformers(hf, config), strict=True):
+    Trainer(config, batches=batches(steps), device="cpu", is_quiet=True).run()
+    ours = read_metrics(run / "metrics.jsonl")
+    for line, (loss, norm) in zip(ours, of_transformers(hf, config, steps), strict=True):
         for key, theirs in (("loss", loss), ("grad_norm", norm)):
             error = abs(line[key] - theirs) / theirs
             assert error <= tolerance, f"{key} of step {line['step']}: {error:.1e}"

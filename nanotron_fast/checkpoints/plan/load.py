@@ -16,7 +16,7 @@ from nanotron_fast.errors import (
     UnsupportedModelError,
 )
 from nanotron_fast.families.parts import Param, Part, Sizes
-from nanotron_fast.families.refusals import check_model, choose_class
+from nanotron_fast.families.refusals import check_model, choose_class, target_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -76,7 +76,7 @@ class _Source:
                     f"stored_rope_interleaved: {checkpoint.root} is a Hugging Face checkpoint, "
                     "where q and k always lie in halves"
                 )
-            target = options.target or "nanotron"
+            target = target_of(model.family, options.target)
             self.model_class = choose_class(model.family, model.spec, options.model_class, target)
             version = options.checkpoint_version or "1.5"
             is_old = version == "1.2" and self.model_class.rotates_neighbours_in_1_2

@@ -18,7 +18,7 @@ from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
 from nanotron_fast.checkpoints.stored import HfModel, check_divides, count_parameters
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.refusals import check_model, choose_class
+from nanotron_fast.families.refusals import check_model, choose_class, target_of
 from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
@@ -40,12 +40,12 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     Raises CheckpointError, ConfigError, TopologyError, UnsupportedModelError.
     """
     options.reject_for("nanotron")
-    target = options.target or "nanotron"
     version = options.checkpoint_version or "1.5"
     topology = options.topology
     model = HfModel(source, options)
     source, family, spec = model.checkpoint, model.family, model.spec
     warnings = list(model.warnings)
+    target = target_of(family, options.target)
     model_class = choose_class(family, spec, options.model_class, target)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved

@@ -7,7 +7,7 @@ something else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from dataclasses import fields as dataclass_fields
 from itertools import groupby
@@ -18,9 +18,18 @@ from nanotron_fast.formats.fields import MAX_COUNT, Fields
 from nanotron_fast.formats.nanotron.classes.base import FILE, NanotronClass, register
 from nanotron_fast.formats.rope import read_rope
 from nanotron_fast.model.needs import ALL_NEEDS
-from nanotron_fast.model.spec import Attention, Dense, Experts, Layer, ModelSpec
+from nanotron_fast.model.spec import (
+    NORM_PLACES,
+    NORMS,
+    QK_NORMS,
+    SCORINGS,
+    Attention,
+    Dense,
+    Experts,
+    Layer,
+    ModelSpec,
+)
 
-_NORMS = ("rms_norm", "layer_norm")
 _FIELDS: dict[str, Any] = {
     "is_nanotron_fast_config": True,
     "family": None,
@@ -30,7 +39,12 @@ _FIELDS: dict[str, Any] = {
     "max_position_embeddings": None,
     "hidden_act": None,
     "norm": "rms_norm",
+    "norm_adds_one": False,
     "norm_eps": None,
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_scale": 1.0,
+    "logit_softcap": None,
     "initializer_range": None,
     "rope_theta": None,
     "rope_scaling": None,
@@ -77,18 +91,17 @@ class _OwnClass(NanotronClass):
         full = Fields(FILE, config, self.fields)
         sizes = ("hidden_size", "intermediate_size", "vocab_size", "max_position_embeddings")
         fields: dict[str, Any] = {name: full.positive(name) for name in sizes}
-        for name in ("norm_eps", "initializer_range"):
+        scales = ("embedding_scale", "residual_scale", "logit_scale")
+        for name in ("norm_eps", "initializer_range", *scales):
             fields[name] = full.number(name)
         fields["rope_theta"], fields["rope_scaling"] = read_rope(full)
-        coefficient = "router_aux_loss_coef"
-        fields[coefficient] = None if full.get(coefficient) is None else full.number(coefficient)
+        for name in ("router_aux_loss_coef", "logit_softcap"):
+            fields[name] = _number_or_none(full, name)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             fields[name] = full.token_ids(name)
-        for name in ("tie_word_embeddings", "use_cache"):
+        for name in ("tie_word_embeddings", "use_cache", "norm_adds_one"):
             fields[name] = full.flag(name)
-        fields["hidden_act"], fields["norm"] = full.text("hidden_act"), full.text("norm")
-        if fields["norm"] not in _NORMS:
-            raise full.error("norm", " or ".join(_NORMS))
+        fields["hidden_act"], fields["norm"] = full.text("hidden_act"), _one_of(full, "norm", NORMS)
         return ModelSpec(
             **fields, layers=tuple(_read_layers(full)), extras=full.mapping("extras") or {}
         )
@@ -99,7 +112,22 @@ def _written(layer: Layer) -> dict[str, Any]:
     attention = asdict(layer.attention)
     if layer.attention.rotary is not None:
         attention["rotary"] = list(layer.attention.rotary)
-    return {"attention": attention, "mlp": {"kind": kind, **asdict(layer.mlp)}}
+    return {
+        "attention": attention,
+        "mlp": {"kind": kind, **asdict(layer.mlp)},
+        "norms": layer.norms,
+    }
+
+
+def _one_of(fields: Fields, name: str, choices: Collection[str]) -> str:
+    found = fields.text(name)
+    if found not in choices:
+        raise fields.error(name, " or ".join(choices))
+    return found
+
+
+def _number_or_none(fields: Fields, name: str) -> float | None:
+    return None if fields.get(name) is None else fields.number(name)
 
 
 def _read_layers(full: Fields) -> Iterator[Layer]:
@@ -111,7 +139,7 @@ def _read_layers(full: Fields) -> Iterator[Layer]:
         where = f"{FILE}: layers[{place}]"
         if not isinstance(run, Mapping):
             raise ConfigError(f"{where} is {run!r}, and should be an object")
-        _check_keys(where, run, ("count", "attention", "mlp"), ())
+        _check_keys(where, run, ("count", *_names(Layer)), ())
         fields = Fields(where, run)
         count = fields.positive("count", MAX_COUNT)
         total += count
@@ -119,7 +147,8 @@ def _read_layers(full: Fields) -> Iterator[Layer]:
             raise ConfigError(f"{FILE}: {total} layers; at most {MAX_COUNT} are read")
         attention = Fields(f"{where}.attention", _inner(fields, "attention"))
         mlp = Fields(f"{where}.mlp", _inner(fields, "mlp"))
-        layer = Layer(_read_attention(attention), _read_mlp(mlp))
+        norms = _one_of(fields, "norms", NORM_PLACES)
+        layer = Layer(_read_attention(attention), _read_mlp(mlp), norms)
         for _ in range(count):
             yield layer
 
@@ -166,7 +195,10 @@ def _read_attention(fields: Fields) -> Attention:
         window=fields.positive_or_none("window"),
         has_qkv_bias=fields.flag("has_qkv_bias"),
         has_output_bias=fields.flag("has_output_bias"),
-        has_qk_norm=fields.flag("has_qk_norm"),
+        qk_norm=None if fields.get("qk_norm") is None else _one_of(fields, "qk_norm", QK_NORMS),
+        scale=_number_or_none(fields, "scale"),
+        softcap=_number_or_none(fields, "softcap"),
+        rope_theta=_number_or_none(fields, "rope_theta"),
     )
 
 
@@ -184,6 +216,13 @@ def _read_mlp(fields: Fields) -> Dense | Experts:
     num_experts, top_k = fields.positive("num_experts", MAX_COUNT), fields.positive("top_k")
     if top_k > num_experts:
         raise fields.error("top_k", f"at most the {num_experts} experts")
+    num_groups, top_k_groups = fields.positive("num_groups"), fields.positive("top_k_groups")
+    if num_experts % num_groups:
+        raise fields.error("num_groups", f"a divisor of the {num_experts} experts")
+    if top_k_groups > num_groups or top_k > top_k_groups * (num_experts // num_groups):
+        raise fields.error(
+            "top_k_groups", f"at most the {num_groups} groups, with {top_k} experts among them"
+        )
     has_shared_expert = fields.flag("has_shared_expert")
     return Experts(
         num_experts=num_experts,
@@ -193,6 +232,13 @@ def _read_mlp(fields: Fields) -> Dense | Experts:
         if has_shared_expert
         else 0,
         has_shared_expert=has_shared_expert,
+        has_shared_gate=fields.flag("has_shared_gate"),
+        scoring=_one_of(fields, "scoring", SCORINGS),
+        is_renormalised=fields.flag("is_renormalised"),
+        scale=fields.number("scale"),
+        has_correction_bias=fields.flag("has_correction_bias"),
+        num_groups=num_groups,
+        top_k_groups=top_k_groups,
     )
 
 
