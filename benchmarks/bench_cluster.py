@@ -67,9 +67,7 @@ def cases(work: Path, shape: str) -> list[Case]:
     finish = convert(source, "--finish")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     words = ["convert", str(source), "{out}"]
-    sums = (
-        "mkdir {{out}}; find {source} -type f | sort | xargs -P 2 -n 1 sha256sum > {{out}}/sums"
-    )
+    sums = "mkdir {{out}}; find {source} -type f | sort | xargs -P 2 -n 1 sha256sum > {{out}}/sums"
     return [
         Case(
             f"{shape}: processes",

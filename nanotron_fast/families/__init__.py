@@ -10,11 +10,14 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
 
-from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.errors import ConfigError, NanotronFastError, UnsupportedModelError
 from nanotron_fast.families import foreign
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.hf_config import read_config, write_config
 from nanotron_fast.families.refusals import unknown_family
 from nanotron_fast.formats.nanotron.classes import class_of
+from nanotron_fast.model.spec import COMPUTED, ModelSpec
+from nanotron_fast.moves.dtypes import Dtype
 
 __all__ = [
     "Family",
@@ -22,6 +25,7 @@ __all__ = [
     "family_names",
     "family_of_config",
     "family_of_model_config",
+    "family_of_spec",
     "register",
     "warnings_about",
 ]
@@ -107,6 +111,23 @@ def family_of_model_config(config: Mapping[str, Any], override: str | None = Non
             "name one of them with --family"
         )
     return held[0]
+
+
+def family_of_spec(spec: ModelSpec) -> Family:
+    """The first family whose config.json can say all that a spec computes, Nanotron's own before
+    others. Raises UnsupportedModelError.
+    """
+    for family in sorted(_FAMILIES.values(), key=lambda each: not each.model_class.is_stock):
+        try:
+            said = read_config(family, write_config(family, spec, Dtype.F32))
+        except NanotronFastError:
+            continue
+        if all(getattr(said, name) == getattr(spec, name) for name in COMPUTED):
+            return family
+    raise UnsupportedModelError(
+        "no family's config.json can say all that this spec computes; name the family whose table "
+        "it goes by"
+    )
 
 
 def _named_by(config: Mapping[str, Any]) -> Family:

@@ -11,23 +11,22 @@ from nanotron_fast.checkpoints.options import LoadChoices, Options
 from nanotron_fast.checkpoints.plan import load
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import HfModel, NanotronModel, stored_model
-from nanotron_fast.errors import NanotronFastError, TopologyError, UnsupportedModelError
+from nanotron_fast.errors import TopologyError, UnsupportedModelError
 from nanotron_fast.families import (
     Family,
     family_named,
-    family_names,
     family_of_config,
     family_of_model_config,
+    family_of_spec,
 )
-from nanotron_fast.families.hf_config import read_config, write_config
+from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_model, choose_class
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.stages import Stages
-from nanotron_fast.model.spec import COMPUTED, ModelSpec
+from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.names import names_of
-from nanotron_fast.moves.dtypes import Dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,7 +70,7 @@ class Architecture:
 
         Raises ConfigError, UnsupportedModelError.
         """
-        named = _family_of(spec) if family is None else family_named(family)
+        named = family_of_spec(spec) if family is None else family_named(family)
         found = cls._of_hf(named, spec, model_class, rope_interleaved)
         return replace(found, spec=replace(spec, vocab_size=padded_vocab_size or spec.vocab_size))
 
@@ -227,24 +226,6 @@ def _as_computed_by(model_class: NanotronClass, spec: ModelSpec) -> ModelSpec:
         for each in spec.layers
     )
     return replace(spec, layers=tuple(layers))
-
-
-def _family_of(spec: ModelSpec) -> Family:
-    """The first family whose config.json can say all that a spec computes, Nanotron's own before
-    others. Raises UnsupportedModelError.
-    """
-    families = [family_named(name) for name in family_names()]
-    for family in sorted(families, key=lambda each: not each.model_class.is_stock):
-        try:
-            said = read_config(family, write_config(family, spec, Dtype.F32))
-        except NanotronFastError:
-            continue
-        if all(getattr(said, name) == getattr(spec, name) for name in COMPUTED):
-            return family
-    raise UnsupportedModelError(
-        "no family's config.json can say all that this spec computes; name the family whose table "
-        "it goes by"
-    )
 
 
 def _check(
