@@ -62,7 +62,7 @@ _HOMES = {
     "plan": "checkpoints.convert",
     "reshard": "checkpoints.reshard",
     "status": "patch.nanotron.registry",
-    "verify": "checkpoints.verify",
+    "verify": "models.verifying",
 }
 
 

@@ -1,9 +1,9 @@
 """Running two checkpoints on the same tokens: what every guide asks for.
 
-Each side is run by what it is for: a Hugging Face checkpoint by transformers, a Nanotron one, this
-package's own class among them, by Nanotron's own rules (`nanotron_forward`), both in fp32 on the
-CPU. Neither goes by the tables of a conversion, as `nanotron_fast.models` does: a mistake in those
-would be on both sides alike, and not show.
+Each side is run by what it is for, in fp32 on the CPU: a Hugging Face checkpoint by transformers, a
+Nanotron one by Nanotron's own rules (`nanotron_forward`), one of this package's own class by its
+models, which the caller gives. The first two do not go by the tables of a conversion: a mistake in
+those would be on both sides alike, and not show.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.source import read
+from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.nanotron.classes import class_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,6 +43,9 @@ class LogitsReport:
     def equal(self) -> bool:
         return self.max_difference <= self.tolerance
 
+
+# Of a checkpoint of this package's own class, and the options of a load: its logits by token ids.
+OwnForward = Callable[[Path, dict[str, Any]], Callable[[Any], Any]]
 
 _BATCH, _LENGTH = 2, 32
 # A window shorter than that is exceeded, so that it shows.
@@ -74,6 +79,7 @@ def compare_logits(
     options: Options,
     *,
     has_casts: bool,
+    own_forward: OwnForward | None = None,
 ) -> LogitsReport:
     """Runs both models on the same random tokens, and compares their outputs.
 
@@ -85,7 +91,7 @@ def compare_logits(
     except ImportError as error:
         raise ConfigError(f"--logits: it needs torch: {error}") from None
 
-    sides = [_side(root, options) for root in (a, b)]
+    sides = [_side(root, options, own_forward) for root in (a, b)]
     vocab_size = min(side.vocab_size for side in sides)
     windows = [side.window for side in sides if side.window and side.window <= _MAX_WINDOW]
     length = min(
@@ -108,11 +114,13 @@ def compare_logits(
     )
 
 
-def _side(root: Path, options: Options) -> _Side:
+def _side(root: Path, options: Options, own_forward: OwnForward | None) -> _Side:
     """Raises CheckpointError, ConfigError, OSError."""
     checkpoint = read(root)
     if isinstance(checkpoint, HfCheckpoint):
         return _hf_side(root)
+    if not class_of(checkpoint.model_config).is_stock:
+        return _own_side(root, NanotronModel(checkpoint, options), options, own_forward)
     from nanotron_fast.checkpoints.nanotron_forward import NanotronForward
 
     forward = NanotronForward(checkpoint, options)
@@ -123,6 +131,23 @@ def _side(root: Path, options: Options) -> _Side:
         forward.vocab_size,
         spec.max_position_embeddings,
         spec.sliding_window,
+    )
+
+
+def _own_side(
+    root: Path, model: NanotronModel, options: Options, own_forward: OwnForward | None
+) -> _Side:
+    if own_forward is None:
+        raise ConfigError(
+            f"--logits: {root} is a {model.model_class}, which nanotron_fast.verify runs"
+        )
+    choices: dict[str, Any] = {"ignore_tensors": options.ignore_tensors, "family": options.family}
+    return _Side(
+        own_forward(root, choices),
+        f"this package's {model.model_class} in nanotron_fast.models",
+        model.spec.vocab_size,
+        model.spec.max_position_embeddings,
+        max(filter(None, model.spec.windows), default=None),
     )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from nanotron_fast.checkpoints.activations import ACTIVATIONS
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.checkpoint import TENSOR, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.slices import parse_metadata
 from nanotron_fast.kernels.rope.tables import rope_frequencies
@@ -42,14 +42,16 @@ class NanotronForward:
         self.spec = model.padded_spec
         self.vocab_size = model.spec.vocab_size
         self.is_interleaved = model.is_interleaved
-        is_own = not model.model_class.is_stock
-        honours_scaling = is_own or model.target == "nanotron-fast"
+        if not model.model_class.is_stock:
+            raise UnsupportedModelError(
+                f"{checkpoint.root}: a {model.model_class} is not Nanotron's"
+            )
+        honours_scaling = model.target == "nanotron-fast"
         self.scaling = model.spec.rope_scaling if honours_scaling else None
         self.act = ACTIVATIONS[self.spec.hidden_act]
         scaled = ", rope_scaling honoured" if self.scaling else ""
         # Who computes, for people.
-        whose = "this package's" if is_own else "Nanotron's"
-        self.name = f"{whose} {self.model_class} in plain torch{scaled}"
+        self.name = f"Nanotron's {self.model_class} in plain torch{scaled}"
 
     @torch.no_grad()
     def __call__(self, input_ids: Tensor) -> Tensor:
@@ -157,10 +159,8 @@ class NanotronForward:
         heads = (attention.num_heads, attention.num_kv_heads, attention.num_kv_heads)
         packed = self._linear(x, f"{name}.qkv_proj").unflatten(-1, (-1, attention.head_dim))
         q, k, v = packed.split(heads, -2)
-        if attention.qk_norm:
-            q, k = self._rms_norm(q, f"{name}.q_norm"), self._rms_norm(k, f"{name}.k_norm")
         # Nanotron gives a layer without rotary embedding no window.
-        has_window = attention.rotary is not None or not self.model_class.is_stock
+        has_window = attention.rotary is not None
         q, k = self._turned(q, attention), self._turned(k, attention)
         out = self._attend(q, k, v, attention.window if has_window else None)
         return self._linear(out, f"{name}.o_proj")

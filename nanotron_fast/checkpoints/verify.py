@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanotron_fast.checkpoints.logits import LogitsReport, compare_logits
+from nanotron_fast.checkpoints.logits import LogitsReport, OwnForward, compare_logits
 from nanotron_fast.checkpoints.options import Options, VerifyChoices, takes
 from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
 from nanotron_fast.checkpoints.remote import running
@@ -94,6 +94,7 @@ def verify(
     workers: int | None = None,
     on_plan: Callable[[int], None] | None = None,
     on_progress: ProgressCallback | None = None,
+    own_forward: OwnForward | None = None,
     **choices: Unpack[VerifyChoices],
 ) -> Verification:
     """Compares every tensor of two checkpoints, and what their configurations say of the model.
@@ -104,11 +105,13 @@ def verify(
 
     Args:
         a, b: directories, Hub ids or URLs, each in any of the formats. Logits take no URLs.
-        logits: also run both, a Hugging Face side in transformers and a Nanotron side by Nanotron's
-            own rules in plain torch, and compare what they compute.
+        logits: also run both, and compare what they compute: a Hugging Face side in transformers, a
+            Nanotron side by Nanotron's own rules in plain torch, or by this package's models where
+            it is of this package's own class.
         workers: threads; by default one for each core, 16 at most.
         on_plan: called with the number of bytes to compare.
         on_progress: called now and then with the bytes compared so far.
+        own_forward: what runs the latter; set in `nanotron_fast.verify`.
         choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
@@ -144,7 +147,9 @@ def verify(
     differing = {**plan.differing, **_reasons(plan, found)}
     report = None
     if logits and plan.cannot_run is None:
-        report = compare_logits(*roots, options, has_casts=plan.has_lossy_casts)
+        report = compare_logits(
+            *roots, options, has_casts=plan.has_lossy_casts, own_forward=own_forward
+        )
     return Verification(
         equal=not differing and (report is None or report.equal),
         tensors_compared=plan.num_tensors,

@@ -174,8 +174,8 @@ def verify(
 
     Exit code 1 says that something differs.
     """
-    from nanotron_fast.checkpoints import verify as verification
     from nanotron_fast.cli import reporting
+    from nanotron_fast.models import verifying
 
     if b is None:
         from nanotron_fast.cli import manifest
@@ -194,7 +194,7 @@ def verify(
         progress.total_bytes = num_bytes
 
     with progress.running("comparing") as on_progress:
-        result = verification.verify(
+        result = verifying.verify(
             a,
             b,
             logits=logits,

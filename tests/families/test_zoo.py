@@ -43,7 +43,7 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
         there, back = tmp_path / f"there-{number}", tmp_path / f"back-{number}"
         report = nf.convert(before, there, topology=topology, target=_target(source))
         assert report.plan.model_class == "NanotronFastConfig"
-        assert nf.verify(source, there).equal
+        assert nf.verify(source, there, logits=number == 1).equal
         is_alone = number % 2 == 1
         if is_alone:  # model_config.json says it all
             (there / "nanotron_fast.json").unlink()
