@@ -26,6 +26,10 @@ class CheckpointError(NanotronFastError, ValueError):
     """A checkpoint's files are missing, malformed, or contradict each other."""
 
 
+class PartialCheckpointError(CheckpointError):
+    """A checkpoint holds what some ranks need alone, and more is asked of it."""
+
+
 class UnmovableError(CheckpointError):
     """Shards make sense, but moves cannot join them: slices have steps, or shards overlap."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.errors import CheckpointError, PartialCheckpointError
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
@@ -23,6 +23,11 @@ def check_counts(spec: ModelSpec, checkpoint: HfCheckpoint | NanotronCheckpoint)
         name = nanotron.MODEL_CONFIG
         infos = [shards[0].info for shards in checkpoint.params.values()]
     if spec.num_layers > len(infos):
+        if isinstance(checkpoint, NanotronCheckpoint) and checkpoint.there is not None:
+            part = nanotron.says_part(checkpoint.there, checkpoint.tp, checkpoint.pp)
+            raise PartialCheckpointError(
+                f"{checkpoint.root}: {part}: files of {spec.num_layers:,} layers are wanted"
+            )
         raise CheckpointError(
             f"{checkpoint.root}: {name} calls for {spec.num_layers:,} layers, and the files hold "
             f"{len(infos):,} tensors"

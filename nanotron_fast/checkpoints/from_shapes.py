@@ -15,11 +15,16 @@ def has_param(source: NanotronCheckpoint, ending: str) -> bool:
 
 
 def _length(source: NanotronCheckpoint, ending: str, rank: int, dim: int, *, is_split: bool) -> int:
-    """A dimension of the first such parameter, over all of its shards; 0 where there is none."""
+    """A dimension of the first such parameter, over all of its shards; 0 where there is none.
+
+    Shards are equally long, and some may be of ranks whose files are not there.
+    """
     for name, shards in source.params.items():
         if name.endswith(ending):
             lengths = [shard.info.shape[dim] for shard in shards if len(shard.info.shape) == rank]
-            return sum(lengths) if is_split else max(lengths, default=0)
+            if is_split and name in source.sharded:
+                return sum(lengths) * source.tp // len(shards)
+            return max(lengths, default=0)
     return 0
 
 

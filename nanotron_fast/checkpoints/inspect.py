@@ -11,13 +11,14 @@ from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.options import InspectChoices, Options, reject_like, takes
 from nanotron_fast.checkpoints.remote.mirror import mirror_of, mirrors_closed, shown
 from nanotron_fast.checkpoints.source import read, resolve
-from nanotron_fast.checkpoints.stored import NanotronModel
+from nanotron_fast.checkpoints.stored import NanotronModel, some
 from nanotron_fast.errors import CheckpointError, NanotronFastError
 from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
-from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.stages import Stages
+from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
@@ -48,6 +49,8 @@ class Inspection:
     problem: str | None = None
     # Whether rotary pairs lie beside each other in q and k, in a Nanotron or a DCP checkpoint.
     rope_interleaved: bool | None = None
+    # The ranks whose files are there, of a Nanotron checkpoint that is not whole.
+    ranks_there: Ranks | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -80,6 +83,7 @@ class Inspection:
             "has_side_file": self.has_side_file,
             "problem": self.problem,
             "rope_interleaved": self.rope_interleaved,
+            "ranks_there": self.ranks_there and self.ranks_there.to_json(),
             "warnings": list(self.warnings),
         }
 
@@ -97,7 +101,7 @@ def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
     """
     options = Options.of(choices, InspectChoices)
-    checkpoint = read(resolve(path, takes_urls=True), like=options.like)
+    checkpoint = read(resolve(path, takes_urls=True), like=options.like, takes_part=True)
     if isinstance(checkpoint, HfCheckpoint):
         if checkpoint.format == "hf":
             reject_like(options)
@@ -152,11 +156,22 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspe
     model: NanotronModel | None = None
     stages: tuple[int, ...] = ()
     problem: str | None = None
+    missing: list[str] = []
     try:
         model = NanotronModel(checkpoint, options)
         stages = Stages(model.padded_spec, model.model_class, topology).layers
+        missing = [each.name for each in model.params() if each.name not in checkpoint.params]
     except NanotronFastError as error:
         problem = str(error)
+    there = checkpoint.there
+    if there is not None and there.tp is None and model is not None and not missing:
+        there = None  # a stage without a file of its own
+    warnings = list(model.warnings) if model else []
+    if missing and there is None:
+        warnings.append(
+            f"{len(missing):,} parameters that {MODEL_CONFIG} calls for are missing: "
+            f"{some(missing)}"
+        )
     shards = [shard for shards in checkpoint.params.values() for shard in shards]
     return Inspection(
         path=checkpoint.root,
@@ -171,7 +186,8 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspe
         has_side_file=model is not None and model.side is not None,
         problem=problem,
         rope_interleaved=model.is_interleaved if model else None,
-        warnings=tuple(model.warnings) if model else (),
+        ranks_there=there,
+        warnings=tuple(warnings),
         **_totals([(shard.info.dtype, shard.info.num_elements) for shard in shards]),
     )
 

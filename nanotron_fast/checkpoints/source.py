@@ -102,14 +102,16 @@ def _download(hub_id: str, **choices: Any) -> Path:
         ) from error
 
 
-def read(root: Path, *, like: Path | None = None) -> HfCheckpoint | NanotronCheckpoint:
+def read(
+    root: Path, *, like: Path | None = None, takes_part: bool = False
+) -> HfCheckpoint | NanotronCheckpoint:
     """The checkpoint in a directory, from its headers. Raises CheckpointError, OSError.
 
     `like` has the configuration of a model in a folder of torch.distributed.checkpoint, which is
-    read as one of Hugging Face's.
+    read as one of Hugging Face's. `takes_part` is for `read_nanotron`.
     """
     if is_nanotron_checkpoint(root):
-        return read_nanotron(root)
+        return read_nanotron(root, takes_part=takes_part)
     # Whose .metadata is beside weights that transformers loads, is not asked.
     if is_dcp_checkpoint(root) and not any((root / name).is_file() for name in (SINGLE, INDEX)):
         if mirror_of(root) is not None:

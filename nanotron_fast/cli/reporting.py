@@ -173,6 +173,11 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         yield f"  topology    {found.topology}"
         for line in stage_lines(found.layer_stages):
             yield f"              {line}"
+    if found.ranks_there:
+        yield (
+            f"  partial     files of ranks {found.ranks_there} of {found.topology} are there "
+            "alone, as --ranks-only writes them"
+        )
     dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
     yield f"  elements    {dtypes}"
     yield (

@@ -54,6 +54,13 @@ class Ranks:
             return False
         return tp is None or self.tp is None or tp in self.tp
 
+    def to_json(self) -> dict[str, list[int] | None]:
+        """The numbers of each axis, in order; None for all."""
+        return {
+            axis: None if numbers is None else sorted(numbers)
+            for axis, numbers in (("pp", self.pp), ("tp", self.tp))
+        }
+
     def __str__(self) -> str:
         said = [
             f"{axis}={','.join(map(str, sorted(numbers)))}"

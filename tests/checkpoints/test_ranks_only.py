@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.errors import ConfigError, NanotronFastError, TopologyError
+from nanotron_fast.checkpoints.reshard import reshard
+from nanotron_fast.cli.reporting import inspection_lines
+from nanotron_fast.errors import ConfigError, PartialCheckpointError, TopologyError
 from nanotron_fast.model.ranks import Ranks
 from tests.checkpoints.kill_loop import tree
 from tests.modelzoo import make
@@ -47,9 +49,68 @@ def test_what_is_not_whole_is_not_taken_for_it(tmp_path: Path) -> None:
     assert any(
         "ranks tp=0 of TP=4 PP=2 need is written alone" in each for each in report.plan.warnings
     )
-    with pytest.raises(NanotronFastError, match="are missing"):
-        nf.convert(tmp_path / "out", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "there", "missing"),
+    [
+        ("tp=0", {"pp": None, "tp": [0]}, "attn/o_proj/.*_pp-rank-0-of-2_tp-rank-1-of-4.safetens"),
+        ("pp=1", {"pp": [1], "tp": None}, "model.token_position_embeddings.*weight is missing"),
+        (["pp=0", "tp=1-3"], {"pp": [0], "tp": [1, 2, 3]}, "tp-rank-0-of-4.safetensors is missing"),
+    ],
+)
+def test_a_part_is_told_and_refused(
+    ranks: str | list[str], there: dict[str, list[int] | None], missing: str, tmp_path: Path
+) -> None:
+    source, out = make("llama", num_hidden_layers=2).save(tmp_path / "source"), tmp_path / "out"
+    nf.convert(source, out, topology=AT, ranks_only=ranks)
+    found = nf.inspect(out)
+    assert found.problem is None
+    assert found.warnings == ()
+    assert found.topology == AT
+    assert found.to_json()["ranks_there"] == there
+    wanted = nf.inspect(source).spec
+    assert found.spec == wanted
+    said = f"files of ranks {Ranks.parse('', ranks)} of TP=4 PP=2 are there alone, as --ranks-only"
+    assert any(said.removesuffix(", as --ranks-only") in each for each in inspection_lines(found))
+    for call in (
+        lambda: nf.convert(out, tmp_path / "back"),
+        lambda: nf.verify(out, source),
+        lambda: nf.verify(source, out),
+        lambda: reshard(out, tmp_path / "back", tp=1),
+    ):
+        with pytest.raises(PartialCheckpointError, match=f"{said}.*{missing}"):
+            call()
     assert sorted(os.listdir(tmp_path)) == ["out", "source"]
+
+
+def test_fewer_files_than_layers(tmp_path: Path) -> None:
+    source, out = make("llama", num_hidden_layers=12).save(tmp_path / "source"), tmp_path / "out"
+    nf.convert(source, out, topology=nf.Topology(pp=13), ranks_only="pp=1")
+    assert nf.inspect(out).to_json()["ranks_there"] == {"pp": [1], "tp": None}
+    with pytest.raises(PartialCheckpointError, match=r"pp=1 of .*files of 12 layers are wanted"):
+        nf.convert(out, tmp_path / "back")
+
+
+def test_a_whole_one_is_of_all_ranks(tmp_path: Path) -> None:
+    """The last stage of a tied model has no file that is split."""
+    source = make("llama", num_hidden_layers=2, tie_word_embeddings=True).save(tmp_path / "source")
+    nf.convert(source, tmp_path / "out", topology=AT)
+    found = nf.inspect(tmp_path / "out")
+    assert found.ranks_there is None
+    assert found.warnings == ()
+
+
+def test_a_lost_parameter_is_told(tmp_path: Path) -> None:
+    source, out = make("llama", num_hidden_layers=2).save(tmp_path / "source"), tmp_path / "out"
+    nf.convert(source, out, topology=nf.Topology(tp=2))
+    shutil.rmtree(out / "model" / "model" / "decoder" / "1" / "pp_block" / "mlp" / "down_proj")
+    found = nf.inspect(out)
+    assert found.ranks_there is None
+    assert found.warnings == (
+        "1 parameters that model_config.json calls for are missing: "
+        "model.decoder.1.pp_block.mlp.down_proj.weight",
+    )
 
 
 @pytest.mark.parametrize(

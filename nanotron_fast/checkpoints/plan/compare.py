@@ -10,7 +10,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.intersection import NamedMove, plan_moves, plan_padding
 from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource
 from nanotron_fast.checkpoints.stored import Checkpoint, stored_model
-from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
 from nanotron_fast.families import Family
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
@@ -175,6 +175,8 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
                     (first, replace(left, parts=(left_part,))),
                     (second, replace(right, parts=(right_part,))),
                 )
+            except PartialCheckpointError:  # what was not asked for differs from nothing
+                raise
             except CheckpointError as error:
                 plan.differing[name] = str(error)
                 if not isinstance(error, _OtherDtype):

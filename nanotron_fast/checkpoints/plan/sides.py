@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
-from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
 from nanotron_fast.families.parts import Address, Param, Part, Share
 from nanotron_fast.formats.chunks import Chunk
 from nanotron_fast.formats.dcp.writing import NewFile as NewDcpFile
@@ -194,6 +194,12 @@ class NanotronSource:
         shards = self.checkpoint.params.get(param.name)
         if shards is None:
             why = explain((), [param.name], self.checkpoint.ignored)
+            there = self.checkpoint.there
+            if there is not None and not why:
+                part = nanotron.says_part(there, self.checkpoint.tp, self.checkpoint.pp)
+                raise PartialCheckpointError(
+                    f"{self.checkpoint.root}: {part}: {param.name} is missing"
+                )
             raise CheckpointError(
                 f"{self.checkpoint.root}: {param.name} is missing, and "
                 f"{nanotron.MODEL_CONFIG} calls for it{why}"

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.errors import CheckpointError, PartialCheckpointError
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.plain_file import read_small
 from nanotron_fast.formats.safetensors import Header, TensorInfo, build_header, read_header
+from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 
@@ -56,6 +57,9 @@ class NanotronCheckpoint:
     sharded: frozenset[str]
     tp: int
     pp: int
+    # The ranks whose files are there, where it is not those of all; None where there are all. A
+    # stage may have no file of its own, so that one which lacks is no proof that something does.
+    there: Ranks | None = None
     # Parameters that were there, and that `without` took out.
     ignored: tuple[str, ...] = ()
     # What each file was when its header was read.
@@ -105,8 +109,12 @@ def tensor_header(
     return header, offsets[TENSOR]
 
 
-def read_nanotron(root: Path) -> NanotronCheckpoint:
-    """Reads the configuration and every header. Raises CheckpointError, OSError."""
+def read_nanotron(root: Path, *, takes_part: bool = False) -> NanotronCheckpoint:
+    """Reads the configuration and every header. Raises CheckpointError, OSError.
+
+    With `takes_part`, some tensor-parallel ranks' files may be there alone: the same ranks' of
+    every parameter that is split, as `--ranks-only` writes them.
+    """
     if not (root / MODEL_CONFIG).is_file():
         raise CheckpointError(
             f"{root}: no {MODEL_CONFIG}, which Nanotron writes beside the weights"
@@ -153,7 +161,12 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
             f"({first_path.name}) and TP={second[0]} PP={second[1]} ({second_path.name}). {STALE}"
         )
     tp, pp = next(iter(sizes), (1, 1))
-    params = {param: _in_order(root, param, shards, tp) for param, shards in found.items()}
+    there = _ranks_there(found, tp, pp)
+    part = None if there is None else there.tp
+    if there is not None and part is not None and not takes_part:
+        _check_metadata(root, sizes)
+        raise PartialCheckpointError(_says_part(root, found, there, tp, pp))
+    params = {param: _in_order(root, param, shards, tp, part) for param, shards in found.items()}
     _check_metadata(root, sizes)
     return NanotronCheckpoint(
         root,
@@ -162,8 +175,41 @@ def read_nanotron(root: Path) -> NanotronCheckpoint:
         frozenset(param for param, shards in found.items() if None not in shards),
         tp,
         pp,
+        there,
         read=read,
     )
+
+
+def _ranks_there(found: Mapping[str, Mapping[int | None, Shard]], tp: int, pp: int) -> Ranks | None:
+    """Whose files are there, where it is not those of all ranks.
+
+    Tensor-parallel ranks count where every parameter that is split has the same: else something is
+    lost, and it is for no rank.
+    """
+    split = [shards for shards in found.values() if None not in shards]
+    ranks = {frozenset(rank for rank in shards if rank is not None) for shards in split}
+    stages = {shard.pp_rank for shards in split for shard in shards.values()}
+    some_ranks = None
+    if len(ranks) == 1:
+        (only,) = ranks
+        some_ranks = only if len(only) < tp and max(only) < tp else None
+    some_stages = frozenset(stages) if split and len(stages) < pp else None
+    return None if some_ranks is some_stages is None else Ranks(some_stages, some_ranks)
+
+
+def _says_part(
+    root: Path, found: Mapping[str, Mapping[int | None, Shard]], there: Ranks, tp: int, pp: int
+) -> str:
+    param, shards = next((param, each) for param, each in found.items() if None not in each)
+    missing = next(rank for rank in range(tp) if rank not in shards)
+    stage = next(iter(shards.values())).pp_rank
+    missing_path = tensor_path(param, (stage, pp, missing, tp))
+    return f"{root}: {says_part(there, tp, pp)}: {missing_path} is missing"
+
+
+def says_part(there: Ranks, tp: int, pp: int) -> str:
+    """What to say of a checkpoint that has the files of some ranks alone."""
+    return f"files of ranks {there} of TP={tp} PP={pp} are there alone, as --ranks-only writes them"
 
 
 def _check_metadata(root: Path, sizes: Mapping[tuple[int, int], Path]) -> None:
@@ -198,7 +244,11 @@ def _read_tensor(path: Path) -> Header:
 
 
 def _in_order(
-    root: Path, param: str, shards: Mapping[int | None, Shard], tp: int
+    root: Path,
+    param: str,
+    shards: Mapping[int | None, Shard],
+    tp: int,
+    part: frozenset[int] | None,
 ) -> tuple[Shard, ...]:
     if None in shards:
         if len(shards) > 1:
@@ -207,6 +257,8 @@ def _in_order(
                 f"mixed. {STALE}"
             )
         return (shards[None],)
+    if part is not None:
+        return tuple(shards[rank] for rank in sorted(part))
     if len(shards) != tp or any(rank not in range(tp) for rank in shards):
         # The size is what a file's name says: it may be anything.
         missing = list(itertools.islice((rank for rank in range(tp) if rank not in shards), 5))
