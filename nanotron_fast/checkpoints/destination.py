@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nanotron_fast.checkpoints import placing
 from nanotron_fast.checkpoints.journal import Entry
-from nanotron_fast.checkpoints.ownership import Lock
+from nanotron_fast.checkpoints.ownership import Lock, is_beside_a_lock
 from nanotron_fast.checkpoints.partial import Leftover, Partial, leftovers, new_run, remove
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.formats.known_files import OURS, foreign_names
@@ -139,7 +139,7 @@ class Destination:
         return sorted(
             name
             for name in os.listdir(self.path)
-            if name not in ours and not name.startswith(f"{_LOCK}-")
+            if name not in ours and not name.startswith(f"{_LOCK}-") and not is_beside_a_lock(name)
         )
 
     def lock(self) -> None:
@@ -160,6 +160,10 @@ class Destination:
                     raise
                 reason = f"it cannot be written: {error.strerror}"
                 raise DestinationError(error.errno, reason, str(self.path)) from error
+            folders = [each for each in (self.path.parent, self.path) if each.is_dir()]
+            # Of shares, others may break each other's.
+            locks = [] if self._share else [path for path, _ in self.locks()]
+            self._lock.sweep(folders, locks)
 
     def lock_path(self, share: tuple[int, int] | None) -> Path:
         """The file that says who does all of it, or a share."""

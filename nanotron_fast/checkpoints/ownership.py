@@ -14,17 +14,25 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nanotron_fast.errors import DestinationError
+from nanotron_fast.formats.known_files import OURS
 
 _BEAT_SECONDS = 5.0
 # How long a holder on another machine may be silent.
 DEAD_AFTER_SECONDS = 30.0
+# How long what is beside a lock for a moment may be there, where nothing says that its run is dead.
+LITTER_SECONDS = 3600.0
+# Beside a lock while it is made: the file that gets its name, and the one that had it.
+_NEW, _BROKEN = "new", "broken"
+_BESIDE = re.compile(rf"{re.escape(OURS)}([0-9a-f]{{8}})\.({_NEW}|{_BROKEN})")
 _MAX_BYTES = 1 << 16
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
 
@@ -106,10 +114,15 @@ class Owner:
         are_right = all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True))
         return owner if are_right else None
 
+    @property
+    def is_of_this_machine(self) -> bool:
+        """Whether its number counts here, and since this start of the machine."""
+        here = (boot_id(), _namespace())
+        return all(here) and here == (self.boot, self.namespace)
+
     def is_alive(self, silent_seconds: float) -> bool:
         """Whether it lives, as far as can be known here."""
-        here = (boot_id(), _namespace())
-        if all(here) and here == (self.boot, self.namespace):
+        if self.is_of_this_machine:
             return _ticks_at_start(self.pid) == self.ticks
         return silent_seconds < DEAD_AFTER_SECONDS
 
@@ -140,7 +153,7 @@ class Lock:
 
     def acquire(self) -> None:
         """Takes it, from a dead owner too. Raises DestinationError, which says whose it is."""
-        beside = self.path.with_name(f".nanotron_fast.{self._owner.run}.new")
+        beside = self.path.with_name(f"{OURS}{self._owner.run}.{_NEW}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
             os.write(descriptor, self._text)
@@ -178,16 +191,38 @@ class Lock:
             return
         if holder.is_alive:
             raise DestinationError(holder.refusal(self._destination))
-        taken = self.path.with_name(f".nanotron_fast.{self._owner.run}.broken")
+        self._remove(self.path, holder)
+
+    def _remove(self, path: Path, holder: Holder) -> None:
+        """Removes a lock, if it is still the one that was looked at."""
+        taken = self.path.with_name(f"{OURS}{self._owner.run}.{_BROKEN}")
         try:
-            self.path.rename(taken)
+            path.rename(taken)
         except FileNotFoundError:
             return
         if _text_of(taken) != holder.text:
             # Somebody else was faster, and has it now: what was taken is given back.
             with contextlib.suppress(OSError):  # else that one notices before it ends
-                os.link(taken, self.path)
-        taken.unlink()
+                os.link(taken, path)
+        taken.unlink(missing_ok=True)
+
+    def sweep(self, folders: Iterable[Path], locks: Iterable[Path]) -> None:
+        """Removes what dead runs have left: what lay beside a lock in the making, and locks.
+
+        Args:
+            folders: that a lock of this destination may lie in.
+            locks: of this destination, its shares' too. That of this run stays.
+
+        What cannot be removed stays: it is in nobody's way.
+        """
+        with contextlib.suppress(OSError):
+            now = self.path.stat().st_mtime
+            for path in locks:
+                holder = holder_of(path, now=now)
+                if path != self.path and holder is not None and not holder.is_alive:
+                    self._remove(path, holder)
+            for folder in folders:
+                _sweep_beside(folder, now)
 
     def _beat(self) -> None:
         while not self._is_over.wait(_BEAT_SECONDS):
@@ -264,3 +299,37 @@ def holder_of(path: Path, *, now: float | None = None) -> Holder | None:
         return None
     silent = (time.time() if now is None else now) - status.st_mtime
     return Holder(Owner.parse(text), text, silent)
+
+
+def is_beside_a_lock(name: str) -> bool:
+    """Whether a file is one that lies beside a lock for the moment in which that is made."""
+    return _BESIDE.fullmatch(name) is not None
+
+
+def _sweep_beside(folder: Path, now: float) -> None:
+    """Removes what is beside locks and surely of no living run, of any destination."""
+    found = [match for match in map(_BESIDE.fullmatch, os.listdir(folder)) if match is not None]
+    dead: set[str] = set()
+    for match in found:
+        path = folder / match[0]
+        if match[2] == _NEW and _is_surely_dead(path, now):
+            path.unlink(missing_ok=True)
+            dead.add(match[1])
+    # These say whose lock it was, and not who took it; they change when they get their name.
+    for match in found:
+        path = folder / match[0]
+        if match[2] == _BROKEN and os.path.lexists(path):
+            is_old = now - path.lstat().st_ctime >= LITTER_SECONDS
+            if (is_old or match[1] in dead) and _is_surely_dead(path, now):
+                path.unlink(missing_ok=True)
+
+
+def _is_surely_dead(path: Path, now: float) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    holder = holder_of(path, now=now)
+    if holder is None:
+        return False
+    if holder.owner is not None and holder.owner.is_of_this_machine:
+        return not holder.is_alive
+    return holder.silent_seconds >= LITTER_SECONDS

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
 from nanotron_fast.checkpoints.options import Options
+from nanotron_fast.checkpoints.ownership import LITTER_SECONDS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
@@ -148,3 +150,9 @@ def _name_latest(folder: Path, *, fsync: bool) -> None:
     partial = folder.parent / f".{LATEST}.partial-{os.getpid()}"
     write_file(partial, folder.name.encode(), fsync=fsync)
     partial.replace(latest)
+    # Those of runs that were killed before their rename.
+    now = latest.stat().st_mtime
+    for left in folder.parent.glob(f".{LATEST}.partial-*"):
+        with contextlib.suppress(OSError):  # it is in nobody's way
+            if now - left.stat().st_mtime >= LITTER_SECONDS:
+                left.unlink()
