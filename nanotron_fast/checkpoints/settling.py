@@ -169,20 +169,34 @@ def _check_all_there(
     missing = [output.path for output in transfer.outputs if output.path not in there]
     if not missing:
         return
-    counts = {each.record.share[1] for each in fitting if each.record.share}
-    whose = ""
-    if len(counts) == 1:
-        total = counts.pop()
-        numbers = [
-            str(number)
-            for number in range(1, total + 1)
-            if not {each.path for each in transfer.share(number - 1, total).outputs} <= there
-        ]
-        whose = f": shares {', '.join(numbers)} of {total} are not done"
+    begun: dict[int, set[int]] = {}
+    for number, total in (each.record.share for each in fitting if each.record.share):
+        begun.setdefault(total, set()).add(number)
+    whose = [_shares(_not_done(transfer, total, there), total) for total in sorted(begun)]
+    if len(begun) > 1:
+        those = " and ".join(_shares(sorted(begun[total]), total) for total in sorted(begun))
+        why = f": {those} are there, of different N; {', or '.join(whose)} are still to be done"
+    elif whose:
+        why = f": {whose[0]} are not done"
+    else:
+        why = f", {missing[0]} first"
     raise CheckpointError(
-        f"{destination.path}: {len(missing):,} of {len(transfer.outputs):,} files are missing"
-        f"{whose or f', {missing[0]} first'}"
+        f"{destination.path}: {len(missing):,} of {len(transfer.outputs):,} files are missing{why}"
     )
+
+
+def _not_done(transfer: MovePlan, total: int, there: Collection[str]) -> list[int]:
+    """The numbers of the shares that files are missing of."""
+    return [
+        number
+        for number in range(1, total + 1)
+        if any(each.path not in there for each in transfer.share(number - 1, total).outputs)
+    ]
+
+
+def _shares(numbers: Iterable[int], total: int) -> str:
+    """Shares in words: "shares 1, 3 of 4"."""
+    return f"shares {', '.join(map(str, numbers))} of {total}"
 
 
 def take_over(

@@ -218,6 +218,23 @@ def test_shares(source: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["out", "source", "wanted"]
 
 
+def test_shares_of_different_numbers(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for share in ((1, 3), (3, 3), (1, 4)):
+        nf.convert(source, out, topology=TP2, share=share)
+    message = (
+        r"files are missing: shares 1, 3 of 3 and shares 1 of 4 are there, of different N; "
+        r"shares 2 of 3, or shares [234, ]+ of 4 are still to be done"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        nf.convert(source, out, topology=TP2, finish=True)
+    # What is left may be done either way.
+    nf.convert(source, out, topology=TP2, share=(2, 3))
+    nf.convert(source, out, topology=TP2, finish=True)
+    assert nf.verify(source, out).equal
+    assert names(tmp_path) == ["out", "source"]
+
+
 def test_shares_that_begin_together(source: Path, tmp_path: Path) -> None:
     """None sweeps away what another has only begun, or has just finished."""
     program = """
