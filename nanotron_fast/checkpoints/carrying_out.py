@@ -20,7 +20,7 @@ from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.processes import PeerFailed, Processes
 from nanotron_fast.checkpoints.remote import running
-from nanotron_fast.checkpoints.remote.store import as_path, is_url
+from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
 from nanotron_fast.errors import ConfigError, add_note
@@ -98,14 +98,10 @@ def carry_out(
     if workers < 1:
         raise ConfigError(f"--workers {workers}: it should be at least 1")
     dst = as_path(dst)
+    check_choices(dst, wishes, fsync=fsync, io=io, manifest=manifest)
     if is_url(dst):
         from nanotron_fast.checkpoints.remote.upload import upload
 
-        if wishes != _NO_WISHES or manifest or io != "auto":
-            raise ConfigError(
-                f"{dst}: --resume, --overwrite-partial, --share, --finish, --manifest and --io are "
-                "for a directory"
-            )
         ready, shown, engine_seconds = upload(
             make_plan,
             str(dst),
@@ -129,6 +125,27 @@ def carry_out(
     except BaseException as error:
         run.abort(error)
         raise
+
+
+def check_choices(dst: str | Path, wishes: Wishes, *, fsync: bool, io: str, manifest: bool) -> None:
+    """Refuses what has no meaning in a store, and what `io` cannot be. Raises ConfigError."""
+    check_mode(io)
+    if not is_url(dst):
+        return
+    given = {
+        "--resume": wishes.resume,
+        "--overwrite-partial": wishes.overwrite_partial,
+        "--share": wishes.share is not None,
+        "--finish": wishes.finish,
+        "--fsync": fsync,
+        "--manifest": manifest,
+        "--io": io != "auto",
+    }
+    for option, is_given in given.items():
+        if is_given:
+            raise ConfigError(
+                f"{option}: it is for a directory, and {without_password(str(dst))} is in a store"
+            )
 
 
 class _Run:

@@ -13,7 +13,7 @@ from nanotron_fast.checkpoints.ownership import LITTER_SECONDS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
-from nanotron_fast.checkpoints.remote.store import as_path, is_url
+from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve
@@ -58,6 +58,7 @@ def plan(
             naming the file, tensor or option and the numbers.
         OSError: a file cannot be read.
     """
+    dst = _folder(dst)
     if not str(dst):
         raise ConfigError("the destination has no name")
     if dp is not None and (not isinstance(dp, int) or not 1 <= dp <= MAX_RANKS):
@@ -112,9 +113,7 @@ def reshard(
         What `plan` raises; DestinationError (an OSError) where `dst` is in the way or the disk too
         small; OSError.
     """
-    dst = as_path(dst)
-    if is_url(dst):
-        raise ConfigError(f"{dst}: a training checkpoint is written to a directory alone")
+    dst = _folder(dst)
     processes = processes or Processes()
     report = carry_out(
         lambda: plan(src, dst, tp=tp, pp=pp, dp=dp, ep=ep, zero_stage=zero_stage),
@@ -133,6 +132,13 @@ def reshard(
     if processes.rank == 0 and report.plan.states is not None:
         _name_latest(Path(report.destination), fsync=fsync)
     return report
+
+
+def _folder(dst: str | Path) -> str | Path:
+    if is_url(dst) and is_url(as_path(dst)):
+        shown = without_password(str(dst))
+        raise ConfigError(f"{shown}: a training checkpoint is written to a directory alone")
+    return as_path(dst)
 
 
 def _name_latest(folder: Path, *, fsync: bool) -> None:

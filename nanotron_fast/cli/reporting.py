@@ -48,8 +48,8 @@ def _ahead(numbered: tuple[int, int]) -> int:
     return layer - place
 
 
-def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
-    """A plan, for `--dry-run`."""
+def plan_lines(plan: Plan, workers: int, share: tuple[int, int] | None = None) -> Iterator[str]:
+    """A plan, for `--dry-run`, and what one of several shares does of it."""
     to_nanotron = plan.direction == "nanotron"
     yield shown(plan.source)
     yield f"  {_FORMATS[plan.source_format]} -> {_FORMATS[plan.direction]}"
@@ -67,6 +67,13 @@ def plan_lines(plan: Plan, workers: int) -> Iterator[str]:
         f"  write       {size(plan.bytes_written)} to {_count(len(plan.transfer.outputs), 'file')}"
         f" in {_count(len(plan.transfer.moves), 'move')}"
     )
+    if share is not None:
+        number, total = share
+        part = plan.transfer.share(number - 1, total)
+        yield (
+            f"  share       {number} of {total}: read {size(part.bytes_read)}, write "
+            f"{size(part.bytes_written)} to {_count(len(part.outputs), 'file')}"
+        )
     yield f"  beside      {', '.join(sorted((*plan.documents, *plan.copies)))}"
     yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {_count(workers, 'worker')}"
     yield from (f"  {line}" for line in _left_out(plan.ignored, plan.left_behind))

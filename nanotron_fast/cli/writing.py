@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nanotron_fast import interruption
+from nanotron_fast.checkpoints.options import spelled
+from nanotron_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.plan.plan import Plan
@@ -71,11 +73,12 @@ def write(
 
     num_workers = workers or engine.default_workers()
     if dry_run:
+        share = _dry_share(dst, options)
         planned = plan(src, dst, **choices)
         if json:
-            print_json(planned.to_json(num_workers))
+            print_json({**planned.to_json(num_workers), **_share_to_json(planned, share)})
         elif not quiet:
-            print_lines(reporting.plan_lines(planned, num_workers))
+            print_lines(reporting.plan_lines(planned, num_workers, share))
             warn(planned.warnings)
         return
     processes = connect()
@@ -108,6 +111,40 @@ def write(
             print_json(report.to_json(num_workers))
         elif not is_silent:
             print_lines(reporting.report_lines(report))
+
+
+def _dry_share(dst: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
+    """The share that is planned alone. Raises ConfigError for options that a plan cannot honour."""
+    from nanotron_fast.checkpoints.carrying_out import check_choices
+    from nanotron_fast.checkpoints.remote.store import as_path
+    from nanotron_fast.checkpoints.settling import Wishes
+
+    for name in ("resume", "overwrite_partial", "finish"):
+        if options.get(name):
+            raise ConfigError(
+                f"{spelled(name)}: it has no meaning with --dry-run, which does not look at what "
+                "earlier runs have left"
+            )
+    share: tuple[int, int] | None = options.get("share")
+    choices = {name: options[name] for name in ("fsync", "io", "manifest")}
+    check_choices(as_path(dst), Wishes(share=share), **choices)
+    return share
+
+
+def _share_to_json(planned: Plan, share: tuple[int, int] | None) -> dict[str, Any]:
+    """Only where a share is planned alone; the rest of a plan is that of all."""
+    if share is None:
+        return {}
+    part = planned.transfer.share(share[0] - 1, share[1])
+    return {
+        "share": {
+            "number": share[0],
+            "of": share[1],
+            "tensor_files": len(part.outputs),
+            "bytes_read": part.bytes_read,
+            "bytes_written": part.bytes_written,
+        }
+    }
 
 
 def print_lines(lines: Iterable[str]) -> None:

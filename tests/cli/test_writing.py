@@ -1,0 +1,132 @@
+"""Options of the commands that write a checkpoint, where they have no meaning or half of one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nanotron_fast.cli.commands import app
+from tests.modelzoo import make
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "training" / "llama_tied_tp2_zero0" / "2"
+STORE = "memory://bucket/out"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return make("llama", num_hidden_layers=2).save(tmp_path / "source")
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: object) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of a command."""
+    try:
+        app([str(word) for word in words], standalone_mode=True)
+        code = 0
+    except SystemExit as stop:
+        code = stop.code if isinstance(stop.code, int) else 0
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_dry_run_of_a_share(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = ("convert", source, tmp_path / "out", "--tp", 2)
+    planned = []
+    for number in (1, 2, 3):
+        share = ("--share", f"{number}/3")
+        code, out, _ = run(capsys, *base, *share, "--dry-run", "--json")
+        assert code == 0
+        document = json.loads(out)["share"]
+        assert (document["number"], document["of"]) == (number, 3)
+        code, text, _ = run(capsys, *base, *share, "--dry-run")
+        assert f"  share       {number} of 3: read " in text
+        assert f" to {document['tensor_files']} files" in text
+        assert not (tmp_path / "out").exists()
+        _, out, _ = run(capsys, *base, *share, "--json")
+        (folder,) = tmp_path.glob("out.partial-*")
+        written = [path for path in folder.rglob("*.safetensors") if path.is_file()]
+        assert document["tensor_files"] == len(written)
+        assert document["bytes_written"] == sum(path.stat().st_size for path in written)
+        planned.append(document)
+        folder.rename(tmp_path / f"kept-{number}")
+    code, out, _ = run(capsys, *base, "--dry-run", "--json")
+    whole = json.loads(out)
+    assert "share" not in whole
+    for key in ("tensor_files", "bytes_read", "bytes_written"):
+        assert sum(each[key] for each in planned) == whole[key]
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite-partial", "--finish"])
+def test_a_dry_run_that_would_have_to_look_at_what_is_left(
+    option: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "convert", source, tmp_path / "out", option, "--dry-run")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: {option}: it has no meaning with --dry-run, which does not look at what earlier "
+        "runs have left\n"
+    )
+    if option != "--finish":
+        code, _, again = run(capsys, "reshard", GOLDEN, tmp_path / "out", option, "--dry-run")
+        assert (code, again) == (2, err)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--share", "4/3"), "--share 4/3: I of I/N is between 1 and N"),
+        (("--io", "warp"), "--io warp: choose auto, buffered, direct or dontcache"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_refuses(
+    words: tuple[str, ...],
+    said: str,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for more in ((), ("--dry-run",)):
+        code, out, err = run(capsys, "convert", source, tmp_path / "out", *words, *more)
+        assert (code, out, err) == (2, "", f"error: {said}\n")
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        *(["--resume"], ["--overwrite-partial"], ["--share", "1/2"], ["--finish"], ["--fsync"]),
+        *(["--manifest"], ["--io", "direct"]),
+    ],
+)
+def test_what_has_no_meaning_in_a_store(
+    option: list[str], source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "convert", source, STORE, *option)
+    said = f"error: {option[0]}: it is for a directory, and {STORE} is in a store\n"
+    assert (code, out, err) == (2, "", said)
+    if option[0] in ("--share", "--fsync", "--manifest", "--io"):
+        assert run(capsys, "convert", source, STORE, *option, "--dry-run") == (2, "", said)
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"], ["--fsync"]])
+def test_training_is_not_resharded_into_a_store(
+    more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "reshard", GOLDEN, "s3://me:secret@bucket/out", *more)
+    said = "error: s3://me@bucket/out: a training checkpoint is written to a directory alone\n"
+    assert (code, out) == (2, "")
+    assert err.endswith(said)
+    assert "secret" not in err
+
+
+def test_a_url_of_a_folder_to_reshard_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = f"file://{tmp_path}/out"
+    code, _, _ = run(capsys, "reshard", GOLDEN, url, "--tp", 1, "--dry-run", "--quiet")
+    assert code == 0
+    code, _, _ = run(capsys, "reshard", GOLDEN, url, "--tp", 1, "--fsync", "--quiet")
+    assert code == 0
+    assert (tmp_path / "out" / "model_config.json").exists()
