@@ -10,6 +10,7 @@ from typing import Any
 
 from nanotron_fast.checkpoints.io_modes import mode_for
 from nanotron_fast.checkpoints.manifest import rest_sha256
+from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.manifest import (
     NAME,
@@ -87,7 +88,7 @@ def check_manifest(
     """Hashes every tensor of a checkpoint, and compares with the manifest that lies beside them.
 
     Args:
-        path: a directory that `convert` has written with `manifest=True`.
+        path: a directory that `convert` has written with `manifest=True`, or its file:// URL.
         workers: threads; by default one for each core, 16 at most.
         on_plan: called with the number of bytes to hash.
         on_progress: called now and then with the bytes hashed so far.
@@ -95,6 +96,12 @@ def check_manifest(
     Raises:
         CheckpointError: there is no manifest, or it cannot be read. OSError.
     """
+    path = as_path(path)
+    if is_url(path):
+        raise CheckpointError(
+            f"{without_password(str(path))}: files are checked against their manifest on a disk "
+            "alone: copy the checkpoint to one"
+        )
     root = Path(path)
     if not root.is_dir():
         raise CheckpointError(f"{path}: no such directory")

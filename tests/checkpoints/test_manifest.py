@@ -161,6 +161,16 @@ def test_another_dtype_an_unknown_tensor_and_an_unknown_file_are_told(out: Path)
     assert len(reasons) == 4
 
 
+def test_a_url_of_a_folder_is_that_folder(out: Path) -> None:
+    assert nf.check_manifest(f"file://{out}") == check(out)
+
+
+def test_what_lies_in_a_store_is_refused() -> None:
+    message = "^s3://me@bucket/out: files are checked against their manifest on a disk alone"
+    with pytest.raises(CheckpointError, match=message):
+        nf.check_manifest("s3://me:secret@bucket/out")
+
+
 def test_without_a_manifest_it_says_what_would_help(out: Path) -> None:
     (out / NAME).unlink()
     with pytest.raises(

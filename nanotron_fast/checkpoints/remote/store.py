@@ -21,6 +21,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from nanotron_fast.checkpoints.remote.refusal import is_refusal
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.interruption import ending, held
 
@@ -284,6 +285,12 @@ class Store:
                 break
             except Exception as error:  # clients of stores have errors of many kinds
                 last = error
+                if is_refusal(error):
+                    raise PermissionError(
+                        errno.EACCES,
+                        f"{what}: a key is missing or not accepted: {_first_line(error)}",
+                        self.name_of(name),
+                    ) from error
             if number < NUM_TRIES:
                 pause = FIRST_PAUSE_SECONDS * 2 ** (number - 1)
                 time.sleep(pause * random.uniform(0.75, 1.25))

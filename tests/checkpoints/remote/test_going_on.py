@@ -78,10 +78,12 @@ def test_a_source_that_is_another_by_now_is_not_gone_on_with(
         {"share": (1, 2)},
         {"finish": True},
         {"manifest": True},
+        {"fsync": True},
+        {"io": "direct"},
     ],
 )
 def test_a_store_takes_a_conversion_as_a_whole(faulty, temporary, model, wish):
-    with pytest.raises(ConfigError, match="are for a"):
+    with pytest.raises(ConfigError, match="it is for a directory, and"):
         nf.convert(model, OUT, **wish)
 
 

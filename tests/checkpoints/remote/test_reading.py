@@ -6,11 +6,13 @@ import errno
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.remote import mirror, running, store
+from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
 from nanotron_fast.moves import engine
 from tests.checkpoints.remote.stores import contents, fail_first, put, slow
@@ -148,6 +150,70 @@ def test_what_may_not_be_read_is_not_tried_again(faulty, temporary, model, tmp_p
     assert caught.value.filename.startswith(f"{URL}/model-")
     reads = [path for path, *_ in faulty.reads if path.endswith(".safetensors")]
     assert len(reads) == len(set(reads))
+
+
+class NoCredentialsError(Exception):
+    """As botocore's."""
+
+
+class RefreshError(Exception):
+    """As Google's."""
+
+
+def error_of(cause: Exception | None = None, **attributes: object) -> Exception:
+    """As a client raises one: with what HTTP said, or on top of another."""
+    error = RuntimeError("the store says no")
+    for name, value in attributes.items():
+        setattr(error, name, value)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        NoCredentialsError("Unable to locate credentials"),
+        RefreshError("Reauthentication is needed"),
+        error_of(status=401),
+        error_of(code=403),
+        error_of(response=SimpleNamespace(status_code=403)),
+        error_of(response={"ResponseMetadata": {"HTTPStatusCode": 403}}),
+        error_of(cause=PermissionError("Forbidden")),
+        error_of(cause=error_of(cause=error_of(status_code=401))),
+    ],
+)
+@pytest.mark.parametrize("call", ["listing", "reading"])
+def test_a_key_that_is_missing_is_not_looked_for_again(
+    faulty, temporary, model, tmp_path, monkeypatch, capsys, error, call
+):
+    put(model, URL)
+    calls = []
+
+    def denied(*given, **_):
+        calls.append(given)
+        raise error
+
+    if call == "reading":
+        faulty.on_read = denied
+    else:
+        monkeypatch.setattr(faulty, "find", denied)
+    with pytest.raises(SystemExit) as stopped:
+        app(["convert", URL, str(tmp_path / "out")], standalone_mode=True)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"a key is missing or not accepted: {error}: '{URL}" in said
+    assert "tries" not in said
+    assert len(calls) == len(set(calls))
+    assert not list(temporary.iterdir())
+
+
+@pytest.mark.parametrize("attributes", [{"status": 503}, {"code": 429}, {"response": {}}, {}])
+def test_what_passes_is_tried_again(faulty, temporary, model, tmp_path, attributes):
+    put(model, URL)
+    faulty.on_read = lambda *_: (_ for _ in ()).throw(error_of(**attributes))
+    with pytest.raises(OSError, match="cannot be read in 6 tries: the store says no"):
+        nf.convert(URL, tmp_path / "out")
 
 
 @pytest.mark.parametrize("is_removed", [False, True])

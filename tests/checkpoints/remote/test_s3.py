@@ -208,3 +208,29 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(s3, model, tmp_path):
 def test_a_bucket_that_is_not_there_is_said(s3, tmp_path):
     with pytest.raises((CheckpointError, OSError), match="absent"):
         nf.inspect("s3://absent/model")
+
+
+def test_a_key_that_is_missing_or_wrong_is_said_at_once(s3, model, tmp_path, monkeypatch):
+    put(model, SRC)
+    asked = []
+
+    def forbidden(request: Proxy) -> bool:
+        asked.append(request.path)
+        request.send(403, [], b"<Error><Code>InvalidAccessKeyId</Code></Error>")
+        return True
+
+    s3.fault = forbidden
+    with pytest.raises(PermissionError, match="its files cannot be listed: "):
+        nf.convert(SRC, tmp_path / "out")
+    assert len(asked) < store.NUM_TRIES
+    s3.fault = None
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(PermissionError, match="a key is missing or not accepted: Unable to loca"):
+        nf.convert(SRC, tmp_path / "out")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    s3fs.S3FileSystem.clear_instance_cache()
