@@ -152,7 +152,7 @@ def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
 
 
 def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspection:
-    topology = Topology(tp=checkpoint.tp, pp=checkpoint.pp)
+    topology = Topology(tp=checkpoint.tp, pp=checkpoint.pp, ep=checkpoint.ep)
     model: NanotronModel | None = None
     stages: tuple[int, ...] = ()
     problem: str | None = None

@@ -81,7 +81,7 @@ def load_into(
             be there, as the same tensor or one of its own. Written in place; not differentiable.
         path: a directory, or the id of a model on the Hugging Face Hub.
         topology: of the ranks that are loading.
-        rank: in the tensor- and pipeline-parallel grid, tp fastest: pp_rank * tp + tp_rank.
+        rank: in the grid of ranks, tp fastest: (ep_rank * pp + pp_rank) * tp + tp_rank.
         blocks: whose tensors they are, where Nanotron's assignment does not say it: numbers of
             layers, "embedding", "norm", "head". Of `rank` the place in the tp group counts then.
         device: where the tensors are said to be; by default where they are.

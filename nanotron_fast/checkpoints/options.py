@@ -192,12 +192,13 @@ class Options:
     )
     topology: Topology = _option(
         Topology(),
-        "Sizes of the tensor- and pipeline-parallel groups to write for.",
+        "Sizes of the tensor-, pipeline- and expert-parallel groups to write for.",
         check=_topology,
         ways=("nanotron", "resharding"),
         parts={
             "tp": "Tensor-parallel ranks to write for.",
             "pp": "Pipeline stages to write for.",
+            "ep": "Ranks to split experts over, for this package's own class.",
         },
     )
     # What values are cast to.

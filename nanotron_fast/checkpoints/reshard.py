@@ -38,7 +38,7 @@ def plan(
     tp: int | None = None,
     pp: int | None = None,
     dp: int | None = None,
-    ep: int = 1,
+    ep: int | None = None,
     zero_stage: int | None = None,
 ) -> Plan:
     """Plans to write the checkpoint `src` to `dst` at another topology; writes nothing.
@@ -49,7 +49,7 @@ def plan(
         dst: the folder that `reshard` would write.
         tp, pp: tensor-parallel ranks and pipeline stages; by default those of `src`.
         dp: data-parallel ranks, by default those of `src`.
-        ep: expert-parallel ranks, of which Nanotron knows one.
+        ep: ranks that experts are split over, in this package's own class alone.
         zero_stage: 0, or 1 to share the optimizer's states out over data-parallel ranks; by default
             as in `src`.
 
@@ -72,7 +72,9 @@ def plan(
         )
     source = read_nanotron(root)
     topology = Topology(
-        tp=source.tp if tp is None else tp, pp=source.pp if pp is None else pp, ep=ep
+        tp=source.tp if tp is None else tp,
+        pp=source.pp if pp is None else pp,
+        ep=source.ep if ep is None else ep,
     )
     options = Options(topology=topology)
     return plan_reshard(source, Path(os.path.realpath(dst)), options, Training(dp, zero_stage))
@@ -85,7 +87,7 @@ def reshard(
     tp: int | None = None,
     pp: int | None = None,
     dp: int | None = None,
-    ep: int = 1,
+    ep: int | None = None,
     zero_stage: int | None = None,
     overwrite: bool = False,
     workers: int | None = None,

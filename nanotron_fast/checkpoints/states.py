@@ -178,7 +178,7 @@ class TrainingStates:
         Raises CheckpointError where it is missing or of another shape.
         """
         stage = self.stage_of(param.name)
-        for tp_rank in range(self.sizes.tp if param.cuts else 1):
+        for tp_rank in range(self.sizes.tp if "tp" in param.cuts else 1):
             if not self.sizes.zero_stage:
                 yield self._shard(Place(stage, tp_rank, None), param.name, key, shape, None)
                 continue

@@ -32,7 +32,12 @@ def reshard(
     dp: Annotated[
         int | None, typer.Option(help="Data-parallel ranks. (default: as in SRC)")
     ] = None,
-    ep: Annotated[int, typer.Option(help="Expert-parallel ranks: 1.")] = 1,
+    ep: Annotated[
+        int | None,
+        typer.Option(
+            help="Ranks to split experts over, for this package's own class. (default: SRC's)"
+        ),
+    ] = None,
     zero_stage: Annotated[
         int | None,
         typer.Option(

@@ -46,6 +46,15 @@ class Cut(NamedTuple):
     chunk_start: int = 0
 
 
+class Seat(NamedTuple):
+    """Of a part that is whole on one rank of an axis: it is one of `total` equal ones along the
+    dimension of the parameter that the axis cuts, in order of the ranks."""
+
+    number: int
+    total: int
+    unit: str = "experts"
+
+
 class Share(NamedTuple):
     """What one shard has of a part: which box of it, and where that lies in the shard.
 
@@ -68,6 +77,7 @@ class Part:
         param: where it lies in the parameter that is trained.
         cuts: how each axis of the topology that cuts the parameter cuts the part.
         unpadded_rows: the box's first dimension is this long in `tensors`, and padded in `param`.
+        seats: for an axis that cuts the parameter between parts, and not the part.
     """
 
     tensors: tuple[Address, ...]
@@ -75,6 +85,7 @@ class Part:
     sizes: Box
     cuts: Mapping[str, Cut] = field(default_factory=dict)
     unpadded_rows: int | None = None
+    seats: Mapping[str, Seat] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -127,7 +138,8 @@ class Param:
 
     Args:
         block: the decoder layer it belongs to, or "embedding", "norm" or "head".
-        cuts: the dimension that each axis of the topology cuts. Empty: one file for all ranks.
+        cuts: the dimension that each axis of the topology cuts. Empty: one file for all ranks, and
+            so where "ep" alone is there, and of one rank.
         chunks: lengths along the dimension that tp cuts, each cut on its own (contiguous_chunks in
             Nanotron).
         is_fp32: kept in fp32 whatever the model's dtype.
@@ -141,10 +153,24 @@ class Param:
     chunks: tuple[int, ...] | None = None
     is_fp32: bool = False
 
+    def cuts_at(self, sizes: Sizes) -> dict[str, int]:
+        """`cuts` by the axes that count: experts of one rank are not split."""
+        return {
+            axis: dim for axis, dim in self.cuts.items() if axis != "ep" or sizes.get(axis, 1) > 1
+        }
+
     def shards(self, sizes: Sizes) -> Iterator[dict[str, int]]:
         """The ranks of each shard along the axes that cut the parameter, the last axis fastest."""
-        for ranks in itertools.product(*(range(sizes.get(axis, 1)) for axis in self.cuts)):
-            yield dict(zip(self.cuts, ranks, strict=True))
+        cuts = self.cuts_at(sizes)
+        for ranks in itertools.product(*(range(sizes.get(axis, 1)) for axis in cuts)):
+            yield dict(zip(cuts, ranks, strict=True))
+
+    def has(self, part: Part, sizes: Sizes, ranks: Sizes) -> bool:
+        """Whether a rank's shard has something of a part."""
+        return all(
+            seat.number * sizes.get(axis, 1) // seat.total == ranks.get(axis, 0)
+            for axis, seat in part.seats.items()
+        )
 
     def local_shape(self, sizes: Sizes) -> tuple[int, ...]:
         """The shape of one shard. Raises TopologyError where a part does not divide."""
@@ -152,6 +178,13 @@ class Param:
         for axis, dim in self.cuts.items():
             size = sizes.get(axis, 1)
             for part in self.parts:
+                if axis in part.seats:
+                    count, unit = part.seats[axis].total, part.seats[axis].unit
+                    if count % size:
+                        raise TopologyError(
+                            f"{self.name}: {count} {unit} do not split over {axis}={size}"
+                        )
+                    break
                 cut = part.cuts[axis]
                 if part.sizes[cut.dim] % size:
                     raise TopologyError(
@@ -162,7 +195,7 @@ class Param:
         return tuple(shape)
 
     def share(self, part: Part, sizes: Sizes, ranks: Sizes) -> Share:
-        """What a rank's shard has of a part. Raises TopologyError where it does not divide."""
+        """What a rank's shard has of a part that it `has`. Raises TopologyError."""
         strides = row_major(self.local_shape(sizes))
         start, low, high = list(part.param.start), [0, 0, 0], list(part.sizes)
         for axis, cut in part.cuts.items():
@@ -171,6 +204,8 @@ class Param:
             low[cut.dim], high[cut.dim] = rank * length, (rank + 1) * length
             # A shard's chunk starts 1/size as far into it as the chunk into the parameter.
             start[self.cuts[axis]] -= cut.chunk_start - cut.chunk_start // size
+        for axis, seat in part.seats.items():
+            start[self.cuts[axis]] -= ranks.get(axis, 0) * (seat.total // sizes.get(axis, 1))
         return _share(_box(low), _box(high), part.param, tuple(start), strides)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import like_llama, refusal_of
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
@@ -168,6 +168,22 @@ def check_model(
         raise UnsupportedModelError(
             f"rope_theta {spec.rope_theta:g}: checkpoint version 1.2 (Nanotron 0.4) always "
             f"rotates with {_ROPE_THETA_1_2:g}; use --checkpoint-version 1.5"
+        )
+
+
+def check_experts(model_class: NanotronClass, spec: ModelSpec, ep: int) -> None:
+    """Refuses experts split over ranks that there are not, or that Nanotron cannot start with.
+
+    Raises TopologyError, UnsupportedModelError.
+    """
+    if ep == 1:
+        return
+    if spec.moe is None:
+        raise TopologyError(f"ep={ep}: the model has no experts to split over ranks")
+    if model_class.is_stock:
+        raise UnsupportedModelError(
+            f"ep={ep}: Nanotron cannot start with experts split over ranks; --target nanotron-fast "
+            "--model-class nanotron-fast writes them for this package"
         )
 
 

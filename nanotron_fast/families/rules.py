@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from nanotron_fast.errors import UnsupportedModelError
-from nanotron_fast.families.parts import Address, Cut, Param, Part
+from nanotron_fast.families.parts import Address, Cut, Param, Part, Seat
 
 # A row count as (number of groups, rows a group), so that whole groups go to a rank: heads.
 Rows = tuple[str, str] | str
@@ -272,7 +272,8 @@ class StackExperts:
     """The matrices of all experts in one parameter, transposed, side by side: (experts, in, out).
 
     A published model has a tensor for each expert and matrix, (out, in); or `stacked`, all of them
-    in one, (experts, out, in), which is read where it is there. Experts are not split over ranks.
+    in one, (experts, out, in), which is read where it is there. Whole experts go to the ranks of
+    expert parallelism.
     """
 
     tensors: tuple[str, ...]
@@ -310,8 +311,9 @@ class StackExperts:
                 ),
                 param=Address(name, shape, (expert, 0, index * rows), (1, 2, 0), (1, 1, 0)),
                 sizes=(columns, rows, 1),
+                seats={"ep": Seat(expert, experts)},
             )
             for expert in range(experts)
             for index, tensor in enumerate(self.tensors)
         )
-        return Param(name, shape, parts, context.layer)
+        return Param(name, shape, parts, context.layer, cuts={"ep": 0})

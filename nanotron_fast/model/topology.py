@@ -20,10 +20,6 @@ class Topology:
         for name, size in (("tp", self.tp), ("pp", self.pp), ("ep", self.ep)):
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise TopologyError(f"{name}={size!r}: a group has at least one rank")
-        if self.ep != 1:
-            raise TopologyError(
-                f"ep={self.ep}: Nanotron cannot start with experts split over ranks"
-            )
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -31,7 +27,8 @@ class Topology:
         return {"tp": self.tp, "ep": self.ep}
 
     def __str__(self) -> str:
-        return f"TP={self.tp} PP={self.pp}"
+        experts = f" EP={self.ep}" if self.ep > 1 else ""
+        return f"TP={self.tp} PP={self.pp}{experts}"
 
 
 def topology_wanted(given: object) -> str:

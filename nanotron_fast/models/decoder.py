@@ -187,6 +187,10 @@ class Decoder(nn.Module):
             raise ConfigError(f"recompute {recompute!r}: choose {', '.join(RECOMPUTE)}")
         self.architecture = architecture
         self.topology = topology or Topology()
+        if self.topology.ep > 1:
+            raise TopologyError(
+                f"{self.topology}: no module here sends tokens to other ranks' experts"
+            )
         chosen = architecture.blocks_of(self.topology, stage) if blocks is None else blocks
         self.blocks: tuple[Block, ...] = _in_order(architecture, chosen)
         self.mode = mode.lower()

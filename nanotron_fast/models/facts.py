@@ -120,7 +120,7 @@ def facts_of(decoder: OwnsBlocks) -> dict[str, Facts]:
 
 
 def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mode: str) -> Facts:
-    is_sharded = bool(param.cuts)
+    is_sharded = "tp" in param.cuts
     role = role_of(param)
     # In all-reduce mode every rank sees all tokens, but of queries and keys its own heads.
     is_of_heads = param.name.endswith(_HEAD_NORMS)

@@ -105,7 +105,7 @@ def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
     """A parameter's file, where this rank is the one that writes it."""
     param = each.facts.param
     is_copy = each.name != each.facts.name
-    if is_copy or (not param.cuts and mesh.tp_rank > 0):
+    if is_copy or ("tp" not in param.cuts and mesh.tp_rank > 0):
         return None
     if not each.is_by_rows and mesh.dp_rank > 0:
         return None
@@ -114,7 +114,7 @@ def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
         return None
     metadata: Mapping[str, str] = {}
     shard = None
-    if param.cuts:
+    if "tp" in param.cuts:
         shard = (mesh.pp_rank, mesh.pp, mesh.tp_rank, mesh.tp)
         metadata = shard_metadata(
             param.shape,

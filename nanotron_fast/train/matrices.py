@@ -98,7 +98,7 @@ def _shapes(trained: Trained) -> list[tuple[int, int, int]]:
     param, shape = trained.facts.param, trained.tensor.shape
     rows, columns = shape[-2:]
     if len(shape) == 3:
-        assert not param.cuts
+        assert "tp" not in param.cuts
         at_once = max(1, _MAX_ELEMENTS // (rows * columns))
         firsts = range(0, shape[0], at_once)
         return [(min(at_once, shape[0] - first), rows, columns) for first in firsts]

@@ -75,9 +75,9 @@ class StoredStates:
         """
         stage, was_tp = self._stage_of(name), self.sizes.tp
         num_rows = self._num_rows(param)
-        if not param.cuts or (was_tp == tp and num_rows == param.shape[0]):
+        if "tp" not in param.cuts or (was_tp == tp and num_rows == param.shape[0]):
             same = param.local_shape({"tp": tp})
-            return self._stored(name, key, same, stage, tp_rank if param.cuts else 0, run)
+            return self._stored(name, key, same, stage, tp_rank if "tp" in param.cuts else 0, run)
         whole: Tensor | None = None
         shape = list(param.shape)
         shape[0] = num_rows

@@ -51,7 +51,7 @@ def test_the_sizes_of_the_source_are_the_default(tmp_path: Path) -> None:
         ({"tp": 3}, TopologyError, "do not split over tp=3"),
         ({"pp": 9}, TopologyError, "pp=9"),
         ({"tp": 0}, TopologyError, "tp=0"),
-        ({"ep": 2}, TopologyError, "ep=2"),
+        ({"ep": 2}, TopologyError, "ep=2: the model has no experts"),
         ({"dp": 0}, ConfigError, "--dp 0"),
         ({"dp": 1 << 40}, ConfigError, "--dp 1099511627776"),
         ({"zero_stage": 2}, ConfigError, "--zero-stage 2: choose 0 or 1"),

@@ -23,6 +23,7 @@ FLAGS: dict[str, tuple[type, Any, str | None]] = {
     "to": (str, None, None),
     "tp": (int, 1, None),
     "pp": (int, 1, None),
+    "ep": (int, 1, None),
     "dtype": (str, "keep", None),
     "model_class": (str, "auto", None),
     "family": (str, None, None),
@@ -67,7 +68,7 @@ def commands() -> dict[str, Any]:
 def test_each_option_is_a_flag_of_its_type() -> None:
     assert {each.name: (each.kind, each.default, each.metavar) for each in flags(Choices)} == FLAGS
     parts = {part for option in described().values() for part in option.parts}
-    assert parts == {"tp", "pp"}
+    assert parts == {"tp", "pp", "ep"}
     assert set(FLAGS) - parts == {field.name for field in fields(Options)} - {"topology"}
 
 
@@ -91,17 +92,25 @@ def test_each_flag_is_there_once(name: str) -> None:
 
 
 def test_what_is_given_makes_the_options() -> None:
-    given = {"src": "a", "tp": 2, "pp": 3, "dtype": "bf16", "ignore_tensors": ["x"], "family": None}
+    given = {
+        "src": "a",
+        "tp": 2,
+        "pp": 3,
+        "ep": 2,
+        "dtype": "bf16",
+        "ignore_tensors": ["x"],
+        "family": None,
+    }
     choices = gather(Choices, given)
     assert choices == {
-        "topology": Topology(tp=2, pp=3),
+        "topology": Topology(tp=2, pp=3, ep=2),
         "dtype": "bf16",
         "ignore_tensors": ["x"],
         "family": None,
     }
     assert given == {"src": "a"}
     with pytest.raises(TopologyError, match="tp=0: a group has at least one rank"):
-        gather(Choices, {"tp": 0, "pp": 1})
+        gather(Choices, {"tp": 0, "pp": 1, "ep": 1})
 
 
 @pytest.mark.parametrize(

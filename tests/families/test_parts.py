@@ -54,10 +54,11 @@ def test_two_axes_cut_two_dimensions(tp: int, ep: int) -> None:
     assert param.local_shape(sizes) == (6 // ep, 12, 8 // tp)
     shards = list(param.shards(sizes))
     assert len(shards) == ep * tp
-    assert shards[-1] == {"ep": ep - 1, "tp": tp - 1}
+    # One rank has all experts, and no file speaks of it.
+    assert shards[-1] == ({"ep": ep - 1} if ep > 1 else {}) | {"tp": tp - 1}
     for ranks in shards:
         rows, columns = 6 // ep, 8 // tp
-        first, left = ranks["ep"] * rows, ranks["tp"] * columns
+        first, left = ranks.get("ep", 0) * rows, ranks["tp"] * columns
         local = np.ascontiguousarray(whole[first : first + rows, :, left : left + columns])
         share = param.share(part, sizes, ranks)
         (a, b, c), (d, e, f) = share.low, share.high

@@ -143,8 +143,13 @@ def test_unknown_parameter(name: str, source: Path) -> None:
 def test_expert_parallel_files(source: Path) -> None:
     path = next((source / "model").rglob("experts/*"))
     stem = path.name.removesuffix(".safetensors")
-    path.rename(path.with_name(f"{stem}_pp-rank-0-of-1_tp-rank-0-of-2_exp-rank-0-of-2.safetensors"))
-    refused(source, "expert parallelism.* not supported")
+    split = f"{stem}_pp-rank-0-of-1_tp-rank-0-of-2_exp-rank-{{}}-of-2.safetensors"
+    path.rename(path.with_name(split.format(2)))
+    refused(source, "split over 2 ranks lie in files of .*, and this is none of those")
+    path.with_name(split.format(2)).rename(path.with_name(split.format(0)))
+    refused(source, r"has shards of EP ranks \[0\] of 2; \[1\] are missing")
+    shutil.copy(path.with_name(split.format(0)), path)
+    refused(source, "files of two topologies are mixed: EP=2 .* and EP=1 ")
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def gradients_as(decoder: Decoder, root: Path, grads: dict[str, Tensor]) -> dict
 
 def shard_of(param: Param, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
     """A rank's part of a whole parameter, each chunk cut by itself."""
-    if not param.cuts:
+    if "tp" not in param.cuts:
         return whole
     dim = param.cuts["tp"]
     sections = whole.split(list(param.chunks or [whole.shape[dim]]), dim)

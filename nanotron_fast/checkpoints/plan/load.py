@@ -16,7 +16,7 @@ from nanotron_fast.errors import (
     UnsupportedModelError,
 )
 from nanotron_fast.families.parts import Param, Part, Sizes
-from nanotron_fast.families.refusals import check_model, choose_class, target_of
+from nanotron_fast.families.refusals import check_experts, check_model, choose_class, target_of
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -60,6 +60,8 @@ class MemoryTarget:
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
         file, dtype = self._places[param.name]
+        if not param.has(part, self.sizes, self.ranks):
+            return []
         return [piece_of(param.share(part, self.sizes, self.ranks), file, 0, dtype)]
 
 
@@ -129,12 +131,14 @@ def plan_load(
     """
     options.reject_for("nanotron")
     topology = options.topology
-    num_ranks = topology.tp * topology.pp
+    num_ranks = topology.tp * topology.pp * topology.ep
     if not 0 <= rank < num_ranks:
         raise TopologyError(f"rank {rank}: {topology} has ranks 0 to {num_ranks - 1}")
     source = _Source(checkpoint, options, rope_interleaved)
     source.check()
-    stage, tp_rank = divmod(rank, topology.tp)
+    replica, tp_rank = divmod(rank, topology.tp)
+    ep_rank, stage = divmod(replica, topology.pp)
+    check_experts(source.model_class, source.model.spec, topology.ep)
     owned = _blocks_of_stage(source, topology, stage) if blocks is None else frozenset(blocks)
     check_divides(source.params, topology)
     mine, optional = _params_of(source, owned)
@@ -148,7 +152,7 @@ def plan_load(
         for named in plan_moves(
             [mine[name][0] for name in filled],
             reader,
-            MemoryTarget(filled, topology.sizes, {"tp": tp_rank}),
+            MemoryTarget(filled, topology.sizes, {"tp": tp_rank, "ep": ep_rank}),
             source_params=[mine[name][1] for name in filled],
         )
     )

@@ -27,6 +27,10 @@ class MastersSource(NanotronSource):
 
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         super().__init__(checkpoint)
+        if checkpoint.ep > 1:
+            raise CheckpointError(
+                f"--master-weights: {checkpoint.root} has experts split over {checkpoint.ep} ranks"
+            )
         folder = checkpoint.root / OPTIMIZER
         if not folder.is_dir():
             raise CheckpointError(

@@ -27,7 +27,8 @@ from nanotron_fast.checkpoints.stored import (
     count_parameters,
     main_dtype_of,
 )
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nanotron_fast.families.refusals import check_experts
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
@@ -82,6 +83,7 @@ def plan_reshard(
     if training is not None:
         num_rows = _rows_at(num_rows, topology.tp, document)
     params, stored_params = model.params(vocab_size=num_rows), model.params()
+    check_experts(model.model_class, model.spec, topology.ep)
     check_divides(params, topology, can_pad=False)
     spec = replace(model.padded_spec, vocab_size=num_rows)
     stages = Stages(spec, model.model_class, topology)
@@ -105,6 +107,11 @@ def plan_reshard(
             f"{num_rows}: {model.padded_vocab_size} do not split over tp={topology.tp}"
         )
     states = _states(source, training)
+    if states is not None and max(source.ep, topology.ep) > 1:
+        raise UnsupportedModelError(
+            f"{source.root}: states of experts that are split over ranks are not resharded yet "
+            f"(EP={source.ep} to EP={topology.ep})"
+        )
     copies = dict(beside.copies)
     documents: dict[str, Callable[[], bytes]] = {}
     if training is None:
@@ -164,7 +171,7 @@ def plan_reshard(
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), tuple(moves)),
         documents=documents,
         copies=copies,
-        source_topology=Topology(tp=source.tp, pp=source.pp),
+        source_topology=Topology(tp=source.tp, pp=source.pp, ep=source.ep),
         warnings=tuple(warnings),
         ignored=source.ignored,
         left_behind=tuple(name for name in beside.left_behind if name.rstrip("/") not in _STATES),

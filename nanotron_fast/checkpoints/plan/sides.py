@@ -9,7 +9,7 @@ from pathlib import Path
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
-from nanotron_fast.families.parts import Address, Param, Part, Share
+from nanotron_fast.families.parts import Address, Param, Part, Share, Sizes
 from nanotron_fast.formats.chunks import Chunk
 from nanotron_fast.formats.dcp.writing import NewFile as NewDcpFile
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, StoredTensor
@@ -175,7 +175,7 @@ class NanotronSource:
 
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.sizes = {"tp": checkpoint.tp}
+        self.sizes = {"tp": checkpoint.tp, "ep": checkpoint.ep}
         self.files = _Files()
         self.used: set[str] = set()
 
@@ -211,7 +211,8 @@ class NanotronSource:
 
     def _check(self, param: Param, shards: tuple[Shard, ...]) -> None:
         is_sharded = param.name in self.checkpoint.sharded
-        if is_sharded != bool(param.cuts):
+        cuts = param.cuts_at(self.sizes)
+        if is_sharded != bool(cuts):
             kind = "split over ranks" if is_sharded else "not split over ranks"
             raise CheckpointError(
                 f"{shards[0].path}: {param.name} is {kind}, which it is never in Nanotron"
@@ -224,15 +225,9 @@ class NanotronSource:
                     f"{shard.path}: shape {list(shard.info.shape)}, "
                     f"{nanotron.MODEL_CONFIG} at TP={tp} calls for {list(shape)}"
                 )
-            if param.cuts:
-                expected = shard_metadata(
-                    param.shape,
-                    split=param.cuts["tp"],
-                    chunks=param.chunks,
-                    tp=tp,
-                    rank=shard.tp_rank,
-                    version="",
-                )
+            if cuts:
+                ranks = {"tp": shard.tp_rank, "ep": shard.ep_rank}
+                expected = _metadata(param, self.sizes, ranks, version="")
                 check_metadata(shard.path, shard.metadata, expected)
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
@@ -246,6 +241,7 @@ class NanotronSource:
                 dtype,
             )
             for ranks, shard in zip(param.shards(self.sizes), shards, strict=False)
+            if param.has(part, self.sizes, ranks)
         ]
 
 
@@ -316,17 +312,10 @@ class NanotronTarget:
             for ranks in param.shards(self.sizes):
                 metadata: dict[str, str] = {}
                 shard = None
+                expert = (ranks["ep"], topology.ep) if "ep" in ranks else None
                 if ranks:
-                    rank = ranks["tp"]
-                    shard = (stage, pp, rank, tp)
-                    metadata = shard_metadata(
-                        param.shape,
-                        split=param.cuts["tp"],
-                        chunks=param.chunks,
-                        tp=tp,
-                        rank=rank,
-                        version=version,
-                    )
+                    shard = (stage, pp, ranks.get("tp", 0), tp)
+                    metadata = _metadata(param, self.sizes, ranks, version=version)
                 header, start = nanotron.tensor_header(dtype, shape, metadata)
                 size = dtype.itemsize
                 for length in shape:
@@ -334,7 +323,9 @@ class NanotronTarget:
                 places.append((ranks, len(self.outputs), start))
                 self.ranks.append((stage, ranks.get("tp")))
                 self.outputs.append(
-                    OutputFile(nanotron.tensor_path(param.name, shard), header, start + size)
+                    OutputFile(
+                        nanotron.tensor_path(param.name, shard, expert), header, start + size
+                    )
                 )
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
@@ -342,4 +333,18 @@ class NanotronTarget:
         return [
             piece_of(param.share(part, self.sizes, ranks), file, begin_bytes, dtype)
             for ranks, file, begin_bytes in self._places[param.name]
+            if param.has(part, self.sizes, ranks)
         ]
+
+
+def _metadata(param: Param, sizes: Sizes, ranks: Sizes, *, version: str) -> dict[str, str]:
+    """What the header of a shard says: one axis cuts the parameter, tp or ep."""
+    ((axis, dim),) = param.cuts_at(sizes).items()
+    return shard_metadata(
+        param.shape,
+        split=dim,
+        chunks=param.chunks,
+        tp=sizes[axis],
+        rank=ranks[axis],
+        version=version,
+    )

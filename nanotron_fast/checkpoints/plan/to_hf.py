@@ -68,7 +68,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     if generation_config is not None:
         documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
     documents.update(published.documents)
-    topology = Topology(tp=source.tp, pp=source.pp)
+    topology = Topology(tp=source.tp, pp=source.pp, ep=source.ep)
     plan = Plan(
         direction=to,
         source=source.root,

@@ -18,7 +18,7 @@ from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
 from nanotron_fast.checkpoints.stored import HfModel, check_divides, count_parameters
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.refusals import check_model, choose_class, target_of
+from nanotron_fast.families.refusals import check_experts, check_model, choose_class, target_of
 from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
@@ -54,6 +54,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     check_model(
         family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
     )
+    check_experts(model_class, spec, topology.ep)
     multiple = options.pad_vocab_to_multiple_of or 1
     padded_vocab = math.ceil(spec.vocab_size / multiple) * multiple
     padded_spec = replace(spec, vocab_size=padded_vocab)

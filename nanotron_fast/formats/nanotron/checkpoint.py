@@ -31,7 +31,7 @@ STALE = "Remove those of the topology that did not write this checkpoint"
 _FILE_NAME = re.compile(
     r"model_(?P<leaf>[A-Za-z0-9_]+?)"
     r"(?:_pp-rank-(?P<pp_rank>\d+)-of-(?P<pp>\d+)_tp-rank-(?P<tp_rank>\d+)-of-(?P<tp>\d+)"
-    r"(?P<expert>_exp-rank-\d+-of-\d+)?)?\.safetensors"
+    r"(?:_exp-rank-(?P<ep_rank>\d+)-of-(?P<ep>\d+))?)?\.safetensors"
 )
 
 
@@ -44,6 +44,7 @@ class Shard:
     metadata: Mapping[str, str]
     tp_rank: int
     pp_rank: int
+    ep_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,8 @@ class NanotronCheckpoint:
 
     root: Path
     model_config: dict[str, Any]
-    # Shards in order of TP rank; a replicated parameter has one, and is not in `sharded`.
+    # Shards in order of TP rank, or of EP rank; a replicated parameter has one, and is not in
+    # `sharded`.
     params: dict[str, tuple[Shard, ...]]
     sharded: frozenset[str]
     tp: int
@@ -62,6 +64,8 @@ class NanotronCheckpoint:
     there: Ranks | None = None
     # Parameters that were there, and that `without` took out.
     ignored: tuple[str, ...] = ()
+    # Over how many ranks experts are split.
+    ep: int = 1
     # What each file was when its header was read.
     read: Mapping[Path, ReadFile] = field(default_factory=dict)
 
@@ -91,13 +95,23 @@ def resolve_latest(root: Path) -> Path:
     return root / step
 
 
-def tensor_path(param: str, shard: tuple[int, int, int, int] | None) -> str:
-    """A parameter's file, relative to the root. `shard` is (pp_rank, pp, tp_rank, tp) or None."""
+def tensor_path(
+    param: str,
+    shard: tuple[int, int, int, int] | None,
+    expert: tuple[int, int] | None = None,
+) -> str:
+    """A parameter's file, relative to the root.
+
+    `shard` is (pp_rank, pp, tp_rank, tp) or None; `expert` (ep_rank, ep) where experts are split
+    over ranks: every tensor-parallel rank reads the files of rank 0 then.
+    """
     *folders, leaf = param.split(".")
     suffix = ""
     if shard is not None:
         pp_rank, pp, tp_rank, tp = shard
         suffix = f"_pp-rank-{pp_rank}-of-{pp}_tp-rank-{tp_rank}-of-{tp}"
+    if expert is not None:
+        suffix += f"_exp-rank-{expert[0]}-of-{expert[1]}"
     return "/".join((WEIGHTS, *folders, f"model_{leaf}{suffix}.safetensors"))
 
 
@@ -123,16 +137,14 @@ def read_nanotron(root: Path, *, takes_part: bool = False) -> NanotronCheckpoint
     if not (root / WEIGHTS).is_dir():
         raise CheckpointError(f"{root}: no folder {WEIGHTS}/ with the weights")
     found: dict[str, dict[int | None, Shard]] = {}
+    # By the number of ranks, and the parameter.
+    experts: dict[int, dict[str, dict[int | None, Shard]]] = {}
     read: dict[Path, ReadFile] = {}
     sizes: dict[tuple[int, int], Path] = {}
     for path in _tensor_files(root / WEIGHTS):
         match = _FILE_NAME.fullmatch(path.name)
         if match is None:
             raise CheckpointError(f"{path}: not a name that Nanotron gives to a tensor's file")
-        if match["expert"]:
-            raise CheckpointError(
-                f"{path}: experts split over ranks (expert parallelism) are not supported"
-            )
         folders = path.parent.relative_to(root / WEIGHTS).parts
         param = ".".join((*folders, match["leaf"]))
         is_sharded = match["tp"] is not None
@@ -144,14 +156,21 @@ def read_nanotron(root: Path, *, takes_part: bool = False) -> NanotronCheckpoint
         header = _read_tensor(path)
         read[path] = header.read
         info, metadata = header.tensors[TENSOR], header.metadata
-        shard = Shard(path, info, metadata, tp_rank or 0, int(match["pp_rank"] or 0))
-        shards = found.setdefault(param, {})
-        if tp_rank in shards:
+        pp_rank, ep_rank, ep = (int(match[name] or 0) for name in ("pp_rank", "ep_rank", "ep"))
+        if ep and (tp_rank or ep_rank >= ep):
             raise CheckpointError(
-                f"{path}: {shards[tp_rank].path.name} holds the same shard of {param}: files of "
+                f"{path}: experts that are split over {ep} ranks lie in files of tensor-parallel "
+                "rank 0, and this is none of those"
+            )
+        shard = Shard(path, info, metadata, tp_rank or 0, pp_rank, ep_rank)
+        shards = (experts.setdefault(ep, {}) if ep else found).setdefault(param, {})
+        rank = ep_rank if ep else tp_rank
+        if rank in shards:
+            raise CheckpointError(
+                f"{path}: {shards[rank].path.name} holds the same shard of {param}: files of "
                 f"two topologies are mixed. {STALE}"
             )
-        shards[tp_rank] = shard
+        shards[rank] = shard
     if not found:
         raise CheckpointError(f"{root / WEIGHTS}: there are no tensors in it")
     if len(sizes) > 1:
@@ -160,22 +179,28 @@ def read_nanotron(root: Path, *, takes_part: bool = False) -> NanotronCheckpoint
             f"{root}: files of two topologies are mixed: TP={first[0]} PP={first[1]} "
             f"({first_path.name}) and TP={second[0]} PP={second[1]} ({second_path.name}). {STALE}"
         )
+    _check_experts(root, experts, found)
     tp, pp = next(iter(sizes), (1, 1))
+    ep, split = next(iter(experts.items()), (1, {}))
     there = _ranks_there(found, tp, pp)
     part = None if there is None else there.tp
     if there is not None and part is not None and not takes_part:
         _check_metadata(root, sizes)
         raise PartialCheckpointError(_says_part(root, found, there, tp, pp))
-    params = {param: _in_order(root, param, shards, tp, part) for param, shards in found.items()}
+    params = {
+        **{param: _in_order(root, param, shards, tp, part) for param, shards in found.items()},
+        **{param: _in_order(root, param, each, ep, None, "EP") for param, each in split.items()},
+    }
     _check_metadata(root, sizes)
     return NanotronCheckpoint(
         root,
         model_config,
         params,
-        frozenset(param for param, shards in found.items() if None not in shards),
+        frozenset([*(param for param, shards in found.items() if None not in shards), *split]),
         tp,
         pp,
         there,
+        ep=ep,
         read=read,
     )
 
@@ -210,6 +235,25 @@ def _says_part(
 def says_part(there: Ranks, tp: int, pp: int) -> str:
     """What to say of a checkpoint that has the files of some ranks alone."""
     return f"files of ranks {there} of TP={tp} PP={pp} are there alone, as --ranks-only writes them"
+
+
+def _check_experts(
+    root: Path,
+    experts: Mapping[int, Mapping[str, Mapping[int | None, Shard]]],
+    others: Mapping[str, Mapping[int | None, Shard]],
+) -> None:
+    """Raises CheckpointError where files of two topologies are mixed."""
+    examples = {
+        f"EP={ep}": next(iter(next(iter(params.values())).values())).path
+        for ep, params in experts.items()
+    }
+    for params in experts.values():
+        for param in params:
+            if param in others:
+                examples["EP=1"] = next(iter(others[param].values())).path
+    if len(examples) > 1:
+        said = " and ".join(f"{size} ({path.name})" for size, path in [*examples.items()][:2])
+        raise CheckpointError(f"{root}: files of two topologies are mixed: {said}. {STALE}")
 
 
 def _check_metadata(root: Path, sizes: Mapping[tuple[int, int], Path]) -> None:
@@ -249,6 +293,7 @@ def _in_order(
     shards: Mapping[int | None, Shard],
     tp: int,
     part: frozenset[int] | None,
+    axis: str = "TP",
 ) -> tuple[Shard, ...]:
     if None in shards:
         if len(shards) > 1:
@@ -263,7 +308,7 @@ def _in_order(
         # The size is what a file's name says: it may be anything.
         missing = list(itertools.islice((rank for rank in range(tp) if rank not in shards), 5))
         raise CheckpointError(
-            f"{root}: {param} has shards of TP ranks {sorted(rank or 0 for rank in shards)} of "
+            f"{root}: {param} has shards of {axis} ranks {sorted(rank or 0 for rank in shards)} of "
             f"{tp}" + (f"; {missing} are missing" if missing else "")
         )
     return tuple(shards[rank] for rank in range(tp))
