@@ -10,7 +10,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.rules import Context, Rule
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NanotronClass
-from nanotron_fast.model.spec import Dense, Experts, Layer, ModelSpec
+from nanotron_fast.model.spec import Attention, Dense, Experts, Layer, ModelSpec
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.
 COMMON_KEYS: Mapping[str, str] = {
@@ -188,6 +188,7 @@ def _sizes(spec: ModelSpec, layer: Layer, padded_vocab_size: int) -> dict[str, i
         "head_dim": attention.head_dim,
         "rotary_first": rotary_first,
         "rotary_end": rotary_end,
+        **_latent_sizes(attention),
         "intermediate": dense.intermediate_size if dense else spec.intermediate_size,
         "vocab": spec.vocab_size,
         "padded_vocab": padded_vocab_size,
@@ -195,6 +196,19 @@ def _sizes(spec: ModelSpec, layer: Layer, padded_vocab_size: int) -> dict[str, i
         "moe_intermediate": experts.intermediate_size if experts else 0,
         "shared_intermediate": experts.shared_intermediate_size if experts else 0,
         "one": 1,
+    }
+
+
+def _latent_sizes(attention: Attention) -> dict[str, int]:
+    latent, rotary = attention.latent, attention.rotary
+    if latent is None or rotary is None:
+        return {}
+    return {
+        "q_rank": latent.q_rank or 0,
+        "kv_rank": latent.kv_rank,
+        "kv_rank_and_rotary": latent.kv_rank + rotary[1] - rotary[0],
+        "key_and_value": rotary[0] + latent.value_dim,
+        "value_dim": latent.value_dim,
     }
 
 
@@ -207,6 +221,11 @@ def _flags(spec: ModelSpec, layer: Layer) -> frozenset[str]:
         "untied": not spec.tie_word_embeddings,
         "tied": spec.tie_word_embeddings,
         "qk_norm": attention.qk_norm is not None,
+        "q_rank": attention.latent is not None and attention.latent.q_rank is not None,
+        "no_q_rank": attention.latent is not None and attention.latent.q_rank is None,
+        "q_rank_bias": attention.latent is not None
+        and attention.latent.q_rank is not None
+        and attention.has_qkv_bias,
         "shared_expert": isinstance(mlp, Experts) and mlp.has_shared_expert,
         "shared_gate": isinstance(mlp, Experts) and mlp.has_shared_expert and mlp.has_shared_gate,
         "correction_bias": isinstance(mlp, Experts) and mlp.has_correction_bias,

@@ -57,7 +57,7 @@ _BY_REASON: dict[str, str] = {
     "gpt-sw3 cpmant ctrl",
     f"{_ALIBI}; {_LAYER_NORM}": "bloom mpt",
     f"{_PARALLEL}; {_LAYER_NORM}": "falcon",
-    _MLA: "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 minicpm3 youtu longcat_flash "
+    _MLA: "deepseek_v2 deepseek_v32 deepseek_v4 minicpm3 youtu longcat_flash "
     "glm4_moe_lite glm_moe_dsa mistral4 axk1 axk2 hy_v4 dots3_note_text",
     "its keys and values pass a short convolution, which Nanotron does not have": "inkling_text "
     "inkling2_text",

@@ -143,6 +143,7 @@ class Param:
         chunks: lengths along the dimension that tp cuts, each cut on its own (contiguous_chunks in
             Nanotron).
         is_fp32: kept in fp32 whatever the model's dtype.
+        is_frozen: no gradient moves it.
     """
 
     name: str
@@ -152,6 +153,7 @@ class Param:
     cuts: Mapping[str, int] = field(default_factory=dict)
     chunks: tuple[int, ...] | None = None
     is_fp32: bool = False
+    is_frozen: bool = False
 
     def cuts_at(self, sizes: Sizes) -> dict[str, int]:
         """`cuts` by the axes that count: experts of one rank are not split."""

@@ -15,6 +15,7 @@ _MERGED_GATE_UP = ".merged_gate_up_proj"
 # Cut by no axis, so that their names say what they are.
 _UNCUT: Mapping[str, Role] = {
     ".router.weight": "router",
+    ".router.correction_bias": "bias",
     _MERGED_GATE_UP: "column",
     ".merged_down_proj": "row",
     ".shared_expert_gate.weight": "column",

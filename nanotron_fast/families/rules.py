@@ -79,6 +79,7 @@ class Copy:
     layers: str = "all"
     is_fp32: bool = False
     alias: str | None = None
+    is_frozen: bool = False
 
     def expand(self, name: str, context: Context) -> Param:
         groups, length, unit = context.rows(self.rows)
@@ -120,6 +121,7 @@ class Copy:
             context.layer,
             cuts={axis: axes[each.dim] for axis, each in part.cuts.items()},
             is_fp32=self.is_fp32,
+            is_frozen=self.is_frozen,
         )
 
 

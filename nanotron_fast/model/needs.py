@@ -18,7 +18,9 @@ def _has_no_rope_layers(spec: ModelSpec) -> bool:
 
 def _has_partial_rotary(spec: ModelSpec) -> bool:
     return any(
-        each.attention.rotary not in (None, (0, each.attention.head_dim)) for each in spec.layers
+        each.attention.latent is None
+        and each.attention.rotary not in (None, (0, each.attention.head_dim))
+        for each in spec.layers
     )
 
 
@@ -59,6 +61,10 @@ ODDITIES: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
     "some_rope_thetas": (
         lambda spec: _any_attention(spec, lambda each: each.rope_theta is not None),
         "some of its layers have a rotary embedding of their own",
+    ),
+    "latent": (
+        lambda spec: _any_attention(spec, lambda each: each.latent is not None),
+        "its keys and values are compressed (multi-head latent attention)",
     ),
     "renormalised": (
         lambda spec: _any_experts(spec, lambda each: each.is_renormalised),

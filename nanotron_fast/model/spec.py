@@ -39,6 +39,25 @@ NANOTRON_ACTIVATIONS = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Latent:
+    """Multi-head latent attention: queries, keys and values are made of a few values a token.
+
+    Args:
+        q_rank: of the values that queries are made of; None: of the stream itself.
+        kv_rank: of those that keys and values are made of.
+        value_dim: rows of a value head; those of a query or key head are `head_dim`.
+        rotates_neighbours: rotary pairs lie beside each other.
+        norm_eps: of the norms of those values.
+    """
+
+    q_rank: int | None
+    kv_rank: int
+    value_dim: int
+    rotates_neighbours: bool = True
+    norm_eps: float = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """Grouped-query attention. Heads are counted over all ranks.
 
@@ -52,6 +71,8 @@ class Attention:
             itself; "whole", all heads' rows at once.
         scale: of the scores; None: head_dim ** -0.5.
         softcap: scores s become softcap * tanh(s / softcap).
+        latent: how queries, keys and values are made, where it is not by a projection each. The
+            last rows of a head turn then, and those of keys are the same for all heads.
         rope_theta: the base of this layer's frequencies, without the model's rope_scaling; None:
             the model's own, with it.
     """
@@ -67,6 +88,7 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     rope_theta: float | None = None
+    latent: Latent | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,8 +234,14 @@ def _check(
     """Refuses what nothing here computes. Raises UnsupportedModelError."""
     names_of(family)
     for number, layer in enumerate(spec.layers):
-        rotary = layer.attention.rotary
-        if rotary is not None and rotary[0] != 0:
+        attention = layer.attention
+        rotary = attention.rotary
+        if attention.latent is not None and (rotary is None or rotary[1] != attention.head_dim):
+            raise UnsupportedModelError(
+                f"layer {number}: the rotary embedding turns rows {rotary} of a head of "
+                f"{attention.head_dim}: latent attention turns its last ones"
+            )
+        if attention.latent is None and rotary is not None and rotary[0] != 0:
             raise UnsupportedModelError(
                 f"layer {number}: the rotary embedding turns rows {rotary[0]} to {rotary[1]} of a "
                 "head: nanotron_fast.models turns rows from the first on"

@@ -32,6 +32,7 @@ from nanotron_fast.models.batch import Batch, document_edges
 from nanotron_fast.models.cache import Cache
 from nanotron_fast.models.experts import Experts
 from nanotron_fast.models.facts import params_of
+from nanotron_fast.models.latent import LatentAttention
 from nanotron_fast.models.mlp import Mlp
 from nanotron_fast.models.names import names_of
 from nanotron_fast.models.norm import Norm
@@ -70,6 +71,7 @@ class Layer(nn.Module):
         self, layer: LayerSpec, setting: Setting, number: int, *, has_norms_first: bool
     ) -> None:
         super().__init__()
+        of_kind = Attention if layer.attention.latent is None else LatentAttention
         names, places = setting.names, layer.norms
         before, after = names.norms if places != "after" else (None, None)
         outputs = names.output_norms if places in ("after", "around") else (None, None)
@@ -78,7 +80,7 @@ class Layer(nn.Module):
         self._norms, self._mlp, self._scale = norms, names.mlp, setting.spec.residual_scale
         self._is_parallel = places == "parallel"
         inner = [
-            ("attn", Attention(layer.attention, setting, number)),
+            ("attn", of_kind(layer.attention, setting, number)),
             (norms[2], None),
             (norms[1], None),
             (
@@ -217,7 +219,8 @@ class Decoder(nn.Module):
         for name, param in params_of(self.architecture, self.blocks).items():
             shape = param.local_shape(self.topology.sizes)
             try:
-                place(self, name, shape, torch.float32 if param.is_fp32 else dtype)
+                kept = torch.float32 if param.is_fp32 else dtype
+                place(self, name, shape, kept, is_frozen=param.is_frozen)
             except AttributeError as error:
                 raise UnsupportedModelError(
                     f"{name}: it is a parameter of a {family}, and no module of "

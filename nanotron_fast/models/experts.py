@@ -15,6 +15,7 @@ that no stage has to hand it on.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ from nanotron_fast.models.batch import Batch
 from nanotron_fast.models.mlp import Mlp, gated
 from nanotron_fast.models.weights import Setting, Weights
 from nanotron_fast.parallel.grouped import Runs, grouped_linear
+
+# What keeps the sum of weights that are all 0 from dividing by 0.
+_SMALLEST_SUM = 1e-20
 
 
 class _Join(torch.autograd.Function):
@@ -73,6 +77,17 @@ class MergedExperts(nn.Module):
         )
 
 
+class Router(Weights):
+    """Its weight gives scores; a correction bias decides with them who is chosen."""
+
+    correction_bias: nn.Parameter
+
+    def __init__(self, *, has_correction_bias: bool) -> None:
+        super().__init__()
+        if has_correction_bias:
+            self.register_parameter("correction_bias", None)
+
+
 class Experts(nn.Module):
     """Takes and gives (tokens, hidden), or this rank's share of the tokens."""
 
@@ -80,7 +95,7 @@ class Experts(nn.Module):
         super().__init__()
         self.spec, self.setting = experts, setting
         # In the order of Nanotron's modules, by which an optimizer's file numbers its states.
-        self.router = Weights()
+        self.router = Router(has_correction_bias=experts.has_correction_bias)
         if experts.has_shared_expert:
             self.shared_expert = Mlp(setting)
         if experts.has_shared_expert and experts.has_shared_gate:
@@ -106,10 +121,25 @@ class Experts(nn.Module):
     def _chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and the numbers of each token's experts: (tokens, top_k)."""
         spec = self.spec
-        weights, chosen = scores.topk(spec.top_k, -1)
+        for_choice = scores.detach()
+        if spec.has_correction_bias:
+            for_choice = for_choice + self.router.correction_bias
+        if spec.num_groups > 1:
+            for_choice = self._of_best_groups(for_choice)
+        chosen = for_choice.topk(spec.top_k, -1).indices
+        weights = scores.gather(-1, chosen)
         if spec.is_renormalised:
-            weights = weights / weights.sum(-1, keepdim=True)
+            weights = weights / (weights.sum(-1, keepdim=True) + _SMALLEST_SUM)
         return weights if spec.scale == 1 else weights * spec.scale, chosen
+
+    def _of_best_groups(self, scores: Tensor) -> Tensor:
+        """The scores, with those of other groups below any: a group has its two best experts'."""
+        spec = self.spec
+        groups = scores.unflatten(-1, (spec.num_groups, -1))
+        best = groups.topk(min(2, groups.shape[-1]), -1).values.sum(-1)
+        kept = best.topk(spec.top_k_groups, -1).indices
+        is_kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, value=True)
+        return groups.masked_fill(~is_kept[..., None], -math.inf).flatten(-2)
 
     def _imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
         """This rank's share of the auxiliary loss: over the ranks of the group they sum to it."""

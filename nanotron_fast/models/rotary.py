@@ -37,7 +37,7 @@ class Rotary:
 
         A layer without rotary embedding gets tables that turn nothing.
         """
-        rotary_dim = 0 if attention.rotary is None else attention.rotary[1]
+        rotary_dim = 0 if attention.rotary is None else attention.rotary[1] - attention.rotary[0]
         regime = 0 if attention.rope_theta is not None else self._regime(length)
         key = (rotary_dim, attention.rope_theta, regime, device)
         found = self._tables.get(key)

@@ -64,7 +64,14 @@ class Setting:
         return self.mode == "reduce_scatter" and self.ranks.size > 1
 
 
-def place(root: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def place(
+    root: nn.Module,
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    is_frozen: bool = False,
+) -> None:
     """Puts an empty parameter on the meta device where its name says.
 
     Raises AttributeError where no module is there, or the module has no such parameter.
@@ -73,5 +80,6 @@ def place(root: nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype
     owner = root.get_submodule(path)
     if last not in owner._parameters:
         raise AttributeError(f"{name}: no module computes with it")
-    parameter = nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
+    empty = torch.empty(shape, dtype=dtype, device="meta")
+    parameter = nn.Parameter(empty, requires_grad=not is_frozen)
     owner.register_parameter(last, parameter)

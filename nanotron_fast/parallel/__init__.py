@@ -15,12 +15,14 @@ from nanotron_fast.parallel.modules import (
     VocabParallelEmbedding,
 )
 from nanotron_fast.parallel.norm import rms_norm_over_ranks
+from nanotron_fast.parallel.whole import for_all_ranks
 
 __all__ = [
     "ColumnParallelLinear",
     "RowParallelLinear",
     "VocabParallelEmbedding",
     "column_linear",
+    "for_all_ranks",
     "rms_norm_over_ranks",
     "row_linear",
     "tensor_parallel_attention",

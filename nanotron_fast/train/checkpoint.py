@@ -73,16 +73,22 @@ class Snapshot:
 
 
 def snapshot(
-    trained: Sequence[Trained], optimizer: AdamW, mesh: Mesh, rate: Rate, *, zero_stage: int
+    trained: Sequence[Trained],
+    frozen: Sequence[Trained],
+    optimizer: AdamW,
+    mesh: Mesh,
+    rate: Rate,
+    *,
+    zero_stage: int,
 ) -> Snapshot:
     """Copies what this rank has to write. Every rank calls it.
 
     Args:
-        trained: all parameters of this rank.
+        trained: all parameters of this rank that steps move, and `frozen` the others.
         rate: the learning rate of the next step, from a parameter's highest one.
     """
     taken = Snapshot()
-    for each in trained:
+    for each in (*trained, *frozen):
         found = _weight(each, mesh)
         if found is not None:
             taken.tensors.append(found)

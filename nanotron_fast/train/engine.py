@@ -21,7 +21,7 @@ from nanotron_fast.train.gradients import Gradients
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW
 from nanotron_fast.train.optimizer_choice import optimizer_of
-from nanotron_fast.train.parameters import Trained, trained_parameters
+from nanotron_fast.train.parameters import Trained, frozen_parameters, trained_parameters
 from nanotron_fast.train.step import TrainingStep
 
 
@@ -32,7 +32,7 @@ class Engine:
     Args:
         architecture: of the model, its vocabulary padded.
         parts: the modules of this rank, from the front of the model to its end.
-        trained: their parameters.
+        trained: their parameters; `frozen`: those that no step moves.
         optimizer: of these.
         step: takes one.
     """
@@ -40,6 +40,7 @@ class Engine:
     architecture: Architecture
     parts: tuple[Decoder, ...]
     trained: tuple[Trained, ...]
+    frozen: tuple[Trained, ...]
     optimizer: AdamW
     step: TrainingStep
 
@@ -80,7 +81,8 @@ def engine_of(
         mesh,
         max_norm=config.optimizer.clip_grad,
     )
-    return Engine(architecture, parts, trained, optimizer, step)
+    frozen = tuple(frozen_parameters(parts, facts, mesh))
+    return Engine(architecture, parts, trained, frozen, optimizer, step)
 
 
 def _schedule(config: TrainingConfig) -> str:

@@ -126,6 +126,18 @@ def trained_parameters(
     return found
 
 
+def frozen_parameters(
+    parts: Sequence[nn.Module], facts: Sequence[Mapping[str, Facts]], mesh: Mesh
+) -> list[Trained]:
+    """What a rank keeps and saves, and no step moves; after `trained_parameters`."""
+    return [
+        _trained(known[name], tensor, tensor.dtype, mesh, zero_stage=0, has_runs_in_files=False)
+        for part, known in zip(parts, facts, strict=True)
+        for name, tensor in part.named_parameters()
+        if not tensor.requires_grad
+    ]
+
+
 def _trained(
     facts: Facts,
     tensor: nn.Parameter,

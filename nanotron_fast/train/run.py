@@ -312,6 +312,7 @@ class Run:
         mesh = self.mesh
         taken = snapshot(
             self.engine.trained,
+            self.engine.frozen,
             self.engine.optimizer,
             mesh,
             self._rate(step + 1),

@@ -20,7 +20,7 @@ from nanotron_fast.formats.nanotron.classes import (
     class_of,
 )
 from nanotron_fast.model.needs import needs
-from nanotron_fast.model.spec import Attention, Dense, Experts, Layer, ModelSpec
+from nanotron_fast.model.spec import Attention, Dense, Experts, Latent, Layer, ModelSpec
 from tests.modelzoo import make, read_tensors
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -48,6 +48,7 @@ RICH = ModelSpec(
     layers=(
         Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
         Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
+        Layer(Attention(4, 4, 24, (16, 24), latent=Latent(None, 8, 16)), Dense(96), "parallel"),
         Layer(
             Attention(8, 8, 8, None, qk_norm="whole", scale=0.5, softcap=50.0, rope_theta=1e4),
             Experts(
@@ -151,7 +152,7 @@ def test_nanotron_0_4_has_no_such_class(tmp_path: Path) -> None:
 
 def test_every_field_of_a_spec_comes_back() -> None:
     config = NANOTRON_FAST_CONFIG.write(RICH, family="llama", version="1.5", rope_interleaved=False)
-    assert [run["count"] for run in config["layers"]] == [2, 1]
+    assert [run["count"] for run in config["layers"]] == [2, 1, 1]
     assert NANOTRON_FAST_CONFIG.read(json.loads(json.dumps(config))) == RICH
     lacks = {"qk_norm", "sliding_window", "some_windows", "partial_rotary", "unlike_layers", "moe"}
     assert lacks <= {*needs(RICH)}

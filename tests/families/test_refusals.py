@@ -126,7 +126,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": (
         "llama",
         {"model_type": "gpt2"},
-        "'gpt2' is not supported: its positions are learned.* Supported: llama, mis",
+        "'gpt2' is not supported: its positions are learned.* Supported: .*llama",
     ),
 }
 

@@ -65,6 +65,48 @@ ZOO: dict[str, Entry] = {
     "qwen3_moe, plain weights": Entry("Qwen3Moe", {"decoder_sparse_step": 2, **_MOE}, 1e-5),
 }
 
+_MLA = {
+    "num_key_value_heads": 8,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 6,
+    "qk_nope_head_dim": 10,
+    "v_head_dim": 12,
+}
+_GROUPED = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+    "n_group": 4,
+    "topk_group": 2,
+    "routed_scaling_factor": 1.5,
+}
+_YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.7,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
+_DEEPSEEK = {**_MLA, **_GROUPED, "initializer_range": 0.15}
+ZOO["deepseek_v3"] = Entry("DeepseekV3", _DEEPSEEK, 1e-5)
+ZOO["deepseek_v3, no q rank, YaRN, biases"] = Entry(
+    "DeepseekV3",
+    {
+        **_DEEPSEEK,
+        "q_lora_rank": None,
+        "attention_bias": True,
+        "rope_scaling": _YARN,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "n_shared_experts": 2,
+    },
+    1e-5,
+)
+
 
 def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The entry's model with norms and biases that show. Skips where transformers lacks it."""
@@ -78,6 +120,9 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     torch.manual_seed(0)
     sizes = {**SIZES, **entry.changes}
     model = model_class(config_class(**sizes)).to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):  # released models have it in fp32
+            buffer.data = buffer.data.float()
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.dim() == 1 and tensor.is_floating_point():

@@ -13,6 +13,7 @@ from nanotron_fast.model.spec import (
     Attention,
     Dense,
     Experts,
+    Latent,
     Layer,
     ModelSpec,
     differing_layer,
@@ -112,7 +113,9 @@ def test_every_need_can_arise() -> None:
             replace(
                 LAYER,
                 norms="parallel",
-                attention=replace(ATTENTION, scale=1.0, softcap=50.0, rope_theta=1e6),
+                attention=replace(
+                    ATTENTION, scale=1.0, softcap=50.0, rope_theta=1e6, latent=Latent(8, 8, 8)
+                ),
                 mlp=replace(
                     SPARSE,
                     has_shared_expert=True,

@@ -43,6 +43,8 @@ def agrees(root: Path, mode: str, recompute: str, auxiliary_loss: float, group) 
     loss.backward()
     grads = {name: parameter.grad for name, parameter in whole.named_parameters()}
     for name, facts in facts_of(ours).items():
+        if facts.param.is_frozen:
+            continue
         grad = ours.get_parameter(name).grad
         if facts.sums_over_tp:
             dist.all_reduce(grad, group=group)

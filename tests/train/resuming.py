@@ -27,7 +27,7 @@ SAVED, END = 3, 6
 def save_run(run: Run, root: Path, step: int) -> Path:
     zero = run.case.zero
     taken = snapshot(
-        run.trained, run.optimizer, run.mesh, lambda peak: rate(step, peak), zero_stage=zero
+        run.trained, (), run.optimizer, run.mesh, lambda peak: rate(step, peak), zero_stage=zero
     )
     model = run.architecture
     config = model.model_class.write(

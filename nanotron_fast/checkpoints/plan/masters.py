@@ -44,13 +44,17 @@ class MastersSource(NanotronSource):
             )
 
     def dtype(self, param: Param) -> Dtype:
-        """The dtype of a parameter's masters."""
+        """The dtype of a parameter's masters; what is not trained has none but itself."""
+        if param.is_frozen:
+            return super().dtype(param)
         self._shards(param)
         shape = param.local_shape(self.sizes)
         return next(shard.dtype for shard in self.states.shards_of(param, MASTERS, shape))
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
         """See `Side`."""
+        if param.is_frozen:
+            return super().pieces(param, part)
         self._shards(param)
         shape = param.local_shape(self.sizes)
         ranks = list(param.shards(self.sizes))

@@ -89,7 +89,11 @@ class StatesTarget:
                 f"{self.states.folder / OPTIMIZER}: there are states of {len(unknown)} parameters "
                 f"that the model has not: {some(unknown)}"
             )
-        missing = [name for name in self._params if name not in found]
+        missing = [
+            name
+            for name, param in self._params.items()
+            if name not in found and not param.is_frozen
+        ]
         if missing:
             raise CheckpointError(
                 f"{self.states.folder / OPTIMIZER}: there are no states of {len(missing)} "
@@ -104,7 +108,11 @@ class StatesTarget:
         return self._names[key]
 
     def _names_at(self, stage: int, is_first: bool) -> list[str]:
-        mine = [param for param in self._params.values() if self._stage_of(param.block) == stage]
+        mine = [
+            param
+            for param in self._params.values()
+            if self._stage_of(param.block) == stage and not param.is_frozen
+        ]
         mine.sort(key=lambda param: (_rank_of(param.block), self._order[param.name]))
         names = [param.name for param in mine]
         if self._has_tied_copy and stage == self._stage_of("head"):

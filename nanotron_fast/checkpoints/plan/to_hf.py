@@ -117,7 +117,8 @@ def _hf_dtypes(
             if cast is None and name in originals and stored is not Dtype.F64:
                 dtypes[name] = originals[name]
             else:
-                dtypes[name] = main if param.is_fp32 else cast or stored
+                # What is not trained keeps its bits, which a router's weight had not.
+                dtypes[name] = main if param.is_fp32 and not param.is_frozen else cast or stored
     return dtypes
 
 

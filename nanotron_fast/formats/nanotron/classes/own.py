@@ -26,6 +26,7 @@ from nanotron_fast.model.spec import (
     Attention,
     Dense,
     Experts,
+    Latent,
     Layer,
     ModelSpec,
 )
@@ -199,6 +200,19 @@ def _read_attention(fields: Fields) -> Attention:
         scale=_number_or_none(fields, "scale"),
         softcap=_number_or_none(fields, "softcap"),
         rope_theta=_number_or_none(fields, "rope_theta"),
+        latent=None if fields.get("latent") is None else _read_latent(fields),
+    )
+
+
+def _read_latent(of: Fields) -> Latent:
+    fields = Fields(f"{of.file}.latent", _inner(of, "latent"))
+    _check_keys(fields.file, fields.config, _names(Latent), ())
+    return Latent(
+        q_rank=fields.positive_or_none("q_rank"),
+        kv_rank=fields.positive("kv_rank"),
+        value_dim=fields.positive("value_dim"),
+        rotates_neighbours=fields.flag("rotates_neighbours"),
+        norm_eps=fields.number("norm_eps"),
     )
 
 
