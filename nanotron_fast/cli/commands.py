@@ -167,6 +167,7 @@ def verify(
     choices: VerifyChoices,
     workers: Workers = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare every tensor of two checkpoints, in any two formats and topologies.
 
@@ -177,18 +178,21 @@ def verify(
     from nanotron_fast.cli import reporting
     from nanotron_fast.models import verifying
 
+    is_silent = json or quiet
     if b is None:
         from nanotron_fast.cli import manifest
 
-        found = manifest.check(a, logits=logits, choices=choices, workers=workers, is_quiet=json)
+        found = manifest.check(
+            a, logits=logits, choices=choices, workers=workers, is_quiet=is_silent
+        )
         if json:
             print_json(found.to_json())
-        else:
+        elif not quiet:
             print_lines(reporting.manifest_lines(found))
         if not found.intact:
             raise typer.Exit(EXIT_DIFFERENT)
         return
-    progress = reporting.Progress(is_quiet=json)
+    progress = reporting.Progress(is_quiet=is_silent)
 
     def on_plan(num_bytes: int) -> None:
         progress.total_bytes = num_bytes
@@ -205,7 +209,7 @@ def verify(
         )
     if json:
         print_json(result.to_json())
-    else:
+    elif not quiet:
         warn(result.warnings)
         print_lines(reporting.verification_lines(result))
     if not result.equal:
@@ -218,6 +222,7 @@ def inspect(
     *,
     choices: InspectChoices,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a checkpoint is, from its headers."""
     from nanotron_fast.checkpoints import inspect as inspection
@@ -226,7 +231,7 @@ def inspect(
     found = inspection.inspect(path, **choices)
     if json:
         print_json(found.to_json())
-    else:
+    elif not quiet:
         print_lines(reporting.inspection_lines(found))
         warn(found.warnings)
 

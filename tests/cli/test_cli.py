@@ -6,6 +6,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.options import VerifyChoices
+from nanotron_fast.cli.commands import app
 from nanotron_fast.cli.manifest import check
 from nanotron_fast.errors import ConfigError
 
@@ -108,6 +110,33 @@ def test_convert_verify_inspect(tmp_path: Path, golden_hf: Path) -> None:
     assert document["format"] == "nanotron"
     assert document["topology"] == {"tp": 4, "pp": 1, "ep": 1}
     assert json.loads(run("inspect", golden_hf, "--json").stdout)["family"] == "llama"
+
+
+def test_quiet_leaves_the_exit_code(
+    tmp_path: Path, golden_hf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, other = tmp_path / "out", tmp_path / "other"
+    nf.convert(golden_hf, out, manifest=True)
+    nf.convert(golden_hf, other, dtype="fp16")
+    lost = shutil.copytree(out, tmp_path / "lost")
+    next(lost.rglob("model_weight*.safetensors")).unlink()
+    for words, code in (
+        (["inspect", out], 0),
+        (["inspect", lost], 0),
+        (["inspect", tmp_path], 2),
+        (["verify", golden_hf, out], 0),
+        (["verify", out, lost], 1),
+        (["verify", out], 0),
+        (["verify", lost], 1),
+    ):
+        try:
+            app([*map(str, words), "--quiet"])
+            found = 0
+        except SystemExit as stop:
+            found = stop.code
+        printed = capsys.readouterr()
+        assert (found, printed.out) == (code, ""), words
+        assert bool(printed.err) == (code == 2)
 
 
 def test_quiet_says_nothing(tmp_path: Path, golden_hf: Path) -> None:

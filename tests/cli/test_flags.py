@@ -55,8 +55,9 @@ OWN = {
         "ignore_tensors",
         "workers",
         "json",
+        "quiet",
     ],
-    "inspect": ["path", "family", "rope_interleaved", "like", "json"],
+    "inspect": ["path", "family", "rope_interleaved", "like", "json", "quiet"],
 }
 
 
