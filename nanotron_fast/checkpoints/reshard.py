@@ -131,8 +131,9 @@ def reshard(
         on_progress=on_progress,
         processes=processes,
     )
-    if processes.rank == 0 and report.plan.states is not None:
-        _name_latest(Path(report.destination), fsync=fsync)
+    with processes.step():
+        if processes.rank == 0 and report.plan.states is not None:
+            _name_latest(Path(report.destination), fsync=fsync)
     return report
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import nanotron_fast as nf
+from nanotron_fast.checkpoints.reshard import reshard
 from tests import forks
 from tests.checkpoints.kill_loop import tree
 
@@ -95,6 +96,32 @@ def test_every_process_writes_its_share(
     found = nf.check_manifest(tmp_path / "out")
     assert found.intact
     assert found.files_checked == report["tensor_files"]
+
+
+def test_a_training_is_resharded_by_several(
+    run_ranks: RunRanks, tmp_path: Path, golden: Path
+) -> None:
+    source = golden / "training" / "llama_tied_tp2_zero0"
+    reshard(source, tmp_path / "one" / "2", tp=1, pp=2, dp=2, zero_stage=1, manifest=True)
+    words = ("reshard", source, tmp_path / "two" / "2", "--tp", 1, "--pp", 2, "--dp", 2)
+    results = run_ranks(2, "-m", "nanotron_fast", *words, "--zero-stage", 1, "--manifest", "--json")
+    report = json.loads(results[0].out)
+    assert results[1].out == ""
+    assert report["states"] is not None
+    assert tree(tmp_path / "two") == tree(tmp_path / "one")
+    assert (tmp_path / "two" / "latest.txt").read_text() == "2"
+    assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["2", "latest.txt"]
+    assert nf.check_manifest(tmp_path / "two" / "2").intact
+
+
+def test_a_resharding_that_one_cannot_do_leaves_nothing(
+    run_ranks: RunRanks, tmp_path: Path, golden: Path
+) -> None:
+    source = golden / "training" / "llama_tied_tp2_zero0"
+    words = ("-m", "nanotron_fast", "reshard", source, tmp_path / "2", "--tp", 3)
+    results = run_ranks(2, *words, code=2)
+    assert "tp=3" in results[0].err.lower()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_failure_stops_all_and_leaves_nothing(
