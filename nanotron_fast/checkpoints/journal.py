@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.ownership import boot_id
+from nanotron_fast.checkpoints.small_files import naming, write_all
 from nanotron_fast.interruption import held
 from nanotron_fast.moves.files import Folder
 from nanotron_fast.moves.plan import OutputFile
@@ -73,6 +74,7 @@ class Journal:
 
     def __init__(self, folder: Folder, content: Folder, rank: int, *, syncs: bool) -> None:
         self._content = content
+        self._path = folder.path / f"{_PREFIX}{rank}"
         self._descriptor = folder.create(f"{_PREFIX}{rank}")
         self._boot = boot_id()
         self._digests: dict[str, tuple[str, ...]] = {}
@@ -137,9 +139,7 @@ class Journal:
 
     def _write(self, documents: Iterable[Mapping[str, Any]]) -> None:
         lines = b"".join(json.dumps(each).encode() + b"\n" for each in documents)
-        view = memoryview(lines)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        write_all(self._descriptor, lines, self._path)
 
     def finish(self) -> None:
         """Returns when all is noted. Raises OSError."""
@@ -149,7 +149,8 @@ class Journal:
                 with held():  # a signal is answered between two of them
                     self._thread.join(_POLL_SECONDS)
             self._thread = None
-            os.fsync(self._descriptor)
+            with naming(self._path):
+                os.fsync(self._descriptor)
         if self._errors:
             raise self._errors[0]
 

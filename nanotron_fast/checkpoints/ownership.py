@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanotron_fast.checkpoints.small_files import write_all
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.formats.known_files import OURS
 
@@ -156,7 +157,7 @@ class Lock:
         beside = self.path.with_name(f"{OURS}{self._owner.run}.{_NEW}")
         descriptor = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         try:
-            os.write(descriptor, self._text)
+            write_all(descriptor, self._text, beside)
             while not self._take(beside):
                 self._break(beside)
             self._is_taken = True
@@ -179,8 +180,13 @@ class Lock:
                 descriptor = os.open(self.path, flags, 0o644)
             except FileExistsError:
                 return False
-            os.write(descriptor, beside.read_bytes())
-            os.close(descriptor)
+            try:
+                write_all(descriptor, self._text, self.path)
+            except BaseException:
+                self.path.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(descriptor)
         return True
 
     def _break(self, beside: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.journal import Entry, Journal, Record, read_record
+from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.formats.plain_file import is_file_name, read_small
 from nanotron_fast.moves.files import Folder
 from nanotron_fast.moves.plan import OutputFile
@@ -50,7 +51,7 @@ class Partial:
         """Makes it. Raises OSError."""
         path.mkdir()
         folder = Folder.open(path)
-        os.mkdir(CONTENT, dir_fd=folder.descriptor)
+        folder.make_folders([CONTENT])
         return cls(path, folder)
 
     @classmethod
@@ -80,10 +81,7 @@ class Partial:
         """
         inode = os.fstat(self.content.descriptor).st_ino
         document = {"content": inode, "parts": list(parts), "before": list(before)}
-        with open(self.folder.create(COMMIT), "wb") as file:
-            file.write(json.dumps(document).encode())
-            file.flush()
-            os.fsync(file.fileno())
+        write_file(Path(COMMIT), json.dumps(document).encode(), fsync=True, within=self.folder)
 
     def close(self) -> None:
         """Lets go of it. May be called again."""
@@ -178,12 +176,17 @@ class Leftover:
         ):
             partial.content.make_folders({os.path.dirname(name) for name in files})
             for name, entry in files.items():
-                os.rename(
-                    name,
-                    name,
-                    src_dir_fd=content.descriptor,
-                    dst_dir_fd=partial.content.descriptor,
-                )
+                try:
+                    os.rename(
+                        name,
+                        name,
+                        src_dir_fd=content.descriptor,
+                        dst_dir_fd=partial.content.descriptor,
+                    )
+                except OSError as error:
+                    error.filename = os.fspath(content.path / name)
+                    error.filename2 = None
+                    raise
                 journal.adopt({name: entry})
 
     def remove(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nanotron_fast.checkpoints.partial import REPLACED, Partial
 from nanotron_fast.checkpoints.renaming import exchange, rename_to_free
+from nanotron_fast.checkpoints.small_files import naming
 from nanotron_fast.formats.known_files import MARKERS
 
 
@@ -82,7 +83,8 @@ def sync_directory(path: Path) -> None:
     """Returns when a folder's names are on the device. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

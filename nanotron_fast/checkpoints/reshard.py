@@ -17,7 +17,7 @@ from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_pass
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError, add_note
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import (
     LATEST,
@@ -133,7 +133,12 @@ def reshard(
     )
     with processes.step():
         if processes.rank == 0 and report.plan.states is not None:
-            _name_latest(Path(report.destination), fsync=fsync)
+            folder = Path(report.destination)
+            try:
+                _name_latest(folder, fsync=fsync)
+            except OSError as error:
+                add_note(error, f"{folder} is whole, and {LATEST} beside it does not name it")
+                raise
     return report
 
 
@@ -157,8 +162,12 @@ def _name_latest(folder: Path, *, fsync: bool) -> None:
         if is_later and (folder.parent / named).is_dir():
             return
     partial = folder.parent / f".{LATEST}.partial-{os.getpid()}"
-    write_file(partial, folder.name.encode(), fsync=fsync)
-    partial.replace(latest)
+    try:
+        write_file(partial, folder.name.encode(), fsync=fsync)
+        partial.rename(latest)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
     # Those of runs that were killed before their rename.
     now = latest.stat().st_mtime
     for left in folder.parent.glob(f".{LATEST}.partial-*"):

@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.plain_file import check_plain, open_plain
@@ -19,24 +18,38 @@ _BLOCK_BYTES = 1 << 20
 
 
 @contextmanager
-def _writing(path: Path, within: Folder | None, *, fsync: bool) -> Iterator[BinaryIO]:
-    opener = None if within is None else lambda *_: within.create(os.fspath(path))
-    name = path if within is None else within.path / path
+def naming(path: str | Path) -> Iterator[None]:
+    """An error of what is done to an open file names the file."""
     try:
-        with open(name, "wb", buffering=0, opener=opener) as file:
-            yield file
-            if fsync:
-                os.fsync(file.fileno())
+        yield
     except OSError as error:
         if error.filename is None:
-            error.filename = os.fspath(name)
+            error.filename = os.fspath(path)
         raise
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes, path: str | Path) -> None:
+    """Writes all of it to a file that is open. Raises OSError, which names it."""
     view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
+    with naming(path):
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+
+@contextmanager
+def _writing(path: Path, within: Folder | None, *, fsync: bool) -> Iterator[int]:
+    name = path if within is None else within.path / path
+    if within is None:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    else:
+        descriptor = within.create(os.fspath(path))
+    with naming(name):
+        try:
+            yield descriptor
+            if fsync:
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_file(path: Path, data: bytes, *, fsync: bool, within: Folder | None = None) -> None:
@@ -44,8 +57,8 @@ def write_file(path: Path, data: bytes, *, fsync: bool, within: Folder | None = 
 
     Raises OSError, which names it.
     """
-    with _writing(path, within, fsync=fsync) as file:
-        _write(file, data)
+    with _writing(path, within, fsync=fsync) as descriptor:
+        write_all(descriptor, data, path if within is None else within.path / path)
 
 
 def copy_file(
@@ -56,11 +69,12 @@ def copy_file(
     Raises CheckpointError where it holds fewer or is not one, and OSError.
     """
     check_plain(source)
+    name = destination if within is None else within.path / destination
     with open_plain(source) as reader, _writing(destination, within, fsync=fsync) as writer:
         left = os.fstat(reader.fileno()).st_size
         while left:
             block = reader.read(min(left, _BLOCK_BYTES))
             if not block:
                 raise CheckpointError(f"{source}: it ends {left} bytes before its size")
-            _write(writer, block)
+            write_all(writer, block, name)
             left -= len(block)

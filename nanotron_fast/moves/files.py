@@ -105,6 +105,9 @@ class Folder:
         descriptor = os.open(path, flags, dir_fd=self.descriptor)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            error.filename = os.fspath(self.path / path)
+            raise
         finally:
             os.close(descriptor)
 
