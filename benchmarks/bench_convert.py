@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import models
+from watched import run_watched
 
 import nanotron_fast as nf
 from nanotron_fast.moves.dtypes import Dtype
@@ -70,16 +71,13 @@ def run(command: list[str], out: Path, samples: Samples) -> None:
     shutil.rmtree(out, ignore_errors=True)
     os.sync()
     words = [word.replace("{out}", str(out)) for word in command]
-    started = time.perf_counter()
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, env=ENVIRONMENT, text=True)
-    stdout = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    samples.seconds.append(time.perf_counter() - started)
-    if status != 0:
+    ended = run_watched(words, ENVIRONMENT)
+    samples.seconds.append(ended.seconds)
+    if ended.status != 0:
         sys.exit(f"failed: {' '.join(words)}")
-    peak = usage.ru_maxrss * 1024
-    if stdout.startswith("{"):
-        report = json.loads(stdout)
+    peak = ended.peak_rss_bytes
+    if ended.stdout.startswith("{"):
+        report = json.loads(ended.stdout)
         samples.inner_seconds.append(report["seconds"])
         peak = report["peak_rss_bytes"]
     samples.peak_rss_bytes = max(samples.peak_rss_bytes, peak)

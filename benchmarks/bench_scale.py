@@ -14,16 +14,15 @@ import os
 import re
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import models
 from bench_convert import ENVIRONMENT, OURS, RESULTS, Samples, environment, run
+from watched import run_watched
 
 from nanotron_fast.checkpoints.convert import plan
 from nanotron_fast.model.topology import Topology
@@ -45,16 +44,13 @@ def planned(src: Path, rounds: int) -> dict[str, Any]:
     cpu_seconds: list[float] = []
     peaks: list[int] = []
     for _ in range(rounds):
-        started = time.perf_counter()
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT) as process:
-            report = json.load(process.stdout)
-            _, status, usage = os.wait4(process.pid, 0)
-            seconds.append(time.perf_counter() - started)
-            cpu_seconds.append(usage.ru_utime + usage.ru_stime)
-            peaks.append(usage.ru_maxrss * 1024)
-            process.returncode = status
-        if status:
+        ended = run_watched(command, ENVIRONMENT)
+        if ended.status:
             sys.exit(f"{src}: the dry run failed")
+        report = json.loads(ended.stdout)
+        seconds.append(ended.seconds)
+        cpu_seconds.append(ended.cpu_seconds)
+        peaks.append(ended.peak_rss_bytes)
     outputs = plan(src, src.with_name("out"), topology=TOPOLOGY).transfer.outputs
     files = [(each.path, each.size_bytes) for each in outputs]
     counts = range(1, MAX_PROCESSES + 1)
