@@ -119,7 +119,8 @@ std::string execute_binding(const std::vector<SourceTuple>& sources,
                             const std::pair<int, std::string>& root,
                             const std::vector<OutputTuple>& outputs, const py::buffer& moves,
                             int workers, bool fsync, Progress& progress, const std::string& io,
-                            const std::vector<std::vector<RangeTuple>>& hashed) {
+                            const std::vector<std::vector<RangeTuple>>& hashed,
+                            const std::vector<size_t>& there) {
   const Table table(moves);
   std::vector<OutputFile> files;
   for (const auto& [path, literals, size_bytes] : outputs) {
@@ -132,6 +133,7 @@ std::string execute_binding(const std::vector<SourceTuple>& sources,
   for (size_t i = 0; i < hashed.size(); ++i) {
     for (const auto& [offset, size] : hashed[i]) files[i].hashed.push_back({offset, size});
   }
+  for (const size_t i : there) files.at(i).is_there = true;
   const EngineOptions options = make_options(workers, fsync, io);
   const py::gil_scoped_release release;
   return execute(sources_of(sources), {root.first, root.second}, files, table.data(),
@@ -328,7 +330,8 @@ PYBIND11_MODULE(_C, module) {
   module.def("execute", &execute_binding, py::arg("sources"), py::arg("root"), py::arg("outputs"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("fsync"),
              py::arg("progress"), py::arg("io") = "buffered",
-             py::arg("hashed") = std::vector<std::vector<RangeTuple>>());
+             py::arg("hashed") = std::vector<std::vector<RangeTuple>>(),
+             py::arg("there") = std::vector<size_t>());
   module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"));
   module.def(

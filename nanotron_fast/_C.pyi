@@ -29,6 +29,7 @@ def execute(
     progress: Progress,
     io: str = "buffered",
     hashed: Sequence[Sequence[tuple[int, int]]] = (),
+    there: Sequence[int] = (),  # outputs, by their places, that are not created but opened
 ) -> str: ...
 def compare(
     sources: Sequence[str | bytes],

@@ -5,12 +5,15 @@ and nothing is aligned.
 """
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 from hypothesis import strategies as st
 
+from nanotron_fast.moves import shares
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.plan import MovePlan, OutputFile
@@ -129,15 +132,24 @@ def add_shards(build, draw, sizes, dtypes):
 
 
 @st.composite
-def builders(draw, max_size=9):
-    """A Builder with a few tensors; their moves are shuffled."""
+def builders(draw, max_size=9, *, aligned=False):
+    """A Builder with a few tensors; their moves are shuffled.
+
+    Aligned ones have all elements at multiples of their size, of which there is one in all outputs.
+    """
     headers = [draw(st.binary(max_size=9)) for _ in OUTPUT_PATHS]
+    if aligned:
+        headers = [bytes(8 * (len(header) % 3)) for header in headers]
+    only = draw(st.sampled_from([Dtype.BF16, Dtype.F32, Dtype.F64]))
     build = Builder(headers, draw(st.lists(st.integers(0, 5), min_size=1, max_size=5)))
     sizes = st.one_of(st.integers(1, 3), st.integers(1, max_size))
     for _ in range(draw(st.integers(1, 6))):
         source = draw(st.sampled_from(Dtype))
         casts = source in CASTABLE and draw(st.booleans())
         destination = draw(st.sampled_from(CASTABLE)) if casts else source
+        if aligned:
+            destination = only
+            source = draw(st.sampled_from(CASTABLE)) if only in CASTABLE else only
         add = draw(st.sampled_from([add_box, add_shards, add_shards, add_again]))
         add(build, draw, sizes, (source, destination))
     build.moves = draw(st.permutations(build.moves))
@@ -150,3 +162,13 @@ def write_sources(build, folder, seed=0):
     for i, size in enumerate(build.source_sizes):
         (folder / f"source-{i}").write_bytes(random.bytes(size))
     return build.plan(folder)
+
+
+@contextmanager
+def small_cuts(multiple_bytes=8):
+    """Files of any size are cut, at multiples of these bytes, as large ones are."""
+    with (
+        patch.object(shares, "CUT_MULTIPLE_BYTES", multiple_bytes),
+        patch.object(shares, "CUT_OVER_BYTES", 0),
+    ):
+        yield

@@ -19,10 +19,11 @@ struct EngineOptions {
   IoMode io = IoMode::kBuffered;
 };
 
-// Creates every output under root (its directory must exist, and the file must not), writes its
-// literals, and carries out the moves. Progress learns of each output that is whole. Returns what a
-// file system refused of options.io, and what was done instead; empty where nothing was.
-// Throws IoError, ChangedError, PlanError or Cancelled; files may then be incomplete.
+// Creates every output under root (its directory must exist, and the file must not), or opens one
+// that is there, writes its literals, and carries out the moves. Progress learns of each output
+// that is whole. Returns what a file system refused of options.io, and what was done instead; empty
+// where nothing was. Throws IoError, ChangedError, PlanError or Cancelled; files may then be
+// incomplete.
 std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
                     const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
                     const EngineOptions& options, Progress& progress);

@@ -73,6 +73,12 @@ File File::create(const Folder& folder, const std::string& path, IoPolicy* polic
   return file;
 }
 
+File File::open_for_writing(const Folder& folder, const std::string& path, IoPolicy* policy) {
+  File file(open_or_throw(folder, path, O_RDWR | O_NOFOLLOW), name_of(folder, path));
+  file.transfer_ = make_transfer(file.descriptor_, file.path_, policy);
+  return file;
+}
+
 File::File(File&& other) noexcept
     : descriptor_(std::exchange(other.descriptor_, -1)),
       path_(std::move(other.path_)),

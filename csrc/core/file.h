@@ -41,6 +41,9 @@ class File {
   static File open_for_reading(const Folder& folder, const std::string& path);
   // Creates the file; one that is there already is an error.
   static File create(const Folder& folder, const std::string& path, IoPolicy* policy = nullptr);
+  // A file that is there, to write to some of its bytes; the others stay as they are.
+  static File open_for_writing(const Folder& folder, const std::string& path,
+                               IoPolicy* policy = nullptr);
 
   File() = default;
   File(File&& other) noexcept;

@@ -88,7 +88,8 @@ const File& Outputs::open(size_t i) {
   State& state = states_[i];
   const std::lock_guard<std::mutex> lock(state.mutex);
   if (!state.file.is_open()) {
-    state.file = File::create(root_, files_[i].path, &policy_);
+    state.file = files_[i].is_there ? File::open_for_writing(root_, files_[i].path, &policy_)
+                                    : File::create(root_, files_[i].path, &policy_);
     for (const Literal& literal : files_[i].literals) {
       const auto* const data = reinterpret_cast<const std::byte*>(literal.bytes.data());
       const auto num_bytes = static_cast<int64_t>(literal.bytes.size());

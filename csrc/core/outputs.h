@@ -21,15 +21,18 @@ struct Literal {
 };
 
 // A file to be written: its path from the folder, what no move writes, its whole size, and ranges
-// of it whose digests are wanted, ascending.
+// of it whose digests are wanted, ascending. One that is there has that size already, and others
+// write what is written to it besides.
 struct OutputFile {
   std::string path;
   std::vector<Literal> literals;
   int64_t size_bytes;
   std::vector<Range> hashed = {};
+  bool is_there = false;
 };
 
-// Output files, each created by whoever writes to it first and closed by whoever writes last.
+// Output files, each created (or opened, where it is there) by whoever writes to it first and
+// closed by whoever writes last.
 class Outputs {
  public:
   // All arguments outlive it. Bytes pass as the policy says, in writes of at most block_bytes.

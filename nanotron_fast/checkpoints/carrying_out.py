@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -10,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints import cut_files
 from nanotron_fast.checkpoints.checking import check_same, check_source, check_unchanged
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.checkpoints.fingerprint import Made, made_by, states_of
 from nanotron_fast.checkpoints.io_modes import check_mode, mode_for
-from nanotron_fast.checkpoints.journal import Journal
+from nanotron_fast.checkpoints.journal import Journal, read_record
 from nanotron_fast.checkpoints.manifest import ranges_of, write_manifest
 from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
@@ -156,8 +158,11 @@ class _Run:
     _destination: Destination
     _journal: Journal
     _states: Mapping[Path, ReadFile]
-    # What is left for all processes of this run.
+    # What is left for all processes of this run, the files of it that are written in parts, and
+    # what of it is this process's.
     _todo: MovePlan
+    _cut: Sequence[OutputFile]
+    _share: MovePlan
 
     def __init__(
         self,
@@ -180,8 +185,9 @@ class _Run:
         self._warnings: list[str] = []
         self._started = time.perf_counter()
         self._engine_seconds = 0.0
-        # The outputs that are whole, of this process and of runs before; None until it is open.
+        # The outputs that are whole, of this process and of runs before, and the parts of others.
         self._finished: set[str] = set()
+        self._parts: list[cut_files.WrittenPart] = []
         self._is_open = self._has_destination = False
 
     @property
@@ -232,6 +238,7 @@ class _Run:
             self._todo = self._part(self._finished)
             if not self._is_first:
                 self._begin_journal(self._destination.join(run), boots)
+            self._deal()
 
     def _open(
         self, made: Made, boots: Collection[str], on_plan: Callable[[Plan], None] | None
@@ -260,6 +267,15 @@ class _Run:
         self._journal = Journal(partial.folder, partial.content, rank, syncs=syncs)
         self._is_open = True
 
+    def _deal(self) -> None:
+        """Finds this process's share, and makes the files that several processes write."""
+        # A tensor is hashed by one process, in the order of its bytes.
+        shares = self._todo.deal(self._processes.world_size, cuts=not self._has_manifest)
+        self._share = self._todo.parts(shares[self._processes.rank])
+        self._cut = cut_files.cut_in(self._todo, shares)
+        if self._is_first:
+            cut_files.make_hollow(self._destination.partial.content, self._cut)
+
     def _part(self, finished: Collection[str]) -> MovePlan:
         """What is left for this run, over all of its processes."""
         transfer = self._plan.transfer
@@ -271,9 +287,9 @@ class _Run:
     def write(
         self, on_total: Callable[[int], None] | None, on_progress: ProgressCallback | None
     ) -> None:
-        """Writes this process's files."""
+        """Writes this process's files, and its parts of others."""
         processes, partial = self._processes, self._destination.partial
-        part = self._todo.share(processes.rank, processes.world_size)
+        part = self._share
         if on_total is not None:
             on_total(part.bytes_written)
         with processes.step():
@@ -315,7 +331,8 @@ class _Run:
 
     def _note(self, outputs: Sequence[OutputFile]) -> None:
         self._journal.add(outputs)
-        self._finished |= {output.path for output in outputs}
+        self._parts += cut_files.written_parts(outputs)
+        self._finished |= {output.path for output in outputs if output.part is None}
 
     def end(self) -> Report:
         """Gives the result its name; a share leaves it to the run that finishes."""
@@ -324,9 +341,11 @@ class _Run:
         if self._has_manifest:
             for each in processes.gather(self._digests):
                 digests |= each
+        written = [part for parts in processes.gather(self._parts) for part in parts]
         with processes.step():
             self._journal.close()
             if self._is_first:
+                cut_files.check_written(self._cut, written)
                 check_unchanged(self._states)
                 if self._wishes.share:
                     destination.leave()
@@ -363,19 +382,26 @@ class _Run:
             if not self._has_destination:
                 return
             may_go_on = isinstance(error, Interrupted | KeyboardInterrupt | OSError | PeerFailed)
-            keeps = self._is_open and may_go_on and bool(self._finished)
+            num_whole = self._count_whole()
+            keeps = self._is_open and may_go_on and num_whole > 0
             self._destination.abort(keeps=keeps)
             if not self._is_first:
                 if isinstance(error, Interrupted):
                     error.remains = f"process {self._processes.rank} has ended"
                 return
-            remains = self._destination.remains(
-                len(self._finished), len(self._plan.transfer.outputs)
-            )
+            remains = self._destination.remains(num_whole, len(self._plan.transfer.outputs))
             if isinstance(error, Interrupted):
                 error.remains = remains
             elif keeps:
                 add_note(error, remains)
+
+    def _count_whole(self) -> int:
+        """Files that are whole: for the first process, which keeps them, those of all processes."""
+        if self._is_open and self._is_first and self._processes.world_size > 1:
+            # The error that it is asked after is the one to tell.
+            with contextlib.suppress(OSError):
+                return len(read_record(self._destination.partial.folder).entries)
+        return len(self._finished)
 
 
 def _sizes(ready: Plan, outputs: Sequence[OutputFile]) -> Iterator[int]:

@@ -1,8 +1,10 @@
 """What a run has finished, noted while it works, so that another can go on from there.
 
 A journal is a file of JSON lines. The first says what is made, and of what; each further one names
-a file that is whole. A line counts only where its file was synced before it, or where the machine
-that wrote it has not been started again since: a crash may take with it what was not synced.
+a file that is whole, or a part of one that several processes write: that one is whole when the
+parts in all journals make it up. A line counts only where its file was synced before it, or where
+the machine that wrote it has not been started again since: a crash may take with it what was not
+synced.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
+from nanotron_fast.checkpoints.cut_files import are_whole
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.ownership import boot_id
 from nanotron_fast.checkpoints.small_files import naming, write_all
@@ -39,13 +42,15 @@ _LAST_SECONDS = 0.5
 class Entry:
     """A file that is whole: its bytes, whether the device has it, and when: of which boot.
 
-    `sha256` has the digests for a manifest, in hexadecimal, or nothing.
+    `sha256` has the digests for a manifest, in hexadecimal, or nothing. `part`: that only the bytes
+    from the first number up to the second are there.
     """
 
     size: int
     is_synced: bool
     boot: str
     sha256: tuple[str, ...] = ()
+    part: tuple[int, int] | None = None
 
     def counts(self, boots: Collection[str]) -> bool:
         """Whether its bytes are sure to be there. `boots` are those of the machines that ask."""
@@ -93,7 +98,7 @@ class Journal:
         self._write([document])
 
     def adopt(self, entries: Mapping[str, Entry]) -> None:
-        """Notes what other runs have finished, as they have noted it."""
+        """Notes what is finished: by other runs, as they have noted it."""
         self._write(
             {
                 "file": name,
@@ -101,6 +106,7 @@ class Journal:
                 "synced": each.is_synced,
                 "boot": each.boot,
                 **({"sha256": each.sha256} if each.sha256 else {}),
+                **({"part": each.part} if each.part else {}),
             }
             for name, each in entries.items()
         )
@@ -110,7 +116,7 @@ class Journal:
         self._digests[path] = tuple(sha256)
 
     def add(self, outputs: Sequence[OutputFile]) -> None:
-        """Notes that files are whole. Raises OSError, of an earlier one too."""
+        """Notes that files, or parts of files, are whole. Raises OSError, of an earlier one too."""
         if self._errors:
             raise self._errors[0]
         if self._thread is None:
@@ -122,7 +128,11 @@ class Journal:
         self.adopt(
             {
                 each.path: Entry(
-                    each.size_bytes, is_synced, self._boot, self._digests.pop(each.path, ())
+                    each.size_bytes,
+                    is_synced,
+                    self._boot,
+                    self._digests.pop(each.path, ()),
+                    each.part,
                 )
                 for each in outputs
             }
@@ -171,18 +181,38 @@ def read_record(folder: Folder) -> Record:
     """All journals of a folder; what cannot be read of them says nothing. Raises OSError."""
     record = Record(None)
     entries: dict[str, Entry] = {}
+    parts: dict[str, list[Entry]] = {}
     names = [name for name in os.listdir(folder.descriptor) if name.startswith(_PREFIX)]
     for name in sorted(names):
         for document in _documents(folder, name):
             if "file" in document:
                 name, entry = document["file"], _entry(document)
-                if entry is not None and _lies_within(name):
+                if entry is None or not _lies_within(name):
+                    continue
+                if entry.part is None:
                     entries[name] = entry
+                else:
+                    parts.setdefault(name, []).append(entry)
             elif record.made is None:
                 made = Made.parse(document.get("made"))
                 begun = document.get("begun")
                 record = Record(made, _share(document.get("share")), _time(begun))
+    for name, each in parts.items():
+        whole = _joined(each)
+        if whole is not None:
+            entries.setdefault(name, whole)
     return Record(record.made, record.share, record.begun, entries)
+
+
+def _joined(parts: Sequence[Entry]) -> Entry | None:
+    """The whole file that parts make up; None where they do not."""
+    first = parts[0]
+    is_whole = are_whole([each.part for each in parts if each.part is not None], first.size)
+    if not is_whole or any(each.size != first.size for each in parts):
+        return None
+    is_same = all(each.boot == first.boot for each in parts)
+    is_synced = all(each.is_synced for each in parts)
+    return Entry(first.size, is_synced, first.boot if is_same else "")
 
 
 def _documents(folder: Folder, name: str) -> Iterable[dict[str, Any]]:
@@ -235,4 +265,9 @@ def _entry(document: Mapping[str, Any]) -> Entry | None:
     sha256 = document.get("sha256", [])
     if not (isinstance(sha256, list) and all(isinstance(each, str) for each in sha256)):
         return None
-    return Entry(size, is_synced, boot, tuple(sha256))
+    part = document.get("part")
+    if part is None:
+        return Entry(size, is_synced, boot, tuple(sha256))
+    if not (isinstance(part, list) and [type(each) for each in part] == [int, int]):
+        return None
+    return Entry(size, is_synced, boot, tuple(sha256), (part[0], part[1]))

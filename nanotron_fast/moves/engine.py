@@ -55,6 +55,8 @@ def execute(
 ) -> str:
     """Writes every output of a plan under `root`, which must exist, and the outputs must not.
 
+    An output in parts must be there, in its whole size: see `Folder.make_hollow`.
+
     Args:
         plan: what to write.
         root: a folder by its path, or one that is held open.
@@ -123,6 +125,7 @@ def execute(
             progress=progress,
             io=io,
             hashed=[hashed.get(output.path, ()) for output in plan.outputs] if hashed else (),
+            there=[index for index, output in enumerate(plan.outputs) if output.part is not None],
         ),
         progress,
         on_progress,

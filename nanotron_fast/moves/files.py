@@ -99,6 +99,21 @@ class Folder:
             error.filename = os.fspath(self.path / path)
             raise
 
+    def make_hollow(self, path: str, size_bytes: int) -> None:
+        """Makes a file of that size that was not there, and the folders that it lies in.
+
+        All of it is a hole, which others fill. Raises OSError.
+        """
+        self.make_folders({os.path.dirname(path)})
+        descriptor = self.create(path)
+        try:
+            os.ftruncate(descriptor, size_bytes)
+        except OSError as error:
+            error.filename = os.fspath(self.path / path)
+            raise
+        finally:
+            os.close(descriptor)
+
     def sync(self, path: str) -> None:
         """Returns when a file in it is on the device. Raises OSError."""
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC

@@ -1,8 +1,9 @@
 """Kills conversions at random moments, and goes on with what they leave: a program of its own.
 
 Processes are forked from one that has imported everything, so that a kill costs milliseconds. After
-each, the destination must be as it was, or whole, or without the mark of a whole checkpoint; in the
-end it must hold the same bytes as after a run that nobody killed, and nothing may lie beside it.
+each, the destination must be as it was, or whole, or without the mark of a whole checkpoint; some
+are made by several processes, one of which is killed, and which write parts of one file. In the end
+it must hold the same bytes as after a run that nobody killed, and nothing may lie beside it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from typing import Any
 
 import nanotron_fast
 from nanotron_fast import interruption
+from tests.checkpoints.linked import Linked, pairs_for
+from tests.plans import small_cuts
 
 MARK = "checkpoint_metadata.json"
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
@@ -64,6 +67,21 @@ def check(out: Path, allowed: list[dict[str, str]]) -> None:
     assert MARK not in found, f"{out} looks whole, and is not"
 
 
+def started(work: Callable[..., object], world_size: int) -> list[int]:
+    """Runs work in so many processes that share it, and returns their numbers."""
+    if world_size == 1:
+        return [forked(work)]
+    pairs = pairs_for(world_size)
+    children = [
+        forked(lambda rank=rank: work(processes=Linked(rank, pairs)))  # type: ignore[misc]
+        for rank in range(world_size)
+    ]
+    for pair in pairs:
+        for link in pair:
+            link.close()
+    return children
+
+
 def one_round(
     source: Path,
     root: Path,
@@ -82,19 +100,23 @@ def one_round(
     if kind == "over another":
         shutil.copytree(old, out)
         before = tree(out)
+    is_shared = kind == "by several"
     options: dict[str, Any] = {
-        "topology": nanotron_fast.Topology(tp=2),
+        "topology": nanotron_fast.Topology(tp=1 if is_shared else 2),
         "resume": True,
         "overwrite": kind == "over another",
     }
     ended = 0
     for _ in range(kills):
-        child = forked(lambda: nanotron_fast.convert(source, out, workers=2, **options))
+        children = started(
+            lambda **more: nanotron_fast.convert(source, out, workers=2, **options, **more),
+            random.randint(2, 5) if is_shared else 1,
+        )
         time.sleep(random.uniform(0, seconds))
-        os.kill(child, random.choice(SIGNALS))
-        _, status = os.waitpid(child, 0)
+        os.kill(random.choice(children), random.choice(SIGNALS))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
         check(out, [before, wanted])
-        if os.waitstatus_to_exitcode(status) == 0:
+        if codes == [0] * len(codes):
             ended += 1
             break
         if tree(out) == wanted:
@@ -116,17 +138,19 @@ def main(source: Path, root: Path, seed: int, num_kills: int) -> None:
     nanotron_fast.convert(source, root / "wanted", topology=nanotron_fast.Topology(tp=2))
     seconds = time.perf_counter() - started
     nanotron_fast.convert(source, root / "old")
-    wanted = tree(root / "wanted")
+    wanted, wanted_of_several = tree(root / "wanted"), tree(root / "old")
     killed = ended = 0
     while killed < num_kills:
-        for kind in ("beside", "within", "over another"):
+        for kind in ("beside", "within", "over another", "by several"):
             kills = random.randint(1, 6)
+            result = wanted_of_several if kind == "by several" else wanted
             ended += one_round(
-                source, root / "round", kind, wanted, root / "old", kills, 1.3 * seconds
+                source, root / "round", kind, result, root / "old", kills, 1.3 * seconds
             )
             killed += kills
     print(f"{killed} kills, {ended} came too late")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    with small_cuts(4096):
+        main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

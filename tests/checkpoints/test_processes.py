@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 
 import nanotron_fast as nf
+from nanotron_fast.checkpoints.cut_files import cut_in
 from nanotron_fast.checkpoints.reshard import reshard
 from tests import forks
 from tests.checkpoints.kill_loop import tree
+from tests.modelzoo import make
+from tests.plans import small_cuts
 
 SCRIPTS = Path(__file__).parents[2] / "examples" / "llama"
 RunRanks = Callable[..., list[forks.Result]]
@@ -196,6 +199,111 @@ def test_any_number_of_processes_write_the_same_bytes(
     run_ranks(world_size, *words)
     nf.convert(golden_hf, tmp_path / "wanted", topology=nf.Topology(tp=2, pp=2))
     assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
+
+
+# Tiny files are cut, as large ones are; and where asked, a rank ends when it has written what it
+# has to, or all of that but its parts of cut files, or must have none.
+CUTS = """
+import errno, os, sys
+from nanotron_fast.moves import engine, shares
+shares.CUT_MULTIPLE_BYTES, shares.CUT_OVER_BYTES = 4096, 0
+execute = engine.execute
+def end(plan, root, **given):
+    if os.environ["ENDS"] == "never":
+        assert not any(each.part for each in plan.outputs)
+        return execute(plan, root, **given)
+    assert any(each.part for each in plan.outputs)
+    parts = {each.path for each in plan.outputs if each.part}
+    execute(plan if os.environ["ENDS"] == "behind" else plan.without(parts), root, **given)
+    raise OSError(errno.ENOSPC, "No space left on device", "x")
+if os.environ.get("ENDS") and os.environ["RANK"] == "1":
+    engine.execute = end
+sys.argv = ["nanotron-fast", *sys.argv[1:]]
+from nanotron_fast.__main__ import main
+main()
+"""
+
+
+@pytest.fixture
+def cutting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    script = tmp_path_factory.mktemp("script") / "cutting.py"
+    script.write_text(CUTS)
+    return script
+
+
+@pytest.fixture
+def uneven(tmp_path: Path) -> Path:
+    """A model whose two largest tensors make uneven shares of whole files."""
+    return make("llama", num_hidden_layers=1, vocab_size=1000).save(tmp_path / "source")
+
+
+def num_cut(source: Path, world_size: int) -> int:
+    """Files that so many processes cut."""
+    with small_cuts(4096):
+        transfer = nf.plan(source, source.with_name("any")).transfer
+        return len(cut_in(transfer, transfer.deal(world_size, cuts=True)))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "io"),
+    [
+        pytest.param(2, "buffered", marks=pytest.mark.slow),
+        (3, "direct"),
+        pytest.param(7, "auto", marks=pytest.mark.slow),
+    ],
+)
+def test_processes_that_write_parts_of_one_file(
+    world_size: int, io: str, cutting: Path, run_ranks: RunRanks, uneven: Path, tmp_path: Path
+) -> None:
+    """There, and back to a single file, of which each process writes a part."""
+    assert num_cut(uneven, world_size) == (0 if world_size == 2 else 2)
+    nf.convert(uneven, tmp_path / "wanted")
+    nf.convert(tmp_path / "wanted", tmp_path / "wanted-back")
+    assert num_cut(tmp_path / "wanted", world_size) == 1
+    run_ranks(world_size, cutting, "convert", uneven, tmp_path / "out", "--io", io, "--fsync")
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
+    words = ("convert", tmp_path / "wanted", tmp_path / "back", "--io", io)
+    run_ranks(world_size, cutting, *words)
+    assert tree(tmp_path / "back") == tree(tmp_path / "wanted-back")
+
+
+@pytest.mark.parametrize("ends", ["before", pytest.param("behind", marks=pytest.mark.slow)])
+def test_a_file_of_which_a_part_is_missing_is_written_again(
+    ends: str, cutting: Path, run_ranks: RunRanks, uneven: Path, tmp_path: Path
+) -> None:
+    """Its other parts do not make it count; and all parts do, whoever wrote them."""
+    environments = [{**each, "ENDS": ends} for each in ranks(3)]
+    streams = tmp_path / "streams"
+    streams.mkdir()
+    results = forks.run([cutting, "convert", uneven, tmp_path / "out"], environments, streams, 120)
+    assert [result.code for result in results] == [2, 2, 2]
+    assert "No space left on device" in results[1].err
+    with small_cuts(4096):
+        transfer = nf.plan(uneven, tmp_path / "any").transfer
+        dealt = transfer.deal(3, cuts=True)
+        cut = {each.path for each in cut_in(transfer, dealt)}
+        of_rank = {each.path for each in transfer.parts(dealt[1]).outputs if each.part is not None}
+    num_whole = len(transfer.outputs) - (0 if ends == "behind" else len(of_rank))
+    assert of_rank <= cut
+    assert of_rank
+    (partial,) = tmp_path.glob("out.partial-*")
+    assert f"{num_whole} of 9 files are whole in {partial}" in results[0].err
+    (result, *_) = run_ranks(4, cutting, "convert", uneven, tmp_path / "out", "--resume")
+    assert f"{num_whole} files of 9 were whole before" in result.out
+    nf.convert(uneven, tmp_path / "wanted")
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
+    assert not list(tmp_path.glob("out.partial-*"))
+
+
+def test_a_manifest_keeps_files_whole(cutting: Path, uneven: Path, tmp_path: Path) -> None:
+    """A tensor is hashed by whoever writes it, so one process does."""
+    environments = [{**each, "ENDS": "never"} for each in ranks(3)]
+    streams = tmp_path / "streams"
+    streams.mkdir()
+    words = [cutting, "convert", uneven, tmp_path / "out", "--manifest"]
+    for result in forks.run(words, environments, streams, 120):
+        assert result.code == 0, result.err
+    assert nf.check_manifest(tmp_path / "out").intact
 
 
 @pytest.mark.parametrize("world_size", ["many", "2"])

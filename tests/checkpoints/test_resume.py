@@ -60,8 +60,10 @@ def stopped(source: Path, out: Path, number: int, **options: Any) -> None:
         assert not hasattr(caught.value, "__notes__")
 
 
-def test_killed_at_any_moment(source: Path, tmp_path: Path) -> None:
+def test_killed_at_any_moment(tmp_path: Path) -> None:
     (tmp_path / "rounds").mkdir()
+    # Of a size that several processes cut.
+    source = make("llama", num_hidden_layers=1, vocab_size=1000).save(tmp_path / "source")
     seed = random.randrange(10**6)
     result = subprocess.run(
         [sys.executable, KILL_LOOP, source, tmp_path / "rounds", str(seed), "150"],

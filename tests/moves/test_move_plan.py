@@ -9,11 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanotron_fast.errors import PlanError
+from nanotron_fast.moves.checksums import Checksum
+from nanotron_fast.moves.cuts import within
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.plan import MovePlan, OutputFile
 from nanotron_fast.moves.row import FILL
-from tests.plans import builders
+from tests.plans import builders, small_cuts
 from tests.strides import permuted
 
 FOLDER = Path("anywhere")
@@ -143,3 +145,73 @@ def test_shares_cover_every_output_once(build, world_size):
     for share in shares:
         share.check()
         assert share.sources == plan.sources
+
+
+def parts_by_path(plans):
+    """The parts of each output, whole ones too, in the order of their bytes; header bytes."""
+    parts, header_bytes = {}, {}
+    for output in (output for plan in plans for output in plan.outputs):
+        parts.setdefault(output.path, []).append(output.part or (0, output.size_bytes))
+        header_bytes[output.path] = header_bytes.get(output.path, 0) + len(output.header)
+    return {path: sorted(each) for path, each in parts.items()}, header_bytes
+
+
+@settings(deadline=None)
+@given(st.one_of(builders(), builders(aligned=True)), st.integers(1, 9))
+def test_shares_with_cuts_cover_every_byte_once(build, world_size):
+    plan = build.plan(FOLDER)
+    with small_cuts():
+        shares = [plan.share(rank, world_size, cuts=True) for rank in range(world_size)]
+    for share in shares:
+        share.check()
+        assert len({output.path for output in share.outputs}) == len(share.outputs)
+    parts, header_bytes = parts_by_path(shares)
+    assert sorted(parts) == [output.path for output in plan.outputs]
+    for output in plan.outputs:
+        assert header_bytes[output.path] == len(output.header)
+        ends = [0, *(end for _, end in parts[output.path])]
+        assert [begin for begin, _ in parts[output.path]] == ends[:-1]
+        assert ends[-1] == output.size_bytes
+    assert sum(share.bytes_read for share in shares) == plan.bytes_read
+    assert sum(share.bytes_written for share in shares) == plan.bytes_written
+
+
+def file_of(num_bytes, path="file", **changes):
+    """A plan of one file of zeros."""
+    sizes = (num_bytes // 2, 1, 1)
+    move = Move(FILL, 0, 0, 0, sizes, (0, 0, 0), (1, 1, 1), Dtype.BF16, Dtype.BF16)
+    return MovePlan((), (replace(OutputFile(path, b"", num_bytes), **changes),), (move,))
+
+
+def test_a_file_is_cut_at_multiples_alone():
+    with small_cuts(64):
+        shares = [file_of(1000).share(rank, 3, cuts=True) for rank in range(3)]
+    (parts, _) = parts_by_path(shares)
+    assert parts["file"] == [(0, 384), (384, 768), (768, 1000)]
+    for share in shares:
+        share.check()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"literals": ((996, b"tail"),)},
+        {"checksums": (Checksum(0, 990, (990,)),)},
+        {"header": bytes(65)},
+    ],
+)
+def test_files_that_are_not_cut(changes):
+    with small_cuts(64):
+        shares = [file_of(1000, **changes).share(rank, 3, cuts=True) for rank in range(3)]
+    assert sorted(len(share.outputs) for share in shares) == [0, 0, 1]
+
+
+def test_check_finds_what_is_wrong_with_a_part():
+    plan = file_of(1000)
+    part = replace(plan.outputs[0], part=(200, 1000))
+    assert "byte 0" in rejected(replace(plan, outputs=(part,)))
+    (move,) = plan.moves
+    (here,) = within(move, 200, 900)
+    assert "nothing writes byte 900" in rejected(replace(plan, outputs=(part,), moves=(here,)))
+    part = replace(part, part=(200, 800))
+    assert "past byte 800" in rejected(replace(plan, outputs=(part,), moves=(here,)))

@@ -209,6 +209,32 @@ void test_literals(const std::string& folder) {
         "2069980b7157977e56cec0d9ddfe7b8341b8cd9dcc83175e4e8d155bcc7edf87");
 }
 
+// Bytes of a file that is there already: the others stay, and it is neither made nor cut short.
+void test_parts_of_files(const std::string& folder) {
+  const std::string path = folder + "/there";
+  const EngineOptions options{2, true, default_simd_level()};
+  const std::vector<OutputFile> outputs{{path, {{4, "tail"}}, 12, {}, true}};
+  const auto write = [&] {
+    Progress progress;
+    execute({}, kHere, outputs, nullptr, 0, options, progress);
+    return progress.take_finished().size();
+  };
+  CHECK(contains(message_of<IoError>(write), "there"));
+  CHECK(!fs::exists(path));
+  write_file(path, "............");
+  CHECK(write() == 1 && read_file(path) == "....tail....");
+  CHECK(write() == 1 && read_file(path) == "....tail....");
+  fs::create_symlink(path, folder + "/link");
+  std::vector<OutputFile> linked = outputs;
+  linked[0].path = folder + "/link";
+  Progress progress;
+  CHECK(contains(
+      message_of<IoError>([&] { execute({}, kHere, linked, nullptr, 0, options, progress); }),
+      "link"));
+  write_file(path, "..............");
+  CHECK(contains(message_of<PlanError>(write), "there: the plan left 14 of 12 bytes"));
+}
+
 void test_plan_errors(const std::string& folder) {
   Progress progress;
   Fixture fixture(3, folder);
@@ -231,5 +257,6 @@ int main() {
   test_files_that_are_there(folder.path);
   test_changed_sources(folder.path);
   test_literals(folder.path);
+  test_parts_of_files(folder.path);
   test_plan_errors(folder.path);
 }
