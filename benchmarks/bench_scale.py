@@ -2,7 +2,8 @@
 
 Of each model: the seconds of the whole command `convert --dry-run` and the most memory that it
 held, the files that a rank writes, and how well the shares of 1 to 64 processes balance: the
-largest share of bytes over the mean one. With --convert also a conversion of 26 GB for real, beside
+largest share of bytes over the mean one, with the files that have to be cut for it, and of whole
+files alone. With --convert also a conversion of 26 GB for real, beside
 `cp` of the same files, every byte of which is read out of holes and written.
 """
 
@@ -25,8 +26,9 @@ from bench_convert import ENVIRONMENT, OURS, RESULTS, Samples, environment, run
 from watched import run_watched
 
 from nanotron_fast.checkpoints.convert import plan
+from nanotron_fast.checkpoints.cut_files import cut_in
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.moves.shares import owners_of
+from nanotron_fast.moves.shares import Part
 
 # Shape, and the files that the published model has.
 MODELS = (("llama-405b", 191), ("qwen2-moe-671b", 163))
@@ -51,12 +53,13 @@ def planned(src: Path, rounds: int) -> dict[str, Any]:
         seconds.append(ended.seconds)
         cpu_seconds.append(ended.cpu_seconds)
         peaks.append(ended.peak_rss_bytes)
-    outputs = plan(src, src.with_name("out"), topology=TOPOLOGY).transfer.outputs
-    files = [(each.path, each.size_bytes) for each in outputs]
+    transfer = plan(src, src.with_name("out"), topology=TOPOLOGY).transfer
+    files = [(each.path, each.size_bytes) for each in transfer.outputs]
     counts = range(1, MAX_PROCESSES + 1)
-    balances = {count: balance_of(files, count) for count in counts}
-    owners = owners_of(files, MAX_PROCESSES)
-    of_process = [owners.count(process) for process in range(MAX_PROCESSES)]
+    started = time.process_time()
+    dealt = {count: transfer.deal(count, cuts=True) for count in counts}
+    deal_seconds = (time.process_time() - started) / MAX_PROCESSES
+    of_process = [len(parts) for parts in dealt[MAX_PROCESSES]]
     return {
         "model": src.name,
         "parameters": report["num_parameters"],
@@ -70,7 +73,10 @@ def planned(src: Path, rounds: int) -> dict[str, Any]:
         "expected_bytes_of_conversion": report["peak_memory_bytes"],
         "files_of_a_rank": files_of_ranks([path for path, _ in files]),
         "files_of_a_process": [min(of_process), max(of_process)],
-        "balance": balances,
+        "deal_cpu_seconds": deal_seconds,
+        "balance": {count: balance_of(dealt[count]) for count in counts},
+        "balance_of_whole_files": {count: balance_of(transfer.deal(count)) for count in counts},
+        "cut_files": {count: len(cut_in(transfer, dealt[count])) for count in counts},
     }
 
 
@@ -83,12 +89,10 @@ def files_of_ranks(paths: list[str]) -> list[int]:
     return [min(found.values()), max(found.values())]
 
 
-def balance_of(files: list[tuple[str, int]], num_processes: int) -> float:
+def balance_of(shares: list[list[Part]]) -> float:
     """The largest share over the mean one, in bytes."""
-    loads = [0] * num_processes
-    for (_, size), owner in zip(files, owners_of(files, num_processes), strict=True):
-        loads[owner] += size
-    return max(loads) * num_processes / sum(loads)
+    loads = [sum(part.end_bytes - part.begin_bytes for part in parts) for parts in shares]
+    return max(loads) * len(loads) / sum(loads)
 
 
 def converted(work: Path) -> list[dict[str, Any]]:
@@ -145,7 +149,7 @@ def main() -> None:
                 f"{row['median_cpu_seconds']:.2f} s of CPU, {row['peak_rss_bytes'] / 1e6:.0f} MB, "
                 f"{row['tensor_files']} files, "
                 f"balance of 64 processes {row['balance'][64]:.3f}, the worst "
-                f"{row['balance'][worst]:.3f} of {worst}"
+                f"{row['balance'][worst]:.3f} of {worst}, shares in {row['deal_cpu_seconds']:.2f} s"
             )
         conversion = converted(Path(folder)) if args.convert else None
         for each in conversion or ():

@@ -191,10 +191,10 @@ def scale_section(name: str, document: dict[str, Any]) -> Section:
         f"Measured: {about(document['environment'])}.",
         "",
         f"Plans at {document['topology']} from headers alone (`convert --dry-run`, the whole "
-        "command). Balance: the bytes of the largest share over the mean one. Shares are made of "
-        "whole files: where the largest file is more than a twentieth of a mean share, as the "
-        "experts of a layer are, which Nanotron keeps in one file whatever TP is, they cannot "
-        "balance better than such files let them.",
+        "command). Balance: the bytes of the largest share over the mean one. The experts of a "
+        "layer are in one file whatever TP is, which can be most of a share; where shares of whole "
+        "files would be uneven, processes of torchrun write parts of one file. Shares of runs that "
+        "do not know each other (`--share`) are made of whole files alone.",
         "",
     ]
     rows, bars = [], []
@@ -234,9 +234,22 @@ def scale_section(name: str, document: dict[str, Any]) -> Section:
         ("balance of processes", *counts, "worst of 1 to 64"),
         [
             (
+                f"{row['model']}{what}",
+                *(f"{row[key][count]:.3f}" for count in counts),
+                f"{max(row[key].values()):.3f}",
+            )
+            for row in document["scale"]
+            for what, key in (("", "balance"), (", whole files", "balance_of_whole_files"))
+        ],
+    )
+    lines.append("")
+    lines += table(
+        ("files that are cut for it", *counts, "most of 1 to 64"),
+        [
+            (
                 row["model"],
-                *(f"{row['balance'][count]:.3f}" for count in counts),
-                f"{max(row['balance'].values()):.3f}",
+                *(str(row["cut_files"][count]) for count in counts),
+                str(max(row["cut_files"].values())),
             )
             for row in document["scale"]
         ],
