@@ -110,7 +110,7 @@ def one_round(
     for _ in range(kills):
         children = started(
             lambda **more: nanotron_fast.convert(source, out, workers=2, **options, **more),
-            random.randint(2, 5) if is_shared else 1,
+            random.randint(3, 4) if is_shared else 1,
         )
         time.sleep(random.uniform(0, seconds))
         os.kill(random.choice(children), random.choice(SIGNALS))
@@ -142,7 +142,8 @@ def main(source: Path, root: Path, seed: int, num_kills: int) -> None:
     killed = ended = 0
     while killed < num_kills:
         for kind in ("beside", "within", "over another", "by several"):
-            kills = random.randint(1, 6)
+            # Several processes plan several times.
+            kills = random.randint(1, 3 if kind == "by several" else 6)
             result = wanted_of_several if kind == "by several" else wanted
             ended += one_round(
                 source, root / "round", kind, result, root / "old", kills, 1.3 * seconds

@@ -244,6 +244,17 @@ def num_cut(source: Path, world_size: int) -> int:
         return len(cut_in(transfer, transfer.deal(world_size, cuts=True)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "io"), [(3, "direct"), (7, "auto")])
+def test_processes_that_write_parts_of_large_files(
+    world_size: int, io: str, cutting: Path, run_ranks: RunRanks, uneven: Path, tmp_path: Path
+) -> None:
+    assert num_cut(uneven, world_size) == 2
+    nf.convert(uneven, tmp_path / "wanted")
+    run_ranks(world_size, cutting, "convert", uneven, tmp_path / "out", "--io", io, "--fsync")
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
+
+
 @pytest.mark.parametrize(
     ("world_size", "io"),
     [
@@ -252,19 +263,15 @@ def num_cut(source: Path, world_size: int) -> int:
         pytest.param(7, "auto", marks=pytest.mark.slow),
     ],
 )
-def test_processes_that_write_parts_of_one_file(
+def test_processes_that_write_parts_of_the_only_file(
     world_size: int, io: str, cutting: Path, run_ranks: RunRanks, uneven: Path, tmp_path: Path
 ) -> None:
-    """There, and back to a single file, of which each process writes a part."""
-    assert num_cut(uneven, world_size) == (0 if world_size == 2 else 2)
-    nf.convert(uneven, tmp_path / "wanted")
-    nf.convert(tmp_path / "wanted", tmp_path / "wanted-back")
-    assert num_cut(tmp_path / "wanted", world_size) == 1
-    run_ranks(world_size, cutting, "convert", uneven, tmp_path / "out", "--io", io, "--fsync")
-    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
-    words = ("convert", tmp_path / "wanted", tmp_path / "back", "--io", io)
+    nf.convert(uneven, tmp_path / "nanotron")
+    nf.convert(tmp_path / "nanotron", tmp_path / "wanted")
+    assert num_cut(tmp_path / "nanotron", world_size) == 1
+    words = ("convert", tmp_path / "nanotron", tmp_path / "out", "--io", io)
     run_ranks(world_size, cutting, *words)
-    assert tree(tmp_path / "back") == tree(tmp_path / "wanted-back")
+    assert tree(tmp_path / "out") == tree(tmp_path / "wanted")
 
 
 @pytest.mark.parametrize("ends", ["before", pytest.param("behind", marks=pytest.mark.slow)])
