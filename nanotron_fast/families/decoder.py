@@ -166,6 +166,24 @@ MLP_BIASES: tuple[Rule, ...] = (
     ),
 )
 
+
+def plain_mlp() -> tuple[Rule, ...]:
+    """An MLP without a gate: up and down, with biases where there are some."""
+    up, down = f"{LAYER}mlp.up_proj", f"{LAYER}mlp.down_proj"
+    # The module has the name of a gated one's.
+    up_param, down_param = f"{BLOCK}mlp.gate_up_proj", f"{BLOCK}mlp.down_proj"
+    matrix, bias = partial(Copy, layers="dense"), partial(Copy, layers="dense", when="mlp_bias")
+    rows, columns = "intermediate", "hidden"
+    return (
+        matrix(f"{up}.weight", f"{up_param}.weight", rows=rows, columns=columns, split="rows"),
+        bias(f"{up}.bias", f"{up_param}.bias", rows=rows, split="rows"),
+        matrix(
+            f"{down}.weight", f"{down_param}.weight", rows=columns, columns=rows, split="columns"
+        ),
+        bias(f"{down}.bias", f"{down_param}.bias", rows=columns),
+    )
+
+
 DENSE: tuple[Rule, ...] = (
     *EMBEDDINGS,
     *ATTENTION,

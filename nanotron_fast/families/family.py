@@ -10,6 +10,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.rules import Context, Rule
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NanotronClass
+from nanotron_fast.formats.rope import read_rope
 from nanotron_fast.model.spec import Attention, Dense, Experts, Layer, ModelSpec
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.
@@ -80,10 +81,13 @@ class Family:
             a quirk says otherwise.
         rotates_neighbours: the published model has rotary pairs beside each other in q and k; in
             Nanotron's parameters they lie half a head apart.
+        rope: reads the base and the scaling of rotary embeddings.
         quirks: what else config.json says, in the order in which it is read.
         recognises: whether a model_config.json of one of its classes is one of this family, where
             nothing else says so.
         writes_head_dim: its class keeps head_dim whatever it is.
+        neutral: keys that its class computes with and nothing here does: only values that change
+            nothing are taken.
         extras: keys that pass through unread: dropout rates, pretraining_tp.
     """
 
@@ -105,9 +109,11 @@ class Family:
     norms: str = "before"
     qk_norm: str | None = None
     rotates_neighbours: bool = False
+    rope: Callable[[Fields], tuple[float, Mapping[str, Any] | None]] = read_rope
     quirks: tuple[Quirk, ...] = ()
     recognises: Callable[[Mapping[str, Any]], bool] = lambda model_config: False
     writes_head_dim: bool = False
+    neutral: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
 
     @property

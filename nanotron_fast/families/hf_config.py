@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.model_types import NEUTRAL
 from nanotron_fast.families.windows import check_no_windows, read_kinds
 from nanotron_fast.formats.fields import MAX_COUNT, MAX_SIZE, Fields
-from nanotron_fast.formats.rope import must_agree, read_rope
+from nanotron_fast.formats.rope import must_agree
 from nanotron_fast.model.spec import Attention, Dense, Layer, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
@@ -80,7 +81,7 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
             f"config.json: {num_heads} heads do not divide by {num_kv_heads} key-value heads"
         )
     head_dim = hidden_size // num_heads if head_dim is None else reader.positive("head_dim")
-    fields["rope_theta"], fields["rope_scaling"] = read_rope(reader)
+    fields["rope_theta"], fields["rope_scaling"] = family.rope(reader)
     attention = Attention(
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -107,7 +108,14 @@ def read_config(family: Family, config: Mapping[str, Any]) -> ModelSpec:
         if reader.get(key) is not None:
             reader.number(key)
     fields["extras"] = {key: reader.get(key) for key in family.extras}
-    return ModelSpec(**fields)
+    spec = ModelSpec(**fields)
+    for key in family.neutral:
+        if not NEUTRAL[key](reader.get(key), spec):
+            raise UnsupportedModelError(
+                f"config.json: {key} is {reader.get(key)!r}, and no model of this package's, nor "
+                "Nanotron's, computes with it"
+            )
+    return spec
 
 
 def _check_agreement(reader: _Reader) -> None:

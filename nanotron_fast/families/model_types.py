@@ -34,7 +34,7 @@ _BY_REASON: dict[str, str] = {
     _NEIGHBOURS: "ernie4_5 ernie4_5_moe glm helium",
     f"{_NEIGHBOURS}, and its layers have four norms": "glm4",
     f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere cohere2 cohere2_moe",
-    _QK_NORM: "olmo2 olmo3 olmoe exaone4 exaone_moe hunyuan_v1_dense "
+    _QK_NORM: "exaone_moe hunyuan_v1_dense "
     "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
     "minimax_m3_vl_text qwen4_exp_text",
     f"{_QK_NORM}; its logits are capped": "nanochat",
@@ -44,8 +44,7 @@ _BY_REASON: dict[str, str] = {
     _ZERO_CENTRED: "gemma",
     "its norms are zero-centred and its logits capped, which Nanotron does not do": "gemma2 "
     "vaultgemma",
-    _RENORMALISED: "mixtral phimoe granitemoe granitemoeshared minimax jetmoe dbrx aria_text "
-    "solar_open",
+    _RENORMALISED: "phimoe granitemoe granitemoeshared minimax jetmoe dbrx aria_text solar_open",
     f"{_RENORMALISED}; its attention has learned sinks": "granitemoe_swa",
     _LAYER_NORM: "olmo stablelm jais2 orion cohere_compass_text",
     f"{_LAYER_NORM}; {_PARTIAL}": "nemotron persimmon",
@@ -63,7 +62,6 @@ _BY_REASON: dict[str, str] = {
     "inkling2_text",
     "its attention has a gate, and it runs its layers several times": "hrm_text",
     "its attention has learned sinks, and its experts biases and a clipped activation": "gpt_oss",
-    "its MLP has no gate (up, relu2, down), and Nanotron's Llama has one": "arcee",
     "its layers have norms inside attention and MLP, which Nanotron does not have": "bitnet",
     "it subtracts two attentions from each other, which Nanotron does not do": "diffllama",
     "it scales queries by their position, which Nanotron does not do": "ministral3",
@@ -141,14 +139,6 @@ LIKE_LLAMA: Mapping[str, Mapping[str, Any]] = {
         "num_key_value_heads": 8,
         "sliding_window": 4096,
         "max_position_embeddings": 131072,
-    },
-    "seed_oss": {
-        **_COMMON,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "attention_bias": True,
-        "attention_out_bias": False,
-        "max_position_embeddings": 524288,
     },
 }
 

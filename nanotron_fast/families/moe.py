@@ -25,9 +25,14 @@ def experts(
     gate: str = "gate_proj",
     up: str = "up_proj",
     down: str = "down_proj",
+    newer: str | None = None,
 ) -> tuple[Rule, ...]:
-    """The router, and all experts in two parameters. `hf` is the block's name in Hugging Face."""
-    each, all_of_them = f"{LAYER}{hf}.experts.{{expert}}", f"{LAYER}{hf}.experts"
+    """The router, and all experts in two parameters.
+
+    `hf` is the block's name in Hugging Face, and `newer` the one that transformers 5 has in memory,
+    where it is another.
+    """
+    each, all_of_them = f"{LAYER}{hf}.experts.{{expert}}", f"{LAYER}{newer or hf}.experts"
     return (
         Copy(
             f"{LAYER}{hf}.gate.weight",
@@ -36,6 +41,7 @@ def experts(
             columns="hidden",
             layers="moe",
             is_fp32=True,
+            alias=None if newer is None else f"{LAYER}{newer}.gate.weight",
         ),
         StackExperts(
             (f"{each}.{gate}.weight", f"{each}.{up}.weight"),

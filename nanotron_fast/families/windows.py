@@ -21,12 +21,15 @@ class Windows:
         older: which layers have one where there is no layer_types and windows are in use.
         older_key: what transformers' older versions read instead, where all of them read it alike.
         has_switch: there are windows only where use_sliding_window is true.
+        unused_size: what sliding_window is where no layer has a window, in classes that need a size
+            and, always, layer_types.
         keys: what it reads, of which other families' classes need not have the same.
     """
 
     older: Callable[[Fields, Sequence[Layer]], list[bool]]
     older_key: str | None = None
     has_switch: bool = True
+    unused_size: int | None = None
     keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"sliding_window", "some_windows"})
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -53,16 +56,17 @@ class Windows:
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds what says the same to every version of transformers."""
         windowed = [window is not None for window in spec.windows]
-        config["sliding_window"] = next(filter(None, spec.windows), None)
+        config["sliding_window"] = next(filter(None, spec.windows), self.unused_size)
         if self.has_switch:
             config["use_sliding_window"] = any(windowed)
             # Windows start at this layer; after the last, there are none.
             first = [*windowed, True].index(True)
             if all(windowed[first:]):
                 config["max_window_layers"] = first
-        if any(windowed) and (self.has_switch or not all(windowed)):
+        is_said = self.has_switch or not all(windowed)
+        if self.unused_size is not None or (any(windowed) and is_said):
             # What max_window_layers means is another thing in each class and version.
-            config["layer_types"] = [_KINDS[has_window] for has_window in windowed]
+            config["layer_types"] = written_kinds(spec)
 
     def _check_older_field(
         self, reader: Fields, layers: Sequence[Layer], windowed: list[bool]
@@ -123,6 +127,11 @@ def read_kinds(reader: Fields, num_layers: int) -> list[bool] | None:
             f"config.json: layer_types has {len(kinds)} entries for {num_layers} layers"
         )
     return [kind == "sliding_attention" for kind in kinds]
+
+
+def written_kinds(spec: ModelSpec) -> list[str]:
+    """`layer_types` of a spec."""
+    return [_KINDS[window is not None] for window in spec.windows]
 
 
 def check_no_windows(kinds: list[bool] | None, why: str) -> None:

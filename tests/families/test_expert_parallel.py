@@ -17,11 +17,12 @@ from tests.modelzoo import make, read_tensors
 UP = "model/model/decoder/0/pp_block/mlp/experts/model_merged_gate_up_proj"
 
 
-@pytest.fixture
-def source(tmp_path: Path) -> Path:
-    return save("qwen3_moe", tmp_path / "hf", torch.bfloat16)
+@pytest.fixture(params=["qwen3_moe"])
+def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return save(request.param, tmp_path / "hf", torch.bfloat16)
 
 
+@pytest.mark.parametrize("source", ["qwen3_moe", "mixtral", "olmoe"], indirect=True)
 @pytest.mark.parametrize("sizes", [(1, 1, 2), (2, 2, 2), (2, 1, 4)], ids=str)
 def test_there_and_back(sizes: tuple[int, int, int], source: Path, tmp_path: Path) -> None:
     topology = Topology(*sizes)

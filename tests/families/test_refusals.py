@@ -121,8 +121,9 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"no_rope_layers": ..., "no_rope_layer_interval": ...},
         r"layers \[3\] of 6",
     ),
+    "clip-qkv": ("llama", {"model_type": "olmoe", "clip_qkv": 8.0}, "clip_qkv is 8.0, and no"),
     "bloom": ("llama", {"model_type": "bloom"}, r"'bloom' is not supported.*ALiBi"),
-    "mixtral": ("llama", {"model_type": "mixtral"}, "'mixtral' is not supported.*renormalises"),
+    "phimoe": ("llama", {"model_type": "phimoe"}, "'phimoe' is not supported.*renormalises"),
     "gpt2": (
         "llama",
         {"model_type": "gpt2"},

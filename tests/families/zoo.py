@@ -33,6 +33,14 @@ SOME_WINDOWS = {
     "max_window_layers": 2,
     "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
 }
+NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,86 @@ class Entry:
 
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ZOO: dict[str, Entry] = {
+    "exaone4": Entry("Exaone4", {"sliding_window": 7, "sliding_window_pattern": 2}),
+    "exaone4, head_dim, tied, no windows": Entry(
+        "Exaone4",
+        {
+            "head_dim": 10,
+            "tie_word_embeddings": True,
+            "sliding_window": None,
+            "layer_types": ["full_attention"] * 4,
+        },
+    ),
+    "exaone4, no rotary embedding": Entry("Exaone4", {"layer_types": ["full_attention"] * 4}),
+    "mixtral": Entry("Mixtral", {"num_local_experts": 4}, 1e-5),
+    "mixtral, window, tied": Entry(
+        "Mixtral",
+        {"num_local_experts": 3, "head_dim": 10, "sliding_window": 7, "tie_word_embeddings": True},
+        1e-5,
+    ),
     "mistral, head_dim": Entry("Mistral", {"head_dim": 16, "sliding_window": None}),
+    "arcee": Entry("Arcee", {"num_key_value_heads": None}),
+    "arcee, tied, biases, yarn": Entry(
+        "Arcee",
+        {
+            "tie_word_embeddings": True,
+            "head_dim": 10,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": YARN,
+        },
+    ),
+    "olmo2": Entry("Olmo2"),
+    "olmo2, tied, biases": Entry("Olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
+    "olmo3": Entry("Olmo3", {"sliding_window": 7}),
+    "olmo3, tied, biases, yarn on full layers": Entry(
+        "Olmo3",
+        {
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN_ROPE},
+        },
+    ),
+    "olmo3, another base in windows": Entry(
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention"] * 3 + ["full_attention"],
+            "rope_parameters": {
+                "full_attention": {**PLAIN_ROPE, "rope_theta": 1000.0},
+                "sliding_attention": PLAIN_ROPE,
+            },
+        },
+    ),
+    "olmo3, no windows": Entry("Olmo3", {"layer_types": ["full_attention"] * 4}),
+    "olmo3, all windows": Entry(
+        "Olmo3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}
+    ),
+    "olmoe": Entry("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, 1e-5),
+    "olmoe, renormalised, biases, tied": Entry(
+        "Olmoe",
+        {
+            "num_experts": 3,
+            "num_experts_per_tok": 2,
+            "norm_topk_prob": True,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+        },
+        1e-5,
+    ),
+    "seed_oss": Entry("SeedOss", {"head_dim": 10, **NO_DROPOUT}),
+    "seed_oss, tied, every bias": Entry(
+        "SeedOss",
+        {
+            "head_dim": 16,
+            "attention_out_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            **NO_DROPOUT,
+        },
+    ),
     "qwen2, some windows": Entry("Qwen2", SOME_WINDOWS),
     "qwen3": Entry("Qwen3", {"head_dim": 10}),
     "qwen3, tied, biases, windows": Entry(

@@ -1,0 +1,169 @@
+"""What the config.json of released models says: one or more of each family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nanotron_fast import Topology
+
+OLMO2 = {"vocab_size": 100352, "rope_theta": 500000.0, "max_position_embeddings": 4096}
+OLMO3 = {
+    "vocab_size": 100278,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 65536,
+    "sliding_window": 4096,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "attention_factor": 1.2079441541679836,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+    },
+}
+EXAONE4_ROPE = {
+    "rope_theta": 1000000.0,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 16.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+
+
+@dataclass(frozen=True)
+class Released:
+    """One model.
+
+    Args:
+        config: of its config.json, what is not its class's default.
+        billions: of its parameters.
+        topology: that one would train it with.
+    """
+
+    config: Mapping[str, Any]
+    billions: float
+    topology: Topology
+
+
+def _sizes(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
+) -> dict[str, int]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+    }
+
+
+RELEASED: dict[str, Released] = {
+    "AFM-4.5B": Released(
+        {
+            "model_type": "arcee",
+            **_sizes(2560, 18432, 36, 20, 4),
+            "head_dim": 128,
+            "vocab_size": 128004,
+            "max_position_embeddings": 65536,
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 20.0,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        4.62,
+        Topology(tp=4, pp=1),
+    ),
+    "EXAONE-4.0-1.2B": Released(
+        {
+            "model_type": "exaone4",
+            **_sizes(2048, 4096, 30, 32, 8),
+            "head_dim": 64,
+            "vocab_size": 102400,
+            "tie_word_embeddings": True,
+            "max_position_embeddings": 65536,
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "layer_types": ["full_attention"] * 30,
+            **EXAONE4_ROPE,
+        },
+        1.28,
+        Topology(tp=2, pp=1),
+    ),
+    "EXAONE-4.0-32B": Released(
+        {
+            "model_type": "exaone4",
+            **_sizes(5120, 27392, 64, 40, 8),
+            "head_dim": 128,
+            "vocab_size": 102400,
+            "max_position_embeddings": 131072,
+            "sliding_window": 4096,
+            "sliding_window_pattern": "LLLG",
+            "layer_types": (["sliding_attention"] * 3 + ["full_attention"]) * 16,
+            **EXAONE4_ROPE,
+        },
+        32.0,
+        Topology(tp=8, pp=4),
+    ),
+    "Mixtral-8x7B": Released(
+        {
+            "model_type": "mixtral",
+            **_sizes(4096, 14336, 32, 32, 8),
+            "vocab_size": 32000,
+            "max_position_embeddings": 32768,
+            "rope_theta": 1000000.0,
+            "sliding_window": None,
+            "router_aux_loss_coef": 0.02,
+        },
+        46.7,
+        Topology(tp=2, pp=2, ep=8),
+    ),
+    "OLMo-2-7B": Released(
+        {"model_type": "olmo2", **_sizes(4096, 11008, 32, 32, 32), **OLMO2},
+        7.3,
+        Topology(tp=2, pp=2),
+    ),
+    "OLMo-2-32B": Released(
+        {"model_type": "olmo2", **_sizes(5120, 27648, 64, 40, 8), **OLMO2},
+        32.2,
+        Topology(tp=8, pp=2),
+    ),
+    "Olmo-3-7B": Released(
+        {"model_type": "olmo3", **_sizes(4096, 11008, 32, 32, 32), **OLMO3},
+        7.3,
+        Topology(tp=2, pp=1),
+    ),
+    "Olmo-3-32B": Released(
+        {"model_type": "olmo3", **_sizes(5120, 27648, 64, 40, 8), **OLMO3},
+        32.2,
+        Topology(tp=2, pp=8),
+    ),
+    "OLMoE-1B-7B": Released(
+        {
+            "model_type": "olmoe",
+            **_sizes(2048, 1024, 16, 16, 16),
+            "vocab_size": 50304,
+            "clip_qkv": None,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+        },
+        6.92,
+        Topology(tp=2, pp=1, ep=8),
+    ),
+    "Seed-OSS-36B": Released(
+        {
+            "model_type": "seed_oss",
+            **_sizes(5120, 27648, 64, 80, 8),
+            "head_dim": 128,
+            "vocab_size": 155136,
+            "rope_theta": 10000000.0,
+        },
+        36.15,
+        Topology(tp=8, pp=4),
+    ),
+}
