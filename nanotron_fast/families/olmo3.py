@@ -12,6 +12,9 @@ from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.model.spec import Layer
 
+# The base where config.json has none: that of transformers 5. In 4 it is 10000.
+_THETA = 500000.0
+
 
 def _three_of_four(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
     return [(layer + 1) % 4 != 0 for layer in range(len(layers))]
@@ -22,8 +25,7 @@ FAMILY = Family(
     architecture="Olmo3ForCausalLM",
     model_class=NANOTRON_FAST_CONFIG,
     rules=olmo2.RULES,
-    # The base is that of transformers 5; in 4 it was 10000.
-    defaults={**olmo2.DEFAULTS, "rope_theta": 500000.0, "sliding_window": 4096},
+    defaults={**olmo2.DEFAULTS, "rope_theta": _THETA, "sliding_window": 4096},
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     norms="after",
@@ -36,6 +38,6 @@ FAMILY = Family(
             keys=frozenset({"sliding_window", "layer_types"}),
             unused_size=4096,
         ),
-        UnscaledWindows(),
+        UnscaledWindows(assumed=_THETA),
     ),
 )

@@ -50,10 +50,14 @@ def _of_kind(fields: Fields, kinds: Mapping[str, Any], kind: str) -> Fields:
 class UnscaledWindows:
     """Layers with a window take no part in rope_scaling, and may have a base of their own.
 
+    Args:
+        assumed: the base that transformers 5 gives them where a config has none by kind of layer.
+
     Transformers 4 has one `rope_theta` for both kinds; 5 has `rope_parameters` for each, and takes
     a `rope_theta` for the layers without a window alone.
     """
 
+    assumed: float
     keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"some_rope_thetas"})
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -61,6 +65,11 @@ class UnscaledWindows:
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers with a window their base. Raises ConfigError, UnsupportedModelError."""
         layers: list[Layer] = fields["layers"]
+        if _kinds(reader) is None and reader.config.get("rope_theta") is None:
+            raise ConfigError(
+                f"{reader.file}: rope_theta is absent, and its default is another in transformers "
+                f"4 than in 5 ({reader.get('rope_theta')!r}): say which the model has"
+            )
         if not any(each.attention.window for each in layers):
             return
         full: _Rope = (fields["rope_theta"], fields["rope_scaling"])
@@ -84,21 +93,22 @@ class UnscaledWindows:
         kinds = _kinds(reader)
         if kinds is not None:
             return read_rope(_of_kind(reader, kinds, _SLIDING))
-        stated, assumed = reader.config.get("rope_theta"), reader.defaults["rope_theta"]
-        if stated != assumed:
-            said = "is absent" if stated is None else f"is {stated!r}"
+        stated = reader.config["rope_theta"]
+        if stated != self.assumed:
             raise ConfigError(
-                f"{reader.file}: rope_theta {said}, and transformers 5 would give layers with a "
-                f"window {assumed!r}, which transformers 4 does not: say the bases of both kinds "
-                f"of layers in {_KEY}"
+                f"{reader.file}: rope_theta is {stated!r}, and transformers 5 would give layers "
+                f"with a window {self.assumed!r}, which transformers 4 does not: say the bases of "
+                f"both kinds of layers in {_KEY}"
             )
         return float(stated), None
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Adds both kinds to what transformers 4 reads."""
+        """Adds both kinds where rope_theta and rope_scaling alone would be read otherwise."""
         windowed = [each.attention.rope_theta for each in spec.layers if each.attention.window]
         scaling = dict(spec.rope_scaling or {"rope_type": "default"})
         full = {**scaling, "rope_theta": spec.rope_theta}
         own = next(iter(windowed), None)
         sliding = full if own is None else {"rope_type": "default", "rope_theta": own}
-        config[_KEY] = {_FULL: full, _SLIDING: dict(sliding)}
+        assumed = {"rope_type": "default", "rope_theta": self.assumed}
+        if windowed and (sliding != assumed or spec.rope_theta != self.assumed):
+            config[_KEY] = {_FULL: full, _SLIDING: dict(sliding)}

@@ -60,7 +60,7 @@ def test_bases_and_scalings(
 @pytest.mark.parametrize(
     ("family", "said", "error", "message"),
     [
-        ("olmo3", {}, ConfigError, "rope_theta is absent, and transformers 5 would give"),
+        ("olmo3", {}, ConfigError, "rope_theta is absent, and its default is an"),
         ("olmo3", {"rope_theta": 1e4}, ConfigError, "rope_theta is 10000.0, and transformers 5"),
         ("olmo3", {"rope_parameters": PLAIN}, ConfigError, "should have full_attention and slid"),
         (

@@ -37,7 +37,6 @@ NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {
     "rope_type": "yarn",
-    "rope_theta": 10000.0,
     "factor": 4.0,
     "original_max_position_embeddings": 32,
 }
@@ -51,11 +50,13 @@ class Entry:
         kind: the name of its configuration's class without "Config", in transformers.
         changes: of SIZES; a value of None leaves the class's own.
         tolerance: of losses beside transformers', relative.
+        since: the first major version of transformers that can say it.
     """
 
     kind: str
     changes: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float = 1e-6
+    since: int = 4
 
 
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
@@ -86,12 +87,12 @@ ZOO: dict[str, Entry] = {
             "head_dim": 10,
             "attention_bias": True,
             "mlp_bias": True,
-            "rope_parameters": YARN,
+            "rope_scaling": YARN,
         },
     ),
     "olmo2": Entry("Olmo2"),
     "olmo2, tied, biases": Entry("Olmo2", {"tie_word_embeddings": True, "attention_bias": True}),
-    "olmo3": Entry("Olmo3", {"sliding_window": 7}),
+    "olmo3": Entry("Olmo3", {"sliding_window": 7, "rope_theta": 500000.0}),
     "olmo3, tied, biases, yarn on full layers": Entry(
         "Olmo3",
         {
@@ -99,7 +100,8 @@ ZOO: dict[str, Entry] = {
             "attention_bias": True,
             "sliding_window": 7,
             "layer_types": ["sliding_attention", "full_attention"] * 2,
-            "rope_parameters": {"full_attention": YARN, "sliding_attention": PLAIN_ROPE},
+            "rope_theta": 500000.0,
+            "rope_scaling": YARN,
         },
     ),
     "olmo3, another base in windows": Entry(
@@ -112,10 +114,18 @@ ZOO: dict[str, Entry] = {
                 "sliding_attention": PLAIN_ROPE,
             },
         },
+        since=5,
     ),
-    "olmo3, no windows": Entry("Olmo3", {"layer_types": ["full_attention"] * 4}),
+    "olmo3, no windows": Entry(
+        "Olmo3", {"rope_theta": 500000.0, "layer_types": ["full_attention"] * 4}
+    ),
     "olmo3, all windows": Entry(
-        "Olmo3", {"sliding_window": 7, "layer_types": ["sliding_attention"] * 4}
+        "Olmo3",
+        {
+            "sliding_window": 7,
+            "rope_theta": 500000.0,
+            "layer_types": ["sliding_attention"] * 4,
+        },
     ),
     "olmoe": Entry("Olmoe", {"num_experts": 4, "num_experts_per_tok": 2}, 1e-5),
     "olmoe, renormalised, biases, tied": Entry(
@@ -202,8 +212,9 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     entry = ZOO[name]
     config_class = getattr(transformers, f"{entry.kind}Config", None)
     model_class = getattr(transformers, f"{entry.kind}ForCausalLM", None)
-    if config_class is None or model_class is None:
-        pytest.skip(f"transformers {transformers.__version__} has no {entry.kind}")
+    is_too_old = int(transformers.__version__.split(".")[0]) < entry.since
+    if config_class is None or model_class is None or is_too_old:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
     sizes = {**SIZES, **entry.changes}
     model = model_class(config_class(**sizes)).to(dtype)

@@ -54,7 +54,10 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
         if config.get(key) is None:
             config[key] = written[key]
     config["rope_theta"] = original.rope_theta
-    config["rope_scaling"] = None if original.rope_scaling is None else dict(original.rope_scaling)
+    if original.rope_scaling is not None:
+        config["rope_scaling"] = dict(original.rope_scaling)
+    elif "rope_scaling" in config:
+        config["rope_scaling"] = None
     kept = _as_nanotron_keeps(original, model)
     was = write_config(model.family, kept, dtype)
     if _ROPE in was:
