@@ -6,6 +6,7 @@ Each is the FAMILY of a file in this folder.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pkgutil import iter_modules
 from typing import Any
@@ -117,9 +118,11 @@ def family_of_spec(spec: ModelSpec) -> Family:
     """The first family whose config.json can say all that a spec computes, Nanotron's own before
     others. Raises UnsupportedModelError.
     """
+    # Of no consequence for what is computed, and no configuration leaves it out.
+    full = replace(spec, router_aux_loss_coef=spec.router_aux_loss_coef or 0.0)
     for family in sorted(_FAMILIES.values(), key=lambda each: not each.model_class.is_stock):
         try:
-            said = read_config(family, write_config(family, spec, Dtype.F32))
+            said = read_config(family, write_config(family, full, Dtype.F32))
         except NanotronFastError:
             continue
         if all(getattr(said, name) == getattr(spec, name) for name in COMPUTED):

@@ -227,6 +227,8 @@ def _flags(spec: ModelSpec, layer: Layer) -> frozenset[str]:
         "untied": not spec.tie_word_embeddings,
         "tied": spec.tie_word_embeddings,
         "qk_norm": attention.qk_norm is not None,
+        "sinks": attention.has_sinks,
+        "expert_bias": isinstance(mlp, Experts) and mlp.has_bias,
         "q_rank": attention.latent is not None and attention.latent.q_rank is not None,
         "no_q_rank": attention.latent is not None and attention.latent.q_rank is None,
         "q_rank_bias": attention.latent is not None

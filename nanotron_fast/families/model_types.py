@@ -61,7 +61,6 @@ _BY_REASON: dict[str, str] = {
     "its keys and values pass a short convolution, which Nanotron does not have": "inkling_text "
     "inkling2_text",
     "its attention has a gate, and it runs its layers several times": "hrm_text",
-    "its attention has learned sinks, and its experts biases and a clipped activation": "gpt_oss",
     "its layers have norms inside attention and MLP, which Nanotron does not have": "bitnet",
     "it subtracts two attentions from each other, which Nanotron does not do": "diffllama",
     "it scales queries by their position, which Nanotron does not do": "ministral3",

@@ -12,10 +12,13 @@ from nanotron_fast.families.parts import Param
 Role = Literal["embedding", "head", "column", "row", "router", "norm", "bias"]
 
 _MERGED_GATE_UP = ".merged_gate_up_proj"
-# Cut by no axis, so that their names say what they are.
-_UNCUT: Mapping[str, Role] = {
+# Whose names say what they are, and not how they are cut.
+_BY_NAME: Mapping[str, Role] = {
     ".router.weight": "router",
     ".router.correction_bias": "bias",
+    ".merged_gate_up_bias": "bias",
+    ".merged_down_bias": "bias",
+    ".attn.sinks": "bias",
     _MERGED_GATE_UP: "column",
     ".merged_down_proj": "row",
     ".shared_expert_gate.weight": "column",
@@ -28,7 +31,7 @@ def role_of(param: Param) -> Role:
         return "bias"
     if param.block in ("embedding", "head"):
         return "embedding" if param.block == "embedding" else "head"
-    for suffix, role in _UNCUT.items():
+    for suffix, role in _BY_NAME.items():
         if param.name.endswith(suffix):
             return role
     if len(param.shape) == 1:

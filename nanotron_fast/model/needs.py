@@ -62,6 +62,18 @@ ODDITIES: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
         lambda spec: _any_attention(spec, lambda each: each.rope_theta is not None),
         "some of its layers have a rotary embedding of their own",
     ),
+    "sinks": (
+        lambda spec: _any_attention(spec, lambda each: each.has_sinks),
+        "its attention has sinks",
+    ),
+    "expert_bias": (
+        lambda spec: _any_experts(spec, lambda each: each.has_bias),
+        "its experts have biases",
+    ),
+    "clamped_glu": (
+        lambda spec: _any_experts(spec, lambda each: each.clamped_glu is not None),
+        "its experts clamp what they multiply",
+    ),
     "latent": (
         lambda spec: _any_attention(spec, lambda each: each.latent is not None),
         "its keys and values are compressed (multi-head latent attention)",
@@ -83,6 +95,8 @@ ODDITIES: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
                     has_shared_expert=False,
                     has_shared_gate=True,
                     is_renormalised=False,
+                    has_bias=False,
+                    clamped_glu=None,
                 )
                 != Experts(1, 1, 1, 1, has_shared_expert=False)
             ),

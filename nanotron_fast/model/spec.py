@@ -71,6 +71,8 @@ class Attention:
             itself; "whole", all heads' rows at once.
         scale: of the scores; None: head_dim ** -0.5.
         softcap: scores s become softcap * tanh(s / softcap).
+        has_sinks: each head has a score of its own beside those of the keys, which takes weight
+            from them and has no value.
         latent: how queries, keys and values are made, where it is not by a projection each. The
             last rows of a head turn then, and those of keys are the same for all heads.
         rope_theta: the base of this layer's frequencies, without the model's rope_scaling; None:
@@ -88,6 +90,7 @@ class Attention:
     scale: float | None = None
     softcap: float | None = None
     rope_theta: float | None = None
+    has_sinks: bool = False
     latent: Latent | None = None
 
 
@@ -111,6 +114,9 @@ class Experts:
         scale: of the weights, after that.
         has_correction_bias: a bias on the scores decides with them which experts are chosen, and
             not how much they count.
+        has_bias: biases on the router's scores, and in the experts.
+        clamped_glu: (alpha, limit) where an expert computes (up + 1) * gate * sigmoid(alpha * gate)
+            with gate at most limit, and up within limit of 0, in place of the activation.
         num_groups, top_k_groups: experts are chosen from the best groups alone, a group being worth
             its two best experts.
     """
@@ -127,6 +133,8 @@ class Experts:
     has_correction_bias: bool = False
     num_groups: int = 1
     top_k_groups: int = 1
+    has_bias: bool = False
+    clamped_glu: tuple[float, float] | None = None
 
 
 # Where a layer has its norms, and what kinds of norms there are.
@@ -329,7 +337,6 @@ STRUCTURE = (
     "qk_norm",
     "has_gated_mlp",
     "norm",
-    "norm_places",
     "moe",
     "moe_layers",
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention
+from nanotron_fast.kernels.attention.sinks import attention_with_sinks
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope.apart import rope_apart
 from nanotron_fast.model.spec import Attention as AttentionSpec
@@ -32,9 +33,13 @@ class Attention(nn.Module):
         self.spec, self.setting, self.layer = attention, setting, layer
         self.add_module(setting.names.qkv, Weights(may_have_bias=True))
         self.add_module(setting.names.output, Weights(may_have_bias=True))
+        if attention.has_sinks:
+            self.register_parameter("sinks", None)
         if attention.qk_norm:
             self.q_norm = Weights()
             self.k_norm = Weights()
+
+    sinks: nn.Parameter
 
     @property
     def _qkv(self) -> Weights:
@@ -46,7 +51,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
         packs_by_kv_head = self.setting.names.packs_by_kv_head
-        is_fused = not (self.spec.qk_norm or packs_by_kv_head) and batch.cache is None
+        is_plain = not (self.spec.qk_norm or self.spec.has_sinks or packs_by_kv_head)
+        is_fused = is_plain and batch.cache is None
         out = self._fused(x, batch) if is_fused else self._in_steps(x, batch)
         # Every rank has the whole bias, and adds it once: after the sum over ranks.
         bias = self._output.bias
@@ -105,16 +111,17 @@ class Attention(nn.Module):
             q, k, v = (each.unflatten(0, (batch.size, batch.length)) for each in (q, k, v))
         if batch.cache is not None:
             k, v = batch.cache.extend(self.layer, k, v)
-        out = attention(
-            q,
-            k,
-            v,
-            cu_seqlens=batch.cu_seqlens,
-            max_seqlen=None if batch.cu_seqlens is None else batch.length,
-            window=spec.window,
-            scale=spec.scale,
-            softcap=spec.softcap,
-        )
+        options: dict[str, Any] = {
+            "cu_seqlens": batch.cu_seqlens,
+            "max_seqlen": None if batch.cu_seqlens is None else batch.length,
+            "window": spec.window,
+            "scale": spec.scale,
+            "softcap": spec.softcap,
+        }
+        if spec.has_sinks:
+            out = attention_with_sinks(q, k, v, self.sinks, **options)
+        else:
+            out = attention(q, k, v, **options)
         out = out.reshape(packed.shape[0], heads * spec.head_dim)
         return row_linear(out, self._output.weight, **parallel)
 

@@ -49,16 +49,25 @@ class _Join(torch.autograd.Function):
 
 
 class MergedExperts(nn.Module):
-    """The matrices of all experts: (experts, hidden, 2 * inter) and (experts, inter, hidden)."""
+    """The matrices of all experts: (experts, hidden, 2 * inter) and (experts, inter, hidden).
+
+    With biases: (experts, 2 * inter) and (experts, hidden).
+    """
 
     merged_gate_up_proj: nn.Parameter
     merged_down_proj: nn.Parameter
 
-    def __init__(self, activation: str) -> None:
+    merged_gate_up_bias: nn.Parameter
+    merged_down_bias: nn.Parameter
+
+    def __init__(self, experts: ExpertsSpec, activation: str) -> None:
         super().__init__()
-        self.activation = activation
+        self.spec, self.activation = experts, activation
         self.register_parameter("merged_gate_up_proj", None)
         self.register_parameter("merged_down_proj", None)
+        if experts.has_bias:
+            self.register_parameter("merged_gate_up_bias", None)
+            self.register_parameter("merged_down_bias", None)
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         """The weighted sum of the chosen experts: (tokens, hidden).
@@ -69,22 +78,36 @@ class MergedExperts(nn.Module):
         order = chosen.flatten().argsort(stable=True)
         runs = Runs(torch.bincount(chosen.flatten(), minlength=num_experts))
         packed = grouped_linear(x[order // top_k], self.merged_gate_up_proj, runs)
-        out = grouped_linear(gated(packed, self.activation), self.merged_down_proj, runs)
+        expert = chosen.flatten()[order]
+        if self.spec.has_bias:
+            packed = packed + self.merged_gate_up_bias[expert]
+        out = grouped_linear(self._gated(packed), self.merged_down_proj, runs)
+        if self.spec.has_bias:
+            out = out + self.merged_down_bias[expert]
         scaled = out * weights.flatten()[order, None].to(x.dtype)
         # Each token's terms beside each other again, summed in the order of their weights.
         return (
             torch.empty_like(scaled).index_copy(0, order, scaled).unflatten(0, (-1, top_k)).sum(1)
         )
 
+    def _gated(self, packed: Tensor) -> Tensor:
+        if self.spec.clamped_glu is None:
+            return gated(packed, self.activation)
+        alpha, limit = self.spec.clamped_glu
+        gate, up = packed.chunk(2, -1)
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        return (up + 1) * gate * torch.sigmoid(alpha * gate)
+
 
 class Router(Weights):
-    """Its weight gives scores; a correction bias decides with them who is chosen."""
+    """Its weight, with a bias or without, gives scores; a correction bias decides with them who is
+    chosen."""
 
     correction_bias: nn.Parameter
 
-    def __init__(self, *, has_correction_bias: bool) -> None:
-        super().__init__()
-        if has_correction_bias:
+    def __init__(self, experts: ExpertsSpec) -> None:
+        super().__init__(may_have_bias=experts.has_bias)
+        if experts.has_correction_bias:
             self.register_parameter("correction_bias", None)
 
 
@@ -95,15 +118,18 @@ class Experts(nn.Module):
         super().__init__()
         self.spec, self.setting = experts, setting
         # In the order of Nanotron's modules, by which an optimizer's file numbers its states.
-        self.router = Router(has_correction_bias=experts.has_correction_bias)
+        self.router = Router(experts)
         if experts.has_shared_expert:
             self.shared_expert = Mlp(setting)
         if experts.has_shared_expert and experts.has_shared_gate:
             self.shared_expert_gate = Weights()
-        self.experts = MergedExperts(setting.spec.hidden_act)
+        self.experts = MergedExperts(experts, setting.spec.hidden_act)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        logits = F.linear(x.float(), self.router.weight.float())
+        bias = self.router.bias if self.spec.has_bias else None
+        logits = F.linear(
+            x.float(), self.router.weight.float(), None if bias is None else bias.float()
+        )
         is_softmax = self.spec.scoring == "softmax"
         probabilities = logits.softmax(-1) if is_softmax else logits.sigmoid()
         weights, chosen = self._chosen(probabilities)

@@ -50,7 +50,17 @@ RICH = ModelSpec(
         Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
         Layer(Attention(4, 4, 24, (16, 24), latent=Latent(None, 8, 16)), Dense(96), "parallel"),
         Layer(
-            Attention(8, 8, 8, None, qk_norm="whole", scale=0.5, softcap=50.0, rope_theta=1e4),
+            Attention(
+                8,
+                8,
+                8,
+                None,
+                qk_norm="whole",
+                scale=0.5,
+                softcap=50.0,
+                rope_theta=1e4,
+                has_sinks=True,
+            ),
             Experts(
                 *(4, 2, 16, 0),
                 has_shared_expert=False,
@@ -61,6 +71,8 @@ RICH = ModelSpec(
                 has_correction_bias=True,
                 num_groups=2,
                 top_k_groups=1,
+                has_bias=True,
+                clamped_glu=(1.5, 7.0),
             ),
             "around",
         ),

@@ -204,6 +204,19 @@ ZOO["deepseek_v3, no q rank, YaRN, biases"] = Entry(
     1e-5,
 )
 
+ZOO["gpt_oss"] = Entry(
+    "GptOss",
+    {
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 24,
+        "sliding_window": 7,
+        "swiglu_limit": 1.5,
+    },
+    1e-5,
+)
+
 
 def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     """The entry's model with norms and biases that show. Skips where transformers lacks it."""

@@ -15,7 +15,7 @@ import pytest
 import nanotron_fast
 from nanotron_fast import Topology
 from nanotron_fast.checkpoints import carrying_out as conversion
-from nanotron_fast.checkpoints import placing
+from nanotron_fast.checkpoints import placing, small_files
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.errors import DestinationError
 from tests.modelzoo import make, read_tensors
@@ -416,12 +416,14 @@ def test_a_full_disk_names_the_small_file(
 ) -> None:
     (source / "tokenizer.json").write_text("{}")
 
-    def full(file: Any, data: bytes) -> None:
-        if file.name.endswith(name):
-            raise OSError(28, "No space left on device")
-        file.write(data)
+    write = small_files.write_all
 
-    monkeypatch.setattr("nanotron_fast.checkpoints.small_files._write", full)
+    def full(descriptor: int, data: bytes, path: str | Path) -> None:
+        if str(path).endswith(name):
+            raise OSError(28, "No space left on device", str(path))
+        write(descriptor, data, path)
+
+    monkeypatch.setattr(small_files, "write_all", full)
     with pytest.raises(OSError, match=f"No space left on device: '.*/{name}'"):
         nanotron_fast.convert(source, tmp_path / "out")
     monkeypatch.undo()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 
@@ -91,14 +90,14 @@ def test_a_file_that_is_cut_while_it_is_copied(
 ) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{}")
-    write = small_files._write
+    write = small_files.write_all
 
-    def cut(file: BinaryIO, data: bytes) -> None:
+    def cut(descriptor: int, data: bytes, name: str | Path) -> None:
         os.truncate(path, 1)
-        write(file, data[:1])
+        write(descriptor, data[:1], name)
 
     monkeypatch.setattr("nanotron_fast.checkpoints.small_files._BLOCK_BYTES", 1)
-    monkeypatch.setattr("nanotron_fast.checkpoints.small_files._write", cut)
+    monkeypatch.setattr("nanotron_fast.checkpoints.small_files.write_all", cut)
     with pytest.raises(CheckpointError, match="it ends 1 bytes before its size"):
         copy_file(path, tmp_path / "copy", fsync=True)
 

@@ -114,7 +114,12 @@ def test_every_need_can_arise() -> None:
                 LAYER,
                 norms="parallel",
                 attention=replace(
-                    ATTENTION, scale=1.0, softcap=50.0, rope_theta=1e6, latent=Latent(8, 8, 8)
+                    ATTENTION,
+                    scale=1.0,
+                    softcap=50.0,
+                    rope_theta=1e6,
+                    has_sinks=True,
+                    latent=Latent(8, 8, 8),
                 ),
                 mlp=replace(
                     SPARSE,
@@ -122,6 +127,8 @@ def test_every_need_can_arise() -> None:
                     has_shared_gate=False,
                     scoring="sigmoid",
                     is_renormalised=True,
+                    has_bias=True,
+                    clamped_glu=(1.0, 7.0),
                 ),
             ),
         ),

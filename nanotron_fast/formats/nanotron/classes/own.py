@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.formats.fields import MAX_COUNT, Fields
+from nanotron_fast.formats.fields import MAX_COUNT, Fields, is_number
 from nanotron_fast.formats.nanotron.classes.base import FILE, NanotronClass, register
 from nanotron_fast.formats.rope import read_rope
 from nanotron_fast.model.needs import ALL_NEEDS
@@ -110,13 +110,18 @@ class _OwnClass(NanotronClass):
 
 def _written(layer: Layer) -> dict[str, Any]:
     kind = next(name for name, each in _KINDS.items() if isinstance(layer.mlp, each))
-    attention = asdict(layer.attention)
-    if layer.attention.rotary is not None:
-        attention["rotary"] = list(layer.attention.rotary)
+    attention = _lists(asdict(layer.attention))
     return {
         "attention": attention,
-        "mlp": {"kind": kind, **asdict(layer.mlp)},
+        "mlp": {"kind": kind, **_lists(asdict(layer.mlp))},
         "norms": layer.norms,
+    }
+
+
+def _lists(document: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back."""
+    return {
+        name: list(value) if isinstance(value, tuple) else value for name, value in document.items()
     }
 
 
@@ -200,6 +205,7 @@ def _read_attention(fields: Fields) -> Attention:
         scale=_number_or_none(fields, "scale"),
         softcap=_number_or_none(fields, "softcap"),
         rope_theta=_number_or_none(fields, "rope_theta"),
+        has_sinks=fields.flag("has_sinks"),
         latent=None if fields.get("latent") is None else _read_latent(fields),
     )
 
@@ -253,7 +259,18 @@ def _read_mlp(fields: Fields) -> Dense | Experts:
         has_correction_bias=fields.flag("has_correction_bias"),
         num_groups=num_groups,
         top_k_groups=top_k_groups,
+        has_bias=fields.flag("has_bias"),
+        clamped_glu=_read_clamped_glu(fields),
     )
+
+
+def _read_clamped_glu(fields: Fields) -> tuple[float, float] | None:
+    given = fields.get("clamped_glu")
+    if given is None:
+        return None
+    if not isinstance(given, list) or len(given) != 2 or not all(map(is_number, given)):
+        raise fields.error("clamped_glu", "two numbers")
+    return float(given[0]), float(given[1])
 
 
 def _layer_cost(spec: ModelSpec, layer: Layer) -> int:
