@@ -108,7 +108,7 @@ PLAIN = Windows(
     keys=frozenset({"sliding_window", "layer_types"}),
 )
 # On every layer, where use_sliding_window is true.
-SWITCHED = Windows(older=_everywhere)
+SWITCHED = Windows(older=_everywhere, older_key="use_sliding_window")
 # On the layers from max_window_layers on, where use_sliding_window is true.
 UPPER_LAYERS = Windows(older=_upper_layers, older_key="max_window_layers")
 

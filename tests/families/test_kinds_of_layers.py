@@ -81,6 +81,12 @@ def test_bases_and_scalings(
             UnsupportedModelError,
             "rope_parameters of layers with a window are scaled",
         ),
+        (
+            "qwen3_moe",
+            {"use_sliding_window": True, "layer_types": KINDS},
+            ConfigError,
+            "2 of 4 layers a sliding window, and use_sliding_window True gives 4 of 4",
+        ),
         ("exaone4", {"sliding_window_pattern": "LLLG"}, ConfigError, "pattern is 'LLLG', and"),
         (
             "exaone4",

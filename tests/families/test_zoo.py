@@ -59,4 +59,4 @@ def test_there_and_back(name: str, tmp_path: Path) -> None:
 def _target(source: Path) -> str | None:
     """Families that no class of Nanotron's can load need no word."""
     kind = json.loads((source / "config.json").read_text())["model_type"]
-    return "nanotron-fast" if kind in ("mistral", "qwen2") else None
+    return "nanotron-fast" if kind in ("mistral", "qwen2", "qwen2_moe") else None

@@ -151,6 +151,18 @@ ZOO: dict[str, Entry] = {
         },
     ),
     "qwen2, some windows": Entry("Qwen2", SOME_WINDOWS),
+    "qwen2_moe, some windows, renormalised": Entry(
+        "Qwen2Moe",
+        {
+            "norm_topk_prob": True,
+            "mlp_only_layers": [1],
+            "shared_expert_intermediate_size": 40,
+            **_MOE,
+            **SOME_WINDOWS,
+        },
+        1e-5,
+        since=5,
+    ),
     "qwen3": Entry("Qwen3", {"head_dim": 10}),
     "qwen3, tied, biases, windows": Entry(
         "Qwen3",
@@ -158,6 +170,9 @@ ZOO: dict[str, Entry] = {
     ),
     "qwen3_moe": Entry(
         "Qwen3Moe", {"head_dim": 16, "norm_topk_prob": True, "mlp_only_layers": [1], **_MOE}, 1e-5
+    ),
+    "qwen3_moe, windows": Entry(
+        "Qwen3Moe", {"use_sliding_window": True, "sliding_window": 7, **_MOE}, 1e-5
     ),
     "qwen3_moe, plain weights": Entry("Qwen3Moe", {"decoder_sparse_step": 2, **_MOE}, 1e-5),
 }
