@@ -233,8 +233,8 @@ class ModelSpec:
 
     @property
     def norm_places(self) -> tuple[str, ...]:
-        """Where each layer has its norms."""
-        return tuple(each.norms for each in self.layers)
+        """Where layers have their norms: each place once, in the order of the layers."""
+        return tuple(dict.fromkeys(each.norms for each in self.layers))
 
     @property
     def has_mlp_bias(self) -> bool:
