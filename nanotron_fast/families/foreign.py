@@ -14,7 +14,7 @@ from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.model_types import NEUTRAL, like_llama, refusal_of
-from nanotron_fast.model.spec import ModelSpec
+from nanotron_fast.model.spec import ModelSpec, differing_layer
 
 _STARCODER2 = "starcoder2"
 # What two families may read out of one config.json differently, and the key that says it.
@@ -26,25 +26,24 @@ _COMPUTED = {
     "moe": "num_experts",
     "moe_layers": "mlp_only_layers",
     "has_qkv_bias": "biases on q, k and v",
-    "has_output_bias": "a bias on the attention's output",
+    "has_output_bias": "bias on the attention's output",
     "has_mlp_bias": "biases in the MLP",
-    "qk_norm": "the norms of queries and keys",
-    "norm": "the kind of its norms",
-    "norm_adds_one": "what is added to its norms' weights",
-    "norm_places": "where its layers have norms",
-    "embedding_scale": "what it multiplies embeddings by",
-    "residual_scale": "what it multiplies by what layers add",
-    "logit_scale": "what it multiplies logits by",
-    "logit_softcap": "where its logits are capped",
-    "has_gated_mlp": "the gate of its MLP",
+    "qk_norm": "norms of queries and keys",
+    "norm": "kind of norm",
+    "norm_adds_one": "addition of 1 to norms' weights",
+    "norm_places": "places of norms",
+    "embedding_scale": "factor of embeddings",
+    "residual_scale": "factor of what layers add",
+    "logit_scale": "factor of logits",
+    "logit_softcap": "cap of logits",
+    "has_gated_mlp": "gate of the MLP",
     "hidden_act": "hidden_act",
-    "norm_eps": "the norms' epsilon",
+    "norm_eps": "norms' epsilon",
     "num_kv_heads": "num_key_value_heads",
     "head_dim": "head_dim",
     "rope_theta": "rope_theta",
     "rope_scaling": "rope_scaling",
     "tie_word_embeddings": "tie_word_embeddings",
-    "layers": "its layers one by one",
 }
 
 
@@ -94,10 +93,20 @@ def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) ->
     for name, what in _COMPUTED.items():
         left, right = getattr(means, name), getattr(reads, name)
         if left != right:
-            raise _refused(
-                chosen, own.name, f"its {what}: {left!r}, where a {chosen.name} has {right!r}"
-            )
+            raise _reads_otherwise(chosen, own, what, left, right)
+    layer = differing_layer(means, reads)
+    if layer is not None:
+        raise _reads_otherwise(chosen, own, *layer)
+    if own.rotates_neighbours != chosen.rotates_neighbours:
+        what = "rotary embedding of neighbours"
+        raise _reads_otherwise(chosen, own, what, own.rotates_neighbours, chosen.rotates_neighbours)
     return family
+
+
+def _reads_otherwise(
+    chosen: Family, own: Family, what: str, left: object, right: object
+) -> UnsupportedModelError:
+    return _refused(chosen, own.name, f"its {what}: {left!r}, where a {chosen.name} has {right!r}")
 
 
 def _check_keys(

@@ -33,7 +33,7 @@ _FUSED = "its q, k and v are stored in one tensor of its own layout, and there i
 _BY_REASON: dict[str, str] = {
     _NEIGHBOURS: "ernie4_5 ernie4_5_moe glm helium",
     f"{_NEIGHBOURS}, and its layers have four norms": "glm4",
-    f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere cohere2 cohere2_moe",
+    f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere2_moe",
     _QK_NORM: "exaone_moe hunyuan_v1_dense "
     "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
     "minimax_m3_vl_text qwen4_exp_text",
@@ -41,9 +41,7 @@ _BY_REASON: dict[str, str] = {
     f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3_text gemma3n_text gemma4_text gemma4_unified_text",
     f"{_QK_NORM}; {_RECURRENT}": "qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid lfm2 "
     "lfm2_moe lfm3 kimi_linear",
-    _ZERO_CENTRED: "gemma",
-    "its norms are zero-centred and its logits capped, which Nanotron does not do": "gemma2 "
-    "vaultgemma",
+    "its norms are zero-centred and its logits capped, which Nanotron does not do": "vaultgemma",
     _RENORMALISED: "phimoe granitemoe granitemoeshared minimax jetmoe dbrx aria_text solar_open",
     f"{_RENORMALISED}; its attention has learned sinks": "granitemoe_swa",
     _LAYER_NORM: "olmo stablelm jais2 orion cohere_compass_text",
@@ -117,7 +115,6 @@ _MULTIPLIERS = {
     "attention_multiplier": 1.0,
 }
 LIKE_LLAMA: Mapping[str, Mapping[str, Any]] = {
-    "granite": {**_COMMON, **_MULTIPLIERS},
     "hyperclovax": {**_COMMON, **_MULTIPLIERS, "attention_multiplier": None, "use_post_norm": True},
     "internlm3": {
         **_COMMON,
@@ -192,7 +189,7 @@ NEUTRAL: Mapping[str, _Rule] = {
         "attention_sinks rope_interleave rope_interleaved rotary_interleaved interleaved_rotary "
         "alibi use_alibi lm_head_bias use_mup mup_enabled scale_attn_by_inverse_layer_idx "
         "q_lora_rank kv_lora_rank attention_chunk_size attn_temperature_tuning "
-        "sliding_window_pattern multi_query",
+        "sliding_window_pattern multi_query use_bidirectional_attention",
         _one_of(None, False, 0),
     ),
     **_words(

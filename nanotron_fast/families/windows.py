@@ -100,6 +100,18 @@ def _upper_layers(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
     return [layer >= first for layer in range(len(layers))]
 
 
+_PATTERN = "sliding_window_pattern"
+
+
+def _all_but_every_nth(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
+    interval = reader.positive(_PATTERN)
+    return [number % interval != 0 for number in range(1, len(layers) + 1)]
+
+
+def _every_other(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
+    return [number % 2 == 0 for number in range(len(layers))]
+
+
 # On every layer.
 PLAIN = Windows(
     older=_everywhere,
@@ -111,6 +123,21 @@ PLAIN = Windows(
 SWITCHED = Windows(older=_everywhere, older_key="use_sliding_window")
 # On the layers from max_window_layers on, where use_sliding_window is true.
 UPPER_LAYERS = Windows(older=_upper_layers, older_key="max_window_layers")
+# On every other layer, from the first.
+EVERY_OTHER = Windows(
+    older=_every_other,
+    has_switch=False,
+    unused_size=4096,
+    keys=frozenset({"sliding_window", "layer_types"}),
+)
+# On all layers but every n-th, where sliding_window_pattern is n.
+ALL_BUT_EVERY_NTH = Windows(
+    older=_all_but_every_nth,
+    older_key=_PATTERN,
+    has_switch=False,
+    unused_size=4096,
+    keys=frozenset({"sliding_window", "layer_types", _PATTERN}),
+)
 
 
 def read_kinds(reader: Fields, num_layers: int) -> list[bool] | None:

@@ -4,7 +4,7 @@ By what the operations save (`parallel.attention`, `parallel.mlp`, `kernels.rms_
 hidden size, b bytes of a value, t tokens of the micro batch, t' = t / tp where tp_mode is
 REDUCE_SCATTER (else t), H and d heads and their size, all of a rank's heads H / tp:
 
-    two norms           2 t' (h b + 4)                    the residual stream, and 1 / rms
+    n norms             n t' (h b + 4)                    what they take, and 1 / rms
     attention           t' h b + t (H d b + 4 H) / tp     its input, output and log-sum-exp
                         + t (H + 2 K) d b / tp            and q, k and v, of which K heads
     a dense MLP         t' h b + 2 t i b / tp             its input, gate and up
@@ -13,6 +13,9 @@ REDUCE_SCATTER (else t), H and d heads and their size, all of a rank's heads H /
                                                           of k experts a token: input, gate and up,
                                                           activation (m wide)
     recompute_layer     t' h b                            in place of all these: the layer's input
+
+There are two norms, four around attention and MLP, or one before both side by side, which then have
+one input.
 
 An MLP without a gate or with biases is computed in steps, which keep what they make; so is
 attention with norms of q and k, or packed by key-value head: before those norms it keeps q and k
@@ -25,6 +28,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nanotron_fast.model.spec import Experts, Layer
+
+# Norms of a layer where they are in other places than before or after attention and MLP.
+_NUM_NORMS = {"around": 4, "parallel": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,13 +81,14 @@ class MicroBatch:
     def _saved(self, layer: Layer) -> int:
         attention = layer.attention
         heads = attention.num_heads * (attention.head_dim * self.value_bytes + 4)
-        saved = 2 * self._norm_bytes + self.stream_bytes + self.tokens * heads // self.tp
+        saved = _NUM_NORMS.get(layer.norms, 2) * self._norm_bytes
+        saved += self.stream_bytes + self.tokens * heads // self.tp
         saved += self.tokens * self._products(layer) * self.value_bytes // self.tp
         if attention.qk_norm or self.packs_by_kv_head:
             saved += self.tokens * attention.head_dim * 4
         mlp = layer.mlp
         if not isinstance(mlp, Experts):
-            return saved + self.stream_bytes
+            return saved if layer.norms == "parallel" else saved + self.stream_bytes
         routed = mlp.top_k * (self.hidden_size + 3 * mlp.intermediate_size) * self.value_bytes
         saved += self.tokens * (self.hidden_size * self.value_bytes + 4 * mlp.num_experts + routed)
         return saved + (self.stream_bytes if mlp.has_shared_expert else 0)

@@ -43,7 +43,8 @@ class Memory:
         moments: the optimizer's.
         activations: of the micro batches that are under way at once, the largest layer's backward
             pass, and what a pipeline receives into.
-        logits: of one micro batch, and a rank's part of the vocabulary.
+        logits: of one micro batch, and a rank's part of the vocabulary; where they are capped, with
+            what the cap keeps and their gradient, and else that takes their place.
     """
 
     weights: int = 0
@@ -167,10 +168,11 @@ def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int)
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
     columns = model.architecture.spec.vocab_size // config.parallelism.tp
+    copies = 1 if model.architecture.spec.logit_softcap is None else 3
     return replace(
         states,
         activations=_activations(config, model, stages, rank, tokens),
-        logits=tokens * columns * VALUE_BYTES[config.model.dtype] if has_head else 0,
+        logits=copies * tokens * columns * VALUE_BYTES[config.model.dtype] if has_head else 0,
     )
 
 

@@ -14,7 +14,7 @@ import nanotron_fast as nf
 from nanotron_fast import families
 from nanotron_fast.errors import NanotronFastError, UnsupportedModelError
 from nanotron_fast.families import family_named, family_names
-from nanotron_fast.families.foreign import _keys_read
+from nanotron_fast.families.foreign import _keys_read, seen_as
 from nanotron_fast.families.model_types import LIKE_LLAMA, NEUTRAL, REFUSED
 from tests.modelzoo import make, read_tensors
 from tests.refusals import refused
@@ -31,19 +31,19 @@ COMPUTES_OTHERWISE: dict[str, tuple[str, dict[str, Any], str, str]] = {
         "granite",
         {**NEUTRAL_GRANITE, "logits_scaling": 8.0},
         "llama",
-        "'granite', and its logits_scaling is 8.0",
+        "'granite', and its factor of logits: 0.125, where a llama has 1.0",
     ),
     "granite-by-default": (
         "granite",
         {key: NEUTRAL_GRANITE[key] for key in NEUTRAL_GRANITE if key != "attention_multiplier"},
         "llama",
-        "its attention_multiplier is 1.0",
+        "its scale of layer 0: 1.0, where a llama has None",
     ),
     "ernie": ("ernie4_5", {}, "llama", "'ernie4_5', and its rotary embedding turns neighbours"),
     "helium": ("helium", {}, "llama", "turns neighbours"),
     "glm": ("glm", {}, "llama", "turns neighbours"),
-    "cohere": ("cohere", {}, "llama", "side by side on one norm"),
-    "gemma": ("gemma", {}, "llama", "zero-centred"),
+    "cohere": ("cohere", {"rope_theta": 1e4}, "llama", "its kind of norm: 'plain_layer_norm'"),
+    "gemma": ("gemma", {}, "llama", "its addition of 1 to norms' weights: True"),
     "ministral3": ("ministral3", {}, "mistral", "scales queries"),
     "minicpm": ("minicpm", {}, "llama", "scale_emb"),
     "window-to-llama": ("mistral", {"sliding_window": 8}, "llama", "its sliding_window: 8, where"),
@@ -132,6 +132,14 @@ def test_what_computes_the_same_goes_there_and_back(
     )
 
 
+def test_relatives_turn_the_same_rows() -> None:
+    llama = family_named("llama")
+    other = dataclasses.replace(llama, name="other", rotates_neighbours=True)
+    config = {**make("llama").config, "model_type": "llama"}
+    with pytest.raises(UnsupportedModelError, match="rotary embedding of neighbours: False, where"):
+        seen_as(other, config, {"llama": llama, "other": other})
+
+
 def test_absent_keys_have_the_defaults_of_the_own_class(tmp_path: Path) -> None:
     changes = {"rope_theta": ..., "no_rope_layers": [1, 1], "tie_word_embeddings": False}
     source = save(tmp_path / "hf", "smollm3", changes)
@@ -187,7 +195,7 @@ def test_no_model_type_is_one_that_nobody_knows(model_type: Any, tmp_path: Path)
     ("model_type", "changes", "message"),
     [
         ("Ernie4_5", {}, "turns neighbours"),
-        ("GRANITE", {}, "attention_multiplier is 1.0"),
+        ("GRANITE", {}, "its scale of layer 0: 1.0, where a llama has None"),
         ("Mistral", {"sliding_window": 8}, "its sliding_window: 8, where"),
         ("cohere_compass_text", {}, "LayerNorm"),
         ("granitemoe_swa", {}, "learned sinks"),
@@ -216,8 +224,8 @@ def test_refused_types_say_why_in_a_line(tmp_path: Path) -> None:
         message = f"model_type '{model_type}' is not supported: {REFUSED[model_type][:20]}"
         with pytest.raises(UnsupportedModelError, match=message.replace("(", ".")):
             nf.plan(source, tmp_path / "out")
-    with pytest.raises(UnsupportedModelError, match=r"'granite' .* --family llama"):
-        nf.plan(save(tmp_path / "granite", "granite", {}), tmp_path / "out")
+    with pytest.raises(UnsupportedModelError, match=r"'internlm3' .* --family llama"):
+        nf.plan(save(tmp_path / "internlm3", "internlm3", {}), tmp_path / "out")
 
 
 # Fields of the classes that change nothing about what a model computes with its weights.

@@ -59,6 +59,14 @@ class Entry:
     since: int = 4
 
 
+MULTIPLIERS = {
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.125,
+    "logits_scaling": 2.0,
+}
+
+
 _MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 ZOO: dict[str, Entry] = {
     "exaone4": Entry("Exaone4", {"sliding_window": 7, "sliding_window_pattern": 2}),
@@ -175,6 +183,55 @@ ZOO: dict[str, Entry] = {
         "Qwen3Moe", {"use_sliding_window": True, "sliding_window": 7, **_MOE}, 1e-5
     ),
     "qwen3_moe, plain weights": Entry("Qwen3Moe", {"decoder_sparse_step": 2, **_MOE}, 1e-5),
+    "granite": Entry("Granite", MULTIPLIERS),
+    "granite, tied, biases, head_dim": Entry(
+        "Granite",
+        {
+            **MULTIPLIERS,
+            "attention_multiplier": 10**-0.5,
+            "logits_scaling": 0.7,
+            "head_dim": 10,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "mlp_bias": True,
+        },
+    ),
+    "cohere": Entry("Cohere", {"logit_scale": 0.75}),
+    "cohere2": Entry("Cohere2", {"sliding_window": 7, "logit_scale": 0.25}),
+    "cohere2, untied, biases, other layers": Entry(
+        "Cohere2",
+        {
+            "sliding_window": 7,
+            "logit_scale": 2.0,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3],
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma": Entry("Gemma", {"head_dim": 16}),
+    "gemma, untied, biases": Entry(
+        "Gemma",
+        {
+            "head_dim": 10,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "num_key_value_heads": 8,
+        },
+    ),
+    "gemma2": Entry("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}),
+    "gemma2, untied, biases, other caps": Entry(
+        "Gemma2",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3],
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": None,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
 }
 
 _MLA = {

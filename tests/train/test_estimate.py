@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,12 @@ import nanotron_fast
 from nanotron_fast.cli.dry_run import dry_run, overrides_of
 from nanotron_fast.cli.reporting import stage_lines
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
+from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.kernels.rope.tables import rope_tables
 from nanotron_fast.model.spec import Attention, Dense, Layer
 from nanotron_fast.models import build
 from nanotron_fast.models.batch import Batch
+from nanotron_fast.models.norm import Norm
 from nanotron_fast.parallel.attention import tensor_parallel_attention
 from nanotron_fast.parallel.mlp import tensor_parallel_mlp
 from nanotron_fast.train import TrainingConfig
@@ -26,6 +28,7 @@ from nanotron_fast.train.advice import advice
 from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.devices import peak_flops
 from nanotron_fast.train.estimate import Estimate, estimate
+from tests.families import zoo
 from tests.modelzoo import make
 from tests.train.configs import MODEL_CONFIG, document, save
 
@@ -39,6 +42,14 @@ LLAMA = 4 * LAYER + 64 + 2 * ROWS
 def of(**changes: Any) -> Estimate:
     config = TrainingConfig.from_dict(document(**changes))
     return estimate(config, architecture(config))
+
+
+def capped() -> dict[str, Any]:
+    """The small Llama in this package's class, its logits capped."""
+    plain = architecture(TrainingConfig.from_dict(document())).architecture.spec
+    return NANOTRON_FAST_CONFIG.write(
+        replace(plain, logit_softcap=30.0), family="llama", version="1.5", rope_interleaved=False
+    )
 
 
 def layout(**changes: Any) -> dict[str, Any]:
@@ -96,6 +107,8 @@ def test_states_of_every_kind() -> None:
     assert memory.total == sum(asdict(memory).values())
     # A micro batch of two samples.
     assert memory.logits == 2 * 32 * 512 * 2
+    # Capped ones, with what the cap keeps of them, and their gradient.
+    assert of(model__model_config=capped()).memory.logits == 3 * memory.logits
     # Sums and masters are in fp32 whatever it says.
     assert of(optimizer__accumulate_grad_in_fp32=False).memory == memory
     fp32 = of(model__dtype="float32").memory
@@ -242,21 +255,25 @@ def test_activations_follow_what_the_operations_save() -> None:
     assert len(results) == 2
 
 
-@pytest.mark.parametrize("family", ["starcoder2", "llama"])
+@pytest.mark.parametrize("family", ["starcoder2", "llama", "gemma2"])
 def test_activations_of_what_is_computed_in_steps(family: str, tmp_path: Path) -> None:
-    """A whole layer of a Starcoder2; of a Llama with biases its MLP."""
-    changes = {"mlp_bias": True} if family == "llama" else {}
-    root = make(family, dtype="F32", **changes).save(tmp_path / "hf")
+    """A whole layer of a Starcoder2, and of a Gemma 2; of a Llama with biases its MLP."""
+    if family in zoo.ZOO:
+        root = zoo.save(family, tmp_path / "hf")
+    else:
+        changes = {"mlp_bias": True} if family == "llama" else {}
+        root = make(family, dtype="F32", **changes).save(tmp_path / "hf")
     decoder = build(root)
     layer, spec = decoder.layers[0], decoder.architecture.spec
     micro = Batch(2, 12, torch.device("cpu"), max_positions=12)
     tables = decoder.setting.rotary.tables(spec.layers[0].attention, 12, micro.device)
-    given = (*decoder.parameters(), *tables, micro.position_ids)
+    given = (*decoder.parameters(), *tables)
     left_out = {each.data_ptr() for each in given}
     saved: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.data_ptr() not in left_out:
+        # Positions are integers.
+        if tensor.data_ptr() not in left_out and tensor.is_floating_point():
             saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
         return tensor
 
@@ -267,16 +284,17 @@ def test_activations_of_what_is_computed_in_steps(family: str, tmp_path: Path) -
     x, residual = torch.randn(2, 24, spec.hidden_size, requires_grad=True).unbind()
     kept = batch.kept(spec.layers[0])
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        if family == "starcoder2":
-            results = layer(x, residual, micro)
-            # A LayerNorm keeps a mean besides.
-            kept += 2 * 4 * 24
-        else:
+        if family == "llama":
             results = layer.mlp(x)
             without = Layer(spec.layers[0].attention, Dense(spec.intermediate_size))
             # Beside what a fused one keeps: its input, gate and up. And plain torch keeps the
             # gate's activation.
             kept += batch.stream_bytes - batch.kept(without) + 3 * 24 * spec.intermediate_size * 4
+        else:
+            results = layer(x, residual, micro)
+            if spec.norm != "rms_norm":
+                # A LayerNorm keeps a mean besides.
+                kept += len([each for each in layer.modules() if isinstance(each, Norm)]) * 4 * 24
     assert sum(saved.values()) == kept
     assert len(results) > 0
 

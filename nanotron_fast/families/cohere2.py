@@ -1,0 +1,49 @@
+"""Cohere's Command A: windows on most layers, and no rotary embedding on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nanotron_fast.families import cohere
+from nanotron_fast.families.windows import ALL_BUT_EVERY_NTH
+from nanotron_fast.formats.fields import Fields
+from nanotron_fast.model.spec import Layer, ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class RopeInWindows:
+    """Layers without a window have no rotary embedding."""
+
+    keys: frozenset[str] = frozenset()
+    expresses: frozenset[str] = frozenset({"no_rope_layers", "some_no_rope_layers"})
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
+        """Takes it from them."""
+        layers: list[Layer] = fields["layers"]
+        fields["layers"] = [
+            each
+            if each.attention.window
+            else replace(each, attention=replace(each.attention, rotary=None))
+            for each in layers
+        ]
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
+        """The windows say it."""
+
+
+FAMILY = replace(
+    cohere.FAMILY,
+    name="cohere2",
+    architecture="Cohere2ForCausalLM",
+    defaults={
+        **cohere.DEFAULTS,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+        "sliding_window_pattern": 4,
+    },
+    neutral=(),
+    quirks=(ALL_BUT_EVERY_NTH, RopeInWindows(), cohere.LOGITS),
+)
