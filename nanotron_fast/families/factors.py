@@ -85,32 +85,47 @@ class ScoreScale:
 
 
 @dataclass(frozen=True, slots=True)
-class Softcaps:
-    """Caps of the scores and of the logits; null is none."""
+class ScoreCap:
+    """The cap of attention's scores; null is none."""
 
-    scores: str = "attn_logit_softcapping"
-    logits: str = "final_logit_softcapping"
-    expresses: frozenset[str] = frozenset({"softcap", "logit_softcap"})
+    key: str = "attn_logit_softcapping"
+    expresses: frozenset[str] = frozenset({"softcap"})
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def keys(self) -> frozenset[str]:
-        """Both."""
-        return frozenset({self.scores, self.logits})
+        """The one."""
+        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """Raises ConfigError where one is no positive number."""
-        scores, logits = (
-            None if reader.get(key) is None else _positive(reader, key)
-            for key in (self.scores, self.logits)
-        )
-        _set_attention(fields, softcap=scores)
-        fields["logit_softcap"] = logits
+        """Gives it to every layer. Raises ConfigError where it is no positive number."""
+        _set_attention(fields, softcap=_positive_or_none(reader, self.key))
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Adds both keys."""
-        config[self.scores] = spec.attention.softcap
-        config[self.logits] = spec.logit_softcap
+        """Adds the key."""
+        config[self.key] = spec.attention.softcap
+
+
+@dataclass(frozen=True, slots=True)
+class LogitCap:
+    """The cap of logits; null is none."""
+
+    key: str = "final_logit_softcapping"
+    expresses: frozenset[str] = frozenset({"logit_softcap"})
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The one."""
+        return frozenset({self.key})
+
+    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
+        """Raises ConfigError where it is no positive number."""
+        fields["logit_softcap"] = _positive_or_none(reader, self.key)
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
+        """Adds the key."""
+        config[self.key] = spec.logit_softcap
 
 
 def _set_attention(fields: dict[str, Any], **changes: Any) -> None:
@@ -125,6 +140,10 @@ def _positive(reader: Fields, key: str) -> float:
     if number <= 0:
         raise reader.error(key, "a positive number")
     return number
+
+
+def _positive_or_none(reader: Fields, key: str) -> float | None:
+    return None if reader.get(key) is None else _positive(reader, key)
 
 
 def _power(value: float, power: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from nanotron_fast.families.decoder import EMBEDDINGS, PROJECTIONS, mlp, norms
-from nanotron_fast.families.factors import ScaledEmbedding, ScoreScale, Softcaps
+from nanotron_fast.families.factors import LogitCap, ScaledEmbedding, ScoreCap, ScoreScale
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.rules import Rule
 from nanotron_fast.families.windows import EVERY_OTHER
@@ -56,7 +56,7 @@ FAMILY = Family(
     output_bias="attention_bias",
     norms="around",
     norm_adds_one=True,
-    quirks=(EVERY_OTHER, SCORES, Softcaps(), ScaledEmbedding()),
+    quirks=(EVERY_OTHER, SCORES, ScoreCap(), LogitCap(), ScaledEmbedding()),
     writes_head_dim=True,
     neutral=NEUTRAL,
 )

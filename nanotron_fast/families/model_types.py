@@ -38,7 +38,7 @@ _BY_REASON: dict[str, str] = {
     "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
     "minimax_m3_vl_text qwen4_exp_text",
     f"{_QK_NORM}; its logits are capped": "nanochat",
-    f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3_text gemma3n_text gemma4_text gemma4_unified_text",
+    f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3n_text gemma4_text gemma4_unified_text",
     f"{_QK_NORM}; {_RECURRENT}": "qwen3_next qwen3_5_text qwen3_5_moe_text olmo_hybrid lfm2 "
     "lfm2_moe lfm3 kimi_linear",
     "its norms are zero-centred and its logits capped, which Nanotron does not do": "vaultgemma",

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.formats.fields import Fields
-from nanotron_fast.formats.rope import read_rope
+from nanotron_fast.formats.rope import must_agree, read_rope
 from nanotron_fast.model.spec import Layer, ModelSpec
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
@@ -44,6 +44,17 @@ def _of_kind(fields: Fields, kinds: Mapping[str, Any], kind: str) -> Fields:
     others = (_KEY,) if kind == _FULL else (_KEY, "rope_theta", "rope_scaling")
     config = {key: value for key, value in fields.config.items() if key not in others}
     return Fields(fields.file, {**config, _KEY: kinds[kind]}, fields.defaults)
+
+
+def _give(fields: dict[str, Any], theta: float) -> None:
+    """Gives layers with a window their base."""
+    layers: list[Layer] = fields["layers"]
+    fields["layers"] = [
+        replace(each, attention=replace(each.attention, rope_theta=theta))
+        if each.attention.window
+        else each
+        for each in layers
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +92,7 @@ class UnscaledWindows:
                 f"{reader.file}: {_KEY} of layers with a window are scaled, {dict(scaling)!r}, and "
                 f"otherwise than those of the other layers, {full[1]!r}: one of them is none"
             )
-        fields["layers"] = [
-            replace(each, attention=replace(each.attention, rope_theta=theta))
-            if each.attention.window
-            else each
-            for each in layers
-        ]
+        _give(fields, theta)
 
     def _windowed(self, reader: Fields) -> _Rope:
         """The base and the scaling of layers with a window."""
@@ -112,3 +118,46 @@ class UnscaledWindows:
         assumed = {"rope_type": "default", "rope_theta": self.assumed}
         if windowed and (sliding != assumed or spec.rope_theta != self.assumed):
             config[_KEY] = {_FULL: full, _SLIDING: dict(sliding)}
+
+
+@dataclass(frozen=True, slots=True)
+class LocalBase:
+    """Layers with a window have a base of their own, `rope_local_base_freq`, and no scaling.
+
+    Transformers 4 and 5 both read it; 5 writes `rope_parameters` for each kind of layer instead.
+    """
+
+    key: str = "rope_local_base_freq"
+    expresses: frozenset[str] = frozenset({"some_rope_thetas"})
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """The one."""
+        return frozenset({self.key})
+
+    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
+        """Gives layers with a window their base. Raises ConfigError, UnsupportedModelError."""
+        kinds, stated = _kinds(reader), reader.config.get(self.key)
+        theta = reader.number(self.key) if kinds is None or stated is not None else None
+        if theta is not None and theta <= 0:
+            raise reader.error(self.key, "a positive number")
+        if kinds is not None:
+            own, scaling = read_rope(_of_kind(reader, kinds, _SLIDING))
+            if scaling is not None:
+                raise UnsupportedModelError(
+                    f"{reader.file}: {_KEY} of layers with a window are scaled, {dict(scaling)!r}, "
+                    "and no model of this package's scales them"
+                )
+            if theta is not None:
+                places = {self.key: theta, f"{_KEY}.{_SLIDING}.rope_theta": own}
+                must_agree(reader.file, "the base of layers with a window", places)
+            theta = own
+        if (theta, None) != (fields["rope_theta"], fields["rope_scaling"]):
+            assert theta is not None
+            _give(fields, theta)
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
+        """Adds the key."""
+        own = (each.attention.rope_theta for each in spec.layers if each.attention.window)
+        config[self.key] = next(own, None) or spec.rope_theta

@@ -62,6 +62,37 @@ def _sizes(
     }
 
 
+GRANITE = {
+    "vocab_size": 49155,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000000.0,
+    "max_position_embeddings": 131072,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+}
+GEMMA = {"head_dim": 256, "vocab_size": 256000, "max_position_embeddings": 8192}
+GEMMA2 = {
+    **GEMMA,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "cache_implementation": "hybrid",
+    "sliding_window": 4096,
+}
+GEMMA3 = {
+    "vocab_size": 262144,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "rope_theta": 1000000,
+    "rope_local_base_freq": 10000,
+    "rope_scaling": None,
+    "cache_implementation": "hybrid",
+}
+COHERE = {"vocab_size": 256000, "layer_norm_eps": 1e-5, "use_qk_norm": False}
+
+
 RELEASED: dict[str, Released] = {
     "AFM-4.5B": Released(
         {
@@ -78,6 +109,57 @@ RELEASED: dict[str, Released] = {
         },
         4.62,
         Topology(tp=4, pp=1),
+    ),
+    "Aya-23-8B": Released(
+        {
+            "model_type": "cohere",
+            **_sizes(4096, 14336, 32, 32, 8),
+            **COHERE,
+            "rope_theta": 10000.0,
+            "logit_scale": 0.0625,
+        },
+        8.03,
+        Topology(tp=4, pp=1),
+    ),
+    "Command-R-35B": Released(
+        {
+            "model_type": "cohere",
+            **_sizes(8192, 22528, 40, 64, 64),
+            **COHERE,
+            "rope_theta": 8000000.0,
+            "logit_scale": 0.0625,
+        },
+        34.98,
+        Topology(tp=8, pp=4),
+    ),
+    "Command-R7B": Released(
+        {
+            "model_type": "cohere2",
+            **_sizes(4096, 14336, 32, 32, 8),
+            **COHERE,
+            "rope_theta": 50000,
+            "logit_scale": 0.25,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "order_of_interleaved_layers": "local_attn_first",
+            "position_embedding_type": "rope_gptj",
+            "rotary_pct": 1.0,
+        },
+        8.03,
+        Topology(tp=4, pp=2),
+    ),
+    "Command-A-111B": Released(
+        {
+            "model_type": "cohere2",
+            **_sizes(12288, 36864, 64, 96, 8),
+            **COHERE,
+            "rope_theta": 50000,
+            "logit_scale": 0.25,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+        },
+        111.0,
+        Topology(tp=8, pp=8),
     ),
     "EXAONE-4.0-1.2B": Released(
         {
@@ -109,6 +191,90 @@ RELEASED: dict[str, Released] = {
         },
         32.0,
         Topology(tp=8, pp=4),
+    ),
+    "Gemma-2B": Released(
+        {"model_type": "gemma", **_sizes(2048, 16384, 18, 8, 1), **GEMMA},
+        2.51,
+        Topology(tp=1, pp=1),
+    ),
+    "Gemma-7B": Released(
+        {"model_type": "gemma", **_sizes(3072, 24576, 28, 16, 16), **GEMMA},
+        8.54,
+        Topology(tp=4, pp=2),
+    ),
+    "Gemma-2-9B": Released(
+        {
+            "model_type": "gemma2",
+            **_sizes(3584, 14336, 42, 16, 8),
+            **GEMMA2,
+            "query_pre_attn_scalar": 256,
+        },
+        9.24,
+        Topology(tp=8, pp=1),
+    ),
+    "Gemma-2-27B": Released(
+        {
+            "model_type": "gemma2",
+            **_sizes(4608, 36864, 46, 32, 16),
+            **GEMMA2,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 144,
+        },
+        27.2,
+        Topology(tp=8, pp=4),
+    ),
+    "Gemma-3-1B": Released(
+        {
+            "model_type": "gemma3_text",
+            **_sizes(1152, 6912, 26, 4, 1),
+            **GEMMA3,
+            "head_dim": 256,
+            "query_pre_attn_scalar": 256,
+            "max_position_embeddings": 32768,
+            "sliding_window": 512,
+            "sliding_window_pattern": 6,
+        },
+        1.0,
+        Topology(tp=1, pp=2),
+    ),
+    "Gemma-3-27B, its model of text": Released(
+        {
+            "model_type": "gemma3_text",
+            **_sizes(5376, 21504, 62, 32, 16),
+            **GEMMA3,
+            "vocab_size": 262208,
+            "head_dim": 128,
+            "query_pre_attn_scalar": 168,
+            "max_position_embeddings": 131072,
+            "sliding_window": 1024,
+            "sliding_window_pattern": 6,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        },
+        27.0,
+        Topology(tp=8, pp=4),
+    ),
+    "Granite-3.1-2B": Released(
+        {
+            "model_type": "granite",
+            **_sizes(2048, 8192, 40, 32, 8),
+            **GRANITE,
+            "rope_theta": 5000000.0,
+            "attention_multiplier": 0.015625,
+            "logits_scaling": 8.0,
+        },
+        2.53,
+        Topology(tp=1, pp=2),
+    ),
+    "Granite-3.1-8B": Released(
+        {
+            "model_type": "granite",
+            **_sizes(4096, 12800, 40, 32, 8),
+            **GRANITE,
+            "attention_multiplier": 0.0078125,
+            "logits_scaling": 16.0,
+        },
+        8.17,
+        Topology(tp=1, pp=4),
     ),
     "Mixtral-8x7B": Released(
         {

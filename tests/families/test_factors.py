@@ -17,7 +17,7 @@ from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 from tests.families import zoo
 
-NAMES = ["cohere", "cohere2", "gemma", "gemma2", "granite"]
+NAMES = ["cohere", "cohere2", "gemma", "gemma2", "gemma3_text", "granite"]
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 64,
@@ -49,7 +49,11 @@ def test_absent_keys_have_the_defaults_of_transformers(name: str) -> None:
         pytest.skip("this version of transformers has no fields to ask for")
     theirs = {field.name: field.default for field in dataclasses.fields(kind)}
     ours = dict(family_named(name).defaults)
-    assert ours.pop("rope_theta", None) in (kind.default_theta, None)
+    bases = {"rope_theta": "global", "rope_local_base_freq": "local"}
+    for key, kind_of_layer in bases.items():
+        base = kind.default_theta
+        base = base[kind_of_layer] if isinstance(base, dict) else base
+        assert ours.pop(key, None) in (base, None)
     # A pattern is what makes layer_types where there are none.
     pattern = ours.pop("sliding_window_pattern", None)
     if pattern is not None:
@@ -99,7 +103,7 @@ def test_layers_with_windows_where_nothing_is_said_of_them() -> None:
     assert written("cohere2", by_pattern)["layer_types"] == [SLIDING, FULL, SLIDING, FULL, SLIDING]
 
 
-@pytest.mark.parametrize("name", ["gemma2", "cohere2"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "cohere2"])
 def test_no_layer_with_a_window_is_said_as_transformers_takes_it(name: str) -> None:
     spec = read(name, layer_types=[FULL] * 5)
     assert not any(spec.windows)
@@ -126,6 +130,12 @@ def test_no_layer_with_a_window_is_said_as_transformers_takes_it(name: str) -> N
         ("cohere", {"rope_theta": ...}, ConfigError, "rope_theta is None, .* a positive number"),
         ("gemma", {"hidden_act": "gelu"}, ConfigError, "'gelu', which transformers 4 computes"),
         ("gemma", {"hidden_activation": "silu"}, ConfigError, "'silu' in hidden_activation"),
+        (
+            "gemma3_text",
+            {"attn_logit_softcapping": 50.0},
+            UnsupportedModelError,
+            "attn_logit_softcapping is 50.0, and no model",
+        ),
         ("cohere2", {"sliding_window_pattern": 0}, ConfigError, "pattern is 0, .* at least 1"),
         (
             "cohere2",
@@ -142,7 +152,7 @@ def test_what_makes_no_sense_or_is_not_computed(
         read(name, **changes)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "granite", "cohere2"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3_text", "granite", "cohere2"])
 def test_logits_are_compared_in_both_directions(name: str, tmp_path: Path) -> None:
     source = zoo.save(name, tmp_path / "hf")
     nf.convert(source, tmp_path / "there", topology=nf.Topology(tp=2))

@@ -129,3 +129,66 @@ def test_windows_or_no_rotary_embedding(
 )
 def test_the_family_of_a_spec_is_found(family: str, said: dict[str, Any]) -> None:
     assert family_of_spec(read(family, **{**WINDOWS, **said})).name == family
+
+
+GEMMA3 = {"full_attention": {**LINEAR, "rope_theta": 1e6}, "sliding_attention": PLAIN}
+LOCAL = {"rope_theta": 1e6, "rope_scaling": LINEAR, "rope_local_base_freq": 500000.0}
+
+
+@pytest.mark.parametrize(
+    ("said", "theta", "scaling", "window_theta"),
+    [
+        ({}, 1e6, None, 1e4),
+        (LOCAL, 1e6, LINEAR, 5e5),
+        ({"rope_parameters": GEMMA3}, 1e6, LINEAR, 5e5),
+        ({"rope_parameters": GEMMA3, **LOCAL}, 1e6, LINEAR, 5e5),
+        ({"rope_theta": 1e4}, 1e4, None, None),
+    ],
+)
+def test_a_base_of_layers_with_a_window(
+    said: dict[str, Any], theta: float, scaling: Any, window_theta: float | None
+) -> None:
+    spec = read("gemma3_text", **{**WINDOWS, "sliding_window_pattern": 2, **said})
+    assert (spec.rope_theta, spec.rope_scaling) == (theta, scaling)
+    assert [each.attention.rope_theta for each in spec.layers] == [window_theta, None] * 2
+    config = write_config(family_named("gemma3_text"), spec, Dtype.F32)
+    assert config["rope_local_base_freq"] == (window_theta or theta)
+    assert read("gemma3_text", **config) == spec
+    assert family_of_spec(spec).name == "gemma3_text"
+    # Every version of transformers reads the same of what is written.
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Gemma3TextConfig(**config)
+    by_kind = getattr(theirs, "rope_parameters", None)
+    if by_kind is None:  # version 4
+        bases, kind = (theirs.rope_theta, theirs.rope_local_base_freq), theirs.rope_scaling
+    else:
+        full, sliding = by_kind["full_attention"], by_kind["sliding_attention"]
+        bases = full["rope_theta"], sliding["rope_theta"]
+        kind = None if full["rope_type"] == "default" else full
+    assert bases == (theta, window_theta or theta)
+    assert (kind or {}).get("rope_type") == (scaling or {}).get("rope_type")
+
+
+@pytest.mark.parametrize(
+    ("said", "error", "message"),
+    [
+        ({"rope_local_base_freq": 0}, ConfigError, "rope_local_base_freq is 0, .* positive"),
+        ({"rope_local_base_freq": None}, ConfigError, "rope_local_base_freq is None, .* a number"),
+        (
+            {"rope_parameters": GEMMA3, "rope_local_base_freq": 100.0},
+            ConfigError,
+            "100.0 in rope_local_base_freq and 500000.0 in rope_parameters.sliding",
+        ),
+        ({"rope_parameters": PLAIN}, ConfigError, "should have full_attention and sliding_attent"),
+        (
+            {"rope_parameters": {**GEMMA3, "sliding_attention": YARN}},
+            UnsupportedModelError,
+            "rope_parameters of layers with a window are scaled",
+        ),
+    ],
+)
+def test_a_base_of_layers_with_a_window_that_makes_no_sense(
+    said: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        read("gemma3_text", **{**WINDOWS, **said})

@@ -47,7 +47,8 @@ class Entry:
     """One model.
 
     Args:
-        kind: the name of its configuration's class without "Config", in transformers.
+        kind: the name of its configuration's class without "Config", in transformers; that of the
+            model lacks "Text" where this one has it.
         changes: of SIZES; a value of None leaves the class's own.
         tolerance: of losses beside transformers', relative.
         since: the first major version of transformers that can say it.
@@ -218,6 +219,30 @@ ZOO: dict[str, Entry] = {
             "num_key_value_heads": 8,
         },
     ),
+    "gemma3_text": Entry(
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 24,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+    ),
+    "gemma3_text, untied, biases, scaled, other bases": Entry(
+        "Gemma3Text",
+        {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "layer_types": ["full_attention", *["sliding_attention"] * 3],
+            "rope_theta": 500.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_local_base_freq": 100.0,
+            "final_logit_softcapping": 5.0,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+        },
+    ),
     "gemma2": Entry("Gemma2", {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 7}),
     "gemma2, untied, biases, other caps": Entry(
         "Gemma2",
@@ -296,7 +321,8 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
 
     entry = ZOO[name]
     config_class = getattr(transformers, f"{entry.kind}Config", None)
-    model_class = getattr(transformers, f"{entry.kind}ForCausalLM", None)
+    of_model = entry.kind.removesuffix("Text")
+    model_class = getattr(transformers, f"{of_model}ForCausalLM", None)
     is_too_old = int(transformers.__version__.split(".")[0]) < entry.since
     if config_class is None or model_class is None or is_too_old:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")

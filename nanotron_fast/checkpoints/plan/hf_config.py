@@ -27,8 +27,8 @@ from nanotron_fast.moves.dtypes import Dtype
 _KEPT_OTHERWISE = (*TOKEN_KEYS, "initializer_range", "use_cache", "extras")
 # They list layers one by one, and are made anew when the layers or their windows change.
 _BY_LAYER = "layer_types"
-# Written by families that need it alone; the others have rope_theta and rope_scaling.
-_ROPE = "rope_parameters"
+# Written by families that need them alone; the others have rope_theta and rope_scaling.
+_ROPE = ("rope_parameters", "rope_local_base_freq")
 
 
 def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[str]]:
@@ -46,7 +46,7 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     except NanotronFastError as error:
         raise CheckpointError(f"{where}: the source's {error}") from None
     config = dict(side.config)
-    for key in ("dtype", "torch_dtype", _ROPE, UNKNOWN_FIELDS):
+    for key in ("dtype", "torch_dtype", *_ROPE, UNKNOWN_FIELDS):
         config.pop(key, None)
     config.update(unknown)
     config["torch_dtype"] = dtype.torch_name
@@ -60,8 +60,7 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
         config["rope_scaling"] = None
     kept = _as_nanotron_keeps(original, model)
     was = write_config(model.family, kept, dtype)
-    if _ROPE in was:
-        config[_ROPE] = was[_ROPE]
+    config.update({key: was[key] for key in _ROPE if key in was})
     warnings = _update(config, was, written, model)
     _check(config, model, _expected(original, kept, model))
     return config, warnings
