@@ -19,7 +19,7 @@ one input.
 
 An MLP without a gate or with biases is computed in steps, which keep what they make; so is
 attention with norms of q and k, or packed by key-value head: before those norms it keeps q and k
-once more, and each token's sines and cosines.
+once more, 1 / rms of each head, and each token's sines and cosines.
 """
 
 from __future__ import annotations
@@ -86,6 +86,8 @@ class MicroBatch:
         saved += self.tokens * self._products(layer) * self.value_bytes // self.tp
         if attention.qk_norm or self.packs_by_kv_head:
             saved += self.tokens * attention.head_dim * 4
+        if attention.qk_norm == "head":
+            saved += self.tokens * 4 * (attention.num_heads + attention.num_kv_heads) // self.tp
         mlp = layer.mlp
         if not isinstance(mlp, Experts):
             return saved if layer.norms == "parallel" else saved + self.stream_bytes
