@@ -54,6 +54,22 @@ EMBEDDINGS: tuple[Rule, ...] = (
     ),
 )
 
+OUTPUT: tuple[Rule, ...] = (
+    Copy(
+        f"{LAYER}self_attn.o_proj.weight",
+        f"{BLOCK}attn.o_proj.weight",
+        rows="hidden",
+        columns=("heads", "head_dim"),
+        split="columns",
+    ),
+    Copy(
+        f"{LAYER}self_attn.o_proj.bias",
+        f"{BLOCK}attn.o_proj.bias",
+        rows="hidden",
+        when="output_bias",
+    ),
+)
+
 PROJECTIONS: tuple[Rule, ...] = (
     Fuse(
         qkv("weight"),
@@ -69,19 +85,7 @@ PROJECTIONS: tuple[Rule, ...] = (
         rotary=ROTARY,
         when="qkv_bias",
     ),
-    Copy(
-        f"{LAYER}self_attn.o_proj.weight",
-        f"{BLOCK}attn.o_proj.weight",
-        rows="hidden",
-        columns=("heads", "head_dim"),
-        split="columns",
-    ),
-    Copy(
-        f"{LAYER}self_attn.o_proj.bias",
-        f"{BLOCK}attn.o_proj.bias",
-        rows="hidden",
-        when="output_bias",
-    ),
+    *OUTPUT,
 )
 
 ATTENTION: tuple[Rule, ...] = (
@@ -125,12 +129,22 @@ def norms(
 
 
 def mlp(
-    hf: str, param: str, rows: str, layers: str = "all", when: str | None = None
+    hf: str,
+    param: str,
+    rows: str,
+    layers: str = "all",
+    when: str | None = None,
+    *,
+    is_fused: bool = False,
 ) -> tuple[Rule, ...]:
-    """A gated MLP: gate and up in one parameter, and the way down."""
+    """A gated MLP: gate and up in one parameter, and the way down.
+
+    `is_fused`: gate and up are one tensor in Hugging Face as well.
+    """
+    apart = (f"{LAYER}{hf}.gate_proj.weight", f"{LAYER}{hf}.up_proj.weight")
     return (
         Fuse(
-            (f"{LAYER}{hf}.gate_proj.weight", f"{LAYER}{hf}.up_proj.weight"),
+            f"{LAYER}{hf}.gate_up_proj.weight" if is_fused else apart,
             f"{BLOCK}{param}.gate_up_proj.weight",
             rows=(rows, rows),
             columns="hidden",

@@ -47,8 +47,7 @@ _BY_REASON: dict[str, str] = {
     _LAYER_NORM: "olmo stablelm jais2 orion cohere_compass_text",
     f"{_LAYER_NORM}; {_PARTIAL}": "nemotron persimmon",
     f"{_PARTIAL}; {_PARALLEL}": "phi gpt_neox gptj codegen",
-    "its q, k and v are one tensor, and so are gate and up; there is no table for it": "phi3 "
-    "phi4_multimodal chatglm",
+    "its q, k and v are one tensor, and so are gate and up; there is no table for it": "chatglm",
     _FUSED: "internlm2 baichuan qwen exaone telechat",
     f"{_POSITIONS}; {_LAYER_NORM}": "gpt2 gpt_neo gpt_bigcode opt openai-gpt biogpt xglm "
     "gpt-sw3 cpmant ctrl",
@@ -68,7 +67,8 @@ _BY_REASON: dict[str, str] = {
     _MIXED_WINDOWS: "cwm granite_swa mimo_v2_flash laguna afmoe",
     _RECURRENT: "mamba mamba2 falcon_mamba falcon_h1 jamba bamba zamba zamba2 nemotron_h "
     "recurrent_gemma rwkv xlstm granitemoehybrid zaya bailing_hybrid",
-    _MULTIMODAL: "llava llava_next llava_onevision mllama llama4 gemma3 gemma3n gemma4 qwen2_vl "
+    _MULTIMODAL: "phi4_multimodal llava llava_next llava_onevision mllama llama4 gemma3 gemma3n "
+    "gemma4 qwen2_vl "
     "qwen2_5_vl qwen3_vl qwen3_vl_moe qwen2_5_omni qwen3_5 qwen3_5_moe mistral3 pixtral idefics2 "
     "idefics3 smolvlm paligemma internvl glm4v glm4v_moe florence2 aria janus chameleon fuyu "
     "blip-2 got_ocr2 kimi_k25 ovis2 deepseek_vl aya_vision emu3 cohere_compass dots3_note "

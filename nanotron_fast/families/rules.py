@@ -129,11 +129,12 @@ class Copy:
 class Fuse:
     """Several tensors one above the other; each is a chunk that is split over ranks on its own.
 
-    `rotary` says which rows of a head a rotary embedding turns, for each tensor that has heads to
-    turn: names of sizes, the first row and the end.
+    One tensor by itself holds all chunks, in the same order. `rotary` says which rows of a head a
+    rotary embedding turns, for each chunk that has heads to turn: names of sizes, the first row and
+    the end.
     """
 
-    tensors: tuple[str, ...]
+    tensors: tuple[str, ...] | str
     param: str
     rows: tuple[Rows, ...]
     columns: str | None = None
@@ -149,9 +150,12 @@ class Fuse:
         shape = (sum(widths), *tail)
         axes = (0, 0, len(tail))
         parts: list[Part] = []
+        is_one = isinstance(self.tensors, str)
+        tensors = (self.tensors,) * len(widths) if isinstance(self.tensors, str) else self.tensors
         chunk_start = 0
-        for index, (tensor, rows) in enumerate(zip(self.tensors, self.rows, strict=True)):
+        for index, (tensor, rows) in enumerate(zip(tensors, self.rows, strict=True)):
             groups, length, unit = context.rows(rows)
+            first_row, num_rows = (chunk_start, sum(widths)) if is_one else (0, groups * length)
             rotary = self.rotary[index] if index < len(self.rotary) else None
             for run in _runs(name, context, rotary, length):
                 parts.append(
@@ -159,8 +163,8 @@ class Fuse:
                         tensors=(
                             Address(
                                 tensor.format(layer=context.layer),
-                                (groups * length, *tail),
-                                (run.tensor.first, *(0 for _ in tail)),
+                                (num_rows, *tail),
+                                (first_row + run.tensor.first, *(0 for _ in tail)),
                                 axes,
                                 (length, run.tensor.step, len(tail)),
                             ),

@@ -15,7 +15,8 @@ from nanotron_fast.formats.fields import Fields, is_number
 
 _DICTS = ("rope_parameters", "rope_scaling")
 # Kept apart from a scaling: they are fields of their own, or another name for one.
-_NOT_SCALING = ("rope_theta", "partial_rotary_factor", "type")
+_PARTIAL = "partial_rotary_factor"
+_NOT_SCALING = ("rope_theta", _PARTIAL, "type")
 
 
 def must_agree(file: str, what: str, places: Mapping[str, Any]) -> None:
@@ -29,20 +30,38 @@ def must_agree(file: str, what: str, places: Mapping[str, Any]) -> None:
             )
 
 
-def read_rope(fields: Fields) -> tuple[float, Mapping[str, Any] | None]:
+def read_rope(
+    fields: Fields, *, may_be_partial: bool = False
+) -> tuple[float, Mapping[str, Any] | None]:
     """The base of the angles, and how they are scaled (None: not at all).
+
+    With `may_be_partial` a part of each head may turn, see `read_partial_rotary`.
 
     Raises ConfigError, UnsupportedModelError.
     """
     dicts = {key: value for key in _DICTS if (value := _dict(fields, key))}
     theta = _theta(fields, dicts)
-    _check_partial_rotary(fields, dicts)
+    if not may_be_partial:
+        _check_partial_rotary(fields, dicts)
     scalings = {key: _scaling(fields, key, value) for key, value in dicts.items()}
     if not scalings:
         return theta, None
     must_agree(fields.file, "the scaling of rotary embeddings", scalings)
     scaling = next(iter(scalings.values()))
     return theta, None if scaling["rope_type"] == "default" else _as_written(dicts)
+
+
+def read_partial_rotary(fields: Fields) -> float:
+    """The share of each head's rows that turns, above 0 and at most 1. Raises ConfigError."""
+    dicts = {key: value for key in _DICTS if (value := _dict(fields, key))}
+    places = _places(fields, dicts, _PARTIAL)
+    for place, factor in places.items():
+        if not is_number(factor) or not 0 < factor <= 1:
+            raise ConfigError(
+                f"{fields.file}: {place} is {factor!r}, and should be above 0 and at most 1"
+            )
+    must_agree(fields.file, "the share of a head that turns", places)
+    return float(next(iter(places.values())))
 
 
 def _dict(fields: Fields, key: str) -> Mapping[str, Any] | None:
@@ -55,20 +74,22 @@ def _dict(fields: Fields, key: str) -> Mapping[str, Any] | None:
     return value
 
 
-def _theta(fields: Fields, dicts: Mapping[str, Mapping[str, Any]]) -> float:
+def _places(fields: Fields, dicts: Mapping[str, Mapping[str, Any]], name: str) -> dict[str, Any]:
+    """The values of one field, by the places that have it; else its default."""
     places = {
-        f"{key}.rope_theta": value["rope_theta"]
-        for key, value in dicts.items()
-        if value.get("rope_theta") is not None
+        f"{key}.{name}": value[name] for key, value in dicts.items() if value.get(name) is not None
     }
-    if fields.config.get("rope_theta") is not None:
-        places = {"rope_theta": fields.config["rope_theta"], **places}
-    elif "rope_scaling.rope_theta" in places and "rope_parameters" not in dicts:
+    if fields.config.get(name) is not None:
+        return {name: fields.config[name], **places}
+    if f"rope_scaling.{name}" in places and "rope_parameters" not in dicts:
         # Version 4 does not look into rope_scaling for it.
-        absent = f"rope_theta, which is absent ({fields.get('rope_theta')!r} in transformers 4)"
-        places = {absent: fields.get("rope_theta"), **places}
-    if not places:
-        places = {"rope_theta": fields.get("rope_theta")}
+        absent = f"{name}, which is absent ({fields.get(name)!r} in transformers 4)"
+        return {absent: fields.get(name), **places}
+    return places or {name: fields.get(name)}
+
+
+def _theta(fields: Fields, dicts: Mapping[str, Mapping[str, Any]]) -> float:
+    places = _places(fields, dicts, "rope_theta")
     for place, theta in places.items():
         if not is_number(theta) or theta <= 0:
             raise ConfigError(
@@ -81,9 +102,9 @@ def _theta(fields: Fields, dicts: Mapping[str, Mapping[str, Any]]) -> float:
 def _check_partial_rotary(fields: Fields, dicts: Mapping[str, Mapping[str, Any]]) -> None:
     places = {"": fields.config, **dicts}
     for place, values in places.items():
-        factor = values.get("partial_rotary_factor")
+        factor = values.get(_PARTIAL)
         if factor is not None and factor != 1.0:
-            name = f"{place}.partial_rotary_factor" if place else "partial_rotary_factor"
+            name = f"{place}.{_PARTIAL}" if place else _PARTIAL
             raise UnsupportedModelError(
                 f"{fields.file}: {name} is {factor!r}: Nanotron rotates whole heads only"
             )
@@ -106,8 +127,4 @@ def _scaling(fields: Fields, key: str, value: Mapping[str, Any]) -> dict[str, An
 def _as_written(dicts: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     """The scaling by the names that the file has it under, without what is a field of its own."""
     value = dicts.get("rope_scaling") or dicts["rope_parameters"]
-    return {
-        name: item
-        for name, item in value.items()
-        if name not in ("rope_theta", "partial_rotary_factor")
-    }
+    return {name: item for name, item in value.items() if name not in ("rope_theta", _PARTIAL)}

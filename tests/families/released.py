@@ -321,6 +321,47 @@ RELEASED: dict[str, Released] = {
         6.92,
         Topology(tp=2, pp=1, ep=8),
     ),
+    "Phi-3-mini-4k": Released(
+        {
+            "model_type": "phi3",
+            **_sizes(3072, 8192, 32, 32, 32),
+            "vocab_size": 32064,
+            "sliding_window": 2047,
+        },
+        3.82,
+        Topology(tp=2, pp=2),
+    ),
+    "Phi-4": Released(
+        {
+            "model_type": "phi3",
+            **_sizes(5120, 17920, 40, 40, 10),
+            "vocab_size": 100352,
+            "max_position_embeddings": 16384,
+            "original_max_position_embeddings": 16384,
+            "rope_theta": 250000,
+        },
+        14.66,
+        Topology(tp=2, pp=4),
+    ),
+    "Phi-4-mini": Released(
+        {
+            "model_type": "phi3",
+            **_sizes(3072, 8192, 32, 24, 8),
+            "vocab_size": 200064,
+            "tie_word_embeddings": True,
+            "partial_rotary_factor": 0.75,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0] * 48,
+                "long_factor": [1.0 + 0.5 * step for step in range(48)],
+            },
+            "sliding_window": 262144,
+        },
+        3.84,
+        Topology(tp=8, pp=1),
+    ),
     "Seed-OSS-36B": Released(
         {
             "model_type": "seed_oss",

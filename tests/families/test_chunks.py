@@ -34,6 +34,13 @@ RULES: dict[str, Rule] = {
     "rotary": Fuse(
         ("q", "v"), "x", rows=(HEADS, KV_HEADS), columns="hidden", rotary=(("first", "end"), None)
     ),
+    "one tensor": Fuse(
+        "qkv",
+        "x",
+        rows=(HEADS, KV_HEADS, KV_HEADS),
+        columns="hidden",
+        rotary=(("first", "end"), ("first", "end"), None),
+    ),
     "rotary bias": Fuse(("q",), "x", rows=(HEADS,), rotary=(("first", "end"),)),
     "by kv head": FuseByKvHead(("q", "k", "v"), "x", columns="hidden"),
     "experts": StackExperts(("{expert}.gate", "{expert}.up"), "both", "x", "inter", "hidden"),

@@ -258,6 +258,33 @@ ZOO: dict[str, Entry] = {
         },
     ),
 }
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.3],
+    "long_factor": [1.5, 2.0, 4.0],
+}
+ZOO |= {
+    "phi3": Entry("Phi3", {"hidden_size": 64, "sliding_window": 7}),
+    "phi3, beyond its first context": Entry(
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": LONGROPE,
+            "original_max_position_embeddings": 16,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "phi3, within its first context": Entry(
+        "Phi3",
+        {
+            "hidden_size": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": LONGROPE,
+            "original_max_position_embeddings": 64,
+        },
+    ),
+}
 
 _MLA = {
     "num_key_value_heads": 8,

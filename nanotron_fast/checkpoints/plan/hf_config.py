@@ -25,6 +25,8 @@ from nanotron_fast.moves.dtypes import Dtype
 # What Nanotron's classes keep otherwise than config.json does: one token id for a list, a default
 # for what they have no field for. None of it changes what a model computes.
 _KEPT_OTHERWISE = (*TOKEN_KEYS, "initializer_range", "use_cache", "extras")
+# What rope_parameters may hold, of keys that transformers 4 has beside rope_scaling.
+_IN_ROPE = ("partial_rotary_factor", "original_max_position_embeddings")
 # They list layers one by one, and are made anew when the layers or their windows change.
 _BY_LAYER = "layer_types"
 # Written by families that need them alone; the others have rope_theta and rope_scaling.
@@ -53,13 +55,14 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     for key in ("architectures", "model_type"):
         if config.get(key) is None:
             config[key] = written[key]
-    config["rope_theta"] = original.rope_theta
-    if original.rope_scaling is not None:
-        config["rope_scaling"] = dict(original.rope_scaling)
-    elif "rope_scaling" in config:
-        config["rope_scaling"] = None
     kept = _as_nanotron_keeps(original, model)
     was = write_config(model.family, kept, dtype)
+    config["rope_theta"] = original.rope_theta
+    if was.get("rope_scaling") is not None or "rope_scaling" in config:
+        config["rope_scaling"] = was.get("rope_scaling")
+    for key in _IN_ROPE:
+        if config.get(key) is None and was.get(key) not in (None, model.family.defaults.get(key)):
+            config[key] = was[key]
     config.update({key: was[key] for key in _ROPE if key in was})
     warnings = _update(config, was, written, model)
     _check(config, model, _expected(original, kept, model))
