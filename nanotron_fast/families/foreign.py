@@ -88,6 +88,15 @@ def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) ->
         raise _refused(
             chosen, own.name, "a starcoder2 alone has biases in its norms and an MLP without a gate"
         )
+    if own.rotates_neighbours != chosen.rotates_neighbours:
+        # A spec does not say it: the table does, and both tables may have the same names.
+        turns = {True: "neighbours in a head", False: "halves of a head"}
+        raise _refused(
+            chosen,
+            own.name,
+            f"its rotary embedding turns {turns[own.rotates_neighbours]}, where that of a "
+            f"{chosen.name} turns {turns[chosen.rotates_neighbours]}",
+        )
     family = replace(chosen, defaults={**chosen.defaults, **own.defaults})
     means, reads = read_config(own, config), read_config(family, config)
     for name, what in _COMPUTED.items():

@@ -31,11 +31,10 @@ _NOT_TEXT = "it is not a model of text"
 _FUSED = "its q, k and v are stored in one tensor of its own layout, and there is no table for it"
 
 _BY_REASON: dict[str, str] = {
-    _NEIGHBOURS: "ernie4_5 ernie4_5_moe glm helium",
-    f"{_NEIGHBOURS}, and its layers have four norms": "glm4",
+    _NEIGHBOURS: "ernie4_5_moe helium",
     f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere2_moe",
     _QK_NORM: "exaone_moe hunyuan_v1_dense "
-    "hunyuan_v1_moe apertus glm4_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
+    "hunyuan_v1_moe apertus minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
     "minimax_m3_vl_text qwen4_exp_text",
     f"{_QK_NORM}; its logits are capped": "nanochat",
     f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3n_text gemma4_text gemma4_unified_text",

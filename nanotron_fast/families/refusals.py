@@ -279,7 +279,7 @@ def check_expressible(family: Family, spec: ModelSpec) -> None:
     for need in ("partial_rotary", "unlike_layers"):
         if need in needs(spec) and need not in expressed:
             raise refuse(f"Hugging Face's class has a place for nothing like it ({need})")
-    if spec.qk_norm != family.qk_norm:
+    if spec.qk_norm != family.qk_norm and "qk_norm" not in expressed:
         raise refuse(
             f"queries and keys are {'' if spec.qk_norm else 'not '}normalised in the "
             "checkpoint, and in Hugging Face's class it is the other way round"

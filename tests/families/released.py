@@ -33,6 +33,7 @@ EXAONE4_ROPE = {
         "original_max_position_embeddings": 8192,
     },
 }
+GLM = {"head_dim": 128, "vocab_size": 151552, "attention_bias": True, "partial_rotary_factor": 0.5}
 
 
 @dataclass(frozen=True)
@@ -275,6 +276,46 @@ RELEASED: dict[str, Released] = {
         },
         8.17,
         Topology(tp=1, pp=4),
+    ),
+    "ERNIE-4.5-0.3B": Released(
+        {
+            "model_type": "ernie4_5",
+            **_sizes(1024, 3072, 18, 16, 2),
+            "head_dim": 128,
+            "vocab_size": 103424,
+            "tie_word_embeddings": True,
+            "rope_theta": 500000.0,
+        },
+        0.36,
+        Topology(tp=2, pp=1),
+    ),
+    "GLM-4-9B-Chat": Released(
+        {"model_type": "glm", **_sizes(4096, 13696, 40, 32, 2), **GLM},
+        9.4,
+        Topology(tp=2, pp=2),
+    ),
+    "GLM-4-9B-0414": Released(
+        {"model_type": "glm4", **_sizes(4096, 13696, 40, 32, 2), **GLM},
+        9.4,
+        Topology(tp=2, pp=2),
+    ),
+    "GLM-4-32B-0414": Released(
+        {"model_type": "glm4", **_sizes(6144, 23040, 61, 48, 2), **GLM, "attention_bias": False},
+        32.57,
+        Topology(tp=2, pp=4),
+    ),
+    "GLM-4.5-Air": Released(
+        {
+            "model_type": "glm4_moe",
+            **_sizes(4096, 10944, 46, 96, 8),
+            **GLM,
+            "rope_theta": 1000000,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": 128,
+            "num_nextn_predict_layers": 1,
+        },
+        106.0,
+        Topology(tp=8, pp=2, ep=8),
     ),
     "Mixtral-8x7B": Released(
         {

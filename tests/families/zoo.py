@@ -327,6 +327,41 @@ ZOO["deepseek_v3, no q rank, YaRN, biases"] = Entry(
     },
     1e-5,
 )
+_HALF = {"head_dim": 16}
+_OTHERWISE = {
+    "head_dim": 10,
+    "partial_rotary_factor": 0.6,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+}
+ZOO |= {
+    "glm": Entry("Glm", _HALF),
+    "glm, tied, no biases, another part": Entry("Glm", _OTHERWISE),
+    "glm4": Entry("Glm4", _HALF),
+    "glm4, tied, no biases, another part": Entry("Glm4", _OTHERWISE),
+    "ernie4_5": Entry("Ernie4_5", _HALF),
+    "ernie4_5, untied, biases": Entry(
+        "Ernie4_5", {"head_dim": 10, "tie_word_embeddings": False, "use_bias": True}
+    ),
+    "glm4_moe": Entry(
+        "Glm4Moe", {**_GROUPED, **_HALF, "attention_bias": True, "use_qk_norm": True}, 1e-5
+    ),
+    "glm4_moe, tied, no groups, plain weights": Entry(
+        "Glm4Moe",
+        {
+            **_GROUPED,
+            "head_dim": 10,
+            "partial_rotary_factor": 0.6,
+            "tie_word_embeddings": True,
+            "n_group": 1,
+            "topk_group": 1,
+            "norm_topk_prob": False,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 2,
+        },
+        1e-5,
+    ),
+}
 
 ZOO["gpt_oss"] = Entry(
     "GptOss",
