@@ -45,6 +45,27 @@ class Table {
   py::buffer_info info_;
 };
 
+// The scales of quantised sources: the same, or nothing.
+class ScaleTable {
+ public:
+  explicit ScaleTable(const std::optional<py::buffer>& buffer) {
+    if (!buffer) return;
+    info_ = buffer->request();
+    if (!info_.item_type_is_equivalent_to<int64_t>() || info_.size % Scales::kNumColumns != 0 ||
+        !PyBuffer_IsContiguous(info_.view(), 'C')) {
+      throw PlanError("a table of scales is contiguous int64 with " +
+                      std::to_string(Scales::kNumColumns) + " columns");
+    }
+  }
+  MoveTable with(const Table& moves) const {
+    return {moves.data(), moves.num_moves(), static_cast<const int64_t*>(info_.ptr),
+            info_.size / Scales::kNumColumns};
+  }
+
+ private:
+  py::buffer_info info_;
+};
+
 // The columns of a row by the names of nanotron_fast/moves/row.py.
 py::dict move_columns() {
   py::dict columns;
@@ -57,6 +78,7 @@ py::dict move_columns() {
   columns["DESTINATION_STRIDES"] = Column::kDestinationStrides;
   columns["SOURCE_DTYPE"] = Column::kSourceDtype;
   columns["DESTINATION_DTYPE"] = Column::kDestinationDtype;
+  columns["SCALES"] = Column::kScales;
   return columns;
 }
 
@@ -120,8 +142,10 @@ std::string execute_binding(const std::vector<SourceTuple>& sources,
                             const std::vector<OutputTuple>& outputs, const py::buffer& moves,
                             int workers, bool fsync, Progress& progress, const std::string& io,
                             const std::vector<std::vector<RangeTuple>>& hashed,
-                            const std::vector<size_t>& there) {
+                            const std::vector<size_t>& there,
+                            const std::optional<py::buffer>& scales) {
   const Table table(moves);
+  const ScaleTable scale_table(scales);
   std::vector<OutputFile> files;
   for (const auto& [path, literals, size_bytes] : outputs) {
     OutputFile& file = files.emplace_back(OutputFile{path, {}, size_bytes});
@@ -136,8 +160,8 @@ std::string execute_binding(const std::vector<SourceTuple>& sources,
   for (const size_t i : there) files.at(i).is_there = true;
   const EngineOptions options = make_options(workers, fsync, io);
   const py::gil_scoped_release release;
-  return execute(sources_of(sources), {root.first, root.second}, files, table.data(),
-                 table.num_moves(), options, progress);
+  return execute(sources_of(sources), {root.first, root.second}, files, scale_table.with(table),
+                 options, progress);
 }
 
 py::list bytes_of(const std::vector<Sha256::Digest>& digests) {
@@ -184,14 +208,16 @@ py::bytes sha256_binding(const py::bytes& data, const std::string& level) {
 
 std::vector<std::tuple<int64_t, int64_t, int64_t>> compare_binding(
     const std::vector<std::string>& sources, const std::vector<std::string>& destinations,
-    const py::buffer& moves, int workers, Progress& progress) {
+    const py::buffer& moves, int workers, Progress& progress,
+    const std::optional<py::buffer>& scales) {
   const Table table(moves);
+  const ScaleTable scale_table(scales);
   const EngineOptions options = make_options(workers, false);
   const py::gil_scoped_release release;
   std::vector<std::tuple<int64_t, int64_t, int64_t>> result;
   for (const Difference& difference :
        compare({sources.begin(), sources.end()}, {destinations.begin(), destinations.end()},
-               table.data(), table.num_moves(), options, progress)) {
+               scale_table.with(table), options, progress)) {
     result.emplace_back(difference.move, difference.num_elements, difference.first_offset_bytes);
   }
   return result;
@@ -229,11 +255,29 @@ std::pair<py::bytes, int64_t> tiles_binding(const py::buffer& moves,
 }
 
 int64_t read_ranges_binding(const std::vector<std::string>& paths, const py::buffer& moves,
-                            const std::vector<MemoryTuple>& destinations, int workers) {
+                            const std::vector<MemoryTuple>& destinations, int workers,
+                            const std::optional<py::buffer>& scales) {
   const Table table(moves);
-  if (workers < 1) throw std::invalid_argument("workers must be at least 1");
+  const ScaleTable scale_table(scales);
+  const EngineOptions options = make_options(workers, false);
   const py::gil_scoped_release release;
-  return read_ranges(paths, table.data(), table.num_moves(), memories_of(destinations), workers);
+  return read_ranges(paths, scale_table.with(table), memories_of(destinations), options.num_workers,
+                     options.simd_level);
+}
+
+py::bytes dequantise_binding(const py::bytes& codes, int64_t code, int64_t destination_dtype,
+                             float scale, const std::string& simd) {
+  const auto from = static_cast<Dtype>(code), to = static_cast<Dtype>(destination_dtype);
+  if (code < 0 || code >= kNumDtypes || destination_dtype < 0 || !can_dequantise(from, to)) {
+    throw std::invalid_argument("no values of these codes in this dtype");
+  }
+  const SimdLevel level = simd.empty() ? default_simd_level() : parse_simd_level(simd);
+  const std::string_view bytes = codes;
+  std::string result(bytes.size() * static_cast<size_t>(item_size(to)), '\0');
+  find_dequantise(from, to, level)(reinterpret_cast<const std::byte*>(bytes.data()),
+                                   reinterpret_cast<std::byte*>(result.data()),
+                                   static_cast<int64_t>(bytes.size()), scale);
+  return py::bytes(result);
 }
 
 py::bytes cast_binding(const py::bytes& source, int64_t source_dtype, int64_t destination_dtype,
@@ -325,22 +369,29 @@ PYBIND11_MODULE(_C, module) {
   // Read by the tests, which hold Python's names of the columns to these.
   module.attr("NUM_COLUMNS") = Move::kNumColumns;
   module.attr("FILL") = Move::kFill;
+  module.attr("UNSCALED") = Move::kUnscaled;
+  module.attr("NUM_SCALE_COLUMNS") = Scales::kNumColumns;
   module.attr("COLUMNS") = move_columns();
   module.attr("TILE_COLUMNS") = tile_columns();
   module.def("execute", &execute_binding, py::arg("sources"), py::arg("root"), py::arg("outputs"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("fsync"),
              py::arg("progress"), py::arg("io") = "buffered",
              py::arg("hashed") = std::vector<std::vector<RangeTuple>>(),
-             py::arg("there") = std::vector<size_t>());
+             py::arg("there") = std::vector<size_t>(),
+             py::arg("scales") = py::none());
   module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),
-             py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"));
+             py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"),
+             py::arg("scales") = py::none());
   module.def(
       "worker_buffer_bytes",
-      [](const py::buffer& moves, const std::string& io, bool compares) {
+      [](const py::buffer& moves, const std::string& io, bool compares,
+         const std::optional<py::buffer>& scales) {
         const Table table(moves);
-        return worker_buffer_bytes(table.data(), table.num_moves(), parse_io_mode(io), compares);
+        const MoveTable whole = ScaleTable(scales).with(table);
+        return worker_buffer_bytes(whole, parse_io_mode(io), compares);
       },
-      py::arg("moves"), py::kw_only(), py::arg("io") = "buffered", py::arg("compares") = false);
+      py::arg("moves"), py::kw_only(), py::arg("io") = "buffered", py::arg("compares") = false,
+      py::arg("scales") = py::none());
   module.def("digest", &digest_binding, py::arg("files"), py::arg("ranges"), py::kw_only(),
              py::arg("workers"), py::arg("progress"), py::arg("io") = "buffered");
   module.def("sha256", &sha256_binding, py::arg("data"), py::kw_only(), py::arg("level") = "");
@@ -356,12 +407,15 @@ PYBIND11_MODULE(_C, module) {
   module.def("pack_tiles", &tiles_binding, py::arg("moves"), py::arg("sources"),
              py::arg("destinations"));
   module.def("read_ranges", &read_ranges_binding, py::arg("paths"), py::arg("moves"),
-             py::arg("destinations"), py::kw_only(), py::arg("workers"));
+             py::arg("destinations"), py::kw_only(), py::arg("workers"),
+             py::arg("scales") = py::none());
   module.def("blend", &blend_binding, py::arg("weights"), py::arg("taken"), py::kw_only(),
              py::arg("first"), py::arg("count"), py::arg("choices") = py::none(),
              py::arg("places") = py::none());
   module.def("cast", &cast_binding, py::arg("source"), py::arg("source_dtype"),
              py::arg("destination_dtype"), py::kw_only(), py::arg("simd") = "");
+  module.def("dequantise", &dequantise_binding, py::arg("codes"), py::arg("code"),
+             py::arg("destination_dtype"), py::arg("scale"), py::kw_only(), py::arg("simd") = "");
   module.def("simd_levels", [] {
     std::vector<std::string> names;
     for (const SimdLevel level : supported_simd_levels()) names.emplace_back(name_of(level));

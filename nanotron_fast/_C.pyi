@@ -6,6 +6,8 @@ from typing import Any
 
 NUM_COLUMNS: int
 FILL: int
+NUM_SCALE_COLUMNS: int
+UNSCALED: int
 # Where a row of a table, and an item of a launch, have what.
 COLUMNS: dict[str, int]
 TILE_COLUMNS: dict[str, int]
@@ -30,6 +32,7 @@ def execute(
     io: str = "buffered",
     hashed: Sequence[Sequence[tuple[int, int]]] = (),
     there: Sequence[int] = (),  # outputs, by their places, that are not created but opened
+    scales: array[int] | None = None,
 ) -> str: ...
 def compare(
     sources: Sequence[str | bytes],
@@ -38,9 +41,14 @@ def compare(
     *,
     workers: int,
     progress: Progress,
+    scales: array[int] | None = None,
 ) -> list[tuple[int, int, int]]: ...
 def worker_buffer_bytes(
-    moves: array[int], *, io: str = "buffered", compares: bool = False
+    moves: array[int],
+    *,
+    io: str = "buffered",
+    compares: bool = False,
+    scales: array[int] | None = None,
 ) -> int: ...
 
 # ranges: (file, offset, size in bytes); a digest of 32 bytes for each.
@@ -76,6 +84,7 @@ def read_ranges(
     destinations: Sequence[tuple[int, int]],
     *,
     workers: int,
+    scales: array[int] | None = None,
 ) -> int: ...
 
 # weights are float64, taken and places int64, choices uint16; the last three are written to.
@@ -89,4 +98,9 @@ def blend(
     places: Any = None,
 ) -> None: ...
 def cast(source: bytes, source_dtype: int, destination_dtype: int, *, simd: str = "") -> bytes: ...
+
+# Codes of one scale, by the code of the byte's type, to values.
+def dequantise(
+    codes: bytes, code: int, destination_dtype: int, scale: float, *, simd: str = ""
+) -> bytes: ...
 def simd_levels() -> list[str]: ...

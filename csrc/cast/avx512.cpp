@@ -98,10 +98,56 @@ NANOTRON_FAST_AVX512 void float32_to_float16(const std::byte* source, std::byte*
   kScalarCasts.float32_to_float16(source + 4 * i, destination + 2 * i, num_elements - i);
 }
 
+// 16 codes as float32. The bits of either type are those of a float16 that is smaller by a power of
+// two, which is exact to multiply by.
+template <Dtype kCode>
+NANOTRON_FAST_AVX512 inline __m512 values_of(const std::byte* codes) {
+  const __m256i bytes =
+      _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(codes)));
+  if constexpr (kCode == Dtype::kE4M3) {
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(0x80)), 8);
+    const __m256i size = _mm256_and_si256(bytes, _mm256_set1_epi16(0x7f));
+    const __m256i half = _mm256_or_si256(sign, _mm256_slli_epi16(size, 7));
+    const __m512 wide = _mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(0x1.0p8f));
+    const __mmask16 is_nan = _mm256_cmpeq_epi16_mask(size, _mm256_set1_epi16(0x7f));
+    const __m512i nan = _mm512_or_si512(_mm512_slli_epi32(_mm512_cvtepu16_epi32(sign), 16),
+                                        _mm512_set1_epi32(0x7ff00000));
+    return _mm512_mask_blend_ps(is_nan, wide, _mm512_castsi512_ps(nan));
+  } else {
+    const __m256i nibbles = kCode == Dtype::kE2M1High
+                                ? _mm256_srli_epi16(bytes, 4)
+                                : _mm256_and_si256(bytes, _mm256_set1_epi16(15));
+    const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(nibbles, _mm256_set1_epi16(8)), 12);
+    const __m256i size = _mm256_slli_epi16(_mm256_and_si256(nibbles, _mm256_set1_epi16(7)), 9);
+    return _mm512_mul_ps(_mm512_cvtph_ps(_mm256_or_si256(sign, size)), _mm512_set1_ps(0x1.0p15f));
+  }
+}
+
+template <Dtype kCode, Dtype kDestination>
+NANOTRON_FAST_AVX512 void dequantise(const std::byte* codes, std::byte* destination,
+                                     int64_t num_elements, float scale) {
+  const __m512 factor = _mm512_set1_ps(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= num_elements; i += kLanes) {
+    const __m512 product = _mm512_mul_ps(values_of<kCode>(codes + i), factor);
+    if constexpr (kDestination == Dtype::kBFloat16) {
+      store_halves(destination + 2 * i, narrow_bfloat16(product, 0xffff));
+    } else if constexpr (kDestination == Dtype::kFloat16) {
+      store_halves(destination + 2 * i, _mm512_cvtps_ph(product, kNearest));
+    } else {
+      _mm512_storeu_ps(destination + 4 * i, product);
+    }
+  }
+  kScalarCasts.dequantise[static_cast<int>(kCode) -
+                          static_cast<int>(Dtype::kE4M3)][static_cast<int>(kDestination)](
+      codes + i, destination + i * item_size(kDestination), num_elements - i, scale);
+}
+
 }  // namespace
 
-const CastTable kAvx512Casts{bfloat16_to_float32, bfloat16_to_float16, float16_to_float32,
-                             float16_to_bfloat16, float32_to_bfloat16, float32_to_float16};
+const CastTable kAvx512Casts{bfloat16_to_float32,           bfloat16_to_float16, float16_to_float32,
+                             float16_to_bfloat16,           float32_to_bfloat16, float32_to_float16,
+                             NANOTRON_FAST_DEQUANTISE_TABLE};
 
 }  // namespace nanotron_fast
 

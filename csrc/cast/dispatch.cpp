@@ -58,7 +58,16 @@ SimdLevel default_simd_level() {
 }
 
 bool can_cast(Dtype source, Dtype destination) {
-  return source == destination || (source != Dtype::kFloat64 && destination != Dtype::kFloat64);
+  return source == destination || (source < Dtype::kFloat64 && destination < Dtype::kFloat64);
+}
+
+bool can_dequantise(Dtype source, Dtype destination) {
+  return is_quantised(source) && destination < Dtype::kFloat64;
+}
+
+DequantiseFunction find_dequantise(Dtype source, Dtype destination, SimdLevel level) {
+  const auto code = static_cast<size_t>(source) - static_cast<size_t>(Dtype::kE4M3);
+  return casts_of(level).dequantise[code][static_cast<size_t>(destination)];
 }
 
 CastFunction find_cast(Dtype source, Dtype destination, SimdLevel level) {

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "cast/cast.h"
+
 // The conversions of one value, from its bits to bits. They define what every instruction set
 // computes, and finish the tails of the SIMD loops. Force-inlined: each translation unit compiles
 // them for its own instruction set, and no copy of one may be linked in place of another's.
@@ -70,6 +72,31 @@ NANOTRON_FAST_INLINE uint16_t bfloat16_to_float16(uint16_t bits) {
 NANOTRON_FAST_INLINE uint16_t float16_to_bfloat16(uint16_t bits) {
   if ((bits & 0x7fffu) > 0x7c00u) return 0x7fc0u;
   return float32_to_bfloat16(float16_to_float32(bits));
+}
+
+// The value of a byte of a quantised source. That of E2M1 is twice what it stands for.
+template <Dtype kCode>
+NANOTRON_FAST_INLINE float value_of(uint8_t byte) {
+  if constexpr (kCode == Dtype::kE4M3) {
+    const uint32_t sign = (byte & 0x80u) << 24;
+    if ((byte & 0x7fu) == 0x7fu) return float_from_bits(sign | 0x7ff00000u);
+    // The same bits are those of a float16 that is 256 times smaller.
+    const auto half = static_cast<uint16_t>((byte & 0x80u) << 8 | (byte & 0x7fu) << 7);
+    return float_from_bits(float16_to_float32(half)) * 0x1.0p8f;
+  } else {
+    const unsigned nibble = kCode == Dtype::kE2M1Low ? byte & 15u : byte >> 4;
+    const auto half = static_cast<uint16_t>((nibble & 8u) << 12 | (nibble & 7u) << 9);
+    return float_from_bits(float16_to_float32(half)) * 0x1.0p15f;
+  }
+}
+
+// The bits of a float in another dtype, as wide as that is.
+template <Dtype kDestination>
+NANOTRON_FAST_INLINE auto narrow(float value) {
+  const uint32_t bits = bits_from_float(value);
+  if constexpr (kDestination == Dtype::kBFloat16) return float32_to_bfloat16(bits);
+  if constexpr (kDestination == Dtype::kFloat16) return float32_to_float16(bits);
+  if constexpr (kDestination == Dtype::kFloat32) return bits;
 }
 
 }  // namespace nanotron_fast::scalar

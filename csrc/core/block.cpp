@@ -90,12 +90,12 @@ const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t 
             : loaded[static_cast<size_t>(placed.source_view)] + placed.source_delta_bytes;
     std::byte* to =
         destinations[static_cast<size_t>(placed.destination_view)] + placed.destination_delta_bytes;
-    build_move(placed, num_rows, from, to);
+    build_move(placed, first_row, num_rows, from, to);
   }
   return out;
 }
 
-void BlockBuilder::build_move(const PlacedMove& placed, int64_t num_rows,
+void BlockBuilder::build_move(const PlacedMove& placed, int64_t first_row, int64_t num_rows,
                               const std::byte* view_data, std::byte* destination) {
   const Move& move = placed.move;
   if (move.is_fill()) {
@@ -107,14 +107,29 @@ void BlockBuilder::build_move(const PlacedMove& placed, int64_t num_rows,
                          move.destination_strides,
                          move.source_dtype,
                          move.destination_dtype};
-  copy_strided(copy, view_data, destination, level_);
+  lay_out(move, copy, first_row, view_data, destination);
+}
+
+void BlockBuilder::lay_out(const Move& move, const StridedCopy& copy, int64_t first_row,
+                           const std::byte* source, std::byte* destination) {
+  if (!move.is_scaled()) {
+    copy_strided(copy, source, destination, level_);
+    return;
+  }
+  const Scales& scales = scales_[static_cast<size_t>(move.scales)];
+  const Positions positions{first_position(move, scales) + first_row * move.source_strides[0],
+                            move.source_strides};
+  int64_t last = positions.first;
+  for (int dim = 0; dim < 3; ++dim) last += (copy.sizes[dim] - 1) * positions.strides[dim];
+  loaded_.load(scales, sources_.get(scales.source_file), positions.first, last);
+  dequantise_strided(copy, positions, loaded_, source, destination, level_);
 }
 
 void BlockBuilder::build_from_runs(const Job& job, const PlacedMove& placed, int64_t first_row,
                                    int64_t num_rows, std::byte* destination) {
   const Move& move = placed.move;
   if (move.is_fill()) {
-    build_move(placed, num_rows, nullptr, destination);
+    build_move(placed, first_row, num_rows, nullptr, destination);
     return;
   }
   const int64_t item = item_size(move.source_dtype);
@@ -148,7 +163,7 @@ void BlockBuilder::build_from_runs(const Job& job, const PlacedMove& placed, int
   }
   const StridedCopy copy{sizes, packed, move.destination_strides, move.source_dtype,
                          move.destination_dtype};
-  copy_strided(copy, in, destination, level_);
+  lay_out(move, copy, first_row, in, destination);
 }
 
 }  // namespace nanotron_fast

@@ -33,7 +33,7 @@ void run_schedule(const Schedule& schedule, const std::vector<SourceFile>& sourc
       new std::atomic<int64_t>[schedule.jobs.size()]());
 
   run_workers(options.num_workers, [&](int worker, const std::atomic<bool>& should_stop) {
-    BlockBuilder builder(sources, options.simd_level, policy);
+    BlockBuilder builder(sources, schedule.scales, options.simd_level, policy);
     const Sink sink = make_sink();
     const auto work_on = [&](size_t index) {
       const Job& job = schedule.jobs[index];
@@ -120,6 +120,14 @@ class DifferenceCounter {
   std::vector<Count> by_move_;
 };
 
+Schedule schedule_of(const MoveTable& table, const std::vector<int64_t>& source_sizes,
+                     const std::vector<int64_t>& destination_sizes, int64_t block_bytes) {
+  std::vector<Scales> scales = parse_scales(table.scales, table.num_scales, source_sizes);
+  const std::vector<Move> moves =
+      parse_moves(table.moves, table.num_moves, source_sizes, destination_sizes, scales);
+  return make_schedule(moves, block_bytes, std::move(scales));
+}
+
 // A device is asked for more at a time than the page cache.
 int64_t block_bytes_of(IoMode io) {
   return io == IoMode::kBuffered ? kBlockBytes : kUncachedBlockBytes;
@@ -128,12 +136,12 @@ int64_t block_bytes_of(IoMode io) {
 }  // namespace
 
 std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
-                    const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
+                    const std::vector<OutputFile>& outputs, const MoveTable& table,
                     const EngineOptions& options, Progress& progress) {
   std::vector<int64_t> output_sizes;
   for (const OutputFile& output : outputs) output_sizes.push_back(output.size_bytes);
-  const Schedule schedule = make_schedule(
-      parse_moves(table, num_moves, sizes_of(sources), output_sizes), block_bytes_of(options.io));
+  const Schedule schedule =
+      schedule_of(table, sizes_of(sources), output_sizes, block_bytes_of(options.io));
   IoPolicy policy(options.io);
   Outputs files(root, outputs, schedule, options.sync, policy, progress);
   files.create_empty();
@@ -152,14 +160,12 @@ std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
 }
 
 std::vector<Difference> compare(const std::vector<SourceFile>& sources,
-                                const std::vector<SourceFile>& destinations, const int64_t* table,
-                                int64_t num_moves, const EngineOptions& options,
-                                Progress& progress) {
+                                const std::vector<SourceFile>& destinations, const MoveTable& table,
+                                const EngineOptions& options, Progress& progress) {
   const Schedule schedule =
-      make_schedule(parse_moves(table, num_moves, sizes_of(sources), sizes_of(destinations)),
-                    block_bytes_of(options.io));
+      schedule_of(table, sizes_of(sources), sizes_of(destinations), block_bytes_of(options.io));
   IoPolicy policy(options.io);
-  DifferenceCounter counter(static_cast<size_t>(num_moves));
+  DifferenceCounter counter(static_cast<size_t>(table.num_moves));
   run_schedule(schedule, sources, options, policy, progress, [&]() -> Sink {
     const auto files = std::make_shared<SourceFiles>(destinations, policy);
     const auto buffer = std::make_shared<Buffer>();
@@ -189,21 +195,23 @@ std::vector<Difference> compare(const std::vector<SourceFile>& sources,
   return differences;
 }
 
-int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, IoMode io, bool compares) {
-  std::vector<Move> moves;
+int64_t worker_buffer_bytes(const MoveTable& table, IoMode io, bool compares) {
   const int64_t no_limit = INT64_MAX;
   int64_t num_sources = 0, num_destinations = 0;
-  for (int64_t i = 0; i < num_moves; ++i) {
-    num_sources = std::max(num_sources, table[i * Move::kNumColumns] + 1);
-    num_destinations = std::max(num_destinations, table[i * Move::kNumColumns + 2] + 1);
+  for (int64_t i = 0; i < table.num_moves; ++i) {
+    const int64_t* row = table.moves + i * Move::kNumColumns;
+    num_sources = std::max(num_sources, row[Column::kSource] + 1);
+    num_destinations = std::max(num_destinations, row[Column::kDestination] + 1);
   }
-  const Schedule schedule = make_schedule(
-      parse_moves(table, num_moves,
-                  std::vector<int64_t>(static_cast<size_t>(num_sources), no_limit),
-                  std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit)),
-      block_bytes_of(io));
+  for (int64_t i = 0; i < table.num_scales; ++i) {
+    num_sources = std::max(num_sources, table.scales[i * Scales::kNumColumns] + 1);
+  }
+  const Schedule schedule = schedule_of(
+      table, std::vector<int64_t>(static_cast<size_t>(num_sources), no_limit),
+      std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit), block_bytes_of(io));
   const int64_t destination = schedule.max_destination_buffer_bytes();
-  return schedule.max_source_buffer_bytes() + destination * (compares ? 2 : 1);
+  return schedule.max_source_buffer_bytes() + schedule.max_scales_bytes() +
+         destination * (compares ? 2 : 1);
 }
 
 }  // namespace nanotron_fast

@@ -25,7 +25,7 @@ struct EngineOptions {
 // where nothing was. Throws IoError, ChangedError, PlanError or Cancelled; files may then be
 // incomplete.
 std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
-                    const std::vector<OutputFile>& outputs, const int64_t* table, int64_t num_moves,
+                    const std::vector<OutputFile>& outputs, const MoveTable& table,
                     const EngineOptions& options, Progress& progress);
 
 // What a move would write differs from what is there.
@@ -37,11 +37,10 @@ struct Difference {
 
 // Carries out the moves in memory and compares with the bytes that the destinations hold.
 std::vector<Difference> compare(const std::vector<SourceFile>& sources,
-                                const std::vector<SourceFile>& destinations, const int64_t* table,
-                                int64_t num_moves, const EngineOptions& options,
-                                Progress& progress);
+                                const std::vector<SourceFile>& destinations, const MoveTable& table,
+                                const EngineOptions& options, Progress& progress);
 
 // The memory one worker takes for buffers while it executes these moves, or compares them.
-int64_t worker_buffer_bytes(const int64_t* table, int64_t num_moves, IoMode io, bool compares);
+int64_t worker_buffer_bytes(const MoveTable& table, IoMode io, bool compares);
 
 }  // namespace nanotron_fast

@@ -58,11 +58,40 @@ Dtype parse_dtype(int64_t code, int64_t index) {
   return static_cast<Dtype>(code);
 }
 
+// Holds the dtypes of a move to each other, and a quantised source to its scales.
+void check_dtypes(const Move& move, const std::vector<Scales>& scales,
+                  const std::vector<int64_t>& source_sizes_bytes, int64_t index) {
+  const std::string name = "move " + std::to_string(index);
+  const bool is_code = is_quantised(move.source_dtype);
+  if (is_quantised(move.destination_dtype) || (is_code && move.is_fill())) {
+    throw PlanError(name + ": what is quantised is a source alone");
+  }
+  if (is_code != move.is_scaled()) {
+    throw PlanError(name + (is_code ? ": its source is quantised and has no scales"
+                                    : ": its source has scales and is not quantised"));
+  }
+  if (move.is_fill()) return;
+  if (is_code ? !can_dequantise(move.source_dtype, move.destination_dtype)
+              : !can_cast(move.source_dtype, move.destination_dtype)) {
+    throw PlanError(name + ": no cast between its dtypes");
+  }
+  if (!is_code) return;
+  if (move.scales < 0 || move.scales >= static_cast<int64_t>(scales.size())) {
+    throw PlanError(name + ": scales " + std::to_string(move.scales) + " are not among " +
+                    std::to_string(scales.size()));
+  }
+  const Scales& mine = scales[static_cast<size_t>(move.scales)];
+  const int64_t first = first_position(move, mine);
+  check_positions(mine, first, first + span_elements(move, move.source_strides, 0) - 1,
+                  source_sizes_bytes[static_cast<size_t>(mine.source_file)], name);
+}
+
 }  // namespace
 
 std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
                               const std::vector<int64_t>& source_sizes_bytes,
-                              const std::vector<int64_t>& destination_sizes_bytes) {
+                              const std::vector<int64_t>& destination_sizes_bytes,
+                              const std::vector<Scales>& scales) {
   std::vector<Move> moves;
   moves.reserve(num_moves);
   for (int64_t index = 0; index < num_moves; ++index) {
@@ -80,6 +109,7 @@ std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
     move.destination_strides = three_from(Column::kDestinationStrides);
     move.source_dtype = parse_dtype(row[Column::kSourceDtype], index);
     move.destination_dtype = parse_dtype(row[Column::kDestinationDtype], index);
+    move.scales = row[Column::kScales];
     int64_t elements = 1;
     for (const int64_t size : move.sizes) {
       if (size < 1 || __builtin_mul_overflow(elements, size, &elements)) {
@@ -92,10 +122,7 @@ std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
     }
     check_side(move, move.destination_file, move.destination_offset_bytes, move.destination_strides,
                move.destination_dtype, destination_sizes_bytes, "destination", index);
-    if (move.source_dtype != move.destination_dtype && !move.is_fill() &&
-        !can_cast(move.source_dtype, move.destination_dtype)) {
-      throw PlanError("move " + std::to_string(index) + ": no cast between its dtypes");
-    }
+    check_dtypes(move, scales, source_sizes_bytes, index);
     moves.push_back(move);
   }
   return moves;

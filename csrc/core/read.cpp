@@ -2,10 +2,13 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
+#include <utility>
 
 #include "core/block.h"
 #include "core/error.h"
 #include "core/pool.h"
+#include "core/schedule.h"
 
 namespace nanotron_fast {
 
@@ -88,40 +91,89 @@ void read_task(const Task& task, const Runs& runs, SourceFiles& files) {
   }
 }
 
+// A block of a job whose sources are quantised.
+struct BlockOf {
+  size_t job;
+  int64_t number;
+};
+
+std::vector<BlockOf> blocks_of(const Schedule& schedule) {
+  std::vector<BlockOf> blocks;
+  for (size_t job = 0; job < schedule.jobs.size(); ++job) {
+    for (int64_t number = 0; number < schedule.jobs[job].num_blocks; ++number) {
+      blocks.push_back({job, number});
+    }
+  }
+  return blocks;
+}
+
+void read_block(const Job& job, int64_t number, BlockBuilder& builder,
+                const std::vector<Memory>& destinations) {
+  const int64_t first_row = job.first_row(number);
+  const int64_t num_rows = std::min(job.first_row(number + 1), job.num_rows) - first_row;
+  const std::byte* values = builder.build(job, first_row, num_rows);
+  for (const View& view : job.destinations) {
+    const int64_t num_bytes = view.block_bytes(num_rows);
+    std::memcpy(destinations[static_cast<size_t>(view.file)].data + view.offset_bytes +
+                    first_row * view.row_stride_bytes,
+                values, static_cast<size_t>(num_bytes));
+    values += num_bytes;
+  }
+}
+
 }  // namespace
 
-int64_t read_ranges(const std::vector<std::string>& paths, const int64_t* table, int64_t num_moves,
-                    const std::vector<Memory>& destinations, int num_workers) {
+int64_t read_ranges(const std::vector<std::string>& paths, const MoveTable& table,
+                    const std::vector<Memory>& destinations, int num_workers, SimdLevel level) {
   const std::vector<SourceFile> sources(paths.begin(), paths.end());
   std::vector<int64_t> file_sizes;
   for (const SourceFile& source : sources) {
     file_sizes.push_back(File::open_for_reading(source).size_bytes());
   }
-  const std::vector<Move> moves = parse_moves(table, num_moves, file_sizes, sizes_of(destinations));
+  std::vector<Scales> scales = parse_scales(table.scales, table.num_scales, file_sizes);
+  const std::vector<Move> moves =
+      parse_moves(table.moves, table.num_moves, file_sizes, sizes_of(destinations), scales);
   std::vector<Runs> runs;
   std::vector<Task> tasks;
-  int64_t num_bytes = 0;
+  std::vector<Move> quantised;
+  int64_t num_bytes = 0, num_halves = 0;
   for (size_t index = 0; index < moves.size(); ++index) {
+    if (moves[index].is_scaled()) {
+      quantised.push_back(moves[index]);
+      num_halves +=
+          moves[index].num_elements() * (moves[index].source_dtype == Dtype::kE4M3 ? 2 : 1);
+      continue;
+    }
     runs.push_back(runs_of(moves[index], index, destinations));
-    add_tasks(runs.back(), index, tasks);
+    add_tasks(runs.back(), runs.size() - 1, tasks);
     num_bytes += runs.back().num_bytes();
   }
+  const Schedule schedule = make_schedule(quantised, kBlockBytes, std::move(scales));
+  const std::vector<BlockOf> blocks = blocks_of(schedule);
   // Work is taken in the order of the files, so that a disk reads ahead.
   std::stable_sort(tasks.begin(), tasks.end(), [&](const Task& a, const Task& b) {
     const Runs &left = runs[a.runs], &right = runs[b.runs];
     return left.file != right.file ? left.file < right.file
                                    : left.offset_bytes < right.offset_bytes;
   });
+  const size_t num_pieces = tasks.size() + blocks.size();
   std::atomic<size_t> next{0};
   const auto workers =
-      static_cast<int>(std::min<int64_t>(num_workers, static_cast<int64_t>(tasks.size())));
+      static_cast<int>(std::min<int64_t>(num_workers, static_cast<int64_t>(num_pieces)));
+  IoPolicy policy(IoMode::kBuffered);
   run_workers(workers, [&](int, const std::atomic<bool>& should_stop) {
     SourceFiles files(sources);
-    for (size_t i; !should_stop && (i = next.fetch_add(1)) < tasks.size();) {
-      read_task(tasks[i], runs[tasks[i].runs], files);
+    BlockBuilder builder(sources, schedule.scales, level, policy);
+    for (size_t i; !should_stop && (i = next.fetch_add(1)) < num_pieces;) {
+      if (i < tasks.size()) {
+        read_task(tasks[i], runs[tasks[i].runs], files);
+        continue;
+      }
+      const BlockOf& block = blocks[i - tasks.size()];
+      read_block(schedule.jobs[block.job], block.number, builder, destinations);
     }
   });
-  return num_bytes;
+  return num_bytes + num_halves / 2;
 }
 
 }  // namespace nanotron_fast

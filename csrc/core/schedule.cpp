@@ -201,8 +201,30 @@ int64_t Schedule::max_destination_buffer_bytes() const {
   return most;
 }
 
-Schedule make_schedule(const std::vector<Move>& moves, int64_t block_bytes) {
+int64_t Schedule::max_scales_bytes() const {
+  int64_t most = 0;
+  for (const Job& job : jobs) {
+    for (const PlacedMove& placed : job.moves) {
+      if (!placed.move.is_scaled()) continue;
+      const Scales& mine = scales[static_cast<size_t>(placed.move.scales)];
+      Move block = placed.move;
+      block.sizes[0] = job.rows_per_block;
+      const int64_t span = span_elements(block, block.source_strides, 0);
+      // Wherever the block begins; it may begin and end within a row of blocks, and in each matrix
+      // the last row of blocks may be a short one.
+      const int64_t rows = (span - 1) / mine.columns + 2;
+      const int64_t grid_rows = rows / mine.block_rows + 2 + rows / mine.rows;
+      const int64_t count = grid_rows * mine.grid_columns;
+      most = std::max(most, count * (mine.item() + static_cast<int64_t>(sizeof(float))));
+    }
+  }
+  return most;
+}
+
+Schedule make_schedule(const std::vector<Move>& moves, int64_t block_bytes,
+                       std::vector<Scales> scales) {
   Schedule schedule;
+  schedule.scales = std::move(scales);
   schedule.block_bytes = block_bytes;
   for (const MoveGroup& group : group_moves(moves)) {
     schedule.jobs.push_back(make_job(group, block_bytes));

@@ -60,12 +60,15 @@ struct Unit {
 };
 
 struct Schedule {
-  std::vector<Job> jobs;    // unit by unit; in a unit, in order of source file and offset
-  std::vector<Unit> units;  // in order of their first job's source
-  int64_t block_bytes;      // that one write of a file carries, at most
+  std::vector<Job> jobs;       // unit by unit; in a unit, in order of source file and offset
+  std::vector<Unit> units;     // in order of their first job's source
+  std::vector<Scales> scales;  // those that moves refer to
+  int64_t block_bytes;         // that one write of a file carries, at most
 
   int64_t max_source_buffer_bytes() const;
   int64_t max_destination_buffer_bytes() const;
+  // Of the scales of one move in a block, stored and widened.
+  int64_t max_scales_bytes() const;
 };
 
 // The bytes that one read or write carries where the move allows: enough to make a system call
@@ -79,6 +82,7 @@ constexpr int64_t kBlockBytes = int64_t{128} << 10;
 constexpr int64_t kUncachedBlockBytes = int64_t{1} << 20;
 
 // Moves must not overlap in their destinations (the planner proves that).
-Schedule make_schedule(const std::vector<Move>& moves, int64_t block_bytes = kBlockBytes);
+Schedule make_schedule(const std::vector<Move>& moves, int64_t block_bytes = kBlockBytes,
+                       std::vector<Scales> scales = {});
 
 }  // namespace nanotron_fast

@@ -14,7 +14,7 @@ from typing import Any
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.remote.mirror import shown
 from nanotron_fast.moves.files import FileState, ReadFile
-from nanotron_fast.moves.move import table_of
+from nanotron_fast.moves.move import scales_of, table_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,8 @@ def made_by(plan: Plan, states: Mapping[Path, ReadFile]) -> Made:
         for offset, literal in ((0, output.header), *output.literals):
             layout.update(f"{offset} {len(literal)} ".encode())
             layout.update(literal)
-    layout.update(memoryview(table_of(plan.transfer.moves)).cast("B"))
+    for table in (table_of(plan.transfer.moves), scales_of(plan.transfer.moves)):
+        layout.update(memoryview(table).cast("B"))
     sources = {
         shown(path): Source(read.state.size_bytes, read.state.mtime_ns, read.header_digest)
         for path, read in states.items()

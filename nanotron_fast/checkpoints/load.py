@@ -23,7 +23,7 @@ from nanotron_fast.kernels import pack
 from nanotron_fast.model.topology import Topology, topology_wanted
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.engine import ProgressCallback, default_workers
-from nanotron_fast.moves.move import table_of
+from nanotron_fast.moves.move import scales_of, table_of
 from nanotron_fast.moves.plan import MovePlan
 from nanotron_fast.moves.staging import batches_of
 
@@ -270,8 +270,10 @@ class _Loader:
         if event is not None:
             event.synchronize()
         memories = [_memory(tensor) for tensor in (*self.tensors, self.host[index % 2])]
-        table = table_of(self.batches[index].reads)
-        return _C.read_ranges(self.paths, table, memories, workers=self.workers)
+        reads = self.batches[index].reads
+        return _C.read_ranges(
+            self.paths, table_of(reads), memories, workers=self.workers, scales=scales_of(reads)
+        )
 
     def _pack(self, index: int) -> None:
         batch, host, staging = self.batches[index], self.host[index % 2], self.staging[index % 2]

@@ -25,6 +25,11 @@ class Dtype(enum.IntEnum):
         return _ITEMSIZE[self]
 
     @property
+    def bits(self) -> int:
+        """Bits an element takes."""
+        return 8 * self.itemsize
+
+    @property
     def torch_name(self) -> str:
         """As in config.json's `torch_dtype`: "bfloat16"."""
         return _TORCH_NAME[self]

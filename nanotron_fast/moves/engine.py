@@ -14,7 +14,7 @@ from nanotron_fast import _C
 from nanotron_fast.interruption import ending, wait
 from nanotron_fast.moves.checksums import write_checksums
 from nanotron_fast.moves.files import FileState, Folder
-from nanotron_fast.moves.move import Move, table_of
+from nanotron_fast.moves.move import Move, scales_of, table_of
 from nanotron_fast.moves.plan import MovePlan, OutputFile
 
 # Called now and then from the calling thread with the bytes done so far.
@@ -126,6 +126,7 @@ def execute(
             io=io,
             hashed=[hashed.get(output.path, ()) for output in plan.outputs] if hashed else (),
             there=[index for index, output in enumerate(plan.outputs) if output.part is not None],
+            scales=scales_of(plan.moves),
         ),
         progress,
         on_progress,
@@ -151,6 +152,7 @@ def compare(
             table_of(moves),
             workers=workers,
             progress=progress,
+            scales=scales_of(moves),
         ),
         progress,
         on_progress,

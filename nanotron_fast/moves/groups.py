@@ -23,13 +23,16 @@ class Group:
         return sum(end - begin for each in self.ranges.values() for begin, end in each)
 
 
-def source_range(move: Move) -> tuple[int, int]:
-    """The bytes from the first to behind the last that a move reads."""
-    last = sum(
-        (size - 1) * stride for size, stride in zip(move.sizes, move.source_strides, strict=True)
-    )
-    begin = move.source_offset
-    return begin, begin + (last + 1) * move.source_dtype.itemsize
+def source_ranges(move: Move) -> Iterator[tuple[int, int, int]]:
+    """What a move reads: source, and the bytes from the first to behind the last.
+
+    A quantised source has its scales beside it; a fill reads nothing.
+    """
+    if move.source != FILL:
+        begin = move.source_offset
+        yield move.source, begin, begin + move.source_span * move.source_dtype.itemsize
+    if move.scales is not None:
+        yield move.scales.source, *move.scales_range
 
 
 def joined(ranges: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -47,8 +50,8 @@ def ranges_of(moves: Sequence[Move]) -> dict[int, list[tuple[int, int]]]:
     """Which ranges of which sources moves read, by the number of the source."""
     found: dict[int, list[tuple[int, int]]] = {}
     for move in moves:
-        if move.source != FILL:
-            found.setdefault(move.source, []).append(source_range(move))
+        for source, begin, end in source_ranges(move):
+            found.setdefault(source, []).append((begin, end))
     return {source: joined(ranges) for source, ranges in found.items()}
 
 

@@ -49,12 +49,11 @@ class MovePlan:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of source tensors that are copied."""
-        return sum(
-            move.num_elements * move.source_dtype.itemsize
-            for move in self.moves
-            if move.source != FILL
+        """Bytes of source tensors that are copied, without the scales of quantised ones."""
+        num_bits = sum(
+            move.num_elements * move.source_dtype.bits for move in self.moves if move.source != FILL
         )
+        return num_bits // 8
 
     @property
     def bytes_written(self) -> int:

@@ -1,8 +1,9 @@
 """The row of a move in the table that the engines read: what stands in which column.
 
 A table is int64 and row-major. Offsets are in bytes, sizes and strides in elements; each of the
-three has a column for each dimension of the box. `csrc/core/move.h` names the same columns, and a
-test holds the two to each other.
+three has a column for each dimension of the box. Of a quantised source, SCALES is the row of its
+scales in a second table (`moves/scales.py`). `csrc/core/move.h` names the same columns, and a test
+holds the two to each other.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ SOURCE_STRIDES = slice(7, 10)
 DESTINATION_STRIDES = slice(10, 13)
 SOURCE_DTYPE = 13
 DESTINATION_DTYPE = 14
-NUM_COLUMNS = 15
+SCALES = 15
+NUM_COLUMNS = 16
 
 # The source of a move that writes zeros.
 FILL = -1
+# Of a move whose source is not quantised.
+UNSCALED = -1
 
 
 class Row(NamedTuple):
@@ -38,8 +42,11 @@ class Row(NamedTuple):
     destination_dtype: int
 
 
-def columns_of(move: Any) -> tuple[int, ...]:
-    """NUM_COLUMNS numbers, in the order of the table. `move` is a Move, or a Row."""
+def columns_of(move: Any, scales: int = UNSCALED) -> tuple[int, ...]:
+    """NUM_COLUMNS numbers, in the order of the table. `move` is a Move, or a Row.
+
+    `scales` is the row that the scales of its source have in their table.
+    """
     return (
         move.source,
         move.source_offset,
@@ -50,4 +57,5 @@ def columns_of(move: Any) -> tuple[int, ...]:
         *move.destination_strides,
         int(move.source_dtype),
         int(move.destination_dtype),
+        scales,
     )

@@ -1,7 +1,8 @@
 """Cutting the moves from files to memory into batches that fit a buffer of bounded size.
 
 A move is read, run by run, into a staging buffer, where it lies without the gaps that it has in its
-file, and is laid out from there. What needs no laying out can be read to where it belongs.
+file, and is laid out from there. What needs no laying out can be read to where it belongs. What is
+quantised becomes values as it is read.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 from nanotron_fast.moves.boxes import Box
+from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.row import FILL
+from nanotron_fast.moves.scales import Code
 
 # Where a piece begins in a staging buffer: as a device's widest accesses like it.
 ALIGNMENT_BYTES = 256
@@ -65,15 +68,28 @@ def batches_of(
             if batch.staged_bytes + num_bytes > capacity:
                 yield batch
                 batch, places = Batch(), {}
-            key = (move.source, move.source_offset, move.sizes, move.source_strides)
+            key = (
+                move.source,
+                move.source_offset,
+                move.sizes,
+                move.source_strides,
+                move.source_dtype,
+                _staged_dtype(move),
+            )
             if key not in places:
                 places[key] = batch.staged_bytes
                 batch.reads.append(_read_of(move, staging, batch.staged_bytes))
                 batch.staged_bytes += num_bytes
             strides = _staged_strides(move)
-            batch.packs.append(
-                replace(move, source=0, source_offset=places[key], source_strides=strides)
+            pack = replace(
+                move,
+                source=0,
+                source_offset=places[key],
+                source_strides=strides,
+                source_dtype=_staged_dtype(move),
+                scales=None,
             )
+            batch.packs.append(pack)
     if batch.reads or batch.packs:
         yield batch
 
@@ -85,8 +101,15 @@ def _by_stride(move: Move) -> list[int]:
     )
 
 
+def _staged_dtype(move: Move) -> Dtype:
+    """The dtype that a move has in the staging buffer."""
+    return move.destination_dtype if isinstance(move.source_dtype, Code) else move.source_dtype
+
+
 def _has_runs(move: Move) -> bool:
-    """Whether elements lie side by side in the file. A rotary half of a bias does not."""
+    """Whether runs can be read. A rotary half of a bias has none: its elements lie apart."""
+    if isinstance(move.source_dtype, Code):
+        return True  # what becomes values is taken apart as it is read
     dims = _by_stride(move)
     return not dims or move.source_strides[dims[0]] == 1
 
@@ -107,7 +130,7 @@ def _span_bytes(move: Move) -> int:
     """Bytes that a move takes in the staging buffer."""
     strides = _staged_strides(move)
     last = sum((size - 1) * stride for size, stride in zip(move.sizes, strides, strict=True))
-    return (last + 1) * move.source_dtype.itemsize
+    return (last + 1) * _staged_dtype(move).itemsize
 
 
 def _read_of(move: Move, staging: int, offset: int) -> Move:
@@ -117,7 +140,7 @@ def _read_of(move: Move, staging: int, offset: int) -> Move:
         destination=staging,
         destination_offset=offset,
         destination_strides=_staged_strides(move),
-        destination_dtype=move.source_dtype,
+        destination_dtype=_staged_dtype(move),
     )
     if _has_runs(move):
         return read

@@ -130,14 +130,14 @@ def test_tables_of_every_kind(place) -> None:
         table,
         np.array(table),
         flat,
-        flat.view(2, 15),
+        flat.view(2, 16),
         iter([move]),
-        np.array(table[:15]),
+        np.array(table[:16]),
     )
     for moves in kinds:
         found = run_bytes(moves, [source], [14, 14], place)
         assert np.array_equal(found[0], expected[0])
-    for moves in ([], array.array("q"), torch.empty(0, 15, dtype=torch.int64)):
+    for moves in ([], array.array("q"), torch.empty(0, 16, dtype=torch.int64)):
         assert (run_bytes(moves, [source], [9], place)[0] == 7).all()
         pack.run(moves, [], [])
 
@@ -162,7 +162,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(place) -> None:
         pack.run([move], [source.view(2, 4).t()], [written])
     with pytest.raises(ValueError, match=r"tensors on .*, meta"):
         pack.run([move], [source], [torch.empty(8, device="meta")])
-    with pytest.raises(ValueError, match=r"with 15 columns, not torch.int32 \(3,\) on cpu"):
+    with pytest.raises(ValueError, match=r"with 16 columns, not torch.int32 \(3,\) on cpu"):
         pack.run(torch.zeros(3, dtype=torch.int32), [source], [written])
     with pytest.raises(ValueError, match="is int64, not 'i'"):
         pack.run(array.array("i", [0] * 15), [source], [written])
@@ -241,7 +241,7 @@ def test_writes_into_parameters_and_tells_autograd(place) -> None:
 
 def test_operator_is_what_torch_expects(place) -> None:
     move = Move(0, 0, 0, 8, (4, 1, 1), (1, 1, 1), (1, 1, 1), Dtype.F32, Dtype.F32)
-    table = torch.tensor(table_of([move])).view(1, 15)
+    table = torch.tensor(table_of([move])).view(1, 16)
     tensors = [torch.randn(4, device=place)], [torch.zeros(8, device=place)]
     torch.library.opcheck(operators.pack, (table, *tensors))
 

@@ -12,6 +12,7 @@ _C = pytest.importorskip("nanotron_fast._C", reason="the native code is not buil
 
 FIELDS = {name: value for name, value in vars(row).items() if name.isupper()}
 NUM_COLUMNS, FILL = FIELDS.pop("NUM_COLUMNS"), FIELDS.pop("FILL")
+UNSCALED = FIELDS.pop("UNSCALED")
 
 
 def first_of(columns: int | slice) -> int:
@@ -20,7 +21,7 @@ def first_of(columns: int | slice) -> int:
 
 def test_the_engine_names_the_same_columns() -> None:
     assert {name: first_of(columns) for name, columns in FIELDS.items()} == _C.COLUMNS
-    assert (NUM_COLUMNS, FILL) == (_C.NUM_COLUMNS, _C.FILL)
+    assert (NUM_COLUMNS, FILL, UNSCALED) == (_C.NUM_COLUMNS, _C.FILL, _C.UNSCALED)
     for columns in FIELDS.values():
         if isinstance(columns, slice):
             assert columns.stop - columns.start == 3
@@ -32,6 +33,9 @@ def test_a_move_stands_in_the_columns_that_are_named_for_it() -> None:
     table = table_of([move])
     assert len(table) == NUM_COLUMNS
     assert tuple(table) == row.columns_of(plain)
+    assert table[row.SCALES] == UNSCALED
     for name, columns in FIELDS.items():
+        if name == "SCALES":
+            continue
         wanted = getattr(move, name.lower())
         assert (tuple(table[columns]) if isinstance(columns, slice) else table[columns]) == wanted

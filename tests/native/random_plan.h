@@ -40,7 +40,7 @@ struct Plan {
     table.insert(table.end(), move.source_strides.begin(), move.source_strides.end());
     table.insert(table.end(), move.destination_strides.begin(), move.destination_strides.end());
     table.insert(table.end(), {static_cast<int64_t>(move.source_dtype),
-                               static_cast<int64_t>(move.destination_dtype)});
+                               static_cast<int64_t>(move.destination_dtype), move.scales});
     moves.push_back(move);
   }
 

@@ -65,12 +65,12 @@ struct Fixture {
   }
   void run_over(Progress& progress, int workers) const {
     const EngineOptions options{workers, workers == 1, supported_simd_levels().back(), io};
-    execute(source_files(), kHere, outputs, plan.table.data(), num_moves(), options, progress);
+    execute(source_files(), kHere, outputs, {plan.table.data(), num_moves()}, options, progress);
   }
   std::vector<Difference> differences(Progress& progress) const {
     const EngineOptions options{3, false, default_simd_level()};
-    return compare(source_files(), {destinations.begin(), destinations.end()}, plan.table.data(),
-                   num_moves(), options, progress);
+    return compare(source_files(), {destinations.begin(), destinations.end()},
+                   {plan.table.data(), num_moves()}, options, progress);
   }
   Plan plan;
   std::vector<std::string> sources, destinations, contents;
@@ -201,7 +201,7 @@ void test_literals(const std::string& folder) {
   const EngineOptions options{2, true, default_simd_level()};
   const std::vector<OutputFile> outputs{
       {folder + "/literals", {{0, "head"}, {4, "tail"}}, 8, {{0, 7}, {8, 0}}}};
-  execute({}, kHere, outputs, nullptr, 0, options, progress);
+  execute({}, kHere, outputs, {nullptr, 0}, options, progress);
   CHECK(read_file(folder + "/literals") == "headtail");
   const std::vector<Finished> finished = progress.take_finished();
   CHECK(finished.size() == 1 && finished[0].output == 0 && finished[0].digests.size() == 2);

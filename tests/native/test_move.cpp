@@ -9,7 +9,7 @@ using namespace nanotron_fast;
 namespace {
 
 void test_rejects() {
-  const int64_t row[] = {0, 0, 0, 0, 2, 2, 1, 2, 1, 1, 2, 1, 1, 0, 0};
+  const int64_t row[] = {0, 0, 0, 0, 2, 2, 1, 2, 1, 1, 2, 1, 1, 0, 0, -1};
   const auto rejects = [&](size_t column, int64_t value, const std::string& message) {
     std::vector<int64_t> bad(row, row + Move::kNumColumns);
     bad[column] = value;
@@ -28,7 +28,10 @@ void test_rejects() {
   rejects(Column::kDestinationStrides, -1, "stride -1");
   rejects(Column::kSourceStrides, INT64_MAX, "overflows");
   rejects(Column::kSourceOffset, INT64_MAX, "overflows");
-  rejects(Column::kSourceDtype, 4, "unknown dtype code 4");
+  rejects(Column::kSourceDtype, 7, "unknown dtype code 7");
+  rejects(Column::kSourceDtype, 4, "its source is quantised and has no scales");
+  rejects(Column::kScales, 0, "its source has scales and is not quantised");
+  rejects(Column::kDestinationDtype, 4, "what is quantised is a source alone");
   rejects(Column::kDestinationDtype, -1, "unknown dtype code -1");
 }
 

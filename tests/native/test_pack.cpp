@@ -77,8 +77,8 @@ void test_large_moves() {
 
 void test_rejects_before_it_writes() {
   std::vector<std::byte> source(8), destination(8, std::byte{7});
-  const std::vector<int64_t> table{0, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0,
-                                   0, 0, 0, 2, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0};
+  const std::vector<int64_t> table{0, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1,
+                                   0, 0, 0, 2, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1};
   const auto run = [&] {
     pack(table.data(), 2, {{source.data(), 8}}, {{destination.data(), 8}}, 1, default_simd_level());
   };

@@ -40,9 +40,9 @@ int64_t read(const Files& files, const std::vector<Row>& rows, std::string& memo
   Row table;
   for (const Row& row : rows) table.insert(table.end(), row.begin(), row.end());
   return read_ranges(
-      files.paths, table.data(), static_cast<int64_t>(rows.size()),
+      files.paths, {table.data(), static_cast<int64_t>(rows.size())},
       {{reinterpret_cast<std::byte*>(memory.data()), static_cast<int64_t>(memory.size())}},
-      num_workers);
+      num_workers, default_simd_level());
 }
 
 void test_ranges_land_where_they_should() {
@@ -50,10 +50,10 @@ void test_ranges_land_where_they_should() {
   std::string memory(6'000'000, '?'), expected = memory;
   const std::vector<Row> rows{
       // A long run at odd offsets; rows of 6 bytes out of 20, packed; boxes that stay apart.
-      {0, 3, 0, 1, 2'500'000, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0},
-      {1, 5, 0, 5'000'100, 30, 3, 1, 10, 1, 1, 3, 1, 1, 1, 1},
-      {2, 1, 0, 5'100'000, 4, 5, 7, 100, 20, 1, 90, 10, 1, 2, 2},
-      {2, 0, 0, 5'200'001, 1, 1, 1, 5, 5, 5, 9, 9, 9, 0, 0}};
+      {0, 3, 0, 1, 2'500'000, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1},
+      {1, 5, 0, 5'000'100, 30, 3, 1, 10, 1, 1, 3, 1, 1, 1, 1, -1},
+      {2, 1, 0, 5'100'000, 4, 5, 7, 100, 20, 1, 90, 10, 1, 2, 2, -1},
+      {2, 0, 0, 5'200'001, 1, 1, 1, 5, 5, 5, 9, 9, 9, 0, 0, -1}};
   expected.replace(1, 5'000'000, files.contents[0], 3, 5'000'000);
   for (size_t i = 0; i < 30; ++i) {
     expected.replace(5'000'100 + 6 * i, 6, files.contents[1], 5 + 20 * i, 6);
@@ -78,17 +78,19 @@ void test_more_than_a_copy_is_refused() {
     return message_of<PlanError>([&] { read(files, {row}, memory); });
   };
   const std::string more = "move 0: it is more than a copy of ranges";
-  CHECK(message({0, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2}) == more);   // a cast
-  CHECK(message({-1, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0}) == more);  // zeros
-  CHECK(message({0, 0, 0, 0, 4, 5, 1, 5, 1, 1, 1, 4, 1, 0, 0}) == more);   // transposed
-  CHECK(message({0, 0, 0, 0, 4, 1, 1, 2, 1, 1, 1, 1, 1, 0, 0}) == more);   // every other one
-  CHECK(contains(message({0, 90, 0, 0, 6, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0}), "byte 102 of a file"));
-  CHECK(contains(message({0, 0, 0, 90, 6, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0}), "destination ends at"));
+  CHECK(message({0, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 2, -1}) == more);   // a cast
+  CHECK(message({-1, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1}) == more);  // zeros
+  CHECK(message({0, 0, 0, 0, 4, 5, 1, 5, 1, 1, 1, 4, 1, 0, 0, -1}) == more);   // transposed
+  CHECK(message({0, 0, 0, 0, 4, 1, 1, 2, 1, 1, 1, 1, 1, 0, 0, -1}) == more);   // every other one
+  CHECK(
+      contains(message({0, 90, 0, 0, 6, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1}), "byte 102 of a file"));
+  CHECK(
+      contains(message({0, 0, 0, 90, 6, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1}), "destination ends at"));
   CHECK(memory == std::string(100, '?'));
   Files missing({100});
   fs::remove(missing.paths[0]);
   try {
-    read(missing, {{0, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0}}, memory);
+    read(missing, {{0, 0, 0, 0, 4, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1}}, memory);
     CHECK(false);
   } catch (const IoError& error) {
     CHECK(error.error_number() == ENOENT && error.path() == missing.paths[0]);

@@ -150,7 +150,7 @@ void test_many_items_and_fills() {
 // The tile's arithmetic does not overflow where tensors are larger than 2^32 bytes.
 void test_far_tiles() {
   const int64_t far = int64_t{1} << 33;
-  const std::vector<int64_t> table{0, 0, 0, 0, far, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0};
+  const std::vector<int64_t> table{0, 0, 0, 0, far, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, -1};
   const Memory nowhere{nullptr, 2 * far};
   const TileTable tiles = make_tiles(table.data(), 1, {nowhere}, {nowhere});
   CHECK(tiles.num_tiles == 2 * far >> 15);
@@ -158,7 +158,8 @@ void test_far_tiles() {
   const device::Tile tile = device::tile_of(tiles.items[0], last);
   CHECK(reinterpret_cast<int64_t>(tile.source) == 2 * far - (1 << 15));
   const auto run = [&] {
-    const std::vector<int64_t> huge{-1, 0, 0, 0, int64_t{1} << 46, 1, 1, 0, 0, 0, 1, 1, 1, 0, 0};
+    const std::vector<int64_t> huge{-1, 0, 0, 0, int64_t{1} << 46, 1, 1, 0, 0, 0, 1, 1,
+                                    1,  0, 0, -1};
     make_tiles(huge.data(), 1, {}, {{nullptr, int64_t{1} << 47}});
   };
   CHECK(contains(message_of<PlanError>(run), "move 0: more than 2147483646 tiles"));

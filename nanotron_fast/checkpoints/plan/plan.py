@@ -14,7 +14,7 @@ from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
-from nanotron_fast.moves.move import table_of
+from nanotron_fast.moves.move import scales_of, table_of
 from nanotron_fast.moves.plan import MovePlan
 
 
@@ -95,8 +95,9 @@ class Plan:
         """Expected: this process as it is, and the engine's buffers."""
         from nanotron_fast import _C
 
-        table = table_of(self.transfer.moves)
-        return resident_bytes() + workers * _C.worker_buffer_bytes(table)
+        moves = self.transfer.moves
+        buffers = _C.worker_buffer_bytes(table_of(moves), scales=scales_of(moves))
+        return resident_bytes() + workers * buffers
 
     def to_json(self, workers: int) -> dict[str, Any]:
         """The contract of `convert --dry-run --json`."""

@@ -20,7 +20,7 @@ from nanotron_fast.errors import DestinationError
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.moves.files import Folder
-from nanotron_fast.moves.groups import groups_of, ranges_of, source_range
+from nanotron_fast.moves.groups import groups_of, ranges_of, source_ranges
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.plan import MovePlan
 from nanotron_fast.moves.row import FILL
@@ -118,8 +118,7 @@ def _move_groups(moves: Sequence[Move], num_sources: int) -> Iterator[tuple[int,
     for index, move in enumerate(moves):
         need = 0
         for each in _both_sides(move, num_sources):
-            begin, end = source_range(each)
-            need += end - begin
+            need += sum(end - begin for _, begin, end in source_ranges(each))
         if index > first and num_bytes + need > GROUP_BYTES:
             yield first, moves[first:index]
             first, num_bytes = index, 0
