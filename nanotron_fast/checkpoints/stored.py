@@ -35,6 +35,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_config, rotates_halves
 from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields_warnings
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.huggingface.quantization import read_quantization
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
@@ -139,7 +140,9 @@ class HfModel(StoredModel):
         if source.lacks_config is not None:
             raise CheckpointError(source.lacks_config)
         config, self.warnings = check_config(source.config, source.dtypes)
-        self.checkpoint = replace(source, config=config)
+        self.checkpoint = replace(
+            source, config=config, quantization=read_quantization(source.config)
+        )
         self.family = family_of_config(config, options.family)
         self.warnings += warnings_about(self.family, config)
         self.spec = read_config(self.family, config)

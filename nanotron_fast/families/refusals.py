@@ -8,6 +8,7 @@ from typing import Any
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import like_llama, refusal_of
+from nanotron_fast.formats.huggingface.quantization import QUANTIZATION, read_quantization
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
 from nanotron_fast.model.needs import ODDITIES, needs
 from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
@@ -16,7 +17,6 @@ from nanotron_fast.moves.dtypes import Dtype
 TARGETS = ("nanotron", "nanotron-fast")
 VERSIONS = ("1.5", "1.2")
 _ROPE_THETA_1_2 = 10000.0
-_QUANTIZATION = "quantization_config"
 # Where a multimodal model's config keeps that of its language model.
 _WRAPPED = ("text_config", "llm_config", "language_config", "thinker_config")
 
@@ -115,20 +115,29 @@ def check_config(
                 "convert what save_pretrained writes"
             )
     kept, warnings = dict(config), []
-    quantization = config.get(_QUANTIZATION)
+    quantization = config.get(QUANTIZATION)
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        method = method or _QUANTIZATION
-        if not all(dtype in Dtype.__members__ for dtype in dtypes):
+        method = method or QUANTIZATION
+        scheme = read_quantization(config)
+        coded = {dtype for dtype in dtypes if dtype not in Dtype.__members__}
+        if coded and (scheme is None or not coded <= scheme.dtypes):
             raise UnsupportedModelError(
-                f"config.json: the weights are quantised ({method}), which "
-                "Nanotron cannot train; start from the unquantised model"
+                f"config.json: the weights are quantised ({method}, {', '.join(sorted(coded))}), "
+                "which is not read: fp8 in e4m3 and mxfp4 are dequantised. Nanotron cannot train "
+                "quantised weights; start from the unquantised model"
             )
-        warnings.append(
-            f"config.json: {_QUANTIZATION} ({method}) is left out: every tensor is in floating "
-            "point, so nothing is quantised"
-        )
-        del kept[_QUANTIZATION]
+        if coded:
+            warnings.append(
+                f"config.json: the quantised weights are dequantised from {scheme}. What is "
+                f"written is in floating point, and {QUANTIZATION} is left out"
+            )
+        else:
+            warnings.append(
+                f"config.json: {QUANTIZATION} ({method}) is left out: every tensor is in floating "
+                "point, so nothing is quantised"
+            )
+        del kept[QUANTIZATION]
     return kept, warnings
 
 

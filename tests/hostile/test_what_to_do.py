@@ -225,7 +225,9 @@ def test_quantised_weights_are_refused_as_ever(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     changed.tensors[name] = Tensor("U8", (2048, 1), bytes(2048))
     source = changed.save(tmp_path / "source")
-    refused(source, tmp_path, UnsupportedModelError, r"the weights are quantised \(bitsandbytes\)")
+    refused(
+        source, tmp_path, UnsupportedModelError, r"the weights are quantised \(bitsandbytes, U8\)"
+    )
 
 
 def with_more(tmp_path: Path) -> tuple[Path, list[str]]:

@@ -74,7 +74,7 @@ def test_every_length(level, dtype):
             assert part == whole[: length * dtype.itemsize]
 
 
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=40)
 @given(builds(), st.integers(1, 3), st.sampled_from(["buffered", "direct", "dontcache"]))
 def test_values_are_those_of_transformers(build, workers, io):
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def test_values_are_those_of_transformers(build, workers, io):
         assert engine.compare(plan.sources, paths, plan.moves, workers=workers) == []
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=30)
 @given(builds(), st.sampled_from([4096, 5000, 1 << 20]))
 def test_a_load_makes_values_of_them_as_it_reads(build, capacity):
     with tempfile.TemporaryDirectory() as folder:

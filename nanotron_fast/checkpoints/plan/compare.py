@@ -18,6 +18,7 @@ from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.model.spec import COMPUTED, STRUCTURE, ModelSpec, differing_layer
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.row import FILL
+from nanotron_fast.moves.scales import Quantised
 
 
 @dataclass(slots=True)
@@ -73,6 +74,12 @@ class _Model:
         if isinstance(self.side, NanotronSource):
             return self.side.dtype(param)
         return max((self.side.dtype(part) for part in param.parts), key=lambda d: d.itemsize)
+
+    def quantised(self, param: Param) -> Quantised | None:
+        """The element type of a parameter of one part, where it is quantised."""
+        if isinstance(self.side, NanotronSource):
+            return None
+        return self.side.quantised(param.parts[0])
 
 
 def plan_comparison(
@@ -164,7 +171,7 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
     )
     left_params = first.params(first.stored.family, first.spec, has_rope_pairs)
     right_params = second.params(first.stored.family, first.spec, has_rope_pairs)
-    casts: Counter[tuple[str, Dtype, Dtype]] = Counter()
+    casts: Counter[tuple[str, Dtype | Quantised, Dtype]] = Counter()
     compared: set[str] = set()
     for left, right in zip(left_params, right_params, strict=True):
         for left_part, right_part in zip(left.parts, right.parts, strict=True):
@@ -196,13 +203,21 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
 
 def _plan_part(
     plan: ComparisonPlan, left: tuple[_Model, Param], right: tuple[_Model, Param]
-) -> tuple[str, Dtype, Dtype] | None:
+) -> tuple[str, Dtype | Quantised, Dtype] | None:
     """Adds the moves that would make the narrower side's values from the wider side's.
 
-    Each side comes with a parameter of one part. Returns the cast: whose values, from, to.
+    A quantised side becomes what the other one is, however narrow its codes are. Each side comes
+    with a parameter of one part. Returns the cast: whose values, from, to.
     """
     left_dtype, right_dtype = left[0].dtype(left[1]), right[0].dtype(right[1])
-    if left_dtype.itemsize < right_dtype.itemsize:
+    left_codes, right_codes = left[0].quantised(left[1]), right[0].quantised(right[1])
+    if left_codes and right_codes:
+        raise _OtherDtype(
+            f"{left_codes.short_name} in {left[0].label}, {right_codes.short_name} in "
+            f"{right[0].label}: two quantised tensors are not compared; convert one of the models"
+        )
+    is_narrower = left_dtype.itemsize < right_dtype.itemsize
+    if right_codes or (is_narrower and not left_codes):
         left, right = right, left
         left_dtype, right_dtype = right_dtype, left_dtype
     (source, source_param), (destination, param) = left, right
@@ -215,6 +230,9 @@ def _plan_part(
         _add(plan, named, source.side, destination.side)
     for named in plan_padding([source_param], [param], source.side, destination.side):
         _add(plan, named, source.side, source.side)
+    codes = left_codes or right_codes
+    if codes:
+        return source.label, codes, right_dtype
     return None if left_dtype is right_dtype else (source.label, left_dtype, right_dtype)
 
 
@@ -235,10 +253,14 @@ def _add(
     source: HfSource | NanotronSource,
     destination: HfSource | NanotronSource,
 ) -> None:
+    scales = named.move.scales
+    if scales is not None:
+        scales = scales._replace(source=_number(plan, source, scales.source))
     move = replace(
         named.move,
         source=_number(plan, source, named.move.source),
         destination=_number(plan, destination, named.move.destination),
+        scales=scales,
     )
     plan.moves.append(replace(named, move=move))
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from nanotron_fast.families.parts import Param, Part
 from nanotron_fast.moves.move import Move
-from nanotron_fast.moves.pieces import Piece, fill_behind, intersect
+from nanotron_fast.moves.pieces import Piece, fill_behind, moves_between
 
 
 class Side(Protocol):
@@ -50,8 +50,7 @@ def plan_moves(
             places = source.pieces(source_param, source_part)
             for piece in destination.pieces(param, part):
                 for place in places:
-                    move = intersect(place, piece)
-                    if move is not None:
+                    for move in moves_between(place, piece):
                         yield NamedMove(move, name, param.name)
                 padding = _padding(part, places, piece)
                 if padding is not None:

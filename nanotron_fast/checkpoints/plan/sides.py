@@ -8,6 +8,7 @@ from pathlib import Path
 
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.checkpoints.plan.quantised import QuantisedTensor, QuantisedTensors
 from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
 from nanotron_fast.families.parts import Address, Param, Part, Share, Sizes
 from nanotron_fast.formats.chunks import Chunk
@@ -20,6 +21,7 @@ from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.pieces import Piece, intersect
 from nanotron_fast.moves.plan import OutputFile
+from nanotron_fast.moves.scales import Quantised, Scales
 
 # A tied model's file may hold its matrix under this name as well, or under this name alone.
 TIED_HEAD = "lm_head.weight"
@@ -83,20 +85,27 @@ class HfSource:
         self.files = _Files()
         self.used: set[str] = set()
         self._dtypes: dict[str, Dtype] = {}
+        self._quantised = QuantisedTensors(checkpoint)
 
-    def find(self, part: Part) -> tuple[Address, StoredTensor]:
-        """The tensor that holds a part. Raises CheckpointError, naming what is missing."""
+    def find(self, part: Part) -> tuple[Address, StoredTensor | QuantisedTensor]:
+        """The tensor that holds a part, which is used then. CheckpointError: it is missing."""
         tensors = self.checkpoint.tensors
         for address in part.tensors:
             tensor = tensors.get(address.name)
             if tensor is None:
+                packed = self._quantised.find(address)
+                if packed is not None:
+                    self.used.update(packed.names)
+                    return address, packed
                 continue
             if tensor.info.shape != address.shape:
                 raise CheckpointError(
                     f"{tensor.path}: {address.name} has shape {list(tensor.info.shape)}, "
                     f"config.json calls for {list(address.shape)}"
                 )
-            return address, tensor
+            quantised = self._quantised.find(address)
+            self.used.update((address.name,) if quantised is None else quantised.names)
+            return address, quantised or tensor
         wanted = [address.name for address in part.tensors]
         why = explain(self.checkpoint.tensors, wanted, self.checkpoint.ignored)
         raise CheckpointError(
@@ -105,8 +114,16 @@ class HfSource:
         )
 
     def dtype(self, part: Part) -> Dtype:
-        """The dtype that a part is stored in."""
-        return self._dtype_of(*self.find(part))
+        """The dtype that a part is stored in; of a quantised one, what it becomes by itself."""
+        address, tensor = self.find(part)
+        if isinstance(tensor, QuantisedTensor):
+            return self._quantised.dtype
+        return self._dtype_of(address, tensor)
+
+    def quantised(self, part: Part) -> Quantised | None:
+        """The element type of a part that is quantised."""
+        _, tensor = self.find(part)
+        return tensor.dtype if isinstance(tensor, QuantisedTensor) else None
 
     def _dtype_of(self, address: Address, tensor: StoredTensor) -> Dtype:
         name = tensor.info.dtype
@@ -117,7 +134,8 @@ class HfSource:
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
         address, tensor = self.find(part)
-        self.used.add(address.name)
+        if isinstance(tensor, QuantisedTensor):
+            return self._quantised_pieces(part, address, tensor)
         dtype = self._dtype_of(address, tensor)
         if not tensor.chunks:
             file = self.files.number(tensor.path)
@@ -126,6 +144,36 @@ class HfSource:
             piece_of(share, self.files.number(chunk.path), chunk.begin_bytes, dtype)
             for chunk in tensor.chunks
             for share in part.within(address, chunk.low, chunk.sizes, chunk.strides)
+        ]
+
+    def _quantised_pieces(
+        self, part: Part, address: Address, tensor: QuantisedTensor
+    ) -> list[Piece]:
+        begin_bytes = tensor.codes.info.begin_bytes
+        file = self.files.number(tensor.codes.path)
+        scales = Scales(
+            source=self.files.number(tensor.scales.path),
+            offset=tensor.scales.info.begin_bytes,
+            dtype=tensor.scale_dtype,
+            codes_offset=begin_bytes,
+            rows=tensor.rows,
+            columns=tensor.columns,
+            block_rows=tensor.block_rows,
+            block_columns=tensor.block_columns,
+        )
+        start = (0,) * len(address.shape)
+        return [
+            Piece(
+                file=file,
+                offset_bytes=begin_bytes,
+                dtype=tensor.dtype,
+                low=share.low,
+                high=share.high,
+                strides=share.strides,
+                scales=scales,
+                first=share.offset,
+            )
+            for share in part.within(address, start, address.shape, tensor.strides)
         ]
 
     @property

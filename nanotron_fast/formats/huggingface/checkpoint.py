@@ -21,6 +21,7 @@ from nanotron_fast.formats.huggingface.files import (
     Files,
     choose_files,
 )
+from nanotron_fast.formats.huggingface.quantization import Quantization
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
@@ -84,6 +85,8 @@ class HfCheckpoint:
     lacks_config: str | None = None
     # Names of further files in the folder that belong to the tensors.
     other_files: frozenset[str] = frozenset()
+    # How some of the tensors are quantised, where the configuration says so.
+    quantization: Quantization | None = None
 
     @property
     def dtypes(self) -> set[str]:

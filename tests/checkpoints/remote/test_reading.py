@@ -16,6 +16,7 @@ from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
 from nanotron_fast.moves import engine
 from tests.checkpoints.remote.stores import contents, fail_first, put, slow
+from tests.fp8 import quantised
 from tests.modelzoo import make
 
 TP2 = nf.Topology(tp=2, pp=2)
@@ -366,3 +367,18 @@ def test_what_is_read_from_a_disk_alone_says_so(faulty, temporary, model, tmp_pa
     faulty().pipe_file("faulty://bucket/dcp/__0_0.distcp", b"x")
     with pytest.raises(CheckpointError, match="is read from a disk alone"):
         nf.convert("faulty://bucket/dcp", tmp_path / "out")
+
+
+@pytest.mark.parametrize("group_bytes", [1, 1 << 30])
+def test_scales_are_fetched_with_what_they_are_for(
+    faulty, temporary, tmp_path, monkeypatch, group_bytes
+):
+    monkeypatch.setattr(running, "GROUP_BYTES", group_bytes)
+    coded, _ = quantised(make("llama", num_hidden_layers=1))
+    model = coded.save(tmp_path / "model", shards=3)
+    put(model, URL)
+    nf.convert(URL, tmp_path / "out", topology=TP2)
+    nf.convert(model, tmp_path / "expected", topology=TP2)
+    assert without_config(tmp_path / "out") == without_config(tmp_path / "expected")
+    assert nf.verify(URL, tmp_path / "out").equal
+    assert not list(temporary.iterdir())
