@@ -62,6 +62,13 @@ def in_blocks(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight.float() / spread(scales, rows, columns)).to(torch.float8_e4m3fn), scales
 
 
+def stack_in_blocks(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a stack of matrices, whose blocks end where a matrix does."""
+    pairs = [in_blocks(matrix) for matrix in stack]
+    codes, scales = (torch.stack(each) for each in zip(*pairs, strict=True))
+    return codes, scales
+
+
 def quantised(model: Model, *, config: dict[str, Any] = CONFIG) -> tuple[Model, Model]:
     """The model with its linear weights in blocks, and what they are once dequantised to bf16."""
     coded, plain = dict(model.tensors), dict(model.tensors)

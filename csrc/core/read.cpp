@@ -173,7 +173,7 @@ int64_t read_ranges(const std::vector<std::string>& paths, const MoveTable& tabl
       read_block(schedule.jobs[block.job], block.number, builder, destinations);
     }
   });
-  return num_bytes + num_halves / 2;
+  return num_bytes + (num_halves + 1) / 2;
 }
 
 }  // namespace nanotron_fast

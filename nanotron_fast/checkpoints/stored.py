@@ -35,7 +35,10 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_config, rotates_halves
 from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields_warnings
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
-from nanotron_fast.formats.huggingface.quantization import read_quantization
+from nanotron_fast.formats.huggingface.quantization import (
+    names_of_activation_scales,
+    read_quantization,
+)
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
@@ -143,6 +146,7 @@ class HfModel(StoredModel):
         self.checkpoint = replace(
             source, config=config, quantization=read_quantization(source.config)
         )
+        self.warnings += _about_activations(self.checkpoint)
         self.family = family_of_config(config, options.family)
         self.warnings += warnings_about(self.family, config)
         self.spec = read_config(self.family, config)
@@ -243,6 +247,24 @@ class NanotronModel(StoredModel):
                 "that the checkpoint holds"
             )
         return size
+
+
+def _about_activations(source: HfCheckpoint) -> list[str]:
+    """What is said of scales beside quantised weights that training has no use for."""
+    if source.quantization is None:
+        return []
+    idle = [
+        scales
+        for name, tensor in source.tensors.items()
+        if tensor.info.dtype not in Dtype.__members__
+        for scales in names_of_activation_scales(name)
+        if scales in source.tensors
+    ]
+    if not idle:
+        return []
+    return [
+        f"{len(idle)} scales of activations, beside quantised weights, are left out: {some(idle)}"
+    ]
 
 
 def _about_states(source: NanotronCheckpoint) -> list[str]:

@@ -14,7 +14,15 @@ import nanotron_fast as nf
 from nanotron_fast import Topology
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoints.test_loading import check_ranks, converted
-from tests.fp8 import CONFIG, names_of_quantised, quantised, tensor_of, weights_of
+from tests.fp8 import (
+    CONFIG,
+    names_of_quantised,
+    quantised,
+    spread,
+    stack_in_blocks,
+    tensor_of,
+    weights_of,
+)
 from tests.modelzoo import Model, Tensor, make, read_tensors
 from tests.refusals import refused
 
@@ -27,6 +35,7 @@ CUT = {
 }
 WHOLE = {"hidden_size": 256, "head_dim": 32, "intermediate_size": 384, "num_hidden_layers": 1}
 TOPOLOGIES = [Topology(tp=tp, pp=pp) for tp, pp in itertools.product((1, 2), (1, 2))]
+EMBEDDING = "model.embed_tokens.weight"
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 
 
@@ -71,6 +80,37 @@ def test_values_are_those_of_transformers(tmp_path: Path) -> None:
     nf.convert(tmp_path / "there", tmp_path / "back")
     assert read_tensors(tmp_path / "back") == plain.tensors
     assert "quantization_config" not in (tmp_path / "back" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("is_stacked", [False, True], ids=["separate", "stacked"])
+def test_experts_are_transposed_out_of_blocks(is_stacked: bool, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 1, "moe_intermediate_size": 136, "hidden_size": 192}
+    model = make("qwen2_moe", **sizes)
+    coded, plain = quantised(model)
+    if is_stacked:
+        # As transformers 5 saves them: a grid of scales for each expert.
+        kept = {name for name in model.tensors if ".mlp.experts." not in name}
+        coded.tensors = {
+            name: tensor
+            for name, tensor in coded.tensors.items()
+            if name.removesuffix("_scale_inv") in kept
+        }
+        plain.tensors = {name: plain.tensors[name] for name in kept}
+        for name, tensor in model.stacked().items():
+            if name in kept:
+                continue
+            codes, scales = stack_in_blocks(weights_of(tensor))
+            coded.tensors[name] = tensor_of(codes)
+            coded.tensors[f"{name}_scale_inv"] = tensor_of(scales)
+            wide = [spread(scale, *codes.shape[1:]) for scale in scales]
+            plain.tensors[name] = tensor_of((codes.float() * torch.stack(wide)).bfloat16())
+        for each in (coded, plain):
+            each.tensors = dict(sorted(each.tensors.items(), key=lambda item: item[0] != EMBEDDING))
+    topology = Topology(tp=2)
+    nf.convert(coded.save(tmp_path / "coded"), tmp_path / "out", topology=topology)
+    nf.convert(plain.save(tmp_path / "plain"), tmp_path / "expected", topology=topology)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    assert nf.verify(tmp_path / "out", tmp_path / "coded").equal
 
 
 def _torch(tensor: Tensor) -> torch.Tensor:
@@ -168,14 +208,16 @@ def test_a_scale_for_each_tensor_or_row(
     report = nf.convert(coded.save(tmp_path / "coded"), tmp_path / "out", topology=Topology(tp=2))
     nf.convert(plain.save(tmp_path / "plain"), tmp_path / "expected", topology=Topology(tp=2))
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
-    assert "dequantised from fp8 (a scale for a tensor or a row)" in report.plan.warnings[0]
+    first, second = report.plan.warnings
+    assert "dequantised from fp8 (a scale for a tensor or a row)" in first
+    assert second.startswith("7 scales of activations, beside quantised weights, are left out:")
 
 
 def test_a_quantised_embedding_that_is_tied_and_padded(tmp_path: Path) -> None:
     """Rows that are added to a vocabulary are zeros, and its matrix may be quantised as well."""
     model = make("llama", **{**WHOLE, "tie_word_embeddings": True})
     coded, plain = quantised(model)
-    name = "model.embed_tokens.weight"
+    name = EMBEDDING
     codes = weights_of(model.tensors[name]).float().to(torch.float8_e4m3fn)
     del coded.tensors[name]  # the zoo takes the dtype of the first tensor for the model's
     coded.tensors[name] = tensor_of(codes)

@@ -74,7 +74,7 @@ def test_every_length(level, dtype):
             assert part == whole[: length * dtype.itemsize]
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=60)
 @given(builds(), st.integers(1, 3), st.sampled_from(["buffered", "direct", "dontcache"]))
 def test_values_are_those_of_transformers(build, workers, io):
     with tempfile.TemporaryDirectory() as folder:
@@ -91,7 +91,7 @@ def test_values_are_those_of_transformers(build, workers, io):
         assert engine.compare(plan.sources, paths, plan.moves, workers=workers) == []
 
 
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=50)
 @given(builds(), st.sampled_from([4096, 5000, 1 << 20]))
 def test_a_load_makes_values_of_them_as_it_reads(build, capacity):
     with tempfile.TemporaryDirectory() as folder:
@@ -100,8 +100,9 @@ def test_a_load_makes_values_of_them_as_it_reads(build, capacity):
         paths = [bytes(path) for path in plan.sources]
         number = len(outputs)
         batches = batches_of(plan.moves, capacity, staging=number, reads_direct=True)
-        num_bytes = 0
+        num_bytes = num_batches = 0
         for batch in batches:
+            num_batches += 1
             staging = np.full(batch.staged_bytes, 0x55, np.uint8)
             assert batch.staged_bytes <= capacity
             memories = [(data.ctypes.data, data.size) for data in (*outputs, staging)]
@@ -113,7 +114,8 @@ def test_a_load_makes_values_of_them_as_it_reads(build, capacity):
                 assert move.scales is None
                 reference.apply_move(move, staging, outputs[move.destination])
         assert tuple(map(bytes, outputs)) == build.expected
-        assert num_bytes == plan.bytes_read
+        # Of elements of half a byte, each batch may have an odd number.
+        assert 0 <= num_bytes - plan.bytes_read <= num_batches
 
 
 @pytest.mark.parametrize("shape", [(256, 384), (128, 128), (96, 256)], ids=str)
