@@ -106,9 +106,6 @@ def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) ->
     layer = differing_layer(means, reads)
     if layer is not None:
         raise _reads_otherwise(chosen, own, *layer)
-    if own.rotates_neighbours != chosen.rotates_neighbours:
-        what = "rotary embedding of neighbours"
-        raise _reads_otherwise(chosen, own, what, own.rotates_neighbours, chosen.rotates_neighbours)
     return family
 
 

@@ -42,7 +42,7 @@ COMPUTES_OTHERWISE: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "ernie": ("ernie4_5", {}, "llama", "'ernie4_5', and its rotary embedding turns neighbours"),
     "helium": ("helium", {}, "llama", "turns neighbours"),
     "glm": ("glm", {}, "llama", "turns neighbours"),
-    "cohere": ("cohere", {"rope_theta": 1e4}, "llama", "its kind of norm: 'plain_layer_norm'"),
+    "cohere": ("cohere", {"rope_theta": 1e4}, "llama", "turns neighbours in a head, where"),
     "gemma": ("gemma", {}, "llama", "its addition of 1 to norms' weights: True"),
     "ministral3": ("ministral3", {}, "mistral", "scales queries"),
     "minicpm": ("minicpm", {}, "llama", "scale_emb"),
@@ -136,7 +136,9 @@ def test_relatives_turn_the_same_rows() -> None:
     llama = family_named("llama")
     other = dataclasses.replace(llama, name="other", rotates_neighbours=True)
     config = {**make("llama").config, "model_type": "llama"}
-    with pytest.raises(UnsupportedModelError, match="rotary embedding of neighbours: False, where"):
+    with pytest.raises(
+        UnsupportedModelError, match="turns halves of a head, where that of a other"
+    ):
         seen_as(other, config, {"llama": llama, "other": other})
 
 

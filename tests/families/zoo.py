@@ -5,6 +5,7 @@ A family of ours has an entry or more here; tests of conversion, models and trai
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -389,7 +390,8 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
     if config_class is None or model_class is None or is_too_old:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
-    sizes = {**SIZES, **entry.changes}
+    # A configuration changes what it is given.
+    sizes = copy.deepcopy({**SIZES, **entry.changes})
     model = model_class(config_class(**sizes)).to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # released models have it in fp32
