@@ -23,6 +23,8 @@ from nanotron_fast.moves.row import FILL
 from nanotron_fast.moves.scales import NUM_SCALE_COLUMNS, Code, ScaleDtype, Scales
 from nanotron_fast.moves.staging import batches_of
 from tests.moves.quantised import BITS, TORCH, builds, bytes_of
+from tests.moves.test_engine import write_shares
+from tests.plans import small_cuts
 
 CASTABLE = (Dtype.BF16, Dtype.F16, Dtype.F32)
 ALL_CODES = bytes(range(256))
@@ -89,6 +91,16 @@ def test_values_are_those_of_transformers(build, workers, io):
             assert by_numpy[path.name].tobytes() == expected
             assert path.read_bytes() == expected
         assert engine.compare(plan.sources, paths, plan.moves, workers=workers) == []
+
+
+@settings(deadline=None, max_examples=30)
+@given(builds(), st.integers(2, 5))
+def test_shares_of_processes_may_be_cut_anywhere(build, world_size):
+    with tempfile.TemporaryDirectory() as folder, small_cuts():
+        plan = build.plan(Path(folder))
+        write_shares(plan, Path(folder), world_size)
+        for output, expected in zip(plan.outputs, build.expected, strict=True):
+            assert Path(folder, output.path).read_bytes() == expected
 
 
 @settings(deadline=None, max_examples=50)
