@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 
 # Prefixes, what puts each there, and what to save instead.
@@ -18,6 +19,7 @@ _PREFIXES = {
     "transformer.": "another class than that of config.json's model_type puts it there",
 }
 _ROOT = "model."
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
 _UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.")
 
 
@@ -45,6 +47,19 @@ def explain(names: Collection[str], wanted: Iterable[str], ignored: Collection[s
             what = _PREFIXES[known] if known else "take it off every name, and save the model anew"
             return f"; names begin with {prefix!r}, which transformers does not expect. {what}"
     return ""
+
+
+def layers_beyond(names: Iterable[str], num_layers: int) -> str | None:
+    """How to leave out tensors of layers that follow a model's own; None where others are left."""
+    found = [_LAYER.match(name) for name in names]
+    numbers = sorted({int(match[1]) for match in found if match is not None})
+    if None in found or not numbers or numbers[0] < num_layers:
+        return None
+    globs = " ".join(f"--ignore-tensors 'model.layers.{number}.*'" for number in numbers)
+    return (
+        f"config.json has {num_layers} layers, and those beyond them predict later tokens (MTP), "
+        f"which no model here does. {globs} leaves them out"
+    )
 
 
 def _prefix(names: Collection[str], wanted: str) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.from_shapes import has_param, head_dim_of, moe_sizes_of
+from nanotron_fast.checkpoints.names import layers_beyond
 from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.checkpoints.plan.like import check_shapes, read_like
@@ -119,9 +120,10 @@ class StoredModel:
         unused = self.leftovers(reader)
         if unused:
             what, whose = self._what
+            hint = layers_beyond(unused, self.spec.num_layers) or IGNORE_HINT
             raise CheckpointError(
                 f"{self.checkpoint.root}: {len(unused)} {what} have no place in {whose} "
-                f"{self.family.name}: {some(unused)}. {IGNORE_HINT}"
+                f"{self.family.name}: {some(unused)}. {hint}"
             )
         return self.tied_copies(reader)
 
