@@ -414,4 +414,72 @@ RELEASED: dict[str, Released] = {
         36.15,
         Topology(tp=8, pp=4),
     ),
+    "Qwen3-8B": Released(
+        {
+            "model_type": "qwen3",
+            **_sizes(4096, 12288, 36, 32, 8),
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rope_theta": 1000000,
+            "max_position_embeddings": 40960,
+        },
+        8.19,
+        Topology(tp=8, pp=1),
+    ),
+    "Qwen3-30B-A3B": Released(
+        {
+            "model_type": "qwen3_moe",
+            **_sizes(2048, 6144, 48, 32, 4),
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rope_theta": 1000000.0,
+            "norm_topk_prob": True,
+        },
+        30.53,
+        Topology(tp=4, pp=2, ep=8),
+    ),
+    "DeepSeek-V3": Released(
+        {
+            "model_type": "deepseek_v3",
+            **_sizes(7168, 18432, 61, 128, 128),
+            "vocab_size": 129280,
+            "max_position_embeddings": 163840,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+            "moe_layer_freq": 1,
+            "rope_scaling": {
+                "type": "yarn",
+                "factor": 40,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+        671.0,
+        Topology(tp=8, pp=4, ep=8),
+    ),
+    **{
+        f"gpt-oss-{billions}b": Released(
+            {
+                "model_type": "gpt_oss",
+                **_sizes(2880, 2880, layers, 64, 8),
+                "vocab_size": 201088,
+                "num_local_experts": experts,
+                "rope_theta": 150000,
+                "rope_scaling": {
+                    "rope_type": "yarn",
+                    "factor": 32.0,
+                    "beta_fast": 32.0,
+                    "beta_slow": 1.0,
+                    "truncate": False,
+                    "original_max_position_embeddings": 4096,
+                },
+            },
+            exactly,
+            Topology(tp=8, pp=2, ep=8),
+        )
+        for billions, layers, experts, exactly in ((20, 24, 32, 20.9), (120, 36, 128, 116.8))
+    },
 }

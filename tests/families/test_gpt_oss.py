@@ -1,0 +1,63 @@
+"""gpt-oss as it is published: experts in blocks of 32 four-bit numbers with a scale each."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+import nanotron_fast as nf
+from nanotron_fast import Topology
+from tests.families import zoo
+
+SIZES = {"hidden_size": 64, "intermediate_size": 32}
+
+
+@pytest.fixture
+def models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    """The published form, and what transformers makes of it."""
+    entry = zoo.ZOO["gpt_oss"]
+    changed = zoo.Entry(entry.kind, {**entry.changes, **SIZES}, entry.tolerance)
+    monkeypatch.setitem(zoo.ZOO, "gpt_oss", changed)
+    plain = zoo.save("gpt_oss", tmp_path / "plain", torch.bfloat16)
+    tensors = load_file(plain / "model.safetensors")
+    published = {}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            published[name] = tensor
+            continue
+        experts, rows, columns = tensor.shape
+        blocks = torch.randint(
+            256, (experts, columns, rows // 32, 16), dtype=torch.uint8, generator=generator
+        )
+        scales = torch.randint(120, 126, blocks.shape[:-1], dtype=torch.uint8, generator=generator)
+        published[f"{name}_blocks"], published[f"{name}_scales"] = blocks, scales
+        tensors[name] = convert_moe_packed_tensors(
+            blocks, scales, dtype=torch.bfloat16
+        ).contiguous()
+    save_file(tensors, plain / "model.safetensors", metadata={"format": "pt"})
+    quantised = tmp_path / "quantised"
+    quantised.mkdir()
+    save_file(published, quantised / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((plain / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (quantised / "config.json").write_text(json.dumps(config))
+    return quantised, plain
+
+
+@pytest.mark.parametrize("topology", [Topology(), Topology(tp=2, pp=2), Topology(ep=2)], ids=str)
+def test_blocks_become_what_transformers_makes_of_them(
+    topology: Topology, models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    quantised, plain = models
+    report = nf.convert(quantised, tmp_path / "there", topology=topology)
+    assert any("dequantised from mxfp4" in warning for warning in report.plan.warnings)
+    nf.convert(plain, tmp_path / "expected", topology=topology)
+    assert nf.verify(tmp_path / "there", tmp_path / "expected").equal
+    assert nf.verify(quantised, tmp_path / "there").equal
+    assert nf.verify(plain, tmp_path / "there", logits=topology.ep == 1).equal
