@@ -377,8 +377,7 @@ PYBIND11_MODULE(_C, module) {
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("fsync"),
              py::arg("progress"), py::arg("io") = "buffered",
              py::arg("hashed") = std::vector<std::vector<RangeTuple>>(),
-             py::arg("there") = std::vector<size_t>(),
-             py::arg("scales") = py::none());
+             py::arg("there") = std::vector<size_t>(), py::arg("scales") = py::none());
   module.def("compare", &compare_binding, py::arg("sources"), py::arg("destinations"),
              py::arg("moves"), py::kw_only(), py::arg("workers"), py::arg("progress"),
              py::arg("scales") = py::none());
