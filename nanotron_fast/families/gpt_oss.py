@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nanotron_fast.errors import ConfigError
 from nanotron_fast.families.decoder import ATTENTION, BLOCK, DEFAULTS, EMBEDDINGS, LAYER
 from nanotron_fast.families.expert_rules import InterleavedExperts
 from nanotron_fast.families.family import Family
@@ -83,6 +84,11 @@ class _Oddities:
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Changes every layer. Raises ConfigError."""
+        if not {"rope_scaling", "rope_parameters"} & reader.config.keys():
+            raise ConfigError(
+                "config.json: neither rope_scaling nor rope_parameters: transformers takes its own "
+                "YaRN then; say which the model was trained with (null: none)"
+            )
         glu = reader.number("swiglu_alpha"), reader.number("swiglu_limit")
 
         def changed(layer: Layer) -> Layer:
@@ -118,6 +124,7 @@ FAMILY = Family(
         "max_position_embeddings": 131072,
         "attention_bias": True,
         "sliding_window": 128,
+        "rope_theta": 150000.0,
         "num_local_experts": 128,
         "num_experts_per_tok": 4,
         "router_aux_loss_coef": 0.001,
