@@ -3,7 +3,12 @@
 
 def add_note(error: BaseException, text: str) -> None:
     """Says more of an error, on a line of its own, as Python 3.11's `add_note` does."""
-    error.__notes__ = [*getattr(error, "__notes__", ()), text]
+    error.__notes__ = [*notes_of(error), text]
+
+
+def notes_of(error: BaseException) -> tuple[str, ...]:
+    """What `add_note` has said of it."""
+    return tuple(getattr(error, "__notes__", ()))
 
 
 def one_line(error: BaseException) -> str:
@@ -60,6 +65,11 @@ class DestinationError(NanotronFastError, OSError):
 
 class PlanError(NanotronFastError, ValueError):
     """A plan contradicts itself or the files it speaks of."""
+
+
+def puts_in_doubt(error: BaseException | None) -> bool:
+    """Whether what was written before an error may be wrong: its source, or its plan, is."""
+    return isinstance(error, CheckpointError | PlanError)
 
 
 class Cancelled(NanotronFastError):

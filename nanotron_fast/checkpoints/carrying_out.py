@@ -20,12 +20,12 @@ from nanotron_fast.checkpoints.journal import Journal, read_record
 from nanotron_fast.checkpoints.manifest import ranges_of, write_manifest
 from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
-from nanotron_fast.checkpoints.processes import PeerFailed, Processes
+from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
-from nanotron_fast.errors import ConfigError, add_note
+from nanotron_fast.errors import ConfigError, add_note, puts_in_doubt
 from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.interruption import Interrupted, ending
 from nanotron_fast.moves import engine
@@ -185,7 +185,8 @@ class _Run:
         self._warnings: list[str] = []
         self._started = time.perf_counter()
         self._engine_seconds = 0.0
-        # The outputs that are whole, of this process and of runs before, and the parts of others.
+        # The outputs that are whole, of runs before and of this process, and the parts of others.
+        self._adopted: set[str] = set()
         self._finished: set[str] = set()
         self._parts: list[cut_files.WrittenPart] = []
         self._is_open = self._has_destination = False
@@ -232,10 +233,10 @@ class _Run:
         with processes.step():
             if self._is_first:
                 self._open(made, boots, on_plan)
-        run, finished = processes.gather((self._destination.run, self._finished))[0]
+        run, adopted = processes.gather((self._destination.run, self._adopted))[0]
         with processes.step():
-            self._finished = set(finished)
-            self._todo = self._part(self._finished)
+            self._adopted = set(adopted)
+            self._todo = self._part(self._adopted)
             if not self._is_first:
                 self._begin_journal(self._destination.join(run), boots)
             self._deal()
@@ -258,7 +259,7 @@ class _Run:
         partial = destination.open(_sizes(plan, self._part(done).outputs), names)
         self._begin_journal(partial, boots)
         self._journal.begin(made, wishes.share, time.time())
-        self._finished = take_over(earlier, partial, self._journal, plan.transfer, boots)
+        take_over(earlier, partial, self._journal, plan.transfer, boots, self._adopted)
 
     def _begin_journal(self, partial: Partial, boots: Collection[str]) -> None:
         # What another machine may go on with has to be on the device first.
@@ -375,24 +376,32 @@ class _Run:
         )
 
     def abort(self, error: BaseException) -> None:
-        """Ends before the time. What is whole stays, unless the error puts it in doubt."""
+        """Ends before the time. What is whole stays.
+
+        Where the error puts in doubt what this run has written, only what runs before had finished
+        stays: at the time of the plan, the source was what it was for them.
+        """
         with ending():
             if self._is_open:
                 self._journal.close()
             if not self._has_destination:
                 return
-            may_go_on = isinstance(error, Interrupted | KeyboardInterrupt | OSError | PeerFailed)
-            num_whole = self._count_whole()
-            keeps = self._is_open and may_go_on and num_whole > 0
-            self._destination.abort(keeps=keeps)
+            in_doubt = self._processes.is_in_doubt or puts_in_doubt(error)
+            num_whole = len(self._adopted) if in_doubt else self._count_whole()
+            keeps = self._is_open and num_whole > 0
+            self._destination.abort(keeps=keeps, only=self._adopted if in_doubt else None)
             if not self._is_first:
                 if isinstance(error, Interrupted):
                     error.remains = f"process {self._processes.rank} has ended"
                 return
-            remains = self._destination.remains(num_whole, len(self._plan.transfer.outputs))
+            again = _again(self._wishes, in_doubt=in_doubt)
+            total = len(self._plan.transfer.outputs)
+            remains = self._destination.remains(num_whole, total, again)
+            if in_doubt and self._finished:
+                remains = f"what this run wrote is given up; {remains}"
             if isinstance(error, Interrupted):
                 error.remains = remains
-            elif keeps:
+            elif keeps or (in_doubt and self._finished):
                 add_note(error, remains)
 
     def _count_whole(self) -> int:
@@ -401,7 +410,15 @@ class _Run:
             # The error that it is asked after is the one to tell.
             with contextlib.suppress(OSError):
                 return len(read_record(self._destination.partial.folder).entries)
-        return len(self._finished)
+        return len(self._adopted | self._finished)
+
+
+def _again(wishes: Wishes, *, in_doubt: bool) -> str:
+    """What may be done with the files that stay after an end before time, in words."""
+    where = " where the source is as it was when they were written" if in_doubt else ""
+    if wishes.finish:
+        return f"--finish goes on with them{where}"
+    return f"--resume goes on with them{where}, --overwrite-partial begins anew"
 
 
 def _sizes(ready: Plan, outputs: Sequence[OutputFile]) -> Iterator[int]:

@@ -13,11 +13,10 @@ import contextlib
 import errno
 import os
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from nanotron_fast.checkpoints import placing
-from nanotron_fast.checkpoints.journal import Entry
 from nanotron_fast.checkpoints.ownership import Lock, is_beside_a_lock
 from nanotron_fast.checkpoints.partial import Leftover, Partial, leftovers, new_run, remove
 from nanotron_fast.errors import DestinationError
@@ -318,15 +317,19 @@ class Destination:
         if self._lock is not None:
             self._lock.release()
 
-    def abort(self, *, keeps: bool = False) -> None:
+    def abort(self, *, keeps: bool = False, only: Collection[str] | None = None) -> None:
         """Ends a run before its time.
 
         Args:
             keeps: what was written so far stays, for a run that goes on with it.
+            only: paths of the files that stay then; by default all.
         """
         with ending():
             partial = self._partial
             if partial is not None:
+                if only is not None and keeps and self._lock is not None and not self._is_whole:
+                    with contextlib.suppress(OSError):
+                        partial.keep_only(only)
                 partial.close()
                 # What was replaced may take its time to remove.
                 has_old = self._is_whole and partial.content_path.exists()
@@ -348,22 +351,22 @@ class Destination:
                 return
             parent = parent.parent
 
-    def remains(self, finished: Mapping[str, Entry] | int = 0, total: int = 0) -> str:
+    def remains(self, number: int, total: int, again: str) -> str:
         """What is there after an end before time, in words.
 
         Args:
-            finished, total: output files that are whole, and all of them.
+            number, total: output files that are whole, and all of them.
+            again: what may be done with them.
         """
         if self._is_whole:
             left = self._partial is not None and self._partial.path.exists()
             more = f", and {self.partial.path} can be deleted" if left else ""
             return f"{self.path} is whole{more}"
-        number = finished if isinstance(finished, int) else len(finished)
         if self._partial is None or not self._partial.path.exists():
             return f"{self.path} is as it was"
         return (
             f"{self.path} is as it was, and {number:,} of {total:,} files are whole in "
-            f"{self._partial.path}: --resume goes on with them, --overwrite-partial begins anew"
+            f"{self._partial.path}: {again}"
         )
 
 

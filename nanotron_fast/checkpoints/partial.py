@@ -16,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,13 @@ class Partial:
         inode = os.fstat(self.content.descriptor).st_ino
         document = {"content": inode, "parts": list(parts), "before": list(before)}
         write_file(Path(COMMIT), json.dumps(document).encode(), fsync=True, within=self.folder)
+
+    def keep_only(self, paths: Collection[str]) -> None:
+        """Removes all other files: a journal is believed of none that is gone. Raises OSError."""
+        for folder, _, names, descriptor in os.fwalk(".", dir_fd=self.content.descriptor):
+            for name in names:
+                if os.path.normpath(os.path.join(folder, name)) not in paths:
+                    os.unlink(name, dir_fd=descriptor)
 
     def close(self) -> None:
         """Lets go of it. May be called again."""
@@ -168,14 +175,21 @@ class Leftover:
         """Whether the run ended while its content took its place: see `undo`."""
         return self.commit is not None and not self.is_placed
 
-    def hand_over(self, files: Mapping[str, Entry], partial: Partial, journal: Journal) -> None:
-        """Moves files to the folder of this run, and notes each. Raises OSError."""
+    def hand_over(
+        self, files: Mapping[str, Entry], partial: Partial, journal: Journal, taken: set[str]
+    ) -> None:
+        """Moves files to the folder of this run, and adds the path of each to `taken`.
+
+        Each is noted before it moves: of a file that is not there, a journal is not believed.
+        Raises OSError.
+        """
         with (
             Folder.open(self.path) as folder,
             Folder.open(Path(CONTENT), within=folder) as content,
         ):
             partial.content.make_folders({os.path.dirname(name) for name in files})
             for name, entry in files.items():
+                journal.adopt({name: entry})
                 try:
                     os.rename(
                         name,
@@ -187,7 +201,7 @@ class Leftover:
                     error.filename = os.fspath(content.path / name)
                     error.filename2 = None
                     raise
-                journal.adopt({name: entry})
+                taken.add(name)
 
     def remove(self) -> None:
         """Removes it. Raises OSError."""

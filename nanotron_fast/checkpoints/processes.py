@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from nanotron_fast.errors import ConfigError, NanotronFastError
+from nanotron_fast.errors import ConfigError, NanotronFastError, puts_in_doubt
 from nanotron_fast.interruption import Interrupted, wait
 
 _Value = TypeVar("_Value")
@@ -39,10 +39,14 @@ def is_lost_peer(error: RuntimeError) -> bool:
 
 
 class Processes:
-    """The only process there is."""
+    """The only process there is.
+
+    `is_in_doubt`: an error of another one, in the last step, puts in doubt what was written.
+    """
 
     rank = 0
     world_size = 1
+    is_in_doubt = False
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
@@ -87,11 +91,11 @@ class TorchProcesses(Processes):
             yield
         except BaseException as error:
             failure = error
-        messages: list[str | None] = [None] * self.world_size
+        said: list[tuple[str, bool] | None] = [None] * self.world_size
         is_interrupted = isinstance(failure, Interrupted | KeyboardInterrupt)
         try:
             _call_patiently(
-                lambda: self._dist.all_gather_object(messages, _reason(failure), self._group),
+                lambda: self._dist.all_gather_object(said, _said_of(failure), self._group),
                 _FAREWELL_SECONDS if is_interrupted else None,
             )
         except RuntimeError as error:  # a process that is gone says nothing
@@ -100,12 +104,13 @@ class TorchProcesses(Processes):
             # The others have not come; a connection in use cannot be closed in order.
             self._is_abandoned = True
             raise (failure or error) from None
+        self.is_in_doubt = any(each is not None and each[1] for each in said)
         # What all of them find wrong is said once.
-        if failure is not None and messages.index(messages[self.rank]) == self.rank:
+        if failure is not None and said.index(said[self.rank]) == self.rank:
             raise failure
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise PeerFailed(f"process {rank} failed: {message}")
+        for rank, each in enumerate(said):
+            if each is not None:
+                raise PeerFailed(f"process {rank} failed: {each[0]}")
 
     def gather(self, value: _Value) -> list[_Value]:
         values: list[_Value] = [value] * self.world_size
@@ -150,8 +155,11 @@ def _call_patiently(call: Callable[[], object], limit_seconds: float | None = No
         raise errors[0]
 
 
-def _reason(failure: BaseException | None) -> str | None:
-    return None if failure is None else str(failure) or type(failure).__name__
+def _said_of(failure: BaseException | None) -> tuple[str, bool] | None:
+    """What the others hear of an error: why, and whether it puts in doubt what was written."""
+    if failure is None:
+        return None
+    return str(failure) or type(failure).__name__, puts_in_doubt(failure)
 
 
 def connect() -> Processes:

@@ -205,17 +205,16 @@ def take_over(
     journal: Journal,
     transfer: MovePlan,
     boots: Collection[str],
-) -> set[str]:
+    taken: set[str],
+) -> None:
     """Moves what earlier runs have finished to the folder of this one, and removes their folders.
 
-    Returns the paths of what was moved. Raises OSError.
+    Adds the paths of what was moved to `taken`, one by one: an error may come between them. Raises
+    OSError.
     """
-    taken: set[str] = set()
     for leftover in found:
         whole = whole_outputs(leftover, transfer.outputs, boots)
         more = {name: entry for name, entry in whole.items() if name not in taken}
         with held():
-            leftover.hand_over(more, partial, journal)
+            leftover.hand_over(more, partial, journal, taken)
             leftover.remove()
-        taken |= set(more)
-    return taken

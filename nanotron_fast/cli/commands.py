@@ -37,7 +37,7 @@ from nanotron_fast.cli.writing import (
     warn,
     write,
 )
-from nanotron_fast.errors import ConfigError, NanotronFastError, one_line
+from nanotron_fast.errors import ConfigError, NanotronFastError, notes_of, one_line
 from nanotron_fast.version import __version__
 
 app = typer.Typer(
@@ -69,7 +69,7 @@ def _command(
             command(**given)
         except (NanotronFastError, OSError) as error:
             typer.echo(f"error: {one_line(error)}", err=True)
-            for note in getattr(error, "__notes__", ()):
+            for note in notes_of(error):
                 typer.echo(note, err=True)
             raise typer.Exit(EXIT_BAD_INPUT) from None
 

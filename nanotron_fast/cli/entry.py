@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from nanotron_fast import interruption
 from nanotron_fast.cli import streams
+from nanotron_fast.errors import notes_of
 
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
@@ -36,14 +37,16 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         streams.finish()
         # At once: threads of libraries may be waiting for what never comes.
         os._exit(interrupted.exit_code)
-    except MemoryError:
-        print("error: there is not enough memory", file=sys.stderr)
+    except MemoryError as error:
+        print("error: there is not enough memory", *notes_of(error), sep="\n", file=sys.stderr)
         code = EXIT_BAD_INPUT
-    except Exception:
+    except Exception as error:
         import traceback
 
         # Not 1, Python's own: of `verify` that says that something differs.
         traceback.print_exc()
+        if sys.version_info < (3, 11):  # later ones print them with the traceback
+            print(*notes_of(error), sep="\n", file=sys.stderr)
         code = EXIT_FAULT
     interruption.ignore()
     streams.finish()
