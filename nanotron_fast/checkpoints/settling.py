@@ -28,7 +28,7 @@ class Wishes:
         resume: go on with what fits.
         overwrite_partial: give up the rest.
         share: (I, N): this run does one share of N; others' stay.
-        finish: all shares are done: this run writes no tensors.
+        finish: all shares are done: this run writes no tensors, and gives up nothing.
     """
 
     resume: bool = False
@@ -44,6 +44,11 @@ class Wishes:
                 raise ConfigError(f"--share {number}/{total}: I of I/N is between 1 and N")
             if self.finish:
                 raise ConfigError("--finish: it is for a run of its own, after those with --share")
+        if self.finish and self.overwrite_partial:
+            raise ConfigError(
+                "--finish: it makes DST of what is whole, and gives nothing up; do a share again "
+                "with --share I/N --overwrite-partial, then --finish"
+            )
 
 
 def settle(
@@ -76,14 +81,13 @@ def settle(
         fitting = [each for each in mine if _difference(each, made) is None]
         others = [each for each in (*mine, *siblings) if _difference(each, made) is not None]
         if wishes.overwrite_partial:
-            unwanted = others if wishes.resume or wishes.finish else [*mine, *others]
+            unwanted = others if wishes.resume else [*mine, *others]
             _sweep({each.path: each for each in unwanted}.values())
-            return fitting if wishes.resume or wishes.finish else []
+            return fitting if wishes.resume else []
         if others and (wishes.resume or wishes.finish or wishes.share):
             raise DestinationError(
                 f"{destination.path}: {_what(others[0])} is of another conversion: "
-                f"{_difference(others[0], made)}; repeat that one with --resume, or begin anew "
-                "with --overwrite-partial"
+                f"{_difference(others[0], made)}; {_instead(others, wishes)}"
             )
         if mine and not (wishes.resume or wishes.finish):
             share = mine[0].record.share if wishes.share is None else None
@@ -135,6 +139,18 @@ def _difference(leftover: Leftover, made: Made) -> str | None:
     return made.difference(leftover.record.made, mine="now", others="then")
 
 
+def _instead(others: Sequence[Leftover], wishes: Wishes) -> str:
+    """What may be done about what is of another conversion, in words."""
+    if not wishes.finish:
+        return "repeat that one with --resume, or begin anew with --overwrite-partial"
+    shares = {each.record.share for each in others if each.record.share}
+    totals = sorted({total for _, total in shares})
+    if not totals:
+        return "repeat that one with --resume, or remove it"
+    those = (_shares(sorted(i for i, n in shares if n == total), total) for total in totals)
+    return f"do {' and '.join(those)} again, each with --overwrite-partial, then --finish"
+
+
 def _what(leftover: Leftover) -> str:
     number = len(leftover.finished)
     age = max(0.0, time.time() - leftover.record.begun)
@@ -177,9 +193,9 @@ def _check_all_there(
         those = " and ".join(_shares(sorted(begun[total]), total) for total in sorted(begun))
         why = f": {those} are there, of different N; {', or '.join(whose)} are still to be done"
     elif whose:
-        why = f": {whose[0]} are not done"
+        why = f": {whose[0]} are not done; do each with --share, then --finish"
     else:
-        why = f", {missing[0]} first"
+        why = f", {missing[0]} first; do the shares with --share I/N, then --finish"
     raise CheckpointError(
         f"{destination.path}: {len(missing):,} of {len(transfer.outputs):,} files are missing{why}"
     )

@@ -383,7 +383,7 @@ def test_shares(source: Path, tmp_path: Path) -> None:
     for number in (3, 1):
         nf.convert(source, out, topology=TP2, share=(number, 3))
         assert not out.exists()
-    message = r"out: \d+ of \d+ files are missing: shares 2 of 3 are not done"
+    message = r"out: \d+ of \d+ files are missing: shares 2 of 3 are not done; do each with --share"
     with pytest.raises(CheckpointError, match=message):
         nf.convert(source, out, topology=TP2, finish=True)
     with pytest.raises(DestinationError, match=r"share \d of 3.*--finish makes DST of all shares"):
@@ -399,6 +399,37 @@ def test_shares(source: Path, tmp_path: Path) -> None:
     nf.convert(source, tmp_path / "wanted", topology=TP2)
     assert tree(out) == tree(tmp_path / "wanted")
     assert names(tmp_path) == ["out", "source", "wanted"]
+
+
+def test_a_run_that_finishes_gives_up_nothing(source: Path, tmp_path: Path) -> None:
+    """It writes no tensors: it says which shares are to be done again."""
+    out = tmp_path / "out"
+    for number in (1, 2, 3):
+        nf.convert(source, out, topology=TP2, share=(number, 3))
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=r"--finish: .*with --share I/N --overwrite-partial"):
+        nf.convert(source, out, topology=TP2, finish=True, overwrite_partial=True)
+    assert tree(tmp_path) == before
+    path = source / "model.safetensors"
+    os.utime(path)
+    nf.convert(source, out, topology=TP2, share=(2, 4), overwrite_partial=True)
+    os.utime(path)
+    with pytest.raises(DestinationError, match="; do shares 2 of 4 again, each with --overwrite-p"):
+        nf.convert(source, out, topology=TP2, finish=True)
+
+
+def test_shares_of_a_source_that_has_changed(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        nf.convert(source, out, topology=TP2, share=(number, 2))
+    os.utime(source / "model.safetensors")
+    with pytest.raises(DestinationError, match="; do shares 1, 2 of 2 again, each with --overwri"):
+        nf.convert(source, out, topology=TP2, finish=True)
+    for number in (1, 2):
+        nf.convert(source, out, topology=TP2, share=(number, 2), overwrite_partial=True)
+    nf.convert(source, out, topology=TP2, finish=True)
+    assert nf.verify(source, out).equal
+    assert names(tmp_path) == ["out", "source"]
 
 
 def test_shares_of_different_numbers(source: Path, tmp_path: Path) -> None:
