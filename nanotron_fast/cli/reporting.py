@@ -74,7 +74,8 @@ def plan_lines(plan: Plan, workers: int, share: tuple[int, int] | None = None) -
             f"  share       {number} of {total}: read {size(part.bytes_read)}, write "
             f"{size(part.bytes_written)} to {_count(len(part.outputs), 'file')}"
         )
-    yield f"  beside      {', '.join(sorted((*plan.documents, *plan.copies)))}"
+    small = ", ".join(sorted((*plan.documents, *plan.copies)))
+    yield f"  beside      {small if share is None else f'nothing; --finish writes {small}'}"
     yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {_count(workers, 'worker')}"
     yield from (f"  {line}" for line in _left_out(plan.ignored, plan.left_behind))
 

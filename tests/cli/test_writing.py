@@ -44,10 +44,12 @@ def test_a_dry_run_of_a_share(
         code, text, _ = run(capsys, *base, *share, "--dry-run")
         assert f"  share       {number} of 3: read " in text
         assert f" to {document['tensor_files']} files" in text
+        assert "  beside      nothing; --finish writes " in text
         assert not (tmp_path / "out").exists()
         _, out, _ = run(capsys, *base, *share, "--json")
         (folder,) = tmp_path.glob("out.partial-*")
-        written = [path for path in folder.rglob("*.safetensors") if path.is_file()]
+        written = [path for path in (folder / "content").rglob("*") if path.is_file()]
+        assert {path.suffix for path in written} == {".safetensors"}
         assert document["tensor_files"] == len(written)
         assert document["bytes_written"] == sum(path.stat().st_size for path in written)
         planned.append(document)
