@@ -147,7 +147,7 @@ def main() -> None:
             results.append(measure(case, args.rounds, work))
             show(results[-1])
         if args.save:
-            document = {"environment": found, "rounds": args.rounds, "results": results}
+            document = {"environment": found, "rounds": args.rounds, "cases": results}
             path = RESULTS / "cluster.json"
             path.write_text(json.dumps(document, indent=2) + "\n")
 
