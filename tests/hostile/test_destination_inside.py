@@ -270,7 +270,7 @@ def killed(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", stop)
         patched.setattr(Destination, "_can_be_exchanged", lambda self: False)
-        patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
+        patched.setattr(Destination, "abort", lambda self, **_: self._lock.release())
         # Nothing is moved back, either.
         patched.setattr(
             "nanotron_fast.checkpoints.placing.reversed", lambda done: [], raising=False
@@ -337,7 +337,7 @@ def test_a_run_that_was_killed_with_all_parts_in_place(
 
     with monkeypatch.context() as patched:
         patched.setattr(Destination, "_end", kill)
-        patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
+        patched.setattr(Destination, "abort", lambda self, **_: self._lock.release())
         with pytest.raises(Killed):
             nanotron_fast.convert(source, out)
     assert nanotron_fast.verify(source, out).equal
@@ -370,7 +370,7 @@ def test_a_run_that_was_killed_between_two_names(
     with monkeypatch.context() as patched:
         patched.setattr(Path, "rename", stop)
         patched.setattr(placing, "exchange", stop_after)
-        patched.setattr(Destination, "abort", lambda self, keeps: self._lock.release())
+        patched.setattr(Destination, "abort", lambda self, **_: self._lock.release())
         if not can_exchange:
             # The name is free, and nothing is put back.
             def free(partial: Any, path: Path) -> None:
