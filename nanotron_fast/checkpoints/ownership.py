@@ -275,6 +275,7 @@ def _text_of(path: Path) -> bytes:
 class Holder:
     """What a lock's file says; `owner` is None where it cannot be read."""
 
+    path: Path
     owner: Owner | None
     text: bytes
     silent_seconds: float
@@ -288,7 +289,11 @@ class Holder:
 
     def refusal(self, destination: Path) -> str:
         """Why another may not write."""
-        who = f"{self.owner}" if self.owner else "by whom cannot be read"
+        unread = (
+            f"by whom cannot be read from {self.path}, which counts as dead when nobody has "
+            f"touched it for {DEAD_AFTER_SECONDS:g} s"
+        )
+        who = f"{self.owner}" if self.owner else unread
         return f"{destination}: another conversion is writing to it: {who}"
 
 
@@ -304,7 +309,7 @@ def holder_of(path: Path, *, now: float | None = None) -> Holder | None:
     except FileNotFoundError:
         return None
     silent = (time.time() if now is None else now) - status.st_mtime
-    return Holder(Owner.parse(text), text, silent)
+    return Holder(path, Owner.parse(text), text, silent)
 
 
 def is_beside_a_lock(name: str) -> bool:

@@ -45,6 +45,7 @@ TOPOLOGIES: list[tuple[str, dict[str, Any], Topology, str]] = [
     ("qwen2", {"num_key_value_heads": 1}, Topology(tp=2), "1 kv heads do not split"),
     ("llama", {}, Topology(pp=12), r"pp=12: 6 layers fill \d+ stages"),
     ("llama", {"num_hidden_layers": 1}, Topology(pp=8), r"pp=8: 1 layers fill \d stages"),
+    ("llama", {"num_hidden_layers": 1}, Topology(pp=6), "so stage 5 would own no block"),
     ("starcoder2", {}, Topology(pp=12), "pp=12: 6 layers fill"),
 ]
 

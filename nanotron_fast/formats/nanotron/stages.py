@@ -15,9 +15,11 @@ class Stages:
         stages = assign_stages(block_costs(spec, model_class), topology.pp)
         used = max(stages) + 1
         if used < topology.pp:
+            last = topology.pp - 1
+            empty = f"stage {used}" if used == last else f"stages {used} to {last}"
             raise TopologyError(
                 f"pp={topology.pp}: {spec.num_layers} layers fill {used} stages by Nanotron's own "
-                f"assignment, so stages {used} to {topology.pp - 1} would own no block"
+                f"assignment, so {empty} would own no block"
             )
         self.layers = tuple(stages[1 : 1 + spec.num_layers])
         self._others = {
