@@ -216,7 +216,7 @@ void test_parts_of_files(const std::string& folder) {
   const std::vector<OutputFile> outputs{{path, {{4, "tail"}}, 12, {}, true}};
   const auto write = [&] {
     Progress progress;
-    execute({}, kHere, outputs, nullptr, 0, options, progress);
+    execute({}, kHere, outputs, {nullptr, 0}, options, progress);
     return progress.take_finished().size();
   };
   CHECK(contains(message_of<IoError>(write), "there"));
@@ -229,7 +229,7 @@ void test_parts_of_files(const std::string& folder) {
   linked[0].path = folder + "/link";
   Progress progress;
   CHECK(contains(
-      message_of<IoError>([&] { execute({}, kHere, linked, nullptr, 0, options, progress); }),
+      message_of<IoError>([&] { execute({}, kHere, linked, {nullptr, 0}, options, progress); }),
       "link"));
   write_file(path, "..............");
   CHECK(contains(message_of<PlanError>(write), "there: the plan left 14 of 12 bytes"));
