@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-gpu fuzz build-here bench-gpu gpu gpu-again report demo sanitize run-native clean
+.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-gpu fuzz build-here bench-gpu gpu gpu-again report demo sanitize run-native clean docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -104,6 +104,11 @@ gpu-again: ## what failed or was left out in the last `make gpu`, and ncu over P
 report: $(READY) ## turn benchmarks/results into tables and plots in docs/results
 	$(BIN)/pip install -qq -c constraints.txt -e '.[bench]' --no-build-isolation
 	$(BIN)/python benchmarks/report.py
+
+docs: build ## build the documentation's site into build/site, every warning an error
+	$(BIN)/pip install -qq -c constraints.txt -e '.[docs]' --no-build-isolation
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "the site is in build/site"
 
 demo: build ## convert a small Llama there and back, train it, and prove that all of it holds
 	$(BIN)/python examples/demo.py
