@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
+from nanotron_fast.checkpoints import option_values
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.topology import Topology, topology_wanted
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 DEFAULT_SHARD_BYTES = 5 * 10**9
 # Said where there are more tensors than a model has.
 IGNORE_HINT = "--ignore-tensors GLOB leaves out what is not wanted"
+# Headings under which help lists what is not most often needed.
+FILES = "Tensors and files"
+DETAILS = "Nanotron's details"
 _MAX_ROWS = 2**31
 
 Way = Literal["nanotron", "hf", "resharding", "dcp", "renaming"]
@@ -57,6 +61,8 @@ class Option(NamedTuple):
             ConfigError or CheckpointError.
         ways: of converting, in which it has a meaning.
         metavar: what the command line calls the value; by default its type.
+        group: the heading that help lists it under; None with the options that most need.
+        values: all that the value may be, for a shell to complete.
         parts: attributes of the value that are flags of their own, and the help of each.
     """
 
@@ -66,6 +72,8 @@ class Option(NamedTuple):
     check: Callable[[str, Any], Any] = _as_given
     ways: tuple[Way, ...] = tuple(WAYS)
     metavar: str | None = None
+    group: str | None = None
+    values: Callable[[], Sequence[str]] | None = None
     parts: Mapping[str, str] = MappingProxyType({})
 
 
@@ -113,13 +121,11 @@ def _one_of(flag: str, given: str, allowed: Sequence[str]) -> str:
 
 
 def _direction(flag: str, given: str) -> str:
-    return _one_of(flag, given, ("nanotron", "hf", "dcp"))
+    return _one_of(flag, given, option_values.formats())
 
 
 def _naming(flag: str, given: str) -> str:
-    from nanotron_fast.families.torchtitan import NAMINGS
-
-    return _one_of(flag, given, ("hf", *NAMINGS))
+    return _one_of(flag, given, option_values.namings())
 
 
 def _topology(flag: str, given: object) -> Topology:
@@ -141,15 +147,11 @@ def _family(flag: str, given: str) -> str:
 
 
 def _target(flag: str, given: str) -> str:
-    from nanotron_fast.families.refusals import TARGETS
-
-    return _one_of(flag, given, TARGETS)
+    return _one_of(flag, given, option_values.targets())
 
 
 def _version(flag: str, given: str) -> str:
-    from nanotron_fast.families.refusals import VERSIONS
-
-    return _one_of(flag, given, VERSIONS)
+    return _one_of(flag, given, option_values.versions())
 
 
 def _rows(flag: str, given: int) -> int:
@@ -189,6 +191,8 @@ class Options:
         "nanotron, hf, or dcp (torch.distributed.checkpoint); a Nanotron SRC can be written to "
         "nanotron at another topology. (default: hf for a Nanotron SRC, else nanotron)",
         check=_direction,
+        metavar="FORMAT",
+        values=option_values.formats,
     )
     topology: Topology = _option(
         Topology(),
@@ -207,14 +211,26 @@ class Options:
         "keep, bf16, fp16 or fp32; a router stays fp32 in Nanotron.",
         written="keep",
         check=_dtype,
+        metavar="DTYPE",
+        values=option_values.dtypes,
         ways=("nanotron", "hf", "dcp", "renaming"),
     )
     model_class: str = _option(
         "auto",
         "Nanotron's class: auto, llama, qwen2 or starcoder2; or nanotron-fast, this package's own.",
         ways=("nanotron",),
+        metavar="CLASS",
+        group=DETAILS,
+        values=option_values.classes,
     )
-    family: str | None = _option(None, "Overrule the family that the config names.", check=_family)
+    family: str | None = _option(
+        None,
+        "Overrule the family that the config names.",
+        check=_family,
+        metavar="NAME",
+        group=DETAILS,
+        values=option_values.families,
+    )
     target: str | None = _option(
         None,
         "nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
@@ -222,6 +238,9 @@ class Options:
         "own, biases, windows on some layers), for conversion and loading alone. "
         "(default: nanotron)",
         check=_target,
+        metavar="NAME",
+        group=DETAILS,
+        values=option_values.targets,
         ways=("nanotron", "hf", "dcp"),
     )
     # To Nanotron: the layout to write. From it: the layout that is there, whatever its config says.
@@ -230,20 +249,29 @@ class Options:
         "Rotary pairs lie beside each other in q and k, or half a head apart: what to write "
         "for Nanotron, and what to read from it. (default: halves; what its config says)",
         ways=("nanotron", "hf", "dcp"),
+        group=DETAILS,
     )
     checkpoint_version: str | None = _option(
         None,
         "1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)",
         check=_version,
+        metavar="VERSION",
+        group=DETAILS,
+        values=option_values.versions,
         ways=("nanotron", "hf", "dcp"),
     )
     pad_vocab_to_multiple_of: int | None = _option(
-        None, "Add zero rows to embedding and head.", check=_rows, ways=("nanotron",)
+        None,
+        "Add zero rows to embedding and head.",
+        check=_rows,
+        ways=("nanotron",),
+        group=DETAILS,
     )
     vocab_size: int | None = _option(
         None,
         "Rows of a padded vocabulary to keep outside of Nanotron.",
         check=_rows,
+        group=DETAILS,
         ways=("hf", "dcp"),
     )
     # In bytes.
@@ -251,6 +279,8 @@ class Options:
         None,
         "The most bytes of a Hugging Face or DCP file, in decimal units. (default: 5GB)",
         check=_shard_bytes,
+        metavar="SIZE",
+        group=FILES,
         ways=("hf", "dcp", "renaming"),
     )
     # One of "hf" and torchtitan.NAMINGS.
@@ -259,12 +289,16 @@ class Options:
         "Whose names tensors get in a DCP checkpoint: hf, torchtitan, or torchtitan-0.2 (those it "
         "gave until then); with torchtitan's, rows of wq and wk are in its order.",
         check=_naming,
+        metavar="WHOSE",
+        group=FILES,
+        values=option_values.namings,
         ways=("dcp", "renaming"),
     )
     master_weights: bool = _option(
         False,
         "Write the fp32 masters of a training, which its optimizer keeps, and not the weights that "
         "were rounded from them.",
+        group=FILES,
         ways=("hf", "dcp"),
     )
     tokenizer: Path | None = _option(
@@ -289,12 +323,14 @@ class Options:
         check=Ranks.parse,
         ways=("nanotron", "resharding"),
         metavar="AXIS=RANKS",
+        group=FILES,
     )
     ignore_tensors: tuple[str, ...] = _option(
         (),
         "Leave out tensors with such names, as 'v_head.*'. May be given several times.",
         check=_patterns,
         metavar="GLOB",
+        group=FILES,
     )
 
     @classmethod

@@ -5,20 +5,17 @@ What starts and ends it, exit codes included, is in `entry.py`.
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable
-from functools import wraps
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from nanotron_fast import interruption
 from nanotron_fast.checkpoints.options import Choices, InspectChoices, VerifyChoices
-from nanotron_fast.cli.entry import EXIT_BAD_INPUT, EXIT_DIFFERENT, run_command
-from nanotron_fast.cli.flags import with_flags
+from nanotron_fast.cli.app import HERE, TRAINING, UNDER_NANOTRON, Command, app, command
+from nanotron_fast.cli.entry import EXIT_DIFFERENT, run_command
 from nanotron_fast.cli.generate import generate
+from nanotron_fast.cli.help import RUNS
 from nanotron_fast.cli.reshard import reshard
+from nanotron_fast.cli.run import run
 from nanotron_fast.cli.tokenize import tokenize
 from nanotron_fast.cli.train import train
 from nanotron_fast.cli.writing import (
@@ -37,44 +34,10 @@ from nanotron_fast.cli.writing import (
     warn,
     write,
 )
-from nanotron_fast.errors import ConfigError, NanotronFastError, notes_of, one_line
+from nanotron_fast.errors import ConfigError
 from nanotron_fast.version import __version__
 
-app = typer.Typer(
-    name="nanotron-fast",
-    help="Converts checkpoints between Hugging Face and Nanotron, bit-exact, at any topology, "
-    "without a GPU; and trains Nanotron's models.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-
-
-def _command(
-    body: Callable[..., None], context_settings: dict[str, Any] | None = None
-) -> Callable[..., None]:
-    """Makes a command whose expected errors are one message and an exit code.
-
-    A parameter of a type such as `Choices` stands for its flags; see `with_flags`.
-    """
-    command = with_flags(body)
-
-    @wraps(command)
-    def run(**given: Any) -> None:
-        if given["json"] or given.get("quiet"):
-            # Before the Hub's library is imported: it draws bars of its own on stderr.
-            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-        try:
-            command(**given)
-        except (NanotronFastError, OSError) as error:
-            typer.echo(f"error: {one_line(error)}", err=True)
-            for note in notes_of(error):
-                typer.echo(note, err=True)
-            raise typer.Exit(EXIT_BAD_INPUT) from None
-
-    app.command(context_settings=context_settings)(run)
-    return body
+__all__ = ["app", "main"]
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -88,14 +51,14 @@ def _options(
     version: Annotated[
         bool,
         typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version."
+            "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."
         ),
     ] = False,
 ) -> None:
     pass
 
 
-@_command
+@command
 def convert(
     src: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     dst: Annotated[str, typer.Argument(help="The directory to write, or a URL.")],
@@ -110,11 +73,17 @@ def convert(
         str | None,
         typer.Option(
             metavar="I/N",
+            rich_help_panel=RUNS,
             help="Do the I-th of N shares, in a process of its own; --finish when all are done.",
         ),
     ] = None,
     finish: Annotated[
-        bool, typer.Option("--finish", help="Prove that all shares are done, and make DST of them.")
+        bool,
+        typer.Option(
+            "--finish",
+            rich_help_panel=RUNS,
+            help="Prove that all shares are done, and make DST of them.",
+        ),
     ] = False,
     io: Io = "auto",
     manifest: Manifest = False,
@@ -153,7 +122,7 @@ def convert(
     )
 
 
-@_command
+@command
 def verify(
     a: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     b: Annotated[
@@ -216,7 +185,7 @@ def verify(
         raise typer.Exit(EXIT_DIFFERENT)
 
 
-@_command
+@command
 def inspect(
     path: Annotated[str, typer.Argument(help="A directory in any format, a Hub id or a URL.")],
     *,
@@ -236,7 +205,6 @@ def inspect(
         warn(found.warnings)
 
 
-@_command
 def env(json: Json = False) -> None:
     """Print versions, devices, what was built, and which path each operation takes."""
     from nanotron_fast.cli import environment
@@ -248,7 +216,30 @@ def env(json: Json = False) -> None:
         print_lines(environment.lines(found))
 
 
-@_command
+def doctor(
+    place: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="DIR", help="Where checkpoints are to be written. (default: this directory)"
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Say what would be slow or missing on this machine, and how to get it.
+
+    Exit code 1 says that nothing can work here.
+    """
+    from nanotron_fast.cli import doctor as diagnosis
+
+    found = diagnosis.diagnose(place)
+    if json:
+        print_json(found.to_json())
+    else:
+        print_lines(diagnosis.lines(found))
+    if not found.is_usable:
+        raise typer.Exit(EXIT_DIFFERENT)
+
+
 def plot(
     runs: Annotated[
         list[str], typer.Argument(metavar="RUN...", help="Folders that hold a metrics.jsonl.")
@@ -273,60 +264,18 @@ def plot(
         print_lines(written)
 
 
-@app.command(
-    context_settings={
-        "allow_extra_args": True,
-        "ignore_unknown_options": True,
-        "allow_interspersed_args": False,
-    }
-)
-def run(
-    context: typer.Context,
-    script: Annotated[str, typer.Argument(help="A script that trains with Nanotron.")],
-    cpu: Annotated[bool, typer.Option("--cpu", help="Without a GPU: over gloo.")] = False,
-    ops: Annotated[
-        str | None,
-        typer.Option(
-            help="Operations to replace, with commas. (default: NANOTRON_FAST_OPS, or all)"
-        ),
-    ] = None,
-    rope_scaling: Annotated[
-        bool, typer.Option("--rope-scaling", help="Honour rope_scaling, which Nanotron ignores.")
-    ] = False,
-    z_loss: Annotated[
-        str, typer.Option(metavar="nanotron|correct", help="How z-loss takes its log-sum-exp.")
-    ] = "nanotron",
-) -> None:
-    """Run a script of Nanotron's with our kernels under it; what follows SCRIPT is its own.
-
-    Under torchrun: torchrun --nproc_per_node=8 -m nanotron_fast run run_train.py --config-file ...
-    """
-    interruption.restore()
-    try:
-        from nanotron_fast.patch import launcher
-        from nanotron_fast.patch.nanotron.registry import requested_ops
-
-        launcher.run(
-            script,
-            context.args,
-            on_cpu=cpu,
-            ops=requested_ops() if ops is None else {each.strip() for each in ops.split(",")},
-            rope_scaling=rope_scaling,
-            z_loss_mode=z_loss,
-        )
-    except NanotronFastError as error:
-        typer.echo(f"error: {one_line(error)}", err=True)
-        raise typer.Exit(EXIT_BAD_INPUT) from None
-    except Exception:
-        # The script's own: it ends as `python script` does.
-        sys.excepthook(*sys.exc_info())
-        raise typer.Exit(1) from None
-
-
-_command(reshard)
-_command(train, {"allow_extra_args": True, "ignore_unknown_options": True})
-_command(generate)
-_command(tokenize)
+command(reshard)
+command(train, TRAINING, {"allow_extra_args": True, "ignore_unknown_options": True})
+command(tokenize, TRAINING)
+command(generate, TRAINING)
+command(plot, TRAINING)
+app.command(
+    cls=Command,
+    rich_help_panel=UNDER_NANOTRON,
+    context_settings={"allow_extra_args": True, "allow_interspersed_args": False},
+)(run)
+command(env, HERE)
+command(doctor, HERE)
 
 
 def _share(given: str | None) -> tuple[int, int] | None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.cli import reporting
+from nanotron_fast.cli.usage import meant
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.train.advice import advice
 from nanotron_fast.train.architecture import ModelPlan, architecture
@@ -74,19 +75,20 @@ class DryRun:
             yield f"  {line}"
 
 
-def overrides_of(arguments: Sequence[str]) -> list[str]:
+def overrides_of(arguments: Sequence[str], options: Collection[str] = ()) -> list[str]:
     """What the command line has beside the known options: `--section.key=value` alone.
 
-    Raises ConfigError.
+    Raises ConfigError, which says which of the options may have been meant.
     """
     for each in arguments:
         path, has_value, _ = each.partition("=")
         if not path.startswith("--"):
             raise ConfigError(f"{each}: one configuration is read, and options begin with --")
-        if not has_value and "." in path:
-            raise ConfigError(f"{each}: write {each}=VALUE")
+        if "." not in path:
+            likely = meant(path, options) or "; keys are set by --section.key=VALUE"
+            raise ConfigError(f"{path}: train has no such option{likely}")
         if not has_value:
-            raise ConfigError(f"{each}: no such option; keys are set by --section.key=VALUE")
+            raise ConfigError(f"{each}: write {each}=VALUE")
     return list(arguments)
 
 

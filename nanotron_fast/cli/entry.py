@@ -17,6 +17,14 @@ from nanotron_fast.errors import notes_of
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
 EXIT_FAULT = 70
+# Each with what it says, for help and documents.
+EXIT_CODES = (
+    ("0", "done"),
+    ("1", "`verify` found a difference, `doctor` that nothing can work here"),
+    ("2", "bad input or usage"),
+    ("70", "a fault of this package"),
+    ("130, 143, 129", "ended by SIGINT, SIGTERM, SIGHUP"),
+)
 
 
 def run_command(command: Callable[[], None]) -> NoReturn:

@@ -11,13 +11,18 @@ from nanotron_fast.checkpoints.options import described
 
 
 class Flag(NamedTuple):
-    """One flag. `kind` is the type of its value, or `list` where it may be given several times."""
+    """One flag. `kind` is the type of its value, or `list` where it may be given several times.
+
+    `group` is the heading that help lists it under, and `values` are those that a shell completes.
+    """
 
     name: str
     kind: type
     default: Any
     help: str
     metavar: str | None
+    group: str | None
+    values: Callable[[], Sequence[str]] | None
 
 
 def flags(among: type) -> Iterator[Flag]:
@@ -26,12 +31,13 @@ def flags(among: type) -> Iterator[Flag]:
     for name, option in described(among).items():
         for part, text in option.parts.items():
             default = getattr(option.default, part)
-            yield Flag(part, type(default), default, text, option.metavar)
+            yield Flag(part, type(default), default, text, option.metavar, option.group, None)
         if not option.parts:
             given = types[name]
             kind = list if get_origin(given) is Sequence else next(iter(get_args(given)), given)
             default = option.written or option.default or None
-            yield Flag(name, kind, default, option.help, option.metavar)
+            shown = (option.help, option.metavar, option.group, option.values)
+            yield Flag(name, kind, default, *shown)
 
 
 def gather(among: type, given: dict[str, Any]) -> Any:
@@ -47,6 +53,15 @@ def gather(among: type, given: dict[str, Any]) -> Any:
         elif name in given:
             choices[name] = given.pop(name)
     return choices
+
+
+def beginning(values: Callable[[], Sequence[str]]) -> Callable[[str], list[str]]:
+    """For typer: those of an option's values that begin as what has been typed of one."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values() if value.startswith(incomplete)]
+
+    return complete
 
 
 def with_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -69,7 +84,13 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
             parameters.append(
                 parameter.replace(
                     name=flag.name,
-                    default=typer.Option(flag.default, help=flag.help, metavar=flag.metavar),
+                    default=typer.Option(
+                        flag.default,
+                        help=flag.help,
+                        metavar=flag.metavar,
+                        rich_help_panel=flag.group,
+                        autocompletion=flag.values and beginning(flag.values),
+                    ),
                     annotation=list[str] | None if flag.kind is list else flag.kind | None,
                 )
             )

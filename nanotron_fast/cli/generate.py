@@ -31,8 +31,7 @@ def generate(
 ) -> None:
     """Continue a text with a checkpoint's model, in either format.
 
-    On a GPU where there is one. With tensor parallelism: torchrun --nproc_per_node=2 -m
-    nanotron_fast generate ...
+    On a GPU where there is one. Under torchrun the ranks share the model by tensor parallelism.
     """
     # Of the libraries that are imported here, and that say more than is wanted.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -38,15 +38,14 @@ def train(
 ) -> None:
     """Train a model: --section.key=value changes what CONFIG says.
 
-    Over several ranks: torchrun --nproc-per-node=8 -m nanotron_fast train CONFIG.
-
-    SIGTERM and SIGUSR1 save a checkpoint and end the run.
+    Under torchrun the ranks share the work. SIGTERM and SIGUSR1 save a checkpoint and end the run.
     """
     interruption.install(signal.SIGUSR1)
     from nanotron_fast.cli.dry_run import overrides_of
+    from nanotron_fast.cli.usage import options_of
     from nanotron_fast.errors import ConfigError
 
-    overrides = overrides_of(context.args)
+    overrides = overrides_of(context.args, options_of(context.command))
     if dry_run:
         _dry_run(config, overrides, memory, json=json, is_quiet=quiet)
         return

@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from nanotron_fast import interruption
 from nanotron_fast.checkpoints.options import spelled
+from nanotron_fast.cli.flags import beginning
+from nanotron_fast.cli.help import RUNS
 from nanotron_fast.errors import ConfigError
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.plan.plan import Plan
 
+
+def _io_modes() -> Sequence[str]:
+    from nanotron_fast.checkpoints.io_modes import MODES
+
+    return MODES
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 Workers = Annotated[
-    int | None, typer.Option(min=1, help="Threads. (default: one a core, 16 at most)")
+    int | None,
+    typer.Option(min=1, rich_help_panel=RUNS, help="Threads. (default: one a core, 16 at most)"),
 ]
 Fsync = Annotated[
-    bool, typer.Option("--fsync", help="Return only when all of it is on the device.")
+    bool,
+    typer.Option(
+        "--fsync", rich_help_panel=RUNS, help="Return only when all of it is on the device."
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace a DST that is not empty, once done.")
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on with what an earlier run has finished.")
+    bool,
+    typer.Option(
+        "--resume", rich_help_panel=RUNS, help="Go on with what an earlier run has finished."
+    ),
 ]
 OverwritePartial = Annotated[
-    bool, typer.Option("--overwrite-partial", help="Give up what earlier runs have finished.")
+    bool,
+    typer.Option(
+        "--overwrite-partial",
+        rich_help_panel=RUNS,
+        help="Give up what earlier runs have finished.",
+    ),
 ]
 Io = Annotated[
     str,
     typer.Option(
         metavar="MODE",
+        rich_help_panel=RUNS,
+        autocompletion=beginning(_io_modes),
         help="auto, buffered (through the page cache), direct (past it) or dontcache (through it "
         "without staying there).",
     ),
 ]
 Manifest = Annotated[
-    bool, typer.Option("--manifest", help="Write the SHA-256 of every tensor, for verify DST.")
+    bool,
+    typer.Option(
+        "--manifest",
+        rich_help_panel=RUNS,
+        help="Write the SHA-256 of every tensor, for verify DST.",
+    ),
 ]
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Print the plan, from headers alone; write nothing.")

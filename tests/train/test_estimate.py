@@ -412,7 +412,7 @@ def test_what_to_change_where_it_does_not_fit(tmp_path: Path) -> None:
 def test_other_words_of_the_command_line() -> None:
     assert overrides_of(["--tokens.train_steps=5"]) == ["--tokens.train_steps=5"]
     for word, message in {
-        "--dryrun": "--dryrun: no such option; keys are set by --section.key=VALUE",
+        "--lr=1": "--lr: train has no such option; keys are set by --section.key=VALUE",
         "--tokens.train_steps": "write --tokens.train_steps=VALUE",
         "other.yaml": "other.yaml: one configuration is read",
     }.items():
