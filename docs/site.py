@@ -85,25 +85,28 @@ def commands_page() -> str:
     from typer.main import get_command
 
     from nanotron_fast.cli.commands import app
+    from nanotron_fast.cli.examples import EXAMPLES
+    from nanotron_fast.cli.help import names_of, usage_line
 
     group: Any = get_command(app)
     lines = ["# Commands", "", group.help, ""]
     for name, command in group.commands.items():
         lines += [f"## nanotron-fast {name}", ""]
-        usage = [f"nanotron-fast {name}"]
-        usage += [each.human_readable_name for each in _arguments(command)] + ["[OPTIONS]"]
-        lines += ["```console", "$ " + " ".join(usage), "```", "", _paragraphs(command.help), ""]
+        context = command.make_context(f"nanotron-fast {name}", [], resilient_parsing=True)
+        usage = f"$ {usage_line(command, context)}"
+        lines += ["```console", usage, "```", "", _paragraphs(command.help), ""]
         for each in _arguments(command):
-            lines.append(f"- `{each.human_readable_name}`: {_cell(each.help)}")
+            lines.append(f"- `{each.human_readable_name.upper()}`: {_cell(each.help)}")
         options = [each for each in command.params if each.param_type_name == "option"]
         if options:
             lines += ["", "| option | what it does | default |", "|---|---|---|"]
         for each in options:
             if getattr(each, "hidden", False):
                 continue
-            flags = ", ".join(f"`{flag}`" for flag in (*each.opts, *each.secondary_opts))
-            metavar = "" if each.is_flag else f" `{each.metavar or each.type.name.upper()}`"
-            lines.append(f"| {flags}{metavar} | {_cell(each.help)} | {_default(each)} |")
+            names = names_of(each).replace("|", "\\|")
+            lines.append(f"| `{names}` | {_cell(each.help)} | {_default(each)} |")
+        for example in EXAMPLES[name]:
+            lines += ["", example.purpose, "", "```console", f"$ {example.command}", "```"]
         lines.append("")
     return "\n".join(lines)
 

@@ -1,7 +1,6 @@
 """The command `nanotron-fast`, and `python -m nanotron_fast`.
 
-Exit codes: 0 done; 1 verification found a difference; 2 bad input or usage; 70 a fault of this
-package; 130, 143 and 129 ended by SIGINT, SIGTERM and SIGHUP.
+Its exit codes are in `cli/entry.py`.
 """
 
 from __future__ import annotations

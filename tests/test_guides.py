@@ -46,7 +46,7 @@ def commands() -> list[tuple[str, str]]:
     for path in DOCUMENTS:
         for block in blocks(path, "console"):
             joined = block.replace("\\\n", " ")
-            for line in re.findall(r"^\$ (.*)$", joined, re.MULTILINE):
+            for line in re.findall(r"^\$ (.*)$(?!\nerror: )", joined, re.MULTILINE):
                 given = re.search(r"(?:nanotron-fast|-m nanotron_fast) ([a-z].*)", line)
                 if given is not None:
                     found.append((path.name, given[1].partition(" #")[0]))

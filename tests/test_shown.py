@@ -46,6 +46,7 @@ ELSEWHERE = {
 }
 # What a signal has a command print is held by tests/checkpoints/test_faults.py.
 ENDED = "interrupted by "
+REFUSED = "error: "
 # Addresses that this machine has something at.
 ADDRESSES = {"hf://org/model": "file://{here}/llama-hf", "s3://bucket/": "memory://bucket/"}
 SHORT = {
@@ -208,8 +209,8 @@ def check_output(command: Command, printed: str) -> None:
             at = matching[0] + 1
 
 
-def run(line: str, here: Path, capfd: pytest.CaptureFixture[str]) -> str:
-    """What a command prints, to both streams. It has to end with 0."""
+def run(line: str, here: Path, capfd: pytest.CaptureFixture[str], wanted: int = 0) -> str:
+    """What a command prints, to both streams. It has to end with the exit code that is wanted."""
     words = shlex.split(line)
     count = 1
     if words[0] == "torchrun":
@@ -230,18 +231,18 @@ def run(line: str, here: Path, capfd: pytest.CaptureFixture[str]) -> str:
         for each in range(1, int(total) + 1):
             if each != int(number):  # done by other tasks of the array
                 in_process([*words[1:at], f"{each}/{total}", *words[at + 1 :]], capfd)
-    return in_process(words[1:], capfd)
+    return in_process(words[1:], capfd, wanted)
 
 
-def in_process(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
+def in_process(words: list[str], capfd: pytest.CaptureFixture[str], wanted: int = 0) -> str:
     capfd.readouterr()
     try:
-        app(words, standalone_mode=True)
+        app(words, prog_name="nanotron-fast", standalone_mode=True)
         code: object = 0
     except SystemExit as stop:
         code = stop.code
     out, err = capfd.readouterr()
-    assert not code, out + err
+    assert (code or 0) == wanted, out + err
     return err + out
 
 
@@ -288,7 +289,8 @@ def test_commands_of_a_document(
     for command in commands(path):
         if any(command.line.startswith(words) for words in ELSEWHERE):
             continue
-        check_output(command, run(command.line, tmp_path, capfd))
+        wanted = 2 if command.shown[:1] and command.shown[0].startswith(REFUSED) else 0
+        check_output(command, run(command.line, tmp_path, capfd, wanted))
         num_run += 1
     assert num_run or all("make " in each.line for each in commands(path))
 

@@ -95,7 +95,10 @@ def usage_line(command: Any, context: Any) -> str:
     """Such as "nanotron-fast convert [OPTIONS] SRC DST"."""
     words = [context.command_path, "[OPTIONS]"]
     words += [_name_of(each) for each in command.params if each.param_type_name == "argument"]
-    words += ["COMMAND ..."] if hasattr(command, "commands") else []
+    if hasattr(command, "commands"):
+        words.append("COMMAND ...")
+    elif context.allow_extra_args:
+        words.append("...")
     return " ".join(words)
 
 
@@ -108,13 +111,18 @@ def _row_of_argument(argument: Any) -> Row:
     return Row(_name_of(argument).strip("[]"), argument.help or "")
 
 
-def _row_of_option(option: Any) -> Row:
+def names_of(option: Any) -> str:
+    """Such as "-h, --help" and "--io MODE"."""
     names = ", ".join(sorted(option.opts, key=len))
     if option.secondary_opts:
         names += f" / {', '.join(option.secondary_opts)}"
     elif not option.is_flag:
         names += f" {option.metavar or _VALUES.get(_kind(option), 'TEXT')}"
-    return Row(names, f"{option.help or ''}{_default(option)}")
+    return names
+
+
+def _row_of_option(option: Any) -> Row:
+    return Row(names_of(option), f"{option.help or ''}{_default(option)}")
 
 
 def _kind(option: Any) -> str:

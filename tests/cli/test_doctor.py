@@ -7,6 +7,7 @@ import fcntl
 import importlib.util
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -260,6 +261,16 @@ def test_a_torch_that_cannot_be_imported(monkeypatch: Patch, tmp_path: Path) -> 
     assert each.state == "missing"
     assert each.found.startswith("it cannot be imported: ")
     assert diagnose(tmp_path).is_usable
+
+
+def test_the_documents_show_lines_that_there_are(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "command-line.md").read_text()
+    shown = re.findall(r"^(ok|slow|missing|broken) +(\S.*?)  +\S", text, re.MULTILINE)
+    assert len(shown) > 10
+    names = [each.name for each in diagnose(tmp_path).findings]
+    assert [name for _, name in shown] == [
+        name for name in names if name in dict(map(reversed, shown))
+    ]
 
 
 def test_a_place_is_a_directory(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ NO_OPTION = "has no such option"
         ("convert a", "DST: it is missing; usage: nanotron-fast convert [OPTIONS] SRC DST"),
         ("plot", "RUN: it is missing; usage: nanotron-fast plot [OPTIONS] RUN..."),
         ("generate a", "--prompt: it is missing; usage: nanotron-fast generate [OPTIONS] CKPT"),
+        ("run", "SCRIPT: it is missing; usage: nanotron-fast run [OPTIONS] SCRIPT ..."),
         ("inspect a b", "b: more than is taken; usage: nanotron-fast inspect [OPTIONS] PATH"),
         ("convert a b --workers 0", "--workers: 0 is not in the range x>=1"),
         ("convert a b --workers two", "--workers: 'two' is no whole number"),
