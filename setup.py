@@ -37,7 +37,11 @@ COMPILE_FLAGS = [
     # The same roundings on every machine.
     "-ffp-contract=off",
 ]
+# Half the time of a build at -O3, and they only call what is compiled so.
+BINDINGS_FLAGS = ["-O1"]
 WARNINGS = ["-Wall", "-Wextra", "-Wshadow"]
+# The files that know Python, and are compiled for each version of it; all else is compiled once.
+BINDINGS = "bindings.cpp"
 SOURCES = sorted(
     path for room in ("", "core/", "cast/", "hash/") for path in glob(f"csrc/{room}*.cpp")
 )
@@ -46,7 +50,12 @@ CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp") + glob("csrc/cuda/*.cu"))
 RULES = """\
 ninja_required_version = 1.5
 rule compile
-  command = {compile} $flags {extra} -MMD -MF $out.d -c $in -o $out
+  command = {compile} {extra} -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+  description = compile $in
+rule compile_bindings
+  command = {compile} {bindings} {extra} -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
   description = compile $in
@@ -101,30 +110,32 @@ class NinjaBuildExt(build_ext):
 
         print(self.cuda_line, file=sys.stderr)
         cxx = compiler()
-        includes = ["-Icsrc"]
+        bindings = [*BINDINGS_FLAGS]
         # System headers, so that their warnings are not ours.
         for path in (pybind11.get_include(), sysconfig.get_path("include")):
-            includes += ["-isystem", path]
+            bindings += ["-isystem", path]
         extra_compile = shlex.split(os.environ.get("CXXFLAGS", ""))
         extra_link = shlex.split(os.environ.get("LDFLAGS", ""))
 
         # Not build_temp: editable installs make that a temporary folder, and nothing is reused.
-        folder = Path("build", f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}")
-        folder.mkdir(parents=True, exist_ok=True)
+        self.objects = Path("build", f"native-{sysconfig.get_platform()}")
+        self.own_objects = self.objects / sys.implementation.cache_tag
+        self.own_objects.mkdir(parents=True, exist_ok=True)
         lines = [
             RULES.format(
-                compile=ninja_command(*cxx, *COMPILE_FLAGS, *WARNINGS, *includes),
+                compile=ninja_command(*cxx, *COMPILE_FLAGS, *WARNINGS, "-Icsrc"),
+                bindings=ninja_command(*bindings),
                 extra=ninja_command(*extra_compile),
                 link=ninja_command(*cxx, "-shared", "-pthread", *extra_link),
             ),
-            f"builddir = {ninja_path(folder)}",
+            f"builddir = {ninja_path(self.objects)}",
         ]
         if self.cuda is not None:
             nvcc = self.cuda.compile_command(cxx, WARNINGS)
             lines.append(CUDA_RULE.format(compile=ninja_command(*nvcc)))
         for ext in self.extensions:
-            lines += self.statements(ext, folder)
-        build_file = folder / "build.ninja"
+            lines += self.statements(ext)
+        build_file = self.own_objects / "build.ninja"
         build_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(build_file)]
@@ -134,18 +145,19 @@ class NinjaBuildExt(build_ext):
             way_out = "; NANOTRON_FAST_CUDA=0 builds without CUDA" if self.cuda else ""
             raise CompileError(f"compilation failed, see the messages above{way_out}")
 
-    def statements(self, ext: Extension, folder: Path) -> list[str]:
+    def statements(self, ext: Extension) -> list[str]:
         """What ninja has to know of one extension."""
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         lines, objects = [], []
         for source in ext.sources:
+            rule, folder = "compile", self.objects
+            if source.endswith(".cu"):
+                rule = "compile_cuda"
+            elif Path(source).name == BINDINGS:
+                rule, folder = "compile_bindings", self.own_objects
             objects.append(ninja_path(folder / Path(source + ".o")))
-            rule = "compile_cuda" if source.endswith(".cu") else "compile"
             lines.append(f"build {objects[-1]}: {rule} {ninja_path(source)}")
-            if Path(source).name == "bindings.cpp":
-                # Half the time of a build at -O3, and only calls what is compiled so.
-                lines.append("  flags = -O1")
         lines.append(f"build {ninja_path(target)}: link {' '.join(objects)}")
         if ext.name == setup_cuda.MODULE:
             # Its own copy of the runtime, out of sight of the one that torch brings.
