@@ -64,6 +64,18 @@ _HOMES = {
     "status": "patch.nanotron.registry",
     "verify": "models.verifying",
 }
+# What these need beside the converter's packages: names of extras.
+_NEEDS = dict.fromkeys(
+    (
+        "disable",
+        "disable_transformers",
+        "enable",
+        "enable_transformers",
+        "load_into",
+        "status",
+    ),
+    "kernels",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -72,6 +84,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    if name in _NEEDS:
+        from nanotron_fast.extras import require
+
+        require(_NEEDS[name], f"{__name__}.{name}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -5,10 +5,15 @@ Its exit codes are in `cli/entry.py`.
 
 from __future__ import annotations
 
+import sys
+
 from nanotron_fast.cli.entry import run_command
 
 
 def _command() -> None:
+    from nanotron_fast.cli import needs
+
+    needs.check(sys.argv[1:])
     from nanotron_fast.cli.commands import app
 
     app(prog_name="nanotron-fast")

@@ -6,6 +6,10 @@ them; without it they are all on. `nanotron_fast.disable()` takes everything out
 
 from __future__ import annotations
 
-from nanotron_fast.patch.nanotron.registry import enable, requested_ops
+from nanotron_fast.extras import require
+
+require("kernels", "nanotron_fast.auto")
+
+from nanotron_fast.patch.nanotron.registry import enable, requested_ops  # noqa: E402
 
 enable(requested_ops())

@@ -63,6 +63,10 @@ class DestinationError(NanotronFastError, OSError):
     """The destination cannot be written without losing something."""
 
 
+class MissingPackageError(NanotronFastError, ImportError):
+    """A package that only some uses need is not installed; the message says how to have it."""
+
+
 class PlanError(NanotronFastError, ValueError):
     """A plan contradicts itself or the files it speaks of."""
 

@@ -9,14 +9,24 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
+from nanotron_fast.extras import is_installed
 from tests.interpreter import patch_once_a_launch
 
 GOLDEN = Path(__file__).parent / "golden"
 
+
+def _has_gpu() -> bool:
+    if not is_installed("torch"):  # as on the interpreters of `make test-pythons`
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+HAS_GPU = _has_gpu()
 # Triton reads this when a kernel is defined. Without a GPU its interpreter runs the same kernels.
-if not torch.cuda.is_available():
+if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -32,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--gpu") and not torch.cuda.is_available():
+    if config.getoption("--gpu") and not HAS_GPU:
         for item in items:
             item.add_marker(pytest.mark.skip(reason="there is no CUDA device here"))
     if hasattr(config, "workerinput"):

@@ -23,29 +23,39 @@ TRAINING = ROOT / "tests" / "golden" / "training" / "llama_tied_tp2_zero0"
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface_hub")
 
 # A room, and what its files may import beside each other. "_C" and "_cuda" are the native parts.
-BASE = ("errors", "version", "interruption", "units")
+BASE = ("errors", "extras", "version", "interruption", "units")
 CONVERTER = (*BASE, "_C", "moves", "model", "formats", "families")
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "errors": (),
     "version": (),
     "interruption": (),
     "units": ("errors",),
+    "extras": ("errors",),
     "moves": (*BASE, "_C"),
     "model": ("errors",),
     "formats": ("errors", "moves", "model"),
     "families": ("errors", "moves", "model", "formats"),
     "checkpoints": (*CONVERTER, "kernels.pack", "kernels.rope.tables"),
-    "kernels": ("errors", "moves.row", "_C", "_cuda"),
-    "parallel": ("errors", "kernels"),
-    "models": ("errors", "model", "formats", "families", "checkpoints", "kernels", "parallel"),
+    "kernels": ("errors", "extras", "moves.row", "_C", "_cuda"),
+    "parallel": ("errors", "extras", "kernels"),
+    "models": (
+        "errors",
+        "extras",
+        "model",
+        "formats",
+        "families",
+        "checkpoints",
+        "kernels",
+        "parallel",
+    ),
     "patch": (*CONVERTER, "checkpoints", "kernels", "parallel"),
     # Never patch: what trains here is not Nanotron.
     "train": (*CONVERTER, "checkpoints", "kernels", "parallel", "models"),
     "cli": (*CONVERTER, "_cuda", "checkpoints", "kernels", "models", "patch", "train"),
-    "auto": ("patch",),
+    "auto": ("extras", "patch"),
     "__main__": ("interruption", "cli"),
     # The face: what it exports, imported when it is asked for.
-    "": ("version",),
+    "": ("extras", "version"),
 }
 # Folders of a room that stand beside each other: none imports another.
 APART = (

@@ -176,9 +176,14 @@ def test_kernels_is_never_ours(tmp_path: Path) -> None:
     assert str(ROOT) not in (where(tmp_path)["kernels"] or "")
 
 
-def test_kernels_init_is_a_docstring_alone() -> None:
+def test_kernels_does_nothing_under_another_package_s_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     code = compile((ROOT / "kernels/__init__.py").read_text(), "kernels", "exec")
-    assert set(code.co_names) == {"__doc__"}
+    monkeypatch.setattr("builtins.__import__", lambda *_: pytest.fail("it imports something"))
+    names = {"__name__": "kernels"}
+    exec(code, names)
+    assert set(names) == {"__name__", "__doc__", "__builtins__"}
 
 
 def test_version_has_one_source() -> None:

@@ -19,6 +19,7 @@ from nanotron_fast.checkpoints.remote.mirror import (
     shown,
     shown_in_errors,
 )
+from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
@@ -50,8 +51,10 @@ def plan(
     Raises:
         CheckpointError, ConfigError, TopologyError, UnsupportedModelError: all ValueError, each
             naming the file, tensor or option and the numbers.
+        MissingPackageError: what reads from a store is not installed.
         OSError: a file cannot be read.
     """
+    require_store(src, dst)
     options = Options.of(choices)
     dst = as_path(dst)
     if not str(dst):

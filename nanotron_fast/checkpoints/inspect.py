@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.options import InspectChoices, Options, reject_like, takes
 from nanotron_fast.checkpoints.remote.mirror import mirror_of, mirrors_closed, shown
+from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.checkpoints.source import read, resolve
 from nanotron_fast.checkpoints.stored import NanotronModel, some
 from nanotron_fast.errors import CheckpointError, NanotronFastError
@@ -98,8 +99,10 @@ def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
         choices: the options at the end, each a field of `checkpoints.options.Options`.
 
     Raises:
+        MissingPackageError: what reads from a store is not installed.
         CheckpointError, OSError: it cannot be read. An unsupported model can; see `problem`.
     """
+    require_store(path)
     options = Options.of(choices, InspectChoices)
     checkpoint = read(resolve(path, takes_urls=True), like=options.like, takes_part=True)
     if isinstance(checkpoint, HfCheckpoint):

@@ -83,13 +83,10 @@ def compare_logits(
 ) -> LogitsReport:
     """Runs both models on the same random tokens, and compares their outputs.
 
-    Raises ConfigError where torch is not there, or transformers and a side of Hugging Face's, or
-    where transformers cannot run a side; CheckpointError, OSError.
+    What the extra "logits" has must be there. Raises ConfigError where transformers cannot run a
+    side; CheckpointError, OSError.
     """
-    try:
-        import torch
-    except ImportError as error:
-        raise ConfigError(f"--logits: it needs torch: {error}") from None
+    import torch
 
     sides = [_side(root, options, own_forward) for root in (a, b)]
     vocab_size = min(side.vocab_size for side in sides)
@@ -153,12 +150,8 @@ def _own_side(
 
 def _hf_side(root: Path) -> _Side:
     import torch
-
-    try:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
-    except ImportError as error:
-        raise ConfigError(f"--logits: {root} is run by transformers: {error}") from None
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     def run(tokens: Tensor) -> Tensor:
         # By this side alone, and no longer than it is needed.

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from nanotron_fast.errors import ConfigError, NanotronFastError, puts_in_doubt
+from nanotron_fast.extras import require
 from nanotron_fast.interruption import Interrupted, wait
 
 _Value = TypeVar("_Value")
@@ -165,13 +166,14 @@ def _said_of(failure: BaseException | None) -> tuple[str, bool] | None:
 def connect() -> Processes:
     """The processes that the environment speaks of; torch is imported for more than one alone.
 
-    Raises ConfigError.
+    Raises ConfigError, MissingPackageError.
     """
     world_size = os.environ.get("WORLD_SIZE") or "1"
     if not world_size.isdecimal():
         raise ConfigError(f"WORLD_SIZE is {world_size!r} in the environment, and not a number")
     if int(world_size) <= 1:
         return Processes()
+    require("kernels", f"WORLD_SIZE is {world_size}, and work shared by processes", ["torch"])
     try:
         return TorchProcesses()
     except (ImportError, ValueError, RuntimeError) as error:

@@ -13,9 +13,11 @@ from nanotron_fast.checkpoints.options import Options, VerifyChoices, takes
 from nanotron_fast.checkpoints.plan.compare import ComparisonPlan, plan_comparison
 from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.checkpoints.remote.mirror import mirrors_closed, shown
+from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.checkpoints.source import has_configuration, read, resolve, tensor_names
 from nanotron_fast.checkpoints.stored import Checkpoint
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.extras import require
 from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.patterns import unmatched
@@ -116,7 +118,11 @@ def verify(
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError, OSError: a side cannot be read.
+        MissingPackageError: what runs models, or reads from a store, is not installed.
     """
+    if logits:
+        require("logits", "--logits")
+    require_store(a, b)
     options = Options.of(choices, VerifyChoices)
     roots = resolve(a, takes_urls=not logits), resolve(b, takes_urls=not logits)
     whole = _read(roots, options.like)

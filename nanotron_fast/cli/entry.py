@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from nanotron_fast import interruption
 from nanotron_fast.cli import streams
-from nanotron_fast.errors import notes_of
+from nanotron_fast.errors import MissingPackageError, notes_of, one_line
 
 EXIT_DIFFERENT = 1
 EXIT_BAD_INPUT = 2
@@ -45,6 +45,9 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         streams.finish()
         # At once: threads of libraries may be waiting for what never comes.
         os._exit(interrupted.exit_code)
+    except MissingPackageError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        code = EXIT_BAD_INPUT
     except MemoryError as error:
         print("error: there is not enough memory", *notes_of(error), sep="\n", file=sys.stderr)
         code = EXIT_BAD_INPUT

@@ -4,7 +4,7 @@ import nanotron_fast.models
 model = nanotron_fast.models.build("llama-hf", mesh=mesh)
 loss = model(input_ids, labels=labels)
 
-What is here is imported when it is asked for: an architecture needs no torch.
+What is here is imported when it is asked for: an architecture and its facts need no torch.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ _HOMES = {
     "initialize": "initial_weights",
     "load": "building",
 }
+_TORCH_FREE = ("Architecture", "Facts", "facts_of")
 
 
 def __getattr__(name: str) -> Any:
@@ -37,6 +38,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
+    from nanotron_fast.extras import require
+
+    if name not in _TORCH_FREE:
+        require("kernels", f"{__name__}.{name}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nanotron_fast.checkpoints.source import read, resolve, resolve_companions
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.extras import require
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.side_file import read_side_file
@@ -168,11 +169,10 @@ def generate(
 
 
 def _tokenizer(root: Path, given: str | Path | None) -> PreTrainedTokenizerBase:
-    """Raises ConfigError."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise ConfigError(f"generating needs transformers, for its tokenizers: {error}") from None
+    """Raises ConfigError, MissingPackageError."""
+    require("train", "a tokenizer", ["transformers"])
+    from transformers import AutoTokenizer
+
     where = root if given is None else resolve_companions(given)
     try:
         words: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)

@@ -4,7 +4,13 @@ Groups are torch.distributed's: a ProcessGroup, or a DeviceMesh of one dimension
 (tokens, hidden); weights are this rank's shards, as Nanotron stores them.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
+
+from nanotron_fast.extras import require
+
+# Before torch is imported.
+require("kernels", "nanotron_fast.parallel")
 
 from nanotron_fast.parallel.attention import tensor_parallel_attention
 from nanotron_fast.parallel.linear import column_linear, row_linear

@@ -15,5 +15,10 @@ __all__ = ["Trainer", "TrainingConfig", "TrainingResult"]
 
 def __getattr__(name: str) -> Any:
     if name in _EXPORTS:
+        if name != "TrainingConfig":
+            from nanotron_fast.extras import EXTRAS, require
+
+            # Tokens that are made already need no transformers.
+            require("train", f"{__name__}.{name}", EXTRAS["kernels"])
         return getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

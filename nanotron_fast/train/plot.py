@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.extras import require
 from nanotron_fast.train.metrics import FILE, read_metrics
 
 STEM = "training"
@@ -22,13 +22,12 @@ def plot(runs: Sequence[str | Path], *, output: str | Path | None = None) -> lis
         output: the files' path without .png and .svg. Default: `training` in the folder of the
             run, of several in the working directory.
 
-    Raises ConfigError where matplotlib is missing; CheckpointError, which names the file, where a
-    run has no steps; OSError.
+    Raises MissingPackageError, ConfigError; CheckpointError, which names the file, where a run has
+    no steps; OSError.
     """
     if not runs:
         raise ConfigError("plot: name the folder of a run")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("plot: matplotlib is not installed: pip install 'nanotron_fast[plot]'")
+    require("plot", "plot")
     files = [_file_of(Path(run)) for run in runs]
     curves = [read_metrics(path) for path in files]
     for path, lines in zip(files, curves, strict=True):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -179,17 +178,6 @@ def test_two_sides_of_one_format(tmp_path: Path) -> None:
         assert found.equal
         assert found.logits is not None
         assert found.logits.programs[0] == found.logits.programs[1]
-
-
-def test_transformers_is_needed_for_what_it_runs_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hf, out = make("llama").save(tmp_path / "hf"), tmp_path / "out"
-    nf.convert(hf, out)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    assert compare_logits(out, out, Options(), has_casts=False).equal
-    with pytest.raises(ConfigError, match=rf"--logits: {hf} is run by transformers: "):
-        compare_logits(hf, out, Options(), has_casts=False)
 
 
 def test_what_transformers_cannot_run_is_one_clear_error(

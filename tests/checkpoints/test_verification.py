@@ -14,7 +14,7 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.verify import LogitsReport, Verification
-from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.errors import MissingPackageError, UnsupportedModelError
 from nanotron_fast.formats.safetensors import build_header, read_header
 from nanotron_fast.moves.dtypes import Dtype
 from tests.modelzoo import make
@@ -224,13 +224,11 @@ def test_logits_that_are_no_numbers_are_null_in_json() -> None:
     assert document["logits"]["equal"] is False
 
 
-def test_logits_without_torch(
-    tmp_path: Path, golden: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hf = golden / "llama_untied" / "hf"
-    monkeypatch.setitem(sys.modules, "torch", None)
-    with pytest.raises(ConfigError, match="--logits: it needs torch:"):
-        nf.verify(hf, hf, logits=True)
+@pytest.mark.parametrize("package", ["torch", "transformers"])
+def test_what_logits_need_is_asked_for_first(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=f"--logits needs {package}, not installed"):
+        nf.verify("no-such-a", "no-such-b", logits=True)
 
 
 def test_a_second_copy_of_a_tied_matrix_is_compared(tmp_path: Path) -> None:

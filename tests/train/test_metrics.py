@@ -16,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nanotron_fast.cli.commands import app
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError, MissingPackageError
 from nanotron_fast.train.metrics import FILE, MetricsFile, StepMetrics, read_metrics
 from nanotron_fast.train.plot import plot
 from nanotron_fast.train.progress import duration, line, progress
@@ -250,6 +250,8 @@ def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / FILE).write_text("")
     with pytest.raises(CheckpointError, match=r"metrics.jsonl: no step is finished yet"):
         plot([tmp_path])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"matplotlib is not installed: pip install 'nanotron_f"):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        MissingPackageError, match=r"plot needs matplotlib.*'nanotron_fast\[plot\]'"
+    ):
         plot([tmp_path])

@@ -21,8 +21,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from nanotron_fast.checkpoints.remote.packages import package_for
 from nanotron_fast.checkpoints.remote.refusal import is_refusal
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError, MissingPackageError
 from nanotron_fast.interruption import ending, held
 
 BLOCK_BYTES = 8 << 20
@@ -106,7 +107,7 @@ class Store:
 
     @classmethod
     def at(cls, url: str) -> Store:
-        """Raises ConfigError where there is no file system for such a URL; OSError."""
+        """Raises MissingPackageError, ConfigError for a URL that cannot be; OSError."""
         match = _URL.match(url)
         assert match is not None
         shown = without_password(url)
@@ -117,10 +118,9 @@ class Store:
 
             fs, root = url_to_fs(url)
         except ImportError as error:
-            package = _PACKAGES.get(match["protocol"], "fsspec and its package for such URLs")
-            raise ConfigError(
+            raise MissingPackageError(
                 f"{shown}: it cannot be reached without a package that is not installed: "
-                f"pip install {package} ({_first_line(error)})"
+                f"pip install {package_for(match['protocol'])} ({_first_line(error)})"
             ) from error
         except ValueError as error:
             raise ConfigError(f"{shown}: {_first_line(error)}") from error
@@ -298,23 +298,6 @@ class Store:
         raise OSError(
             errno.EIO, f"{what}{tries}: {_first_line(last)}", self.name_of(name)
         ) from last
-
-
-_PACKAGES = {
-    "s3": "s3fs",
-    "s3a": "s3fs",
-    "gs": "gcsfs",
-    "gcs": "gcsfs",
-    "az": "adlfs",
-    "abfs": "adlfs",
-    "abfss": "adlfs",
-    "http": "aiohttp fsspec",
-    "https": "aiohttp fsspec",
-    "oci": "ocifs",
-    "sftp": "paramiko",
-    "ssh": "paramiko",
-    "hf": "huggingface_hub",
-}
 
 
 def _protocols(fs: Any) -> set[str]:

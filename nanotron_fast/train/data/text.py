@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nanotron_fast.errors import DataError
+from nanotron_fast.extras import require
 from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
 
 SUFFIXES = (".txt", ".jsonl")
@@ -338,7 +339,7 @@ def open_source(
         config_name: of a dataset.
         processes: see DatasetRows.
 
-    Raises DataError.
+    Raises DataError, MissingPackageError.
     """
     names = [name] if isinstance(name, str) else list(name)
     if not names:
@@ -374,13 +375,13 @@ def _load(name: str, split: str, config_name: str | None) -> Any:
 
 
 def _datasets(name: str) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise DataError(
-            f"{name} is neither a .txt or .jsonl file nor a folder of them, and a dataset needs a "
-            "package that is not there: pip install datasets"
-        ) from error
+    require(
+        "train",
+        f"{name} is neither a .txt or .jsonl file nor a folder of them, and a dataset",
+        ["datasets"],
+    )
+    import datasets
+
     return datasets
 
 

@@ -10,19 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.errors import DataError
+from nanotron_fast.extras import require
 
 # Text beyond this is encoded in pieces: tokenizers take a hundred times its size in memory.
 MAX_CHARACTERS = 2**20
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
-    """What AutoTokenizer finds under a name or in a folder. Raises DataError."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError as error:
-        raise DataError(
-            f"a tokenizer needs a package that is not there ({error}): pip install transformers"
-        ) from error
+    """What AutoTokenizer finds under a name or in a folder.
+
+    Raises DataError, MissingPackageError.
+    """
+    require("train", "a tokenizer", ["transformers"])
+    from transformers import AutoTokenizer
+
     if _is_path(str(name)) and not Path(name).is_dir():
         there = "it is no folder" if Path(name).exists() else "there is no such folder"
         raise DataError(f"tokenizer {name}: {there}")

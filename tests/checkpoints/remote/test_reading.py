@@ -13,7 +13,12 @@ import pytest
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.remote import mirror, running, store
 from nanotron_fast.cli.commands import app
-from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    DestinationError,
+    MissingPackageError,
+)
 from nanotron_fast.moves import engine
 from tests.checkpoints.remote.stores import contents, fail_first, put, slow
 from tests.fp8 import quantised
@@ -333,8 +338,11 @@ def test_the_package_to_install_is_named(temporary, monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     # Where an earlier test has had it imported.
     monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
-    with pytest.raises(ConfigError, match="pip install s3fs"):
+    with pytest.raises(MissingPackageError, match=r"pip install 'nanotron_fast\[s3\]'"):
         nf.inspect("s3://bucket/model")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(MissingPackageError, match="pip install gcsfs"):
+        nf.inspect("gs://bucket/model")
 
 
 def test_passwords_are_not_shown():

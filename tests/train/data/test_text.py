@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanotron_fast.errors import DataError
+from nanotron_fast.errors import DataError, MissingPackageError
 from nanotron_fast.train.data import tokenizer as tokenizers_of_ours
 from nanotron_fast.train.data.cache import CachedTokens, cached_tokens
 from nanotron_fast.train.data.encode import TextRecipe
@@ -364,10 +364,11 @@ def test_files_do_not_mix_with_datasets(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(DataError, match=r"owner/data .*pip install datasets"):
+    pip = r"pip install 'nanotron_fast\[train\]'"
+    with pytest.raises(MissingPackageError, match=rf"owner/data .* needs datasets.*{pip}"):
         open_source("owner/data")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(DataError, match="pip install transformers"):
+    with pytest.raises(MissingPackageError, match=f"tokenizer needs transformers.*{pip}"):
         load_tokenizer(tmp_path)
 
 
