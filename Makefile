@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-gpu fuzz build-here bench-gpu gpu gpu-again report demo sanitize run-native clean docs
+.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again report demo sanitize run-native clean docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -66,6 +66,12 @@ fuzz: build ## feed random input to every reader (SECONDS=300 in all, TARGET= on
 	OMP_NUM_THREADS=1 PYTHONPATH=$(FUZZER) $(BIN)/python -m tests.fuzz \
 	  --seconds $(or $(SECONDS),300) $(if $(TARGET),--target $(TARGET))
 
+test-pythons: build ## build with each other Python that is here, and run there the tests that need no torch
+	$(BIN)/python -m tests.pythons
+
+wheel: $(READY) ## build sdist and wheel as a release has them, and try the wheel where nothing else is
+	$(BIN)/python -m tests.wheel
+
 test-versions: build ## a few tests with other versions of triton, transformers, numpy and typer
 	$(BIN)/python -m tests.versions
 
@@ -118,7 +124,7 @@ sanitize: ## native tests under ASan, UBSan and TSan (a C++ compiler is enough)
 	@$(MAKE) --no-print-directory -j$(JOBS) run-native SANITIZER=thread
 
 clean: ## remove everything that was built, .venv too
-	rm -rf $(VENV) $(NANOTRON_VENV) .venv-versions build dist *.egg-info nanotron_fast/*.so .*_cache
+	rm -rf $(VENV) $(NANOTRON_VENV) .venv-versions .venv-pythons build dist *.egg-info nanotron_fast/*.so .*_cache
 
 # Everything below serves `sanitize`.
 CPP := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')

@@ -1,0 +1,119 @@
+"""Builds the package with every other Python that is here, and runs what needs no torch there.
+
+    python -m tests.pythons [3.12 ...]
+
+Each gets an environment of its own, with the converter's packages and pytest alone: the oldest that
+pyproject.toml allows on Python 3.10, the newest on the others. Prints a table, and exits with 1
+where one fails. A Python that is not here is left out, and said to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / ".venv-pythons"
+VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
+OLDEST = "3.10"
+# As pyproject.toml allows them, and what they need to be of.
+OLDEST_PACKAGES = (
+    "huggingface_hub==0.34.0",
+    "numpy==1.26.4",
+    "pyyaml==6.0.1",
+    "rich==13.0.0",
+    "typer==0.16.0",
+)
+NEWEST_PACKAGES = ("huggingface_hub", "numpy", "pyyaml", "rich", "typer<0.29")
+# What builds, and what tests: as everywhere else.
+TOOLS = ("setuptools", "pybind11", "ninja", "pytest", "hypothesis")
+# Run by its path: see there. One case of each test.
+RUN = ("tests/versions/one_case_each.py", "-q", "-p", "no:cacheprovider")
+TESTS = ("tests/checkpoints/plan",)
+
+
+def pythons(version: str) -> Iterator[Path]:
+    """Where an interpreter of a version may be."""
+    found = shutil.which(f"python{version}")
+    if found is not None:
+        yield Path(found)
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    for folder in sorted(pyenv.glob(f"versions/{version}.*"), reverse=True):
+        yield folder / "bin" / "python"
+
+
+PROBE = "import sys, venv, ensurepip; print('{}.{}'.format(*sys.version_info))"
+
+
+def find(version: str) -> Path | None:
+    """The first that runs: a shim of pyenv's may be there for a Python that is not chosen."""
+    for path in pythons(version):
+        if path.is_file():
+            done = subprocess.run([path, "-c", PROBE], capture_output=True, text=True)
+            if done.returncode == 0 and done.stdout.strip() == version:
+                return path
+    return None
+
+
+def make(version: str, python: Path) -> Path:
+    """Gives the interpreter of a version's environment, with this tree built into it."""
+    folder = FOLDER / version
+    own = folder / "bin" / "python"
+    pip = [own, "-m", "pip", "install", "-qq"]
+    if not own.exists():
+        subprocess.run([python, "-m", "venv", folder], check=True)
+    packages = OLDEST_PACKAGES if version == OLDEST else NEWEST_PACKAGES
+    subprocess.run([*pip, "-c", "constraints.txt", *TOOLS], cwd=ROOT, check=True)
+    subprocess.run([*pip, "--upgrade", *packages], cwd=ROOT, check=True)
+    # Objects that know no Python are those of `make build`.
+    here = ["--no-build-isolation", "--no-deps", "--force-reinstall", "."]
+    subprocess.run([*pip, *here], cwd=ROOT, check=True)
+    subprocess.run([own, "-m", "pip", "check"], check=True, stdout=subprocess.DEVNULL)
+    return own
+
+
+def passes(version: str, python: Path) -> bool:
+    """Builds, and runs the tests."""
+    try:
+        own = make(version, python)
+    except subprocess.CalledProcessError as error:
+        print(f"Python {version}: {error}", file=sys.stderr)
+        return False
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run([own, *RUN, *TESTS], cwd=ROOT, env=environment).returncode == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    ours = "{}.{}".format(*sys.version_info)
+    others = [version for version in VERSIONS if version != ours]
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"of {', '.join(others)}")
+    wanted = parser.parse_args().versions or others
+    unknown = set(wanted) - set(VERSIONS)
+    if unknown:
+        parser.error(f"no such versions: {', '.join(sorted(unknown))}")
+    rows = []
+    for version in wanted:
+        python = find(version)
+        if python is None:
+            rows.append((version, "is not here", 0.0))
+            continue
+        print(f"== Python {version}", flush=True)
+        start = time.monotonic()
+        verdict = "ok" if passes(version, python) else "FAILED"
+        rows.append((version, verdict, time.monotonic() - start))
+    print()
+    for version, verdict, seconds in rows:
+        print(f"Python {version:<6} {seconds:5.0f} s  {verdict}")
+    failures = sum(verdict == "FAILED" for _, verdict, _ in rows)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
