@@ -33,10 +33,16 @@ def require(extra: str, what: str, packages: Sequence[str] | None = None) -> Non
     missing = [name for name in packages or EXTRAS[extra] if not is_installed(name)]
     if missing:
         raise MissingPackageError(
-            f"{what} needs {' and '.join(missing)}, not installed here: "
+            f"{what} needs {listed(missing)}, not installed here: "
             f"pip install 'nanotron_fast[{extra}]'",
             name=missing[0],
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: a, b and c."""
+    *others, last = names
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def is_installed(name: str) -> bool:

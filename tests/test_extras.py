@@ -148,12 +148,13 @@ def test_what_needs_none_of_them_works_without_any(tmp_path: Path, golden_hf: Pa
 
 
 def test_all_that_is_missing_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("torch", "transformers"):
+    for name in ("torch", "triton", "transformers"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingPackageError) as raised:
         require("train", "this")
     assert str(raised.value) == (
-        "this needs torch and transformers, not installed here: pip install 'nanotron_fast[train]'"
+        "this needs torch, triton and transformers, not installed here: "
+        "pip install 'nanotron_fast[train]'"
     )
     assert isinstance(raised.value, ImportError)
     assert isinstance(raised.value, nf.NanotronFastError)
