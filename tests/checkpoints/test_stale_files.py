@@ -143,4 +143,4 @@ def test_states_of_other_stages_than_the_weights(source: Path, tmp_path: Path) -
 
 def test_a_file_of_the_states_is_missing(source: Path) -> None:
     next((source / "optimizer").glob("*.pt")).unlink()
-    warned(source, "1 files of pp=1 tp=2, which has 2; some are missing")
+    warned(source, "1 files of tp=2 pp=1, which has 2; some are missing")

@@ -215,7 +215,7 @@ def change(edit: Callable[[dict], object]) -> Callable[[Path], None]:
     ("damage", "message"),
     [
         (remove, "there are no states of an optimizer in it"),
-        (rename, "1 files of pp=1 tp=2, which has 2; some are missing"),
+        (rename, "1 files of tp=2 pp=1, which has 2; some are missing"),
         (spoil, f"{FILE}: it is not, or not the whole of, what torch.save writes"),
         (change(lambda found: found.pop("names")), f"{FILE}: it lacks names"),
         (change(lambda found: found["names"].pop(3)), "there are no states of .*o_proj"),

@@ -5,6 +5,11 @@ under `gradient_accumulator` the fp32 masters. With ZeRO-0 the first data-parall
 shards, with ZeRO-1 every rank its runs; a parameter of which a rank has no element is in its
 `param_groups` alone. Source: serialize/optimizer.py, serialize/random.py and optim/zero.py in
 nanotron at 2411b022, and what a run of it has left.
+
+Experts may be split over `ep` ranks, which lie inside data parallelism: the rank `dp` of it has
+the experts of the rank `dp % ep`, and a shard of experts is cut into runs over the `dp // ep` ranks
+that have the same. With ZeRO-0 the file of the first expert rank has what is not split as well, and
+those of the others have their experts alone.
 """
 
 from __future__ import annotations
@@ -52,36 +57,66 @@ def runs_of(num_elements: int, dp: int) -> list[Run]:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Place:
-    """The ranks that a file is of; dp is None for all of them alike."""
+    """The ranks that a file is of; dp is None for all of them that have the same experts, `ep`."""
 
     pp: int
     tp: int
     dp: int | None
+    ep: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The groups of ranks that wrote states. `zero_stage` is 0, or 1 for runs of each rank."""
+    """The groups of ranks that wrote states.
+
+    Attributes:
+        dp: data-parallel ranks; a multiple of `ep`.
+        zero_stage: 0, or 1 for runs of each rank.
+        ep: ranks that experts are split over.
+    """
 
     tp: int
     pp: int
     dp: int
     zero_stage: int = 0
+    ep: int = 1
 
     def __str__(self) -> str:
-        return f"tp={self.tp} pp={self.pp} dp={self.dp} with zero_stage={self.zero_stage}"
+        ep = f" ep={self.ep}" if self.ep > 1 else ""
+        return f"tp={self.tp} pp={self.pp} dp={self.dp}{ep} with zero_stage={self.zero_stage}"
 
     def places(self) -> Iterable[Place]:
         """Of every file of the optimizer."""
         for pp in range(self.pp):
             for tp in range(self.tp):
-                for dp in range(self.dp) if self.zero_stage else (None,):
-                    yield Place(pp, tp, dp)
+                if self.zero_stage:
+                    yield from (Place(pp, tp, dp, dp % self.ep) for dp in range(self.dp))
+                else:
+                    yield from (Place(pp, tp, None, ep) for ep in range(self.ep))
+
+    def rate_places(self) -> Iterable[Place]:
+        """Of every file of the learning rate."""
+        return replace(self, zero_stage=0).places()
+
+    def runs(self, num_elements: int, *, is_split: bool) -> list[Run]:
+        """The run of each data-parallel rank in its flattened shard of so many elements.
+
+        `is_split` says that the shard is one of experts that are split over ranks: those that have
+        the same experts share it out among themselves.
+        """
+        ranks_each = self.ep if is_split else 1
+        runs = runs_of(num_elements, self.dp // ranks_each)
+        return [runs[rank // ranks_each] for rank in range(self.dp)]
 
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """What `optimizer_config.json` says of a parameter: the runs and the shape of its shard."""
+    """What `optimizer_config.json` says of a parameter: the runs and the shape of its shard.
+
+    Each data-parallel rank has its run in the shard that is its own. Of experts that are split over
+    ranks there are several shards of the same shape, so that ranks have the same runs of different
+    ones: that of the rank `dp` is the shard of the expert rank `dp % ep`.
+    """
 
     name: str
     runs: tuple[Run, ...]
@@ -91,12 +126,18 @@ class Described:
 def optimizer_path(place: Place, sizes: Sizes) -> str:
     """The file of a rank's optimizer, relative to the checkpoint."""
     dp = "" if place.dp is None else f"_dp-{place.dp}-of-{sizes.dp}"
-    return f"{OPTIMIZER}/optimizer{_pp(place, sizes)}{dp}{_tp(place, sizes)}_exp-0-of-1.pt"
+    ranks = f"{_pp(place, sizes)}{dp}{_tp(place, sizes)}{_exp(place, sizes)}"
+    return f"{OPTIMIZER}/optimizer{ranks}.pt"
 
 
 def lr_scheduler_path(place: Place, sizes: Sizes) -> str:
-    """The file of a rank's learning rate, relative to the checkpoint: all of dp share it."""
-    return f"{LR_SCHEDULER}/lr_scheduler{_pp(place, sizes)}{_tp(place, sizes)}_exp-0-of-1.pt"
+    """The file of a rank's learning rate, relative to the checkpoint.
+
+    All ranks of dp that have the same experts share it. It has a rate for each of `param_groups`
+    in their files of the optimizer.
+    """
+    ranks = f"{_pp(place, sizes)}{_tp(place, sizes)}{_exp(place, sizes)}"
+    return f"{LR_SCHEDULER}/lr_scheduler{ranks}.pt"
 
 
 def random_path(pp: int, dp: int, tp: int, sizes: Sizes) -> str:
@@ -110,6 +151,10 @@ def _pp(place: Place, sizes: Sizes) -> str:
 
 def _tp(place: Place, sizes: Sizes) -> str:
     return f"_tp-{place.tp}-of-{sizes.tp}"
+
+
+def _exp(place: Place, sizes: Sizes) -> str:
+    return f"_exp-{place.ep}-of-{sizes.ep}"
 
 
 def config_document(
@@ -138,7 +183,7 @@ def config_document(
             "tp_size": str(sizes.tp),
             "dp_size": str(sizes.dp),
             "pp_size": str(sizes.pp),
-            "expert_parallel_size": "1",
+            "expert_parallel_size": str(sizes.ep),
         },
         "configs": configs,
     }
@@ -196,21 +241,29 @@ def find_states(folder: Path) -> Found:
     # The released 0.4 has one file for all ranks, without their numbers.
     if any((folder / LR_SCHEDULER).glob(f"{LR_SCHEDULER}_*.pt")):
         rates, of_rates = found_files(folder, LR_SCHEDULER)
-        if (of_rates.tp, of_rates.pp) != (sizes.tp, sizes.pp):
+        if (of_rates.tp, of_rates.pp, of_rates.ep) != (sizes.tp, sizes.pp, sizes.ep):
+            ep = f" ep={of_rates.ep}" if max(of_rates.ep, sizes.ep) > 1 else ""
             raise CheckpointError(
-                f"{folder / LR_SCHEDULER}: its files are of tp={of_rates.tp} pp={of_rates.pp}, and "
-                f"those in {folder / OPTIMIZER} of {sizes}. {STALE}"
+                f"{folder / LR_SCHEDULER}: its files are of tp={of_rates.tp} pp={of_rates.pp}{ep}, "
+                f"and those in {folder / OPTIMIZER} of {sizes}. {STALE}"
             )
+    if sizes.dp % sizes.ep:
+        raise CheckpointError(
+            f"{folder / OPTIMIZER}: ep={sizes.ep} does not divide dp={sizes.dp}, inside of which "
+            "experts are split over ranks"
+        )
     return Found(files, sizes, rates, config)
 
 
 def check_beside_weights(found: Found, weights: NanotronCheckpoint) -> None:
     """Raises CheckpointError where states are of other ranks than the weights beside them."""
     sizes = found.sizes
-    if weights.sharded and (sizes.tp, sizes.pp) != (weights.tp, weights.pp):
+    has_other = weights.sharded and (sizes.tp, sizes.pp) != (weights.tp, weights.pp)
+    if has_other or sizes.ep != weights.ep:
+        ep = f" ep={weights.ep}" if max(weights.ep, sizes.ep) > 1 else ""
         raise CheckpointError(
             f"{weights.root / OPTIMIZER}: its files are of {sizes}, and the weights of "
-            f"tp={weights.tp} pp={weights.pp}. {STALE}"
+            f"tp={weights.tp} pp={weights.pp}{ep}. {STALE}"
         )
 
 
@@ -221,27 +274,27 @@ def found_files(folder: Path, what: str = OPTIMIZER) -> tuple[dict[Place, Path],
         folder: of the checkpoint.
         what: OPTIMIZER or LR_SCHEDULER, which is also the folder that they are in.
 
-    Raises CheckpointError where there are none, some are missing, two topologies are mixed, or they
-    are of experts that are split over ranks.
+    Raises CheckpointError where there are none, some are missing, or two topologies are mixed.
     """
     pattern = re.compile(re.escape(what) + _OF_RANK)
     files: dict[Place, Path] = {}
-    by_sizes: dict[tuple[int, int, int | None], Path] = {}
+    by_sizes: dict[tuple[int, int, int | None, int], Path] = {}
     for path in sorted((folder / what).glob(f"{what}_*.pt")):
         match = pattern.fullmatch(path.name)
         if match is None:
             raise CheckpointError(f"{path}: not a name that Nanotron gives to a rank's {what}")
-        if int(match["exps"]) != 1 or int(match["exp"]) != 0:
-            raise CheckpointError(
-                f"{path}: experts split over ranks (expert parallelism) are not supported"
-            )
         dp, dps = (None if match[key] is None else int(match[key]) for key in ("dp", "dps"))
-        pps, tps = int(match["pps"]), int(match["tps"])
-        place = Place(int(match["pp"]), int(match["tp"]), dp)
-        if place.pp >= pps or place.tp >= tps or (dp or 0) >= (dps or 1):
+        pps, tps, eps = int(match["pps"]), int(match["tps"]), int(match["exps"])
+        place = Place(int(match["pp"]), int(match["tp"]), dp, int(match["exp"]))
+        if place.pp >= pps or place.tp >= tps or (dp or 0) >= (dps or 1) or place.ep >= eps:
             raise CheckpointError(f"{path}: there is no such rank among so many")
+        if dp is not None and dp % eps != place.ep:
+            raise CheckpointError(
+                f"{path}: the data-parallel rank {dp} has the experts of rank {dp % eps} of {eps}, "
+                f"and the name speaks of rank {place.ep}"
+            )
         files[place] = path
-        by_sizes.setdefault((pps, tps, dps), path)
+        by_sizes.setdefault((pps, tps, dps, eps), path)
     if not files:
         raise CheckpointError(
             f"{folder / what}: there are no states of an optimizer in it; "
@@ -249,22 +302,24 @@ def found_files(folder: Path, what: str = OPTIMIZER) -> tuple[dict[Place, Path],
             "begins a new run with the weights"
         )
     if len(by_sizes) > 1:
-        told = ", ".join(
-            f"tp={tps} pp={pps}{f' dp={dps}' if dps else ''} ({path.name})"
-            for (pps, tps, dps), path in by_sizes.items()
-        )
+        told = ", ".join(f"{_told(*each)} ({path.name})" for each, path in by_sizes.items())
         raise CheckpointError(
             f"{folder / what}: files of {len(by_sizes)} topologies are mixed: {told}. {STALE}"
         )
-    ((pp, tp, dps),) = by_sizes
-    sizes = Sizes(tp, pp, dps or 1, zero_stage=0 if dps is None else 1)
-    expected = pp * tp * (dps or 1)
+    ((pp, tp, dps, ep),) = by_sizes
+    # Without ZeRO there are at least as many data-parallel ranks as experts are split over.
+    sizes = Sizes(tp, pp, dps or ep, zero_stage=0 if dps is None else 1, ep=ep)
+    expected = pp * tp * (dps or ep)
     if len(files) != expected:
+        told = _told(pp, tp, dps, ep)
         raise CheckpointError(
-            f"{folder / what}: {len(files)} files of pp={pp} tp={tp}"
-            f"{f' dp={dps}' if dps else ''}, which has {expected}; some are missing"
+            f"{folder / what}: {len(files)} files of {told}, which has {expected}; some are missing"
         )
     return files, sizes
+
+
+def _told(pp: int, tp: int, dp: int | None, ep: int) -> str:
+    return f"tp={tp} pp={pp}{f' dp={dp}' if dp else ''}{f' ep={ep}' if ep > 1 else ''}"
 
 
 def _described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
@@ -274,13 +329,14 @@ def _described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
         return None
     try:
         tp, pp, dp = (int(parallelism[f"{axis}_size"]) for axis in ("tp", "pp", "dp"))
+        ep = int(parallelism.get("expert_parallel_size", 1))
         kind = document["type"]
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: it should have type, and parallelism with tp_size, pp_size and dp_size: "
             f"{type(error).__name__}: {str(error)[:200]}"
         ) from None
-    if not all(0 < size <= MAX_RANKS for size in (tp, pp, dp)):
-        told = f"tp={tp} pp={pp} dp={dp}"
+    if not all(0 < size <= MAX_RANKS for size in (tp, pp, dp, ep)):
+        told = f"tp={tp} pp={pp} dp={dp} ep={ep}"
         raise CheckpointError(f"{where}: {told[:200]} is no number of ranks")
-    return Sizes(tp, pp, dp, zero_stage=int(kind == ZERO))
+    return Sizes(tp, pp, dp, zero_stage=int(kind == ZERO), ep=ep)
