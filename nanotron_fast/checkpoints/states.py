@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.rank_states import RankStates, mapping, read_rank_states
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.nanotron.optimizer import (
-    MASTERS,
     OPTIMIZER,
     OPTIMIZER_CONFIG,
     Found,
@@ -24,42 +25,24 @@ from nanotron_fast.formats.nanotron.optimizer import (
     Run,
     Sizes,
     find_states,
-    runs_of,
 )
+from nanotron_fast.formats.nanotron.slices import SlicesPair, shard_pairs
 from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 
 # Of a tensor that can be.
 _MAX_DIMS, _MAX_SIZE = 64, 2**63 - 1
-_KEYS = {"state", "param_groups", "names", MASTERS}
-
-
-@dataclass(frozen=True, slots=True)
-class RankStates:
-    """One file of the optimizer.
-
-    Attributes:
-        names: of the parameters that it has states of, in their order.
-        tensors: of each of them by its key; the masters' is MASTERS.
-        scalars: of each of them, what is one value: tensors of no dimension, or plain values.
-        groups: the constants of each of them.
-        has_masters: whether it was written with fp32 masters.
-    """
-
-    path: Path
-    names: tuple[str, ...]
-    tensors: Mapping[str, Mapping[str, StoredTensor]]
-    scalars: Mapping[str, Mapping[str, Any]]
-    groups: Mapping[str, Mapping[str, Any]]
-    has_masters: bool
 
 
 @dataclass(frozen=True, slots=True)
 class StoredShard:
-    """What one file has of a state: a run of a rank's flattened shard, or all of it."""
+    """What one file has of a state: a run of a flattened shard, or all of it.
 
-    tp_rank: int
+    `ranks` are those of the shard along the axes that cut the parameter, as of `Param.shards`.
+    """
+
+    ranks: Mapping[str, int]
     tensor: StoredTensor
     dtype: Dtype
     run: Run | None
@@ -125,20 +108,26 @@ class TrainingStates:
                     f"{path}: the runs of {name[:200]} are not laid out as Nanotron's: "
                     f"{type(error).__name__}"
                 ) from None
-            runs = runs_of(math.prod(shape), self.sizes.dp)
-            wanted = {rank: run for rank, run in enumerate(runs) if run[0] < run[1]}
-            if found != wanted:
+            # Of experts or not: their name does not say.
+            by_rule = [
+                {rank: run for rank, run in enumerate(runs) if run[0] < run[1]}
+                for runs in (
+                    self.sizes.runs(math.prod(shape), is_split=is_split)
+                    for is_split in (False, True)
+                )
+            ]
+            if found not in by_rule:
                 runs_found = f"{list(found.values())[:4]}"[:200]
                 raise CheckpointError(
                     f"{path}: the data-parallel ranks have the runs {runs_found} of "
                     f"{name[:200]}, and Nanotron's of {math.prod(shape)} elements over "
-                    f"dp={self.sizes.dp} are {list(wanted.values())[:4]}"
+                    f"dp={self.sizes.dp} are {list(by_rule[0].values())[:4]}"
                 )
 
     def rank(self, place: Place) -> RankStates:
         """What a file holds. Raises CheckpointError, OSError."""
         if place not in self._ranks:
-            self._ranks[place] = _rank_states(self.found.files[place], self.read_files)
+            self._ranks[place] = read_rank_states(self.found.files[place], self.read_files)
         return self._ranks[place]
 
     def first_of(self, stage: int) -> RankStates:
@@ -177,18 +166,51 @@ class TrainingStates:
 
         Raises CheckpointError where it is missing or of another shape.
         """
-        stage = self.stage_of(param.name)
-        for tp_rank in range(self.sizes.tp if "tp" in param.cuts else 1):
-            if not self.sizes.zero_stage:
-                yield self._shard(Place(stage, tp_rank, None), param.name, key, shape, None)
-                continue
-            for dp_rank, run in enumerate(runs_of(math.prod(shape), self.sizes.dp)):
-                if run[0] < run[1]:
-                    place = Place(stage, tp_rank, dp_rank)
-                    yield self._shard(place, param.name, key, shape, run)
+        for ranks in param.shards(self.sizes.axes):
+            yield from self.shard(param.name, key, shape, ranks)
 
-    def _shard(
-        self, place: Place, name: str, key: str, shape: Sequence[int], run: Run | None
+    def shard(
+        self,
+        name: str,
+        key: str,
+        shape: Sequence[int],
+        ranks: Mapping[str, int],
+        *,
+        within: Run | None = None,
+    ) -> Iterator[StoredShard]:
+        """What the files have of one shard of a state, in the order of its elements.
+
+        Args:
+            name: of the parameter.
+            key: one of `keys_of`.
+            shape: of the shard as it was stored.
+            ranks: of the shard along the axes that cut the parameter.
+            within: elements of the flattened shard, where files that have none of them are not
+                asked for.
+
+        Raises CheckpointError where it is missing or of another shape.
+        """
+        stage, sizes = self.stage_of(name), self.sizes
+        tp, ep, is_split = ranks.get("tp", 0), ranks.get("ep", 0), "ep" in ranks
+        if not sizes.zero_stage:
+            place = Place(stage, tp, None, ep)
+            yield self._stored(place, name, key, tuple(shape), ranks, None)
+            return
+        first, end = within or (0, math.prod(shape))
+        for dp, run in enumerate(sizes.runs(math.prod(shape), is_split=is_split)):
+            has_it = not is_split or dp % sizes.ep == ep
+            if has_it and max(run[0], first) < min(run[1], end):
+                place = Place(stage, tp, dp, dp % sizes.ep)
+                yield self._stored(place, name, key, (run[1] - run[0],), ranks, run)
+
+    def _stored(
+        self,
+        place: Place,
+        name: str,
+        key: str,
+        shape: tuple[int, ...],
+        ranks: Mapping[str, int],
+        run: Run | None,
     ) -> StoredShard:
         states = self.rank(place)
         if name not in states.tensors:
@@ -196,17 +218,16 @@ class TrainingStates:
         if key not in states.tensors[name]:
             raise CheckpointError(f"{states.path}: {name} has no {key}")
         tensor = states.tensors[name][key]
-        wanted = tuple(shape) if run is None else (run[1] - run[0],)
-        if tensor.shape != wanted:
+        if tensor.shape != shape:
             raise CheckpointError(
                 f"{states.path}: {key} of {name} has shape {list(tensor.shape)}, and the model "
-                f"calls for {list(wanted)}"
+                f"calls for {list(shape)}"
             )
         if tensor.dtype not in Dtype.__members__:
             raise CheckpointError(f"{states.path}: {key} of {name} is {tensor.dtype}")
         if not tensor.is_contiguous:
             raise CheckpointError(f"{states.path}: {key} of {name} is not stored in one piece")
-        return StoredShard(place.tp, tensor, Dtype[tensor.dtype], run)
+        return StoredShard(ranks, tensor, Dtype[tensor.dtype], run)
 
     def rates(self) -> LearningRates | None:
         """What the files of the learning rate hold; None where there are none.
@@ -221,7 +242,7 @@ class TrainingStates:
             path = next(
                 path for place, path in sorted(files.items()) if (place.pp, place.tp) == (stage, 0)
             )
-            document = _mapping(read_torch_file(path), path)
+            document = mapping(read_torch_file(path), path)
             names = self.first_of(stage).names
             for key, value in document.items():
                 if isinstance(value, list) and len(value) != len(names):
@@ -267,72 +288,22 @@ class LearningRates:
         }
 
 
-def _mapping(document: Any, path: Path) -> dict[Any, Any]:
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path}: it holds a {type(document).__name__}, not a dictionary")
-    return document
+def slices_of(
+    param: Param, axes: Mapping[str, int], ranks: Mapping[str, int]
+) -> tuple[SlicesPair, ...]:
+    """Which slices of a rank's shard are which of the whole parameter.
+
+    Args:
+        param: of which one axis at most cuts the shard.
+        axes: sizes of the topology's axes.
+        ranks: of the shard along them.
+    """
+    axis, dim = next(iter(param.cuts_at(axes).items()), ("tp", None))
+    return _slices(param.shape, dim, param.chunks, axes.get(axis, 1), ranks.get(axis, 0))
 
 
-def _rank_states(path: Path, read: dict[Path, ReadFile]) -> RankStates:
-    """Reads a file of the optimizer, and refuses what is not laid out as Nanotron's."""
-    document = _mapping(read_torch_file(path, read=read), path)
-    missing = {"state", "names"} - set(document)
-    if missing:
-        raise CheckpointError(f"{path}: it lacks {', '.join(sorted(missing))}")
-    unknown = [str(key)[:80] for key in document if key not in _KEYS]
-    if unknown:
-        raise CheckpointError(f"{path}: it holds {', '.join(unknown[:5])}, which is not known here")
-    try:
-        return _laid_out(path, document)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path}: it is not laid out as an optimizer's file of Nanotron's: "
-            f"{type(error).__name__}: {str(error)[:200]}"
-        ) from None
-
-
-def _laid_out(path: Path, document: Mapping[str, Any]) -> RankStates:
-    names = {index: name for index, name in document["names"].items() if isinstance(name, str)}
-    if len(names) != len(document["names"]) or set(names) != set(document["state"]):
-        raise CheckpointError(f"{path}: its names are not those of the states that it has")
-    if len(set(names.values())) != len(names):
-        raise CheckpointError(f"{path}: it names a parameter twice")
-    masters = document.get(MASTERS)
-    if masters is not None and not isinstance(masters, dict):
-        raise CheckpointError(f"{path}: {MASTERS} is a {type(masters).__name__}")
-    for name, master in (masters or {}).items():
-        if not isinstance(master, StoredTensor):
-            raise CheckpointError(
-                f"{path}: {MASTERS} holds a {type(master).__name__} for {str(name)[:200]}, not a "
-                "tensor"
-            )
-    groups: dict[Any, Mapping[str, Any]] = {}
-    for group in document.get("param_groups", ()):
-        if len(group["params"]) > 1:
-            raise CheckpointError(
-                f"{path}: a group of constants is of {len(group['params'])} parameters; Nanotron "
-                "main writes one for each. The released 0.4 writes one for all, and its states are "
-                "not resharded: nanotron-fast convert takes the weights"
-            )
-        for index in group["params"]:
-            groups[index] = {key: value for key, value in group.items() if key != "params"}
-    tensors: dict[str, dict[str, StoredTensor]] = {}
-    scalars: dict[str, dict[str, Any]] = {}
-    for index in sorted(names):
-        name = names[index]
-        tensors[name], scalars[name] = {}, {}
-        for key, value in document["state"][index].items():
-            is_one = not isinstance(value, StoredTensor) or not value.shape
-            (scalars if is_one else tensors)[name][key] = value
-        if masters and name in masters:
-            tensors[name][MASTERS] = masters[name]
-    return RankStates(
-        path,
-        tuple(tensors),
-        tensors,
-        scalars,
-        {names[index]: group for index, group in groups.items() if index in names},
-        masters is not None,
-    )
+@cache
+def _slices(
+    shape: tuple[int, ...], dim: int | None, chunks: tuple[int, ...] | None, size: int, rank: int
+) -> tuple[SlicesPair, ...]:
+    return shard_pairs(shape, split=dim, chunks=chunks, tp=size, rank=rank)

@@ -1,4 +1,4 @@
-"""Reading the optimizer's states of a checkpoint, whatever topology wrote them.
+"""Filling an optimizer with the states of a checkpoint, whatever topology wrote them.
 
 Each value is looked for where the files say that it is: a rank's run of a flattened shard, a shard
 of the whole tensor. At the topology that wrote them that is one file and one copy. Files are mapped
@@ -8,28 +8,34 @@ into memory, so that only what is wanted of them is read.
 from __future__ import annotations
 
 import math
-import pickle
-import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nanotron_fast.checkpoints.states import TrainingStates, slices_of
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
-from nanotron_fast.formats.nanotron.optimizer import MASTERS, Place, Run, find_states, runs_of
-from nanotron_fast.formats.nanotron.slices import shard_pairs
+from nanotron_fast.formats.nanotron.optimizer import MASTERS, Run, Sizes
+from nanotron_fast.formats.nanotron.slices import Region
+from nanotron_fast.formats.plain_file import open_plain
+from nanotron_fast.formats.torch_file import DTYPES, StoredTensor
+from nanotron_fast.moves.files import FileState
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW, State
 
+_TORCH = {theirs: getattr(torch, ours) for ours, theirs in DTYPES.items() if hasattr(torch, ours)}
+
 
 class StoredStates:
-    """The files of a checkpoint's optimizer.
+    """The states in a checkpoint, as tensors.
 
     Args:
         folder: of the checkpoint.
@@ -38,28 +44,46 @@ class StoredStates:
     """
 
     def __init__(self, folder: Path) -> None:
-        found = find_states(folder)
-        self._files, self.sizes = found.files, found.sizes
-        self._open: dict[Place, dict[str, Any]] = {}
-        self._by_name: dict[Place, dict[str, dict[str, Tensor]]] = {}
-        self._is_zero = self.sizes.zero_stage > 0
+        self._states = TrainingStates.read(folder)
+        self._mapped: dict[Path, mmap.mmap] = {}
         # Rows of the vocabulary, padded to what that topology needed.
         self._vocab_size = read_json_object(folder / MODEL_CONFIG).get("vocab_size")
 
+    @property
+    def sizes(self) -> Sizes:
+        """The groups of ranks that wrote the states."""
+        return self._states.sizes
+
     def num_steps(self) -> int:
         """Steps that were taken. Raises CheckpointError where parameters took different numbers."""
-        place = next(iter(self._files))
-        with _laid_out(self._files[place]):
-            counts = {int(state["step"]) for state in self._document(place)["state"].values()}
+        first = self._states.first_of(0)
+        counts = set()
+        for name, scalars in first.scalars.items():
+            step: Any = scalars.get("step")
+            if isinstance(step, StoredTensor):
+                step = self._value(step).item()
+            if not isinstance(step, (int, float)) or not math.isfinite(step):
+                told = "no number" if step is None else f"{str(step)[:80]}"
+                raise CheckpointError(f"{first.path}: step of {name} is {told}")
+            counts.add(int(step))
         if len(counts) != 1:
             raise CheckpointError(
-                f"{self._files[place]}: its parameters took {sorted(counts)} steps, and should "
+                f"{first.path}: its parameters took {sorted(counts)} steps, and should "
                 "have taken as many each"
             )
         return counts.pop()
 
     def share(
-        self, name: str, key: str, param: Param, *, tp: int, tp_rank: int, run: Run
+        self,
+        name: str,
+        key: str,
+        param: Param,
+        *,
+        tp: int,
+        tp_rank: int,
+        run: Run,
+        ep: int = 1,
+        ep_rank: int = 0,
     ) -> Tensor | None:
         """A run of a rank's shard of a state, flat.
 
@@ -67,40 +91,52 @@ class StoredStates:
             name: by which files know the parameter.
             key: one of the moments, or MASTERS.
             param: its shape and how it is cut.
-            tp, tp_rank: of the shard that is wanted.
+            tp, tp_rank, ep, ep_rank: of the shard that is wanted.
             run: the elements of the flattened shard.
 
         Returns None for masters where the checkpoint has none. Raises CheckpointError where the
         parameter is missing, or has another shape.
         """
-        stage, was_tp = self._stage_of(name), self.sizes.tp
-        num_rows = self._num_rows(param)
-        if "tp" not in param.cuts or (was_tp == tp and num_rows == param.shape[0]):
-            same = param.local_shape({"tp": tp})
-            return self._stored(name, key, same, stage, tp_rank if "tp" in param.cuts else 0, run)
-        whole: Tensor | None = None
-        shape = list(param.shape)
-        shape[0] = num_rows
-        shape[param.cuts["tp"]] //= was_tp
-        for rank in range(was_tp):
-            stored = self._stored(name, key, shape, stage, rank, (0, math.prod(shape)))
-            if stored is None:
-                return None
-            stored = stored.view(*shape)
-            if whole is None:
-                whole = torch.empty(num_rows, *param.shape[1:], dtype=torch.float32)
-            for pair in _pairs(param, was_tp, rank, tuple(whole.shape)):
-                whole[pair.whole] = stored[pair.local]
-        assert whole is not None
-        if num_rows < param.shape[0]:
-            # Rows that pad the vocabulary were never learned.
-            more = whole.new_zeros(param.shape[0] - num_rows, *param.shape[1:])
-            whole = torch.cat([whole, more])
-        whole = whole[: param.shape[0]]
-        wanted = torch.empty(param.local_shape({"tp": tp}), dtype=torch.float32)
-        for pair in _pairs(param, tp, tp_rank, param.shape):
-            wanted[pair.local] = whole[pair.whole]
+        if not self._has(name, key):
+            return None
+        axes, ranks = {"tp": tp, "ep": ep}, {"tp": tp_rank, "ep": ep_rank}
+        stored = replace(param, name=name, shape=(self._num_rows(param), *param.shape[1:]))
+        was, axes_now = self.sizes.axes, param.cuts_at(axes)
+        shape = param.local_shape(was) if stored.shape == param.shape else _rows_over(stored, was)
+        if (
+            stored.shape == param.shape
+            and param.cuts_at(was) == axes_now
+            and all(was[axis] == axes[axis] for axis in axes_now)
+        ):
+            return self._run(name, key, shape, {axis: ranks[axis] for axis in axes_now}, run)
+        # Rows that pad the vocabulary were never learned.
+        wanted = torch.zeros(param.local_shape(axes), dtype=torch.float32)
+        regions = _regions(param, axes, ranks, tuple(wanted.shape))
+        for theirs in stored.shards(was):
+            found: Tensor | None = None
+            for source in _regions(stored, was, theirs, shape):
+                for target in regions:
+                    common = _common(source, target)
+                    if common is not None:
+                        if found is None:
+                            whole = (0, math.prod(shape))
+                            found = self._run(name, key, shape, theirs, whole).view(shape)
+                        wanted[common[1]] = found[common[0]]
         return wanted.view(-1)[run[0] : run[1]]
+
+    def _has(self, name: str, key: str) -> bool:
+        """Whether there is such a state; masters alone may be missing. Raises CheckpointError."""
+        keys = self._states.keys_of(name)
+        if key in keys:
+            return True
+        if key == MASTERS:
+            return False
+        has = ", ".join(sorted(set(keys) - {MASTERS})) or "nothing"
+        path = self._states.first_of(self._states.stage_of(name)).path
+        raise CheckpointError(
+            f"{path}: {name} has no {key}, it has {has}: go on with the optimizer that wrote it, "
+            "or with checkpoints.load_optimizer false"
+        )
 
     def _num_rows(self, param: Param) -> int:
         """Of the whole parameter as it was stored: a vocabulary is padded for its topology."""
@@ -109,100 +145,70 @@ class StoredStates:
             return self._vocab_size
         return param.shape[0]
 
-    def _stored(
-        self, name: str, key: str, shape: Sequence[int], stage: int, tp_rank: int, run: Run
-    ) -> Tensor | None:
+    def _run(
+        self, name: str, key: str, shape: tuple[int, ...], ranks: Mapping[str, int], run: Run
+    ) -> Tensor:
         """A run of a shard that was stored, from as many data-parallel ranks as have some of it."""
-        if not self._is_zero:
-            value = self._value(Place(stage, tp_rank, None), name, key, shape)
-            return None if value is None else value.reshape(-1)[run[0] : run[1]]
         parts = []
-        for rank, (first, end) in enumerate(runs_of(math.prod(shape), self.sizes.dp)):
+        for shard in self._states.shard(name, key, shape, ranks, within=run):
+            first, end = shard.run or (0, math.prod(shape))
             low, high = max(first, run[0]), min(end, run[1])
-            if low < high:
-                part = self._value(Place(stage, tp_rank, rank), name, key, (end - first,))
-                if part is None:
-                    return None
-                parts.append(part[low - first : high - first])
-        return torch.cat(parts)
+            parts.append(self._value(shard.tensor).view(-1)[low - first : high - first])
+        if not parts:
+            return torch.empty(0)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def _value(self, place: Place, name: str, key: str, shape: Sequence[int]) -> Tensor | None:
-        states = self._states(place)
-        path = self._files[place]
-        if name not in states:
-            raise CheckpointError(f"{path}: there is nothing of {name} in it")
-        if key not in states[name]:
-            if key == MASTERS:
-                return None
-            has = ", ".join(sorted(set(states[name]) - {"step", MASTERS})) or "nothing"
-            raise CheckpointError(
-                f"{path}: {name} has no {key}, it has {has}: go on with the optimizer that wrote "
-                "it, or with checkpoints.load_optimizer false"
-            )
-        value = states[name][key]
-        if tuple(value.shape) != tuple(shape):
-            raise CheckpointError(
-                f"{path}: {key} of {name} has shape {list(value.shape)}, and the model calls for "
-                f"{list(shape)}"
-            )
-        return value
+    def _value(self, stored: StoredTensor) -> Tensor:
+        """A tensor of a file that lies there in one piece, over a mapping of the file."""
+        dtype = _TORCH.get(stored.dtype)
+        if dtype is None:
+            raise CheckpointError(f"{stored.path}: a tensor is of {stored.dtype}")
+        count = stored.num_elements
+        if not count:
+            return torch.empty(stored.shape, dtype=dtype)
+        whole = self._file(stored.path)
+        flat = torch.frombuffer(whole, dtype=dtype, count=count, offset=stored.offset_bytes)
+        return flat.view(stored.shape)
 
-    def _stage_of(self, name: str) -> int:
-        for place in self._files:
-            if place.tp == 0 and not place.dp and name in self._states(place):
-                return place.pp
-        raise CheckpointError(
-            f"{next(iter(self._files.values())).parent}: there are no states of {name} in it"
-        )
-
-    def _states(self, place: Place) -> dict[str, dict[str, Tensor]]:
-        """The tensors of each parameter in a file, by its name."""
-        if place not in self._by_name:
-            document = self._document(place)
-            found: dict[str, dict[str, Tensor]] = {}
-            with _laid_out(self._files[place]):
-                masters = document.get(MASTERS, {})
-                for index, name in document["names"].items():
-                    found[name] = dict(document["state"][index])
-                    if name in masters:
-                        found[name][MASTERS] = masters[name]
-            self._by_name[place] = found
-        return self._by_name[place]
-
-    def _document(self, place: Place) -> dict[str, Any]:
-        if place not in self._open:
-            path = self._files[place]
-            if not zipfile.is_zipfile(path):
-                raise CheckpointError(
-                    f"{path}: it is not, or not the whole of, what torch.save writes"
-                )
-            try:
-                document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-                raise CheckpointError(f"{path}: it cannot be read: {error}") from error
-            missing = {"state", "names"} - set(document if isinstance(document, dict) else ())
-            if missing:
-                raise CheckpointError(f"{path}: it lacks {', '.join(sorted(missing))}")
-            self._open[place] = document
-        return self._open[place]
+    def _file(self, path: Path) -> mmap.mmap:
+        """A mapping of a file, which is what it was when its document was read."""
+        if path not in self._mapped:
+            with open_plain(path) as file:
+                if FileState.of(os.fstat(file.fileno())) != self._states.read_files[path].state:
+                    raise CheckpointError(f"{path}: it was changed while it was read")
+                # torch takes what can be written to; nothing is.
+                self._mapped[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return self._mapped[path]
 
 
-@contextmanager
-def _laid_out(path: Path) -> Iterator[None]:
-    """What is read within is where Nanotron has it. Raises CheckpointError."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{path}: it is not laid out as an optimizer's file of Nanotron's: "
-            f"{type(error).__name__}: {error}"
-        ) from None
+def _rows_over(param: Param, axes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of a shard of a vocabulary whose rows are not those of `Param.parts`."""
+    shape = list(param.shape)
+    for axis, dim in param.cuts_at(axes).items():
+        shape[dim] //= axes[axis]
+    return tuple(shape)
 
 
-def _pairs(param: Param, tp: int, rank: int, shape: tuple[int, ...]) -> Any:
-    return shard_pairs(shape, split=param.cuts.get("tp"), chunks=param.chunks, tp=tp, rank=rank)
+def _regions(
+    param: Param, axes: Mapping[str, int], ranks: Mapping[str, int], shape: tuple[int, ...]
+) -> list[Region]:
+    """The boxes of the whole parameter that a rank's shard of this shape holds."""
+    pairs = slices_of(param, axes, ranks)
+    return [pair.region(param.name, shape, param.shape) for pair in pairs]
+
+
+def _common(one: Region, other: Region) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """The slices of two shards that are the same elements of the whole; None without any."""
+    slices: tuple[list[slice], list[slice]] = ([], [])
+    for dim in range(len(one.sizes)):
+        low = max(one.whole[dim], other.whole[dim])
+        high = min(each.whole[dim] + each.sizes[dim] for each in (one, other))
+        if low >= high:
+            return None
+        for each, found in zip((one, other), slices, strict=True):
+            shift = each.local[dim] - each.whole[dim]
+            found.append(slice(low + shift, high + shift))
+    return tuple(slices[0]), tuple(slices[1])
 
 
 @torch.no_grad()

@@ -36,7 +36,8 @@ def test_the_sizes_of_the_source_are_the_default(tmp_path: Path) -> None:
     assert str(planned.topology) == "TP=2 PP=1"
     assert planned.states == planned.source_states
     assert str(planned.states) == "tp=2 pp=1 dp=1 with zero_stage=0"
-    assert planned.to_json(1)["states"] == {"tp": 2, "pp": 1, "dp": 1, "zero_stage": 0}
+    sizes = {"tp": 2, "pp": 1, "dp": 1, "zero_stage": 0, "ep": 1}
+    assert planned.to_json(1)["states"] == sizes
     again = tmp_path / "shared"
     reshard(GOLDEN, again, dp=2, zero_stage=1)
     assert str(plan(again, tmp_path / "out").states) == "tp=2 pp=1 dp=2 with zero_stage=1"
@@ -273,7 +274,8 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (code, out, err) == (0, "", "")
     assert (tmp_path / "latest.txt").read_text() == "2"
     code, out, err = run([*base, "--json", "--overwrite"], capsys)
-    assert json.loads(out)["states"] == {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0}
+    sizes = {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0, "ep": 1}
+    assert json.loads(out)["states"] == sizes
     code, out, err = run([*base, "--ep", "2"], capsys)
     assert code == 2
     assert err.startswith("error: ep=2")

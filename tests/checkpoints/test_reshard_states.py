@@ -6,6 +6,7 @@ import json
 import math
 import random
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -175,11 +176,16 @@ def test_programs_that_unpack_zip_files_find_no_fault(tmp_path: Path) -> None:
             assert file.testzip() is None, path
 
 
-def make_states(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:
-    """States of training for a checkpoint of weights alone at TP=1 and PP=1."""
+def make_states(
+    folder: Path, *, dtype: torch.dtype = torch.float32, without: Collection[str] = ()
+) -> Path:
+    """States of training for a checkpoint of weights alone at TP=1 and PP=1.
+
+    `without`: parameters that are not trained.
+    """
     checkpoint = read_nanotron(folder)
     generator = torch.Generator().manual_seed(0)
-    names = list(checkpoint.params)
+    names = [name for name in checkpoint.params if name not in without]
     random.Random(0).shuffle(names)
     names.sort(key=lambda name: name.rsplit(".", 4)[0])
     state: dict[int, Any] = {}

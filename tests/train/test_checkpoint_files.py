@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from nanotron_fast.checkpoints.convert import convert
+from nanotron_fast.checkpoints.reshard import reshard
 from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.formats.nanotron.checkpoint import read_nanotron, resolve_latest
 from nanotron_fast.formats.nanotron.optimizer import (
@@ -216,9 +218,20 @@ def change(edit: Callable[[dict], object]) -> Callable[[Path], None]:
     [
         (remove, "there are no states of an optimizer in it"),
         (rename, "1 files of tp=2 pp=1, which has 2; some are missing"),
-        (spoil, f"{FILE}: it is not, or not the whole of, what torch.save writes"),
+        (spoil, f"{FILE}: it is not a zip file, which torch.save writes"),
         (change(lambda found: found.pop("names")), f"{FILE}: it lacks names"),
-        (change(lambda found: found["names"].pop(3)), "there are no states of .*o_proj"),
+        (
+            change(lambda found: found["names"].pop(3)),
+            f"{FILE}: its names are not those .*: there are no names of the states 3",
+        ),
+        (
+            change(lambda found: found["state"].pop(3)),
+            f"{FILE}: its names are not those .*: there are no states of the names 3",
+        ),
+        (
+            change(lambda found: [found[key].pop(3) for key in ("names", "state")]),
+            "there are no states of .*o_proj",
+        ),
         (
             change(lambda found: found["state"][0].pop("exp_avg")),
             f"{FILE}: .*token_embedding.weight has no exp_avg",
@@ -240,6 +253,24 @@ def test_damaged_states_are_named(
     fresh = Run(run.case)
     with pytest.raises(CheckpointError, match=message):
         load_states(saved, fresh.optimizer, fresh.mesh)
+
+
+def test_one_group_of_constants_for_all_parameters(run: Run, saved: Path, tmp_path: Path) -> None:
+    """As the released 0.4 has it: a run goes on, masters are exported, and states not resharded."""
+
+    def join(found: dict) -> None:
+        indices = [index for group in found["param_groups"] for index in group["params"]]
+        found["param_groups"] = [{**found["param_groups"][0], "params": indices}]
+
+    change(join)(saved / "optimizer" / FILE)
+    fresh = Run(run.case)
+    load_states(saved, fresh.optimizer, fresh.mesh)
+    assert fresh.optimizer.num_steps == 2
+    convert(saved, tmp_path / "hf", master_weights=True)
+    with pytest.raises(
+        CheckpointError, match=rf"{FILE}: a group of constants is of \d+ parameters"
+    ):
+        reshard(saved, tmp_path / "out", tp=2)
 
 
 def test_what_schedules_cannot_run() -> None:

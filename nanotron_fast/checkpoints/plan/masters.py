@@ -27,10 +27,6 @@ class MastersSource(NanotronSource):
 
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         super().__init__(checkpoint)
-        if checkpoint.ep > 1:
-            raise CheckpointError(
-                f"--master-weights: {checkpoint.root} has experts split over {checkpoint.ep} ranks"
-            )
         folder = checkpoint.root / OPTIMIZER
         if not folder.is_dir():
             raise CheckpointError(
@@ -57,10 +53,11 @@ class MastersSource(NanotronSource):
             return super().pieces(param, part)
         self._shards(param)
         shape = param.local_shape(self.sizes)
-        ranks = list(param.shards(self.sizes))
         pieces: list[Piece] = []
         for shard in self.states.shards_of(param, MASTERS, shape):
-            share = param.share(part, self.sizes, ranks[shard.tp_rank])
+            if not param.has(part, self.sizes, shard.ranks):
+                continue
+            share = param.share(part, self.sizes, shard.ranks)
             file = self.files.number(shard.tensor.path)
             cut = [share] if shard.run is None else within(share, *shard.run)
             pieces += [piece_of(each, file, shard.tensor.offset_bytes, shard.dtype) for each in cut]

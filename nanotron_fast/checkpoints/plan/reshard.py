@@ -27,7 +27,7 @@ from nanotron_fast.checkpoints.stored import (
     count_parameters,
     main_dtype_of,
 )
-from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
 from nanotron_fast.families.refusals import check_experts
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
@@ -107,15 +107,10 @@ def plan_reshard(
             f"{num_rows}: {model.padded_vocab_size} do not split over tp={topology.tp}"
         )
     states = _states(source, training)
-    if states is not None and max(source.ep, topology.ep) > 1:
-        raise UnsupportedModelError(
-            f"{source.root}: states of experts that are split over ranks are not resharded yet "
-            f"(EP={source.ep} to EP={topology.ep})"
-        )
     copies = dict(beside.copies)
     documents: dict[str, Callable[[], bytes]] = {}
     if training is None:
-        sizes = Sizes(topology.tp, topology.pp, 1)
+        sizes = Sizes(topology.tp, topology.pp, 1, ep=topology.ep)
     else:
         sizes = _sizes(topology, metadata, states, training)
     if states is not None:
@@ -210,7 +205,7 @@ def _sizes(
     states: TrainingStates | None,
     training: Training,
 ) -> Sizes:
-    """The groups of ranks to write for. Raises ConfigError."""
+    """The groups of ranks to write for. Raises ConfigError, TopologyError."""
     if states is None and training.zero_stage is not None:
         raise ConfigError(
             f"--zero-stage {training.zero_stage}: the checkpoint has no states of an optimizer"
@@ -221,12 +216,17 @@ def _sizes(
     if states is not None:
         zero_stage = states.sizes.zero_stage
         dp = states.sizes.dp
-    return Sizes(
-        topology.tp,
-        topology.pp,
-        dp if training.dp is None else training.dp,
-        zero_stage if training.zero_stage is None else training.zero_stage,
-    )
+    if training.dp is not None:
+        dp = training.dp
+    # Weights alone are of no number of data-parallel ranks, unless one is given.
+    if dp % topology.ep and (states is not None or training.dp is not None):
+        raise TopologyError(
+            f"ep={topology.ep} does not divide dp={dp}, inside of which experts are split over "
+            f"ranks: choose --dp {-(-dp // topology.ep) * topology.ep}, or another multiple"
+        )
+    if training.zero_stage is not None:
+        zero_stage = training.zero_stage
+    return Sizes(topology.tp, topology.pp, dp, zero_stage, topology.ep)
 
 
 def _rows_at(num_rows: int, tp: int, document: object) -> int:
@@ -271,7 +271,7 @@ def _going_on(
     """A training configuration at other ranks, which goes on from the new checkpoint."""
     document = _with_tokenizer(training, destination, has_tokenizer)
     ranks = {"tp": sizes.tp, "pp": sizes.pp, "dp": sizes.dp}
-    _update(document, "parallelism", ranks)
+    _update(document, "parallelism", {**ranks, **_experts(document, sizes.ep)})
     optimizer = document.get("optimizer")
     stage = optimizer.get("zero_stage") if isinstance(optimizer, Mapping) else None
     if not (isinstance(stage, int) and min(stage, 1) == sizes.zero_stage):
@@ -290,13 +290,21 @@ def _from_weights(
 ) -> dict[str, Any]:
     """A training configuration at another topology, which starts from the new checkpoint."""
     document = _with_tokenizer(training, destination, has_tokenizer)
-    _update(document, "parallelism", {"tp": topology.tp, "pp": topology.pp})
+    ranks = {"tp": topology.tp, "pp": topology.pp}
+    _update(document, "parallelism", {**ranks, **_experts(document, topology.ep)})
     _update(document, "model", {"init_method": {"path": str(destination)}})
     checkpoints = document.get("checkpoints")
     if isinstance(checkpoints, Mapping) and checkpoints.get("resume_checkpoint_path") is not None:
         # It would look there for optimizer states of this topology, which there are none of.
         _update(document, "checkpoints", {"resume_checkpoint_path": None})
     return document
+
+
+def _experts(document: Mapping[str, Any], ep: int) -> dict[str, int]:
+    """What a configuration says of expert parallelism: nothing, where there is none."""
+    key, section = "expert_parallel_size", document.get("parallelism")
+    is_told = isinstance(section, Mapping) and key in section
+    return {key: ep} if is_told or ep > 1 else {}
 
 
 def _with_tokenizer(

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.plan.shards import Share, plan_shards
-from nanotron_fast.checkpoints.states import StoredShard, TrainingStates
+from nanotron_fast.checkpoints.states import StoredShard, TrainingStates, slices_of
 from nanotron_fast.checkpoints.stored import some
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
@@ -33,9 +33,7 @@ from nanotron_fast.formats.nanotron.optimizer import (
     lr_scheduler_path,
     optimizer_path,
     random_path,
-    runs_of,
 )
-from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.formats.torch_file import Layout, NewTensor, StoredTensor, lay_out
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
@@ -75,11 +73,22 @@ class StatesTarget:
         self._stage_of, self._has_tied_copy = stage_of, has_tied_copy
         self._order = {name: index for index, name in enumerate(states.names())}
         # What the files of many ranks have alike.
-        self._names: dict[tuple[int, bool], list[str]] = {}
+        self._names: dict[tuple[int, bool, bool], list[str]] = {}
         self._shards: dict[tuple[str, str], list[StoredShard]] = {}
         self._values: dict[str, dict[str, Any]] = {}
+        self._check_groups()
         self._check_names()
         self._rates = states.rates()
+
+    def _check_groups(self) -> None:
+        for stage in range(self.states.sizes.pp):
+            source = self.states.first_of(stage)
+            if source.group_size > 1:
+                raise CheckpointError(
+                    f"{source.path}: a group of constants is of {source.group_size} parameters; "
+                    "Nanotron main writes one for each. The released 0.4 writes one for all, and "
+                    "its states are not resharded: nanotron-fast convert takes the weights"
+                )
 
     def _check_names(self) -> None:
         found = self.states.names()
@@ -102,12 +111,13 @@ class StatesTarget:
 
     def names_of(self, place: Place) -> list[str]:
         """The parameters of a rank, in the order of its modules."""
-        key = place.pp, place.tp == 0
+        # Without ZeRO what is not split is in the file of the first expert rank alone.
+        key = place.pp, place.tp == 0, place.dp is None and place.ep > 0
         if key not in self._names:
             self._names[key] = self._names_at(*key)
         return self._names[key]
 
-    def _names_at(self, stage: int, is_first: bool) -> list[str]:
+    def _names_at(self, stage: int, is_first: bool, is_of_experts: bool) -> list[str]:
         mine = [
             param
             for param in self._params.values()
@@ -117,7 +127,12 @@ class StatesTarget:
         names = [param.name for param in mine]
         if self._has_tied_copy and stage == self._stage_of("head"):
             names += [name for name, param in self._params.items() if param.block == "embedding"]
-        return [name for name in names if is_first or not is_row_bias(name, self._params)]
+        return [
+            name
+            for name in names
+            if (is_first or not is_row_bias(name, self._params))
+            and (self._is_split(name) or not is_of_experts)
+        ]
 
     def plan(self, number: Callable[[Path], int], outputs: list[OutputFile]) -> Iterator[Move]:
         """Adds the files to `outputs`, and makes the moves that fill them.
@@ -133,9 +148,13 @@ class StatesTarget:
         for (name, key), places in wanted.items():
             yield from self._moves(name, key, places, number)
         if self._rates is not None:
-            for place in Sizes(self.sizes.tp, self.sizes.pp, 1).places():
-                document = self._rates.document(self.names_of(place))
+            for place in self.sizes.rate_places():
+                document = self._rates.document(self._names_of_rates(place))
                 outputs.append(_output(lr_scheduler_path(place, self.sizes), lay_out(document)))
+
+    def _names_of_rates(self, place: Place) -> list[str]:
+        """The parameters of the file of a rank's optimizer, for a file of the learning rate."""
+        return self.names_of(replace(place, dp=place.ep) if self.sizes.zero_stage else place)
 
     def _document(self, place: Place) -> dict[str, Any]:
         """What a rank's file holds, its tensors still to be filled."""
@@ -181,15 +200,23 @@ class StatesTarget:
     def _run(self, name: str, place: Place) -> Run | None:
         if place.dp is None:
             return None
-        return runs_of(math.prod(self._local_shape(name)), self.sizes.dp)[place.dp]
+        return self._runs(name)[place.dp]
+
+    def _runs(self, name: str) -> list[Run]:
+        count = math.prod(self._local_shape(name))
+        return self.sizes.runs(count, is_split=self._is_split(name))
+
+    def _is_split(self, name: str) -> bool:
+        """Whether experts of a parameter are split over ranks."""
+        return "ep" in self._params[name].cuts_at(self.sizes.axes)
 
     def _local_shape(self, name: str) -> tuple[int, ...]:
-        return self._params[name].local_shape({"tp": self.sizes.tp})
+        return self._params[name].local_shape(self.sizes.axes)
 
     def _stored(self, name: str, key: str) -> list[StoredShard]:
         if (name, key) not in self._shards:
             was = self._was[name]
-            shape = was.local_shape({"tp": self.states.sizes.tp})
+            shape = was.local_shape(self.states.sizes.axes)
             self._shards[name, key] = list(self.states.shards_of(was, key, shape))
         return self._shards[name, key]
 
@@ -211,7 +238,7 @@ class StatesTarget:
         param, was = self._params[name], self._was[name]
         # Rows are counted in a tensor that has room for those of both sides.
         whole = max(param.shape, was.shape)
-        shape = was.local_shape({"tp": self.states.sizes.tp})
+        shape = was.local_shape(self.states.sizes.axes)
         stored = [
             Share(
                 name=f"{key} of {name} in {shard.tensor.path}",
@@ -219,7 +246,7 @@ class StatesTarget:
                 offset_bytes=shard.tensor.offset_bytes,
                 dtype=shard.dtype,
                 shape=shape,
-                pairs=_pairs(was, self.states.sizes.tp, shard.tp_rank),
+                pairs=slices_of(was, self.states.sizes.axes, shard.ranks),
                 whole_shape=whole,
                 run=shard.run,
             )
@@ -232,7 +259,7 @@ class StatesTarget:
                 offset_bytes=offset,
                 dtype=stored[0].dtype,
                 shape=self._local_shape(name),
-                pairs=_pairs(param, self.sizes.tp, place.tp),
+                pairs=slices_of(param, self.sizes.axes, {"tp": place.tp, "ep": place.ep}),
                 whole_shape=whole,
                 run=self._run(name, place),
             )
@@ -250,9 +277,8 @@ class StatesTarget:
         described: dict[str, Described] = {}
         for stage in range(self.sizes.pp):
             for name in self.names_of(Place(stage, 0, None)):
-                shape = self._local_shape(name)
-                runs = tuple(runs_of(math.prod(shape), self.sizes.dp))
-                described.setdefault(name, Described(name, runs, shape))
+                each = Described(name, tuple(self._runs(name)), self._local_shape(name))
+                described.setdefault(name, each)
         kind = self.states.kind
         if kind in (None, ZERO):
             kind = PLAIN if self._has_masters() else "NamedOptimizer"
@@ -291,17 +317,6 @@ def _kept(value: Any) -> Any:
 def _rank_of(block: int | str) -> tuple[int, int]:
     """Sorts blocks by their order in the model."""
     return (1, block) if isinstance(block, int) else _OTHERS[block]
-
-
-@cache
-def _pairs_of(
-    shape: tuple[int, ...], split: int | None, chunks: tuple[int, ...] | None, tp: int, rank: int
-) -> Any:
-    return shard_pairs(shape, split=split, chunks=chunks, tp=tp, rank=rank)
-
-
-def _pairs(param: Param, tp: int, rank: int) -> Any:
-    return _pairs_of(param.shape, param.cuts.get("tp"), param.chunks, tp, rank)
 
 
 def _output(path: str, layout: Layout) -> OutputFile:

@@ -85,6 +85,11 @@ class Sizes:
         ep = f" ep={self.ep}" if self.ep > 1 else ""
         return f"tp={self.tp} pp={self.pp} dp={self.dp}{ep} with zero_stage={self.zero_stage}"
 
+    @property
+    def axes(self) -> dict[str, int]:
+        """The axes that cut parameters, as `Param` takes them."""
+        return {"tp": self.tp, "ep": self.ep}
+
     def places(self) -> Iterable[Place]:
         """Of every file of the optimizer."""
         for pp in range(self.pp):
