@@ -21,6 +21,7 @@ class Batch:
         max_positions: positions are below this.
         cache: of a generation: keys and values of the tokens before these.
         auxiliary_loss: the experts' balance is learned with this weight.
+        counts_load: routers count the tokens of their experts.
     """
 
     size: int
@@ -30,7 +31,15 @@ class Batch:
     max_positions: int = 0
     cache: Cache | None = None
     auxiliary_loss: float = 0.0
+    counts_load: bool = False
+    _counted: set[int] = field(default_factory=set, repr=False)
     _position_ids: Tensor | None = field(default=None, repr=False)
+
+    def counts(self, router: object) -> bool:
+        """Whether a router counts now: once, though a layer may be computed again in backward."""
+        is_first = id(router) not in self._counted
+        self._counted.add(id(router))
+        return self.counts_load and is_first
 
     @property
     def position_ids(self) -> Tensor:

@@ -30,6 +30,7 @@ def build(
     topology: Topology | None = None,
     rank: int | None = None,
     group: Group = None,
+    expert_group: Group = None,
     blocks: Iterable[Block] | None = None,
     mode: str = "all_reduce",
     recompute: str = "none",
@@ -49,10 +50,10 @@ def build(
     Args:
         source: a folder in Hugging Face's or Nanotron's format, at any topology, or the id of a
             model on the Hub; or an architecture.
-        mesh: with a dimension "tp", "pp" or both (others are not looked at). It says the
-            topology, the rank and the group.
-        topology, rank, group: instead of a mesh. `rank` is pp_rank * tp + tp_rank; without it
-            the first stage, and the place in the group.
+        mesh: with some of the dimensions "tp", "pp" and "ep" (others are not looked at). It says
+            the topology, the rank and the groups.
+        topology, rank, group, expert_group: instead of a mesh. `rank` is (ep_rank * pp + pp_rank)
+            * tp + tp_rank; without it the first stage, and the places in the groups.
         blocks, mode, recompute, z_loss, z_loss_mode, auxiliary_loss, dtype: as of `Decoder`.
         device: where the parameters are.
         seed: of random weights; see `models.initial_weights`.
@@ -62,12 +63,15 @@ def build(
         CheckpointError, ConfigError, UnsupportedModelError, TopologyError, OSError: as `load_into`.
     """
     if mesh is not None:
-        if topology is not None or rank is not None or group is not None:
-            raise TopologyError("a mesh says topology, rank and group: give it or them")
-        topology, rank, group = _read_mesh(mesh)
-    topology = topology or Topology(tp=resolve(group).size)
-    rank = resolve(group).rank if rank is None else rank
-    stage, tp_rank = divmod(rank, topology.tp)
+        if any(each is not None for each in (topology, rank, group, expert_group)):
+            raise TopologyError("a mesh says topology, rank and groups: give it or them")
+        topology, rank, group, expert_group = _read_mesh(mesh)
+    tp_ranks, ep_ranks = resolve(group), resolve(expert_group)
+    topology = topology or Topology(tp=tp_ranks.size, ep=ep_ranks.size)
+    if rank is None:
+        rank = ep_ranks.rank * topology.pp * topology.tp + tp_ranks.rank
+    replica, tp_rank = divmod(rank, topology.tp)
+    ep_rank, stage = divmod(replica, topology.pp)
     if isinstance(source, Architecture):
         architecture = source
     elif isinstance(source, ModelSpec):
@@ -80,6 +84,7 @@ def build(
         stage=stage,
         blocks=blocks,
         group=group,
+        expert_group=expert_group,
         mode=mode,
         recompute=recompute,
         z_loss=z_loss,
@@ -89,14 +94,19 @@ def build(
         device=device,
     )
     if isinstance(source, ModelSpec | Architecture):
-        initialize(decoder, tp_rank=tp_rank, seed=seed)
+        initialize(decoder, tp_rank=tp_rank, ep_rank=ep_rank, seed=seed)
     else:
-        load(decoder, source, tp_rank=tp_rank, **choices)
+        load(decoder, source, tp_rank=tp_rank, ep_rank=ep_rank, **choices)
     return decoder
 
 
 def load(
-    decoder: Decoder, path: str | Path, *, tp_rank: int = 0, **choices: Unpack[LoadChoices]
+    decoder: Decoder,
+    path: str | Path,
+    *,
+    tp_rank: int = 0,
+    ep_rank: int = 0,
+    **choices: Unpack[LoadChoices],
 ) -> None:
     """Fills a decoder that has memory from a checkpoint, whatever blocks it has.
 
@@ -110,19 +120,21 @@ def load(
         decoder,
         path,
         topology=decoder.topology,
-        rank=tp_rank,
+        rank=ep_rank * decoder.topology.pp * decoder.topology.tp + tp_rank,
         blocks=decoder.blocks,
         **wanted,
     )
 
 
-def _read_mesh(mesh: DeviceMesh) -> tuple[Topology, int, Group]:
+def _read_mesh(mesh: DeviceMesh) -> tuple[Topology, int, Group, Group]:
     names = mesh.mesh_dim_names or ()
-    if not {"tp", "pp"} & set(names):
+    axes = ("tp", "pp", "ep")
+    if not set(axes) & set(names):
         raise TopologyError(
-            f"the mesh has the dimensions {list(names)}, and should have one named tp or pp"
+            f"the mesh has the dimensions {list(names)}, and should have one named tp, pp or ep"
         )
-    sizes = {name: mesh[name].size() if name in names else 1 for name in ("tp", "pp")}
-    ranks = {name: mesh[name].get_local_rank() if name in names else 0 for name in ("tp", "pp")}
-    group = mesh["tp"].get_group() if sizes["tp"] > 1 else None
-    return Topology(**sizes), ranks["pp"] * sizes["tp"] + ranks["tp"], group
+    sizes = {name: mesh[name].size() if name in names else 1 for name in axes}
+    ranks = {name: mesh[name].get_local_rank() if name in names else 0 for name in axes}
+    groups = {name: mesh[name].get_group() if sizes[name] > 1 else None for name in axes}
+    rank = (ranks["ep"] * sizes["pp"] + ranks["pp"]) * sizes["tp"] + ranks["tp"]
+    return Topology(**sizes), rank, groups["tp"], groups["ep"]

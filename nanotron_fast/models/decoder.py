@@ -152,6 +152,8 @@ class Decoder(nn.Module):
         blocks: which blocks instead, in the words of `Architecture.blocks`: layers in one run,
             "embedding" before the first, "norm" and then "head" after the last.
         group: of tensor parallelism: a ProcessGroup, a DeviceMesh of one dimension, or None.
+        expert_group: likewise, of the ranks that the experts of a layer are split over. Each has
+            tokens of its own, and all of them call a layer equally often.
         mode: "all_reduce" or "reduce_scatter" (Nanotron's names in capitals are taken too).
         recompute: what backward computes again: "none"; "products", the projections of attention
             and MLP; "layer", whole layers, of which only the input is kept.
@@ -159,6 +161,8 @@ class Decoder(nn.Module):
         auxiliary_loss: the weight of the experts' balance, see `models.experts`; Nanotron and
             transformers leave it out, and so does 0. `spec.router_aux_loss_coef` is what a
             configuration asks for. What the caller divides the loss by, he divides this by.
+        counts_load: routers count in `load` how many tokens each expert was chosen for, while
+            gradients are taken.
         dtype: of the parameters; a router is in fp32.
         device: where they are made, without values; "meta" nowhere yet.
 
@@ -175,11 +179,13 @@ class Decoder(nn.Module):
         stage: int = 0,
         blocks: Iterable[Block] | None = None,
         group: Group = None,
+        expert_group: Group = None,
         mode: str = "all_reduce",
         recompute: str = "none",
         z_loss: float = 0.0,
         z_loss_mode: str = "nanotron",
         auxiliary_loss: float = 0.0,
+        counts_load: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "meta",
     ) -> None:
@@ -189,16 +195,12 @@ class Decoder(nn.Module):
             raise ConfigError(f"recompute {recompute!r}: choose {', '.join(RECOMPUTE)}")
         self.architecture = architecture
         self.topology = topology or Topology()
-        if self.topology.ep > 1:
-            raise TopologyError(
-                f"{self.topology}: no module here sends tokens to other ranks' experts"
-            )
         chosen = architecture.blocks_of(self.topology, stage) if blocks is None else blocks
         self.blocks: tuple[Block, ...] = _in_order(architecture, chosen)
         self.mode = mode.lower()
         self.recompute = recompute
         self.z_loss, self.z_loss_mode = z_loss, z_loss_mode
-        self.auxiliary_loss = auxiliary_loss
+        self.auxiliary_loss, self.counts_load = auxiliary_loss, counts_load
         spec = architecture.spec
         self.setting = Setting(
             spec,
@@ -208,6 +210,7 @@ class Decoder(nn.Module):
             architecture.rope_interleaved,
             recompute == "products",
             names_of(architecture.family),
+            expert_group,
         )
         self.model = _modules(architecture, self.blocks, self.setting)
         self._fill_from_table(dtype)
@@ -307,6 +310,7 @@ class Decoder(nn.Module):
             max_positions=length + (0 if cache is None else cache.length),
             cache=cache,
             auxiliary_loss=self.auxiliary_loss,
+            counts_load=self.counts_load and torch.is_grad_enabled(),
         )
         if position_ids is not None:
             batch.cu_seqlens = document_edges(position_ids)
@@ -382,6 +386,9 @@ class Decoder(nn.Module):
         size = self.setting.ranks.size
         if size != self.topology.tp:
             raise TopologyError(f"a group of {size} ranks for {self.topology}")
+        size = self.setting.expert_ranks.size
+        if size != self.topology.ep:
+            raise TopologyError(f"an expert group of {size} ranks for {self.topology}")
         if self.is_first and (x.dim() != 2 or x.is_floating_point()):
             raise ValueError(
                 f"the first stage takes token ids (rows, length), not {tuple(x.shape)} {x.dtype}"

@@ -5,12 +5,15 @@
     sigmoid(x Wg^T) * shared(x), the latter with a gate or without one
 
 Experts are whole on every tensor-parallel rank, as in Nanotron, and a rank computes them for the
-tokens that it has: all of them in mode "all_reduce", its share in mode "reduce_scatter".
+tokens that it has: all of them in mode "all_reduce", its share in mode "reduce_scatter". Where the
+experts of a layer are split over ranks (expert parallelism), tokens go to the ranks of their
+experts and come back, within the ranks of the same tensor-parallel rank: `parallel.dispatch`. The
+shared expert is computed while they are on their way there.
 
 Auxiliary loss (Switch, Fedus et al., 2022; off unless it is asked for), of each layer by itself:
 E * sum over experts of f * P, with f the choices of an expert over the tokens, and P its mean
-probability. It is not part of the loss that the decoder returns: its gradient joins in backward, so
-that no stage has to hand it on.
+probability, both of the tokens of this data-parallel rank. It is not part of the loss that the
+decoder returns: its gradient joins in backward, so that no stage has to hand it on.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ from nanotron_fast.model.spec import Experts as ExpertsSpec
 from nanotron_fast.models.batch import Batch
 from nanotron_fast.models.mlp import Mlp, gated
 from nanotron_fast.models.weights import Setting, Weights
+from nanotron_fast.parallel.dispatch import Routes
 from nanotron_fast.parallel.grouped import Runs, grouped_linear
 
 # What keeps the sum of weights that are all 0 from dividing by 0.
@@ -49,7 +53,7 @@ class _Join(torch.autograd.Function):
 
 
 class MergedExperts(nn.Module):
-    """The matrices of all experts: (experts, hidden, 2 * inter) and (experts, inter, hidden).
+    """The matrices of a rank's experts: (experts, hidden, 2 * inter) and (experts, inter, hidden).
 
     With biases: (experts, 2 * inter) and (experts, hidden).
     """
@@ -69,26 +73,22 @@ class MergedExperts(nn.Module):
             self.register_parameter("merged_gate_up_bias", None)
             self.register_parameter("merged_down_bias", None)
 
-    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
-        """The weighted sum of the chosen experts: (tokens, hidden).
+    def forward(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """What the experts make of their rows: (rows, hidden).
 
-        `chosen` and `weights` are (tokens, top_k). Each expert gets its tokens beside each other.
+        Args:
+            rows: (rows, hidden), in the order of the experts that they are for.
+            counts: (experts,) int64, how many each gets.
         """
-        num_experts, top_k = len(self.merged_gate_up_proj), chosen.shape[1]
-        order = chosen.flatten().argsort(stable=True)
-        runs = Runs(torch.bincount(chosen.flatten(), minlength=num_experts))
-        packed = grouped_linear(x[order // top_k], self.merged_gate_up_proj, runs)
-        expert = chosen.flatten()[order]
-        if self.spec.has_bias:
-            packed = packed + self.merged_gate_up_bias[expert]
+        runs = Runs(counts)
+        packed = grouped_linear(rows, self.merged_gate_up_proj, runs)
+        if not self.spec.has_bias:
+            return grouped_linear(self._gated(packed), self.merged_down_proj, runs)
+        places = torch.arange(len(rows), dtype=runs.ends.dtype, device=rows.device)
+        expert = torch.searchsorted(runs.ends, places, right=True)
+        packed = packed + self.merged_gate_up_bias[expert]
         out = grouped_linear(self._gated(packed), self.merged_down_proj, runs)
-        if self.spec.has_bias:
-            out = out + self.merged_down_bias[expert]
-        scaled = out * weights.flatten()[order, None].to(x.dtype)
-        # Each token's terms beside each other again, summed in the order of their weights.
-        return (
-            torch.empty_like(scaled).index_copy(0, order, scaled).unflatten(0, (-1, top_k)).sum(1)
-        )
+        return out + self.merged_down_bias[expert]
 
     def _gated(self, packed: Tensor) -> Tensor:
         if self.spec.clamped_glu is None:
@@ -101,12 +101,18 @@ class MergedExperts(nn.Module):
 
 class Router(Weights):
     """Its weight, with a bias or without, gives scores; a correction bias decides with them who is
-    chosen."""
+    chosen.
+
+    `load` is how many of this rank's tokens each expert was chosen for since it was last None:
+    (experts,) int64, of all ranks' experts.
+    """
 
     correction_bias: nn.Parameter
+    load: Tensor | None
 
     def __init__(self, experts: ExpertsSpec) -> None:
         super().__init__(may_have_bias=experts.has_bias)
+        self.spec, self.load = experts, None
         if experts.has_correction_bias:
             self.register_parameter("correction_bias", None)
 
@@ -133,16 +139,36 @@ class Experts(nn.Module):
         is_softmax = self.spec.scoring == "softmax"
         probabilities = logits.softmax(-1) if is_softmax else logits.sigmoid()
         weights, chosen = self._chosen(probabilities)
+        counts = torch.bincount(chosen.flatten(), minlength=self.spec.num_experts)
+        if batch.counts(self.router):
+            load = self.router.load
+            self.router.load = counts if load is None else load + counts
         if batch.auxiliary_loss and torch.is_grad_enabled():
-            loss = self._imbalance(probabilities, chosen)
+            loss = self._imbalance(probabilities, counts)
             weights = _Join.apply(weights, loss, batch.auxiliary_loss)
-        out = self.experts(x, chosen, weights)
-        if self.spec.has_shared_expert and not self.spec.has_shared_gate:
-            return out + self.shared_expert(x)
-        if self.spec.has_shared_expert:
-            share = torch.sigmoid(F.linear(x, self.shared_expert_gate.weight))
-            out = out + share * self.shared_expert(x)
-        return out
+        order = chosen.flatten().argsort(stable=True)
+        rows = x[order // self.spec.top_k]
+        if self.setting.expert_ranks.size == 1:
+            shared, out = self._shared(x), self.experts(rows, counts)
+        else:
+            routes = Routes(counts, self.setting.expert_ranks)
+            under_way = routes.leave(rows)
+            shared = self._shared(x)
+            out = routes.bring_back(self.experts(routes.arrive(*under_way), routes.counts))
+        scaled = out * weights.flatten()[order, None].to(x.dtype)
+        # Each token's terms beside each other again, summed in the order of their weights.
+        in_order = torch.empty_like(scaled).index_copy(0, order, scaled)
+        out = in_order.unflatten(0, (-1, self.spec.top_k)).sum(1)
+        return out if shared is None else out + shared
+
+    def _shared(self, x: Tensor) -> Tensor | None:
+        """Of the expert that all tokens share; None where there is none."""
+        if not self.spec.has_shared_expert:
+            return None
+        out: Tensor = self.shared_expert(x)
+        if not self.spec.has_shared_gate:
+            return out
+        return torch.sigmoid(F.linear(x, self.shared_expert_gate.weight)) * out
 
     def _chosen(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """The weights and the numbers of each token's experts: (tokens, top_k)."""
@@ -167,10 +193,10 @@ class Experts(nn.Module):
         is_kept = torch.zeros_like(best, dtype=torch.bool).scatter(-1, kept, value=True)
         return groups.masked_fill(~is_kept[..., None], -math.inf).flatten(-2)
 
-    def _imbalance(self, probabilities: Tensor, chosen: Tensor) -> Tensor:
+    def _imbalance(self, probabilities: Tensor, counts: Tensor) -> Tensor:
         """This rank's share of the auxiliary loss: over the ranks of the group they sum to it."""
         num_experts = self.spec.num_experts
-        counts = torch.bincount(chosen.flatten(), minlength=num_experts).to(torch.float32)
+        counts = counts.to(torch.float32)
         total = len(probabilities)
         if self.setting.is_scattered:
             counts = all_reduce(counts, self.setting.ranks)

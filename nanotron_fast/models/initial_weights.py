@@ -7,9 +7,9 @@
 
 Source: nanotron/scaling/parametrization.py at 2411b022. Nanotron seeds each rank by
 seed + tp_rank, so its weights depend on the topology. Here every row of a parameter that is split
-by rows, and every column of one that is split by columns, has numbers of its own, drawn from the
-seed, the parameter's name and the row's place in the whole: a run starts from the same weights at
-any TP and PP, on any device.
+by rows, every column of one that is split by columns, and every expert has numbers of its own,
+drawn from the seed, the parameter's name and the place in the whole: a run starts from the same
+weights at any TP, PP and EP, on any device.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nanotron_fast.families.parts import Sizes
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import Facts, facts_of
 
@@ -30,6 +31,7 @@ def initialize(
     decoder: Decoder,
     *,
     tp_rank: int = 0,
+    ep_rank: int = 0,
     seed: int = 42,
     std: float | None = None,
     scales_rows: bool = True,
@@ -39,7 +41,7 @@ def initialize(
 
     Args:
         decoder: its parameters are on a device.
-        tp_rank: whose shards they are.
+        tp_rank, ep_rank: whose shards they are.
         seed: of all numbers.
         std: of matrices; the architecture's initializer_range by default. Not with muP.
         scales_rows: Nanotron's scaling_method NUM_LAYERS.
@@ -49,6 +51,7 @@ def initialize(
     base = spec.initializer_range if std is None else std
     row = base / math.sqrt(2 * spec.num_layers) if scales_rows else base
     parameters = dict(decoder.named_parameters())
+    sizes, ranks = decoder.topology.sizes, {"tp": tp_rank, "ep": ep_rank}
     for name, facts in facts_of(decoder).items():
         parameter = parameters[name]
         if facts.role in ("norm", "bias"):
@@ -56,7 +59,7 @@ def initialize(
             parameter.fill_(1.0 if is_one else 0.0)
             continue
         deviation = row if facts.role == "row" else base
-        drawn = _drawn(facts, seed, tp_rank, decoder.topology.tp)
+        drawn = _drawn(facts, seed, sizes, ranks)
         parameter.copy_(drawn.mul_(_mup_std(facts) if is_mup else deviation))
 
 
@@ -81,30 +84,32 @@ def _mup_std(facts: Facts) -> float:
     return math.sqrt(1 / fan_in) * min(1.0, math.sqrt(fan_out / fan_in))
 
 
-def _drawn(facts: Facts, seed: int, tp_rank: int, tp: int) -> Tensor:
+def _drawn(facts: Facts, seed: int, sizes: Sizes, ranks: Sizes) -> Tensor:
     """This rank's shard of normal(0, 1), fp32 on the CPU."""
     name = facts.stored_name  # both copies of a tied matrix are one
     generator = torch.Generator()
-    if not facts.is_sharded:
+    if not facts.param.cuts:
         generator.manual_seed(_seed(seed, name))
         return torch.randn(facts.whole_shape, generator=generator)
-    dim = facts.param.cuts["tp"]
-    shape = facts.param.local_shape({"tp": tp})
-    others = [length for axis, length in enumerate(shape) if axis != dim]
+    ((axis, dim),) = facts.param.cuts.items()
+    shape = facts.param.local_shape(sizes)
+    others = [length for each, length in enumerate(shape) if each != dim]
     lines = torch.empty(shape[dim], *others)
-    for line, place in zip(lines, _places(facts, tp_rank, tp), strict=True):
+    places = _places(facts, dim, ranks[axis], sizes[axis])
+    for line, place in zip(lines, places, strict=True):
         generator.manual_seed(_seed(seed, name, place))
         line.normal_(generator=generator)
     return lines.movedim(0, dim)
 
 
-def _places(facts: Facts, tp_rank: int, tp: int) -> Iterator[int]:
-    """Of each of a shard's rows (or columns) in the whole: every chunk is split by itself."""
-    chunks = facts.param.chunks or (facts.whole_shape[facts.param.cuts["tp"]],)
+def _places(facts: Facts, dim: int, rank: int, size: int) -> Iterator[int]:
+    """Of each of a shard's rows (or columns, or experts) in the whole: every chunk is split by
+    itself."""
+    chunks = facts.param.chunks or (facts.whole_shape[dim],)
     start = 0
     for length in chunks:
-        share = length // tp
-        yield from range(start + tp_rank * share, start + (tp_rank + 1) * share)
+        share = length // size
+        yield from range(start + rank * share, start + (rank + 1) * share)
         start += length
 
 

@@ -44,6 +44,7 @@ class Setting:
         interleaved: rotary pairs lie beside each other.
         recompute: the products of a block are computed again in backward.
         names: of the modules that have parameters.
+        expert_group: of the ranks that the experts of a layer are split over.
     """
 
     spec: ModelSpec
@@ -53,10 +54,15 @@ class Setting:
     interleaved: bool
     recompute: bool
     names: Names
+    expert_group: Group = None
 
     @property
     def ranks(self) -> Ranks:
         return resolve(self.group)
+
+    @property
+    def expert_ranks(self) -> Ranks:
+        return resolve(self.expert_group)
 
     @property
     def is_scattered(self) -> bool:

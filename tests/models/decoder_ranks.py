@@ -52,6 +52,51 @@ def agrees(root: Path, mode: str, recompute: str, auxiliary_loss: float, group) 
         assert_near(grad, wanted, f"gradient of {name}")
 
 
+def sends_tokens_to_experts(root: Path, recompute: str, group) -> None:
+    """Two ranks with half of the experts each and tokens of their own, beside the whole model."""
+    options = {"recompute": recompute, "auxiliary_loss": 0.1}
+    ours = build(root, expert_group=group, **options)
+    assert ours.topology == Topology(ep=2)
+    grads: list[dict[str, torch.Tensor]] = []
+    for rank in range(group.size()):
+        whole = build(root, auxiliary_loss=0.1)
+        ids, labels = tokens(2, 24 - 7 * rank, seed=rank)
+        expected = whole(ids, labels=labels)
+        expected.backward()
+        grads.append({name: each.grad for name, each in whole.named_parameters()})
+        if rank == group.rank():
+            mine = ids, labels, whole(ids), expected
+    ids, labels, logits, expected = mine
+    assert_near(ours(ids), logits, "logits")
+    loss = ours(ids, labels=labels)
+    loss.backward()
+    assert_near(loss, expected, "loss", 1e-6)
+    for name, facts in facts_of(ours).items():
+        grad = ours.get_parameter(name).grad
+        if "ep" in facts.param.cuts:
+            wanted = (grads[0][name] + grads[1][name]).chunk(2)[group.rank()]
+            assert_near(grad, wanted, f"gradient of {name}")
+        elif not facts.param.is_frozen:
+            assert_near(grad, grads[group.rank()][name], f"gradient of {name}")
+
+
+def one_rank_has_all_tokens(root: Path, group) -> None:
+    """A router that sends every token to the first experts leaves the other rank without any."""
+    whole, ours = build(root), build(root, expert_group=group)
+    for model in (whole, ours):
+        for name, parameter in model.named_parameters():
+            if name.endswith("router.bias"):
+                parameter.data.fill_(-100.0)
+                parameter.data[:2] = 100.0
+    ids, labels = tokens(1, 8)
+    expected, loss = whole(ids, labels=labels), ours(ids, labels=labels)
+    assert_near(loss, expected, "loss", 1e-6)
+    loss.backward()
+    for name, parameter in ours.named_parameters():
+        if ".experts.merged" in name:
+            assert bool(parameter.grad.any()) is (group.rank() == 0), name
+
+
 def loads_stage(root: Path, group) -> None:
     """A rank of TP=2 PP=2 has its own shards of its own layers."""
     whole = build(root)
@@ -67,9 +112,15 @@ def loads_stage(root: Path, group) -> None:
 
 
 def starts_alike(root: Path, group) -> None:
-    """Random weights are the same whole tensors at TP=1 and here."""
+    """Random weights are the same whole tensors on one rank and here."""
     architecture = build(root).architecture
     whole, ours = build(architecture, seed=3), build(architecture, group=group, seed=3)
+    if architecture.spec.moe is not None:
+        split = dict(build(architecture, expert_group=group, seed=3).named_parameters())
+        for name, facts in facts_of(ours).items():
+            if "ep" in facts.param.cuts:
+                expected = whole.get_parameter(name).chunk(group.size())[group.rank()]
+                assert torch.equal(split[name], expected), name
     for name, facts in facts_of(ours).items():
         expected = shard_of(facts.param, whole.get_parameter(name), group.rank(), group.size())
         assert torch.equal(ours.get_parameter(name), expected), name
@@ -114,6 +165,12 @@ def through_a_mesh(root: Path, group) -> None:
     assert by_mesh.topology == Topology(tp=2)
     for name, parameter in by_mesh.named_parameters():
         assert torch.equal(parameter, by_group.get_parameter(name))
+    experts = init_device_mesh("cpu", (2,), mesh_dim_names=("ep",))
+    root = root.parent / "glm4_moe"
+    by_mesh, by_group = build(root, mesh=experts), build(root, expert_group=group)
+    assert by_mesh.topology == Topology(ep=2)
+    for name, parameter in by_mesh.named_parameters():
+        assert torch.equal(parameter, by_group.get_parameter(name))
 
 
 def cases(roots: Path, golden_hf: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
@@ -125,6 +182,11 @@ def cases(roots: Path, golden_hf: Path, group) -> Iterator[tuple[str, Callable[[
             yield title, partial(agrees, root, mode, recompute, weight, group)
         yield f"{family} stages", partial(loads_stage, root, group)
         yield f"{family} at random", partial(starts_alike, root, group)
+    for name in ("gpt_oss", "glm4_moe"):
+        for recompute in ("none", "layer"):
+            case = partial(sends_tokens_to_experts, roots / name, recompute, group)
+            yield f"{name}, experts over ranks, {recompute}", case
+    yield "all tokens to one rank", partial(one_rank_has_all_tokens, roots / "gpt_oss", group)
     yield "generation", partial(generates, roots / "qwen2", group)
     yield "the command", partial(commands, golden_hf, group)
     yield "mesh", partial(through_a_mesh, roots / "llama", group)

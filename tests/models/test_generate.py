@@ -11,9 +11,10 @@ from typer.testing import CliRunner
 
 import nanotron_fast as nf
 from nanotron_fast.cli.commands import app
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import ConfigError, TopologyError
 from nanotron_fast.models import build
 from nanotron_fast.models.generate import Sampling, generate, generate_ids
+from tests.families import zoo
 from tests.models.tiny import save, tokens
 
 CASES = {
@@ -45,6 +46,18 @@ def test_greedy_tokens_are_those_of_transformers(family: str, tmp_path: Path) ->
     assert generate_ids(decoder, ids[0].tolist(), max_new_tokens=12) == expected
     stopped = generate_ids(decoder, ids[0].tolist(), max_new_tokens=12, stops={expected[3]})
     assert stopped == expected[: expected.index(expected[3]) + 1]
+
+
+def test_experts_that_are_split_over_ranks_are_joined(tmp_path: Path) -> None:
+    """One process generates, and compares logits, from a checkpoint of several ranks."""
+    root = zoo.save("mixtral", tmp_path / "hf")
+    nf.convert(root, tmp_path / "split", topology=nf.Topology(tp=2, pp=2, ep=2))
+    ids, _ = tokens(1, 7)
+    expected = generate_ids(build(root), ids[0].tolist(), max_new_tokens=5)
+    assert generate_ids(build(tmp_path / "split"), ids[0].tolist(), max_new_tokens=5) == expected
+    assert nf.verify(root, tmp_path / "split", logits=True).equal
+    with pytest.raises(TopologyError, match="an expert group of 1 ranks for TP=1 PP=1 EP=2"):
+        build(root, topology=nf.Topology(ep=2), rank=0)(ids)
 
 
 def test_the_command_prints_the_new_tokens_from_either_format(
