@@ -54,8 +54,10 @@ class DryRun:
         yield f"  parameters  {found.parameters:,} in {self.config.model.dtype}{tied}"
         engine = f", {layout.pp_engine}" if layout.pp > 1 else ""
         mode = f", {layout.tp_mode}" if layout.tp > 1 else ""
+        experts = layout.expert_parallel_size
+        ep = f" ep={experts}" if experts > 1 else ""
         yield (
-            f"  ranks       {layout.world_size}: dp={layout.dp} pp={layout.pp} tp={layout.tp}"
+            f"  ranks       {layout.world_size}: dp={layout.dp} pp={layout.pp} tp={layout.tp}{ep}"
             f"{engine}{mode}"
         )
         for line in reporting.stage_lines(found.layer_stages):

@@ -17,6 +17,9 @@ REDUCE_SCATTER (else t), H and d heads and their size, all of a rank's heads H /
 There are two norms, four around attention and MLP, or one before both side by side, which then have
 one input.
 
+Experts that are split over ranks have as many rows as where they are not, if all are chosen equally
+often: routers that are out of balance leave some ranks with more.
+
 An MLP without a gate or with biases is computed in steps, which keep what they make; so is
 attention with norms of q and k, or packed by key-value head: before those norms it keeps q and k
 once more, 1 / rms of each head, and each token's sines and cosines.
@@ -45,6 +48,7 @@ class MicroBatch:
         is_scattered: tp_mode is REDUCE_SCATTER.
         recomputes_layers: parallelism.recompute_layer.
         packs_by_kv_head: as of `models.names`.
+        ep: ranks that experts are split over.
     """
 
     tokens: int
@@ -54,6 +58,7 @@ class MicroBatch:
     is_scattered: bool
     recomputes_layers: bool
     packs_by_kv_head: bool = False
+    ep: int = 1
 
     @property
     def stream_bytes(self) -> int:
@@ -118,6 +123,9 @@ class MicroBatch:
         widest = max(3 * rows, 6 * wide) * self.value_bytes // self.tp
         gathered = self.hidden_size * self.value_bytes if self.is_scattered else 0
         again = self._saved(layer) if self.recomputes_layers else 0
+        if isinstance(mlp, Experts) and self.ep > 1:
+            # Rows as they leave and as they arrive.
+            gathered += 2 * mlp.top_k * self.hidden_size * self.value_bytes
         return self.tokens * (widest + gathered) + again
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nanotron_fast.errors import TopologyError
+from nanotron_fast.errors import TopologyError, UnsupportedModelError
 from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import estimate
@@ -90,6 +90,8 @@ def _changes(config: TrainingConfig) -> Iterator[_Change]:
         )
     if not layout.recompute_layer:
         yield _with_layout(config, recompute_layer=True)
+    if layout.dp % (2 * layout.expert_parallel_size) == 0:
+        yield _with_layout(config, expert_parallel_size=2 * layout.expert_parallel_size)
     if config.optimizer.zero_stage < 3 and layout.dp > 1:
         yield _with_zero(config, 3)
     yield _with_layout(config, tp=2 * layout.tp)
@@ -113,5 +115,5 @@ def _total(change: _Change, model: ModelPlan) -> int | None:
     """What a rank needs; None where the model does not spread over so many."""
     try:
         return estimate(change.config, model.spread(change.config)).memory.total
-    except TopologyError:
+    except (TopologyError, UnsupportedModelError):
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from nanotron_fast.checkpoints import source
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.stored import NanotronModel, check_divides
-from nanotron_fast.errors import CheckpointError, TopologyError
+from nanotron_fast.errors import CheckpointError, TopologyError, UnsupportedModelError
 from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_config
@@ -33,7 +33,7 @@ class ModelPlan:
             make_vocab_size_divisible_by * tp; its vocab_size counts the ids that can occur.
         params: every parameter of it, in the order of the layers.
         given: model.model_config, where there is one.
-        topology: tp and pp.
+        topology: tp, pp and ep.
         chunks: parts of the model on each pipeline rank.
         warnings: what to tell about the source.
         min_rows: of the vocabulary, whatever the ranks need.
@@ -63,14 +63,19 @@ class ModelPlan:
         return Stages(self.architecture.spec, self.architecture.model_class, topology)
 
     def spread(self, config: TrainingConfig) -> ModelPlan:
-        """The same model over the ranks of another configuration. Raises TopologyError."""
+        """The same model over the ranks of another configuration.
+
+        Raises TopologyError, and UnsupportedModelError where experts are to be split of a model
+        that stock Nanotron has.
+        """
         layout = config.parallelism
         multiple = config.model.make_vocab_size_divisible_by * layout.tp
         padded = self.architecture.padded_to(multiple, min_rows=self.min_rows)
         # With many experts there are tens of thousands of parts, so they are made but once.
         is_same = bool(self.params) and padded == self.architecture
         params = self.params if is_same else tuple(padded.params())
-        topology = Topology(tp=layout.tp, pp=layout.pp)
+        topology = Topology(tp=layout.tp, pp=layout.pp, ep=layout.expert_parallel_size)
+        _check_experts(padded, topology, config.place.at("parallelism.expert_parallel_size"))
         check_divides(params, topology)
         plan = replace(
             self, architecture=padded, params=params, topology=topology, chunks=layout.chunks
@@ -127,9 +132,44 @@ def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:
         where = config.place.at("model.init_method.path")
         found, warnings = _from_checkpoint(init.path, where)
         warnings += _dropout(found, where)
+    _check_balance(found, config)
     check_lengths(config, found.spec.max_position_embeddings, config.place)
     plan = ModelPlan(found, (), given, Topology(), 1, tuple(warnings), min_rows)
     return plan.spread(config)
+
+
+def _check_experts(model: Architecture, topology: Topology, place: Place) -> None:
+    """Refuses experts split over ranks that there are not, or that the model's class cannot name.
+
+    Raises TopologyError, UnsupportedModelError.
+    """
+    if topology.ep == 1:
+        return
+    if model.spec.moe is None:
+        raise TopologyError(
+            f"{place} is {topology.ep}, and the model has no experts to split over ranks"
+        )
+    if model.model_class.is_stock:
+        raise UnsupportedModelError(
+            f"{place} is {topology.ep}, and Nanotron's {model.model_class} has no experts split "
+            "over ranks: train what nanotron-fast convert --target nanotron-fast --model-class "
+            "nanotron-fast makes of the model"
+        )
+
+
+def _check_balance(model: Architecture, config: TrainingConfig) -> None:
+    """Refuses to balance experts that there are not, or by a bias that there is not. ConfigError"""
+    section, place, experts = config.optimizer, config.place.at("optimizer"), model.spec.moe
+    if section.router_aux_loss and experts is None:
+        raise place.at("router_aux_loss").error(
+            f" is {section.router_aux_loss:g}, and the model has no experts"
+        )
+    if section.router_bias_rate and (experts is None or not experts.has_correction_bias):
+        raise place.at("router_bias_rate").error(
+            f" is {section.router_bias_rate:g}, and the model has "
+            + ("no experts" if experts is None else "routers without a correction bias")
+            + ("" if experts is None else ": router_aux_loss balances them")
+        )
 
 
 def _without_effect(found: Architecture, given: Mapping[str, Any], place: Place) -> list[str]:

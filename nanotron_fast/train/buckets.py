@@ -2,7 +2,8 @@
 
 Parameters that are ready together are a bucket: those of a layer, and those behind the last layer.
 A bucket is summed by one collective, or by two where some of its gradients have to be summed over
-tensor-parallel ranks as well: those of all buckets lie together, in front.
+tensor-parallel ranks as well: those of all buckets lie together, in front. Those of experts that
+other data-parallel ranks do not have are apart: they are summed over fewer ranks.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.collectives import resolve
+from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from nanotron_fast.models.architecture import Block
 from nanotron_fast.models.decoder import Decoder
-from nanotron_fast.parallel.communication import start_all_reduce
+from nanotron_fast.parallel.communication import Pending, start_all_reduce
 from nanotron_fast.train.backward import when_left
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.parameters import Trained
@@ -32,20 +33,33 @@ _NUM_UNDER_WAY = 4
 
 
 @dataclass(slots=True)
+class _Part:
+    """Gradients of a bucket that are summed over the same ranks.
+
+    Args:
+        group: these ranks; None where there is no other.
+        grads: of each parameter.
+        slices: where they lie in the buffer, without gaps.
+    """
+
+    group: Group
+    grads: list[Tensor] = field(default_factory=list)
+    slices: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class _Bucket:
     """Gradients that are ready at the same time.
 
     Args:
         block: the layer, "head" for what is behind the last layer, "embedding" for what is before
             the first.
-        grads: of each parameter.
-        slices: where they lie in the buffer, without gaps.
+        parts: its gradients, by the ranks that they are summed over.
         num_left: backward passes until they are complete; at 0 their sum is started.
     """
 
     block: Block
-    grads: list[Tensor] = field(default_factory=list)
-    slices: list[Tensor] = field(default_factory=list)
+    parts: dict[bool, _Part] = field(default_factory=dict)
     num_left: int = 0
 
 
@@ -67,22 +81,29 @@ class Buckets:
             self._by_block.setdefault(block, _Bucket(block))
         places = {block: place for place, block in enumerate(self._by_block)}
         in_order = sorted(
-            trained, key=lambda each: (not each.facts.sums_over_tp, places[_bucket_of(each)])
+            trained,
+            key=lambda each: (
+                not each.facts.sums_over_tp,
+                places[_bucket_of(each)],
+                each.is_of_experts,
+            ),
         )
         sizes = [math.ceil(each.num_elements / _ALIGNMENT) * _ALIGNMENT for each in in_order]
         self.buffer = torch.zeros(sum(sizes), dtype=torch.float32, device=mesh.device)
-        ends: dict[tuple[bool, Block], list[int]] = {}
+        ends: dict[tuple[bool, Block, bool], list[int]] = {}
         at = 0
         for each, size in zip(in_order, sizes, strict=True):
             grad = self.buffer[at : at + each.num_elements].view_as(each.tensor)
             each.tensor.main_grad = grad
-            block = _bucket_of(each)
-            self._by_block[block].grads.append(grad)
-            ends.setdefault((each.facts.sums_over_tp, block), [at, at])[1] = at + size
+            block, is_of_experts = _bucket_of(each), each.is_of_experts
+            parts = self._by_block[block].parts
+            parts.setdefault(is_of_experts, _Part(each.replicas.group)).grads.append(grad)
+            key = each.facts.sums_over_tp, block, is_of_experts
+            ends.setdefault(key, [at, at])[1] = at + size
             at += size
-        for (_, block), (first, end) in ends.items():
-            self._by_block[block].slices.append(self.buffer[first:end])
-        over_tp = [end for (sums_over_tp, _), (_, end) in ends.items() if sums_over_tp]
+        for (_, block, is_of_experts), (first, end) in ends.items():
+            self._by_block[block].parts[is_of_experts].slices.append(self.buffer[first:end])
+        over_tp = [end for (sums_over_tp, *_), (_, end) in ends.items() if sums_over_tp]
         self._over_tp = self.buffer[: max(over_tp, default=0)]
 
     def watch(self, decoder: Decoder) -> None:
@@ -129,19 +150,25 @@ class Buckets:
     @torch.no_grad()
     def _start(self, bucket: _Bucket) -> None:
         self.started.add(bucket.block)
-        group = self._mesh.dp_group
-        if group is None:
-            return
-        self._wait_for_all_but(_NUM_UNDER_WAY - 1)
-        if self._zero_stage > 0:
-            self._under_way.append(start_sums_of_runs(bucket.grads, group))
-            return
-        pending = [start_all_reduce(part, resolve(group)) for part in bucket.slices]
-        self._under_way.append(lambda: [each.wait() for each in pending])
+        for part in bucket.parts.values():
+            if part.group is None:
+                continue
+            self._wait_for_all_but(_NUM_UNDER_WAY - 1)
+            if self._zero_stage > 0:
+                self._under_way.append(start_sums_of_runs(part.grads, part.group))
+                continue
+            ranks = resolve(part.group)
+            pending = [start_all_reduce(each, ranks) for each in part.slices]
+            self._under_way.append(partial(_finish, pending))
 
     def _wait_for_all_but(self, number: int) -> None:
         while len(self._under_way) > number:
             self._under_way.popleft()()
+
+
+def _finish(pending: Iterable[Pending]) -> None:
+    for each in pending:
+        each.wait()
 
 
 def _bucket_of(trained: Trained) -> Block:

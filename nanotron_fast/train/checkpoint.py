@@ -36,6 +36,7 @@ from nanotron_fast.formats.nanotron.optimizer import (
     OPTIMIZER,
     OPTIMIZER_CONFIG,
     Described,
+    Sizes,
     config_document,
     lr_scheduler_path,
     optimizer_path,
@@ -93,14 +94,16 @@ def snapshot(
         if found is not None:
             taken.tensors.append(found)
     sizes, place = sizes_of(mesh, zero_stage=zero_stage), place_of(mesh, zero_stage=zero_stage)
-    if mesh.dp_rank == 0:
+    # Of the ranks that have the same, experts included, the first writes what they have.
+    is_first = mesh.edp_rank == 0
+    if is_first:
         taken.documents[lr_scheduler_path(place, sizes)] = lr_scheduler_document(
-            optimizer, rate, mesh
+            optimizer, rate, mesh, zero_stage=zero_stage
         )
-    if zero_stage > 0 or mesh.dp_rank == 0:
+    if zero_stage > 0 or is_first:
         document = optimizer_document(optimizer, rate, mesh, zero_stage=zero_stage)
         taken.documents[optimizer_path(place, sizes)] = document
-    everywhere = _of_all_stages(trained, mesh)
+    everywhere = _of_all_stages(trained, mesh, sizes)
     if mesh.rank == 0:
         config = config_document(everywhere, sizes)
         taken.small_files[f"{OPTIMIZER}/{OPTIMIZER_CONFIG}"] = json.dumps(config).encode()
@@ -110,34 +113,42 @@ def snapshot(
 def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
     """A parameter's file, where this rank is the one that writes it."""
     param = each.facts.param
+    sizes = {"tp": mesh.tp, "ep": mesh.ep}
+    # One axis cuts it, or none.
+    axis = next(iter(param.cuts_at(sizes)), None)
     is_copy = each.name != each.facts.name
-    if is_copy or ("tp" not in param.cuts and mesh.tp_rank > 0):
+    if is_copy or (axis != "tp" and mesh.tp_rank > 0):
         return None
-    if not each.is_by_rows and mesh.dp_rank > 0:
+    if not each.is_by_rows and each.replicas.rank > 0:
         return None
-    whole = each.values(mesh)
-    if mesh.dp_rank > 0:
+    whole = each.values()
+    if each.replicas.rank > 0:
         return None
     metadata: Mapping[str, str] = {}
-    shard = None
-    if "tp" in param.cuts:
+    shard = expert = None
+    if axis is not None:
         shard = (mesh.pp_rank, mesh.pp, mesh.tp_rank, mesh.tp)
+        expert = (mesh.ep_rank, mesh.ep) if axis == "ep" else None
         metadata = shard_metadata(
             param.shape,
-            split=param.cuts["tp"],
+            split=param.cuts[axis],
             chunks=param.chunks,
-            tp=mesh.tp,
-            rank=mesh.tp_rank,
+            tp=sizes[axis],
+            rank=mesh.ep_rank if axis == "ep" else mesh.tp_rank,
             version=VERSION,
         )
     values = whole.to("cpu", copy=not each.is_by_rows)
     header, _ = tensor_header(DTYPES[values.dtype], tuple(values.shape), metadata)
-    return tensor_path(each.name, shard), header, values
+    return tensor_path(each.name, shard, expert), header, values
 
 
-def _of_all_stages(trained: Sequence[Trained], mesh: Mesh) -> list[Described]:
-    """The parameters of all pipeline stages, each once."""
-    mine = [Described(each.name, each.stored_runs, tuple(each.tensor.shape)) for each in trained]
+def _of_all_stages(trained: Sequence[Trained], mesh: Mesh, sizes: Sizes) -> list[Described]:
+    """The parameters of all pipeline stages, each once, with every data-parallel rank's runs."""
+    mine = []
+    for each in trained:
+        ranks_each = sizes.ep if each.is_of_experts else 1
+        runs = tuple(each.stored_runs[rank // ranks_each] for rank in range(sizes.dp))
+        mine.append(Described(each.name, runs, tuple(each.tensor.shape)))
     if mesh.pp_group is None:
         return mine
     gathered: list[list[Described]] = [[] for _ in range(mesh.pp)]

@@ -16,6 +16,7 @@ from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import facts_of
 from nanotron_fast.models.initial_weights import initialize, mup_learning_rate_factor
 from nanotron_fast.parallel.pipeline import Pipeline
+from nanotron_fast.train.balance import Balance
 from nanotron_fast.train.config import CheckpointInit, MupInit, RandomInit, TrainingConfig
 from nanotron_fast.train.gradients import Gradients
 from nanotron_fast.train.mesh import Mesh
@@ -80,6 +81,7 @@ def engine_of(
         optimizer,
         mesh,
         max_norm=config.optimizer.clip_grad,
+        balance=Balance(parts, mesh, rate=config.optimizer.router_bias_rate),
     )
     frozen = tuple(frozen_parameters(parts, facts, mesh))
     return Engine(architecture, parts, trained, frozen, optimizer, step)
@@ -101,7 +103,7 @@ def dtype_of(config: TrainingConfig) -> torch.dtype:
 
 def _part(config: TrainingConfig, architecture: Architecture, mesh: Mesh, chunk: int) -> Decoder:
     layout = config.parallelism
-    topology = Topology(tp=layout.tp, pp=layout.pp)
+    topology = Topology(tp=layout.tp, pp=layout.pp, ep=layout.expert_parallel_size)
     blocks = None
     if layout.chunks > 1:
         stages = Topology(tp=layout.tp, pp=layout.pp * layout.chunks)
@@ -115,9 +117,14 @@ def _part(config: TrainingConfig, architecture: Architecture, mesh: Mesh, chunk:
         stage=mesh.pp_rank,
         blocks=blocks,
         group=mesh.tp_group,
+        expert_group=mesh.ep_group,
         mode=layout.tp_mode.lower(),
         recompute="layer" if layout.recompute_layer else "none",
         z_loss=given.get("z_loss_coefficient", 0.0) if given.get("z_loss_enabled") else 0.0,
+        # Of a step it is the mean over micro batches, as the loss is.
+        auxiliary_loss=config.optimizer.router_aux_loss
+        / config.tokens.batch_accumulation_per_replica,
+        counts_load=config.optimizer.router_bias_rate > 0,
         dtype=dtype_of(config),
         device="cpu" if is_by_rows else mesh.device,
     )
@@ -125,18 +132,26 @@ def _part(config: TrainingConfig, architecture: Architecture, mesh: Mesh, chunk:
 
 def _fill(part: Decoder, config: TrainingConfig, mesh: Mesh, weights: Path | None) -> None:
     init = config.model.init_method
+    tp_rank, ep_rank = mesh.tp_rank, mesh.ep_rank
     if weights is None and isinstance(init, CheckpointInit):
         weights = Path(init.path)
     if weights is not None:
         rows = part.architecture.spec.vocab_size
-        load(part, weights, tp_rank=mesh.tp_rank, pad_vocab_to_multiple_of=rows)
+        load(part, weights, tp_rank=tp_rank, ep_rank=ep_rank, pad_vocab_to_multiple_of=rows)
         return
     seed = config.general.seed
     if isinstance(init, RandomInit):
         scales_rows = init.scaling_method == "NUM_LAYERS"
-        initialize(part, tp_rank=mesh.tp_rank, seed=seed, std=init.std, scales_rows=scales_rows)
+        initialize(
+            part,
+            tp_rank=tp_rank,
+            ep_rank=ep_rank,
+            seed=seed,
+            std=init.std,
+            scales_rows=scales_rows,
+        )
     else:
-        initialize(part, tp_rank=mesh.tp_rank, seed=seed, is_mup=True)
+        initialize(part, tp_rank=tp_rank, ep_rank=ep_rank, seed=seed, is_mup=True)
 
 
 def _peaks(config: TrainingConfig, trained: tuple[Trained, ...]) -> dict[str, float]:

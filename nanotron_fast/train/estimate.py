@@ -161,9 +161,9 @@ def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int)
         )
         if stages.of(param.block) % pp == rank or has_copy:
             states = _sum(states, _states(config, model, param))
-            if not param.is_fp32:
+            if _is_by_rows(config, param):
                 blocks[param.block] += math.prod(param.local_shape(model.topology.sizes))
-    if _is_by_rows(config):
+    if blocks:
         states = _sum(states, _gathered(blocks, VALUE_BYTES[config.model.dtype]))
     longest = max(stage.sequence_length or 0 for stage in config.data_stages)
     tokens = config.tokens.micro_batch_size * longest
@@ -181,11 +181,11 @@ def _states(config: TrainingConfig, model: ModelPlan, param: Param) -> Memory:
     optimizer = config.optimizer
     elements = math.prod(param.local_shape(model.topology.sizes))
     value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
-    if _is_by_rows(config) and not param.is_fp32:
+    if _is_by_rows(config, param):
         return _states_by_rows(config, model, param)
-    # ZeRO-1 gives each data-parallel rank a slice of the flattened parameter.
+    # ZeRO-1 gives each of the ranks that have the same a slice of the flattened parameter.
     is_shared = optimizer.zero_stage == 1
-    share = -(-elements // config.parallelism.dp) if is_shared else elements
+    share = -(-elements // _replicas(config, param)) if is_shared else elements
     return Memory(
         weights=elements * value_bytes,
         gradients=elements * 4,
@@ -199,14 +199,22 @@ def _num_moments(config: TrainingConfig, param: Param) -> int:
     return 1 if is_muon and is_hidden_matrix(param) else 2
 
 
-def _is_by_rows(config: TrainingConfig) -> bool:
-    return config.optimizer.zero_stage == 3 and config.parallelism.dp > 1
+def _replicas(config: TrainingConfig, param: Param) -> int:
+    """Data-parallel ranks that have the same shard of a parameter."""
+    layout = config.parallelism
+    return layout.dp // layout.expert_parallel_size if "ep" in param.cuts else layout.dp
+
+
+def _is_by_rows(config: TrainingConfig, param: Param) -> bool:
+    """Whether ZeRO-3 shares a parameter out."""
+    is_small = param.is_fp32
+    return config.optimizer.zero_stage == 3 and not is_small and _replicas(config, param) > 1
 
 
 def _states_by_rows(config: TrainingConfig, model: ModelPlan, param: Param) -> Memory:
-    """The rows that the first data-parallel rank keeps, in fp32 whatever the model's dtype."""
+    """The rows that the first of the ranks with the same keeps, in fp32 whatever the dtype."""
     rows, *width = param.local_shape(model.topology.sizes)
-    share = 4 * -(-rows // config.parallelism.dp) * math.prod(width)
+    share = 4 * -(-rows // _replicas(config, param)) * math.prod(width)
     in_fp32 = config.model.dtype == "float32"
     return Memory(
         weights=share if in_fp32 else 0,
@@ -243,6 +251,7 @@ def _activations(
         tp=layout.tp,
         is_scattered=layout.tp_mode == "REDUCE_SCATTER",
         recomputes_layers=layout.recompute_layer,
+        ep=layout.expert_parallel_size,
         packs_by_kv_head=names_of(model.architecture.family).packs_by_kv_head,
     )
     layers = [

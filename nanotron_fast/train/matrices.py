@@ -1,5 +1,7 @@
 """The matrices that parameters consist of, and which rank of a stage computes with which of them.
 
+Experts that are split over ranks are computed with among the ranks of the stage that have the same.
+
 A parameter's chunks (q, k and v; gate and up) are a matrix each, and so are gate, up and down of
 every expert. A matrix is whole here: the tensor-parallel ranks' parts of it are joined. Each lies
 in one piece in every rank's flattened shard, and so in a piece, or none, of every ZeRO run.
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from nanotron_fast.families.roles import matrices_beside
 from nanotron_fast.formats.nanotron.optimizer import Run
+from nanotron_fast.kernels.runtime.collectives import Ranks, resolve
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.parameters import Trained
 
@@ -111,11 +114,12 @@ def _shapes(trained: Trained) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """Matrices of which each rank of a stage computes with one lot, and what is exchanged for that.
+    """Matrices of which each rank of a group computes with one lot, and what is exchanged for that.
 
-    Rank `dp_rank * tp + tp_rank` of the stage has the lot of that index, or none.
+    Rank `replica * tp + tp_rank` of the group has the lot of that index, or none.
 
     Args:
+        ranks: the group: of all ranks of a stage, or of those that have the same experts.
         lots: at most one for each rank.
         own: this rank's part of each, in the flattened shard.
         sent: elements that it sends to each rank.
@@ -123,6 +127,7 @@ class Round:
         returned: the tensor-parallel rank of each rank, and its part of this rank's lot.
     """
 
+    ranks: Ranks
     lots: tuple[Matrices, ...]
     own: tuple[Run, ...]
     sent: tuple[int, ...]
@@ -136,10 +141,17 @@ def rounds_of(parameters: Iterable[tuple[int, Trained]], mesh: Mesh) -> list[Rou
     Args:
         parameters: with their places.
     """
-    lots = [lot for place, each in parameters for lot in matrices_of(each, place)]
-    lots.sort(key=_cost, reverse=True)
-    size = mesh.dp * mesh.tp
-    return [_round(tuple(lots[at : at + size]), mesh) for at in range(0, len(lots), size)]
+    all_lots = [lot for place, each in parameters for lot in matrices_of(each, place)]
+    found = []
+    for of_experts in (False, True):
+        lots = [lot for lot in all_lots if lot.trained.is_of_experts is of_experts]
+        lots.sort(key=_cost, reverse=True)
+        size = mesh.replicas(of_experts=of_experts).size * mesh.tp
+        ranks = resolve(mesh.expert_stage_group if of_experts else mesh.stage_group)
+        found += [
+            _round(tuple(lots[at : at + size]), mesh.tp, ranks) for at in range(0, len(lots), size)
+        ]
+    return found
 
 
 def _cost(lot: Matrices) -> int:
@@ -147,12 +159,11 @@ def _cost(lot: Matrices) -> int:
     return lot.shape[0] * lot.beside * math.prod(lot.whole_shape) * min(lot.whole_shape)
 
 
-def _round(lots: tuple[Matrices, ...], mesh: Mesh) -> Round:
-    size = mesh.dp * mesh.tp
-    me = mesh.dp_rank * mesh.tp + mesh.tp_rank
+def _round(lots: tuple[Matrices, ...], tp: int, ranks: Ranks) -> Round:
+    size, me = ranks.size, ranks.rank
 
     def part(lot: Matrices, rank: int) -> Run:
-        return lot.part_of(lot.trained.runs[rank // mesh.tp])
+        return lot.part_of(lot.trained.runs[rank // tp])
 
     def sent(sender: int, owner: int) -> int:
         """Where several ranks have the same values, the owner's own row or column sends them."""
@@ -160,16 +171,17 @@ def _round(lots: tuple[Matrices, ...], mesh: Mesh) -> Round:
             return 0
         lot = lots[owner]
         is_shared_out = lot.trained.runs[0] != lot.trained.runs[-1]
-        is_asked = (lot.split is not None or sender % mesh.tp == owner % mesh.tp) and (
-            is_shared_out or sender // mesh.tp == owner // mesh.tp
+        is_asked = (lot.split is not None or sender % tp == owner % tp) and (
+            is_shared_out or sender // tp == owner // tp
         )
         first, end = part(lot, sender)
         return end - first if is_asked else 0
 
     returned = []
     if me < len(lots):
-        returned = [(rank % mesh.tp, part(lots[me], rank)) for rank in range(size)]
+        returned = [(rank % tp, part(lots[me], rank)) for rank in range(size)]
     return Round(
+        ranks,
         lots,
         tuple(part(lot, me) for lot in lots),
         tuple(sent(me, rank) for rank in range(size)),

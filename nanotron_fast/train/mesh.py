@@ -2,8 +2,12 @@
 
     rank = (pp_rank * dp + dp_rank) * tp + tp_rank
 
-Source: ParallelContext in nanotron/parallel/context.py at 2411b022, whose expert and context
-groups have one rank here.
+Source: ParallelContext in nanotron/parallel/context.py at 2411b022, whose context group has one
+rank here. Its expert-parallel ranks are ranks beside all others. Here they are data-parallel ranks,
+each with a batch of its own, which have some experts of each layer in place of all: with edp = dp /
+ep ranks that have the same ones,
+
+    dp_rank = edp_rank * ep + ep_rank
 """
 
 from __future__ import annotations
@@ -21,6 +25,22 @@ from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.runtime.collectives import Group
 
 AXES = ("pp", "dp", "tp")
+EXPERT_AXES = ("pp", "edp", "ep", "tp")
+
+
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The ranks that have the same shard of a parameter, and tokens of their own.
+
+    Args:
+        group: they; None for one rank.
+        size: of them.
+        rank: of this process among them.
+    """
+
+    group: Group
+    size: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,12 +48,16 @@ class Mesh:
     """Where this process is among the ranks of a run.
 
     Args:
-        dp, pp, tp: sizes of the groups.
+        dp, pp, tp, ep: sizes of the groups; ep divides dp.
         rank: of this process in the run.
         device: on which it computes.
         device_mesh: the same in torch's words, its dimensions called as AXES; None for one rank.
+        expert_mesh: likewise with EXPERT_AXES; None without expert parallelism.
         tp_group, dp_group, pp_group: the groups that this rank is in; None where it is alone.
+        ep_group: the ranks that a layer's experts are split over; None where they are not.
+        edp_group: the data-parallel ranks that have the same experts; None where it is alone.
         stage_group: the ranks of its pipeline stage, tp fastest; None where it is alone.
+        expert_stage_group: of these, the ranks that have the same experts; None where it is alone.
         tied_group: the first and the last stage of a pipeline, with the same dp and tp rank; None
             on other stages and without a pipeline.
         world: all ranks; None for one rank.
@@ -43,34 +67,48 @@ class Mesh:
     dp: int = 1
     pp: int = 1
     tp: int = 1
+    ep: int = 1
     rank: int = 0
     device: torch.device
     device_mesh: DeviceMesh | None = None
+    expert_mesh: DeviceMesh | None = None
     tp_group: Group = None
     dp_group: Group = None
     pp_group: Group = None
+    ep_group: Group = None
+    edp_group: Group = None
     stage_group: Group = None
+    expert_stage_group: Group = None
     tied_group: Group = None
     world: Group = None
     is_ours: bool = False
 
     @classmethod
     def connect(
-        cls, *, dp: int = 1, pp: int = 1, tp: int = 1, device: torch.device | str | None = None
+        cls,
+        *,
+        dp: int = 1,
+        pp: int = 1,
+        tp: int = 1,
+        ep: int = 1,
+        device: torch.device | str | None = None,
     ) -> Mesh:
         """Joins the processes that torchrun started, or stands alone where one is enough.
 
         NCCL connects GPUs, gloo CPUs; a process group that is there already is used as it is.
 
         Args:
-            dp, pp, tp: sizes of the groups.
+            dp, pp, tp, ep: sizes of the groups.
             device: to compute on; by default the GPU of this process's LOCAL_RANK, else the CPU.
 
-        Raises TopologyError where the run has another number of processes.
+        Raises TopologyError where the run has another number of processes, or ep does not divide
+        dp.
         """
-        for name, size in (("dp", dp), ("pp", pp), ("tp", tp)):
+        for name, size in (("dp", dp), ("pp", pp), ("tp", tp), ("ep", ep)):
             if size < 1:
                 raise TopologyError(f"{name}={size}: a group has at least one rank")
+        if dp % ep:
+            raise TopologyError(f"ep={ep} does not divide dp={dp}, whose ranks it is made of")
         where = _device(device)
         wanted, started = dp * pp * tp, num_processes()
         if wanted != started:
@@ -90,18 +128,33 @@ class Mesh:
             f"{axis}_group": mesh.get_group(axis) if size > 1 else None
             for axis, size in zip(AXES, (pp, dp, tp), strict=True)
         }
+        expert_mesh: DeviceMesh | None = None
+        stage_group = _stage_group(dp, pp, tp, groups)
+        same = {"edp_group": groups["dp_group"], "expert_stage_group": stage_group}
+        if ep > 1:
+            sizes = (pp, dp // ep, ep, tp)
+            expert_mesh = init_device_mesh(where.type, sizes, mesh_dim_names=EXPERT_AXES)
+            edp_group = expert_mesh.get_group("edp") if dp > ep else None
+            same = {
+                "ep_group": expert_mesh.get_group("ep"),
+                "edp_group": edp_group,
+                "expert_stage_group": _expert_stage_group(expert_mesh, edp_group, groups),
+            }
         return cls(
             dp=dp,
             pp=pp,
             tp=tp,
+            ep=ep,
             rank=dist.get_rank(),
             device=where,
             device_mesh=mesh,
-            stage_group=_stage_group(dp, pp, tp, groups),
+            expert_mesh=expert_mesh,
+            stage_group=stage_group,
             tied_group=_tied_group(dp, pp, tp),
             world=dist.group.WORLD,
             is_ours=is_ours,
             **groups,
+            **same,
         )
 
     @property
@@ -115,6 +168,25 @@ class Mesh:
     @property
     def pp_rank(self) -> int:
         return self.rank // (self.tp * self.dp)
+
+    @property
+    def ep_rank(self) -> int:
+        return self.dp_rank % self.ep
+
+    @property
+    def edp(self) -> int:
+        """Ranks that have the same experts."""
+        return self.dp // self.ep
+
+    @property
+    def edp_rank(self) -> int:
+        return self.dp_rank // self.ep
+
+    def replicas(self, *, of_experts: bool) -> Replicas:
+        """The ranks that have what this one has: of the parameters of experts, or of others."""
+        if of_experts:
+            return Replicas(self.edp_group, self.edp, self.edp_rank)
+        return Replicas(self.dp_group, self.dp, self.dp_rank)
 
     @property
     def world_size(self) -> int:
@@ -184,6 +256,21 @@ def _stage_group(dp: int, pp: int, tp: int, groups: Mapping[str, Group]) -> Grou
         group = dist.new_group(members)
         if dist.get_rank() in members:
             mine = group
+    return mine
+
+
+def _expert_stage_group(mesh: DeviceMesh, edp_group: Group, groups: Mapping[str, Group]) -> Group:
+    """The group of the ranks of a stage with the same experts: of edp and tp, tp fastest."""
+    pp, edp, ep, tp = mesh.mesh.shape
+    if edp == 1 or tp == 1:
+        return groups["tp_group"] if edp == 1 else edp_group
+    mine: Group = None
+    for stage in range(pp):  # every rank takes part in making every group
+        for ep_rank in range(ep):
+            members = mesh.mesh[stage, :, ep_rank].flatten().tolist()
+            group = dist.new_group(members)
+            if dist.get_rank() in members:
+                mine = group
     return mine
 
 

@@ -10,7 +10,8 @@ Scalable for LLM Training" (arXiv:2502.16982).
 A matrix is orthogonal as a whole, so its parts have to meet: each rank keeps the momentum of its
 run alone, sends it to the rank of its stage that computes with that matrix, and gets the update of
 its run back. The matrices are shared out among all ranks of the stage, and the next are on their
-way while the last are computed with.
+way while the last are computed with. Those of experts that are split over ranks are shared out
+among the ranks that have the same experts.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.collectives import resolve
+from nanotron_fast.kernels.runtime.collectives import Ranks
 from nanotron_fast.parallel.communication import Pending, start_all_to_all
 from nanotron_fast.train.matrices import Matrices, Round, rounds_of
 from nanotron_fast.train.mesh import Mesh
@@ -62,7 +63,6 @@ class Muon(AdamW):
         self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
         by_default = torch.float32 if mesh.device.type == "cpu" else torch.bfloat16
         self._ns_dtype = ns_dtype or by_default
-        self._ranks = resolve(mesh.stage_group)
         self._rounds = {
             group: rounds_of(((place, trained[place]) for place in group.places), mesh)
             for group in self._groups.values()
@@ -106,22 +106,22 @@ class Muon(AdamW):
             if count:
                 update = grad.lerp(momentum, self.momentum) if self.nesterov else momentum
                 updates.append(update.to(self._ns_dtype))
-        return self._exchange(updates, each.sent, each.received)
+        return self._exchange(updates, each.ranks, each.sent, each.received)
 
     def _finish(self, each: Round, pending: Pending, lr: float, decay: float) -> None:
         """Makes this rank's lot orthogonal, and steps its runs of all of the round's matrices."""
         results = []
         received = pending.wait()
         if each.returned:
-            lot = each.lots[self._ranks.rank]
+            lot = each.lots[each.ranks.rank]
             update = self._update(lot, received, each.received)
             for tp_rank, (first, end) in each.returned:
                 part = lot.part(update, tp_rank)
                 results.append(part[first - lot.run[0] : end - lot.run[0]])
         back = [end - first for first, end in each.own]
-        back += [0] * (self._ranks.size - len(back))
-        sent = [end - first for _, (first, end) in each.returned] or [0] * self._ranks.size
-        updates = self._exchange(results, sent, back).wait().split(back)
+        back += [0] * (each.ranks.size - len(back))
+        sent = [end - first for _, (first, end) in each.returned] or [0] * each.ranks.size
+        updates = self._exchange(results, each.ranks, sent, back).wait().split(back)
         for lot, own, update in zip(each.lots, each.own, updates, strict=False):
             run = _within(own, lot)
             state = self.states[lot.place]
@@ -141,11 +141,15 @@ class Muon(AdamW):
         return orthogonal(lot.joined(parts), steps=self.ns_steps, dtype=self._ns_dtype)
 
     def _exchange(
-        self, pieces: Sequence[Tensor], sent: Sequence[int], received: Sequence[int]
+        self,
+        pieces: Sequence[Tensor],
+        ranks: Ranks,
+        sent: Sequence[int],
+        received: Sequence[int],
     ) -> Pending:
         empty = torch.empty(0, dtype=self._ns_dtype, device=self._mesh.device)
         joined = torch.cat(list(pieces)) if pieces else empty
-        return start_all_to_all(joined, self._ranks, sent=sent, received=received)
+        return start_all_to_all(joined, ranks, sent=sent, received=received)
 
 
 def _within(part: tuple[int, int], lot: Matrices) -> slice:

@@ -176,7 +176,15 @@ class AdamW:
             )
 
     def _gather(self) -> None:
-        gather_runs([state.trained.tensor.detach() for state in self.states], self._mesh.dp_group)
+        for of_experts in (False, True):
+            group = self._mesh.replicas(of_experts=of_experts).group
+            tensors = [
+                state.trained.tensor.detach()
+                for state in self.states
+                if state.trained.is_of_experts is of_experts
+            ]
+            if group is not None and tensors:
+                gather_runs(tensors, group)
 
 
 def multiply_(shares: Iterable[Tensor], scale: Tensor) -> None:

@@ -18,18 +18,20 @@ from nanotron_fast.train.optimizer import AdamW, Rate, State
 
 def sizes_of(mesh: Mesh, *, zero_stage: int) -> Sizes:
     """The ranks, as files tell of them: with any ZeRO they have runs of the states."""
-    return Sizes(mesh.tp, mesh.pp, mesh.dp, zero_stage=min(zero_stage, 1))
+    return Sizes(mesh.tp, mesh.pp, mesh.dp, zero_stage=min(zero_stage, 1), ep=mesh.ep)
 
 
 def place_of(mesh: Mesh, *, zero_stage: int) -> Place:
     """This rank, as its file of the optimizer tells of it."""
-    return Place(mesh.pp_rank, mesh.tp_rank, mesh.dp_rank if zero_stage > 0 else None)
+    dp_rank = mesh.dp_rank if zero_stage > 0 else None
+    return Place(mesh.pp_rank, mesh.tp_rank, dp_rank, mesh.ep_rank)
 
 
 def optimizer_document(
     optimizer: AdamW, rate: Rate, mesh: Mesh, *, zero_stage: int
 ) -> dict[str, Any]:
-    """What a rank's file holds: copies, on the CPU. With ZeRO every data-parallel rank calls it.
+    """What a rank's file holds: copies, on the CPU. With ZeRO every data-parallel rank calls it,
+    and else the first of those that have the same experts.
 
     Args:
         rate: the learning rate of the next step, from a parameter's highest one.
@@ -39,10 +41,10 @@ def optimizer_document(
     names: dict[int, str] = {}
     masters: dict[str, Tensor] = {}
     steps = float(optimizer.num_steps)
-    for each, peak, decay in _numbered(optimizer, mesh):
+    for each, peak, decay in _numbered(optimizer, mesh, zero_stage):
         index = len(names)
         stored = {
-            key: _kept(each.trained.stored(own, mesh))
+            key: _kept(each.trained.stored(own))
             for key, own in {**each.moments, MASTERS: each.master}.items()
         }
         is_here = stored[MASTERS].numel() > 0
@@ -69,13 +71,19 @@ def optimizer_document(
     return {"state": state, "param_groups": groups, "names": names, MASTERS: masters}
 
 
-def _numbered(optimizer: AdamW, mesh: Mesh) -> Iterator[tuple[State, float, float]]:
+def _numbered(
+    optimizer: AdamW, mesh: Mesh, zero_stage: int
+) -> Iterator[tuple[State, float, float]]:
     """The states in a rank's file, in Nanotron's order, with their highest rate and weight decay.
 
     A parameter that Nanotron has on the first tensor-parallel rank alone is in that one's file.
+    Where experts are split over ranks, and each of these has whole states, what is not split is in
+    the file of the first.
     """
+    is_experts_alone = zero_stage == 0 and mesh.ep_rank > 0
     for each, (peak, decay) in zip(optimizer.states, optimizer.constants(), strict=True):
-        if mesh.tp_rank == 0 or not each.trained.facts.is_row_bias:
+        is_elsewhere = mesh.tp_rank > 0 and each.trained.facts.is_row_bias
+        if not is_elsewhere and (each.trained.is_of_experts or not is_experts_alone):
             yield each, peak, decay
 
 
@@ -83,9 +91,11 @@ def _kept(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def lr_scheduler_document(optimizer: AdamW, rate: Rate, mesh: Mesh) -> dict[str, Any]:
+def lr_scheduler_document(
+    optimizer: AdamW, rate: Rate, mesh: Mesh, *, zero_stage: int
+) -> dict[str, Any]:
     """What a rank's file of the learning rate holds, as torch's LambdaLR has it."""
-    peaks = [peak for _, peak, _ in _numbered(optimizer, mesh)]
+    peaks = [peak for _, peak, _ in _numbered(optimizer, mesh, zero_stage)]
     steps = optimizer.num_steps
     return {
         "base_lrs": peaks,

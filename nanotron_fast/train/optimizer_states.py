@@ -235,6 +235,8 @@ def load_states(folder: Path, optimizer: AdamW, mesh: Mesh) -> None:
                 trained.facts.param,
                 tp=mesh.tp,
                 tp_rank=mesh.tp_rank,
+                ep=mesh.ep,
+                ep_rank=mesh.ep_rank,
                 run=trained.run,
             )
             if values is not None:

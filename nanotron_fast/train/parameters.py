@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanotron_fast.formats.nanotron.optimizer import Run, runs_of
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.models.facts import Facts
-from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.mesh import Mesh, Replicas
 from nanotron_fast.train.sharded import runs_of_rows, shard
 from nanotron_fast.train.zero import gathered
 
@@ -25,22 +25,26 @@ class Trained:
         facts: what the model says of it.
         tensor: its values, contiguous; with ZeRO-3 a DTensor, of which a rank has its run alone.
         dtype: of the values that products see.
-        runs: of each data-parallel rank, which elements it keeps the optimizer's states of: with
-            ZeRO-0 all of them, on every rank.
+        replicas: the ranks that have the same, with this one.
+        runs: of each of them, which elements it keeps the optimizer's states of: with ZeRO-0 all of
+            them, on every rank.
         run: that of this rank.
-        stored_runs: of each data-parallel rank, which elements its files have.
+        stored_runs: of each of them, which elements its files have.
         is_counted: this rank's gradient belongs into the norm over all ranks.
         is_by_rows: no rank has more of it than its run.
+        is_of_experts: it is of the experts of this rank, and other data-parallel ranks have others.
     """
 
     facts: Facts
     tensor: nn.Parameter
     dtype: torch.dtype
+    replicas: Replicas
     runs: tuple[Run, ...]
     run: Run
     stored_runs: tuple[Run, ...]
     is_counted: bool
     is_by_rows: bool = False
+    is_of_experts: bool = False
 
     @property
     def name(self) -> str:
@@ -64,24 +68,24 @@ class Trained:
         first, end = self.run
         return tensor.view(-1)[first:end]
 
-    def values(self, mesh: Mesh) -> Tensor:
-        """All values that products see. Where `is_by_rows`, all data-parallel ranks call it."""
+    def values(self) -> Tensor:
+        """All values that products see. Where `is_by_rows`, all of `replicas` call it."""
         values = self.tensor.detach()
         if not self.is_by_rows:
             return values
         own = self.share(values).to(self.dtype)
-        return gathered(own, self.runs, mesh.dp_group).view(self.tensor.shape)
+        return gathered(own, self.runs, self.replicas.group).view(self.tensor.shape)
 
-    def stored(self, own: Tensor, mesh: Mesh) -> Tensor:
+    def stored(self, own: Tensor) -> Tensor:
         """What this rank's files have of a state of which it keeps its run: flat.
 
-        All data-parallel ranks call it.
+        All of `replicas` call it.
         """
         if self.runs == self.stored_runs:
             return own
         if self.is_by_rows:
-            own = gathered(own, self.runs, mesh.dp_group)
-        first, end = self.stored_runs[mesh.dp_rank]
+            own = gathered(own, self.runs, self.replicas.group)
+        first, end = self.stored_runs[self.replicas.rank]
         return own[first:end]
 
 
@@ -100,30 +104,36 @@ def trained_parameters(
         zero_stage: 1 shares the optimizer's states out over data-parallel ranks; 0 does not; 3
             shares the parameters out as well: each part, a Decoder, is changed to that.
     """
-    is_by_rows = zero_stage == 3 and mesh.dp > 1
     found = []
     for part, known in zip(parts, facts, strict=True):
         dtypes = {name: tensor.dtype for name, tensor in part.named_parameters()}
-        if is_by_rows:
+        stages = {name: _stage(fact, mesh, zero_stage) for name, fact in known.items()}
+        if zero_stage == 3 and mesh.dp > 1:
             assert isinstance(part, Decoder)
-            # A router, which is small.
-            whole = {name for name, fact in known.items() if fact.param.is_fp32}
-            shard(part, mesh, whole=whole)
+            shard(part, mesh, whole={name for name, stage in stages.items() if stage == 0})
         for name, tensor in part.named_parameters():
             if tensor.requires_grad:
-                fact = known[name]
-                is_kept_whole = zero_stage == 0 or (is_by_rows and fact.param.is_fp32)
                 found.append(
                     _trained(
-                        fact,
+                        known[name],
                         tensor,
                         dtypes[name],
                         mesh,
-                        zero_stage=0 if is_kept_whole else zero_stage,
+                        zero_stage=stages[name],
                         has_runs_in_files=zero_stage > 0,
                     )
                 )
     return found
+
+
+def _stage(facts: Facts, mesh: Mesh, zero_stage: int) -> int:
+    """Of ZeRO, for one parameter: 3 leaves whole what is small, a router, or on one rank alone."""
+    is_alone = mesh.replicas(of_experts=_is_of_experts(facts, mesh)).size == 1
+    return 0 if zero_stage == 3 and (facts.param.is_fp32 or is_alone) else zero_stage
+
+
+def _is_of_experts(facts: Facts, mesh: Mesh) -> bool:
+    return mesh.ep > 1 and "ep" in facts.param.cuts
 
 
 def frozen_parameters(
@@ -147,19 +157,23 @@ def _trained(
     zero_stage: int,
     has_runs_in_files: bool,
 ) -> Trained:
-    count, dp = int(tensor.numel()), mesh.dp
-    whole, slices = [(0, count)] * dp, runs_of(count, dp)
-    is_by_rows = zero_stage == 3 and dp > 1
+    is_of_experts = _is_of_experts(facts, mesh)
+    replicas = mesh.replicas(of_experts=is_of_experts)
+    count = int(tensor.numel())
+    whole, slices = [(0, count)] * replicas.size, runs_of(count, replicas.size)
+    is_by_rows = zero_stage == 3
     runs = whole if zero_stage == 0 else slices
     if is_by_rows:
-        runs = runs_of_rows(tensor.shape, dp)
+        runs = runs_of_rows(tensor.shape, replicas.size)
     return Trained(
         facts,
         tensor,
         dtype,
+        replicas,
         tuple(runs),
-        runs[mesh.dp_rank],
+        runs[replicas.rank],
         tuple(slices if has_runs_in_files else whole),
-        is_counted=facts.is_counted(mesh.tp_rank) and (runs != whole or mesh.dp_rank == 0),
+        is_counted=facts.is_counted(mesh.tp_rank) and (runs != whole or replicas.rank == 0),
         is_by_rows=is_by_rows,
+        is_of_experts=is_of_experts,
     )

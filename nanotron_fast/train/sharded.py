@@ -5,7 +5,8 @@ summed and scattered as soon as a micro-batch's backward has left it: nothing th
 the model stays on a rank. What it keeps are fp32 masters, their gradients and the optimizer's
 states; products see them rounded to the model's dtype. What the stage has beside its layers
 (embedding, final norm, head) is gathered together. Gradients come as `grad`: there is no
-`main_grad`.
+`main_grad`. Experts that are split over ranks are shared out among the ranks that have the same
+ones.
 
 The run of rank r of a parameter with n rows begins at row r * ceil(n / dp). Files have Nanotron's
 runs of ZeRO-1, which are the same where n divides.
@@ -23,11 +24,12 @@ from torch import nn
 
 from nanotron_fast.formats.nanotron.optimizer import Run
 from nanotron_fast.models.decoder import Decoder
+from nanotron_fast.models.experts import MergedExperts
 from nanotron_fast.train.mesh import Mesh
 
 
 def runs_of_rows(shape: Sequence[int], dp: int) -> list[Run]:
-    """The elements of a flattened parameter that each data-parallel rank has.
+    """The elements of a flattened parameter that each of `dp` ranks has.
 
     Source: torch.chunk, whose chunks fully_shard keeps.
     """
@@ -53,21 +55,28 @@ def shard(decoder: Decoder, mesh: Mesh, *, whole: Collection[str]) -> None:
     assert mesh.device_mesh is not None
     left = {tensor for name, tensor in decoder.named_parameters() if name in whole}
     (dtype,) = {tensor.dtype for tensor in decoder.parameters() if tensor not in left}
+    among_all = mesh.device_mesh["dp"]
     options: dict[str, Any] = {
-        "mesh": mesh.device_mesh["dp"],
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
         "ignored_params": left,
     }
+    modules: list[nn.Module] = []
     for layer in decoder.layers:
         _prepare(layer.parameters(), left, mesh.device)
-        fully_shard(layer, reshard_after_forward=True, **options)
+        if mesh.expert_mesh is not None and mesh.edp > 1:
+            for experts in layer.modules():
+                if isinstance(experts, MergedExperts):
+                    among = mesh.expert_mesh["edp"]
+                    modules.append(
+                        fully_shard(experts, mesh=among, reshard_after_forward=True, **options)
+                    )
+        modules.append(fully_shard(layer, mesh=among_all, reshard_after_forward=True, **options))
     inside = {tensor for layer in decoder.layers for tensor in layer.parameters()}
     beside = (tensor for tensor in decoder.parameters() if tensor not in inside)
     _prepare(beside, left, mesh.device)
-    fully_shard(decoder, **options)
-    modules: list[nn.Module] = [*decoder.layers, decoder]
+    modules.append(fully_shard(decoder, mesh=among_all, **options))
     for module in modules:
         _sum_gradients(module)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.parallel.pipeline import Pipeline
+from nanotron_fast.train.balance import Balance
 from nanotron_fast.train.gradients import Gradients
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW, Rate
@@ -33,6 +34,7 @@ class TrainingStep:
     Args:
         pipeline: the model.
         max_norm: of the gradient; None does not clip.
+        balance: of the experts; None leaves it as it is.
     """
 
     def __init__(
@@ -43,9 +45,10 @@ class TrainingStep:
         mesh: Mesh,
         *,
         max_norm: float | None,
+        balance: Balance | None = None,
     ) -> None:
         self.pipeline, self.gradients, self.optimizer = pipeline, gradients, optimizer
-        self._mesh, self._max_norm = mesh, max_norm
+        self._mesh, self._max_norm, self._balance = mesh, max_norm, balance
         gradients.watch(pipeline.parts)
 
     def __call__(
@@ -75,6 +78,8 @@ class TrainingStep:
             scale = self.gradients.scale(norm, self._max_norm)
         self.optimizer.step(self.gradients.shares, rate, scale)
         self.gradients.clear()
+        if self._balance is not None:
+            self._balance.step()
         return StepResult(self._over_all(loss), norm)
 
     def evaluate(

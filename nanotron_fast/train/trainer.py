@@ -75,7 +75,13 @@ class Trainer:
         """
         layout = self.config.parallelism
         check_world_size(self.config, num_processes())
-        mesh = Mesh.connect(dp=layout.dp, pp=layout.pp, tp=layout.tp, device=self._device)
+        mesh = Mesh.connect(
+            dp=layout.dp,
+            pp=layout.pp,
+            tp=layout.tp,
+            ep=layout.expert_parallel_size,
+            device=self._device,
+        )
         try:
             with ExitStack() as stack:
                 run = _prepared(self, mesh, stack)

@@ -61,7 +61,7 @@ def values_of(run: Run) -> dict[str, Tensor]:
     found = {}
     for state in run.optimizer.states:
         name = state.trained.facts.name
-        found[name] = state.trained.values(run.mesh).clone()
+        found[name] = state.trained.values().clone()
         for key, value in {"master": state.master, **state.moments}.items():
             found[f"{name} {key}"] = value.clone()
     return found

@@ -95,8 +95,8 @@ def test_what_is_no_configuration_is_named(changes: dict[str, Any], message: str
             "context_parallel_size is 2, .*: attention over",
         ),
         (
-            {"parallelism__expert_parallel_size": 4},
-            "expert_parallel_size is 4, .*: every rank holds",
+            {"parallelism": {"dp": 6, "pp": 1, "tp": 1, "expert_parallel_size": 4}},
+            "expert_parallel_size is 4, and dp is 6: .* it has to divide dp, as 3 does",
         ),
         (
             {"optimizer__zero_stage": 2},

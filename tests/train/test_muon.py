@@ -221,7 +221,8 @@ def stepped(
     size = dp * tp
     switch, here = Switch(size), threading.local()
     monkeypatch.setattr("nanotron_fast.train.muon.start_all_to_all", switch.start)
-    monkeypatch.setattr("nanotron_fast.train.muon.resolve", lambda _: Ranks("", here.rank, size))
+    ranks = "nanotron_fast.train.matrices.resolve"
+    monkeypatch.setattr(ranks, lambda _: Ranks("", here.rank, size))
     monkeypatch.setattr(AdamW, "_gather", lambda self: None)
     optimizers: list[Any] = [None] * size
     errors: list[BaseException] = []

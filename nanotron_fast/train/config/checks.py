@@ -20,6 +20,7 @@ def check(config: TrainingConfig, place: Place) -> list[str]:
     _check_datasets(config, place)
     _check_patterns(config, place)
     _check_pipeline(config, place)
+    _check_experts(config, place)
     _check_scatter(config, place)
     if config.model.model_config is None and not isinstance(
         config.model.init_method, CheckpointInit
@@ -67,9 +68,12 @@ def check_world_size(config: TrainingConfig, world_size: int) -> None:
         sizes = {"dp": layout.dp, "pp": layout.pp, "tp": layout.tp}
         changes = [f"--parallelism.{name}=1" for name, size in sizes.items() if size > 1]
         advice += f", or set {' '.join(changes)}"
+    # In Nanotron they are ranks beside all others.
+    ep = layout.expert_parallel_size
+    experts = f" (expert_parallel_size={ep} lies within dp)" if ep > 1 else ""
     raise TopologyError(
-        f"{config.place.at('parallelism')}: dp={layout.dp} x pp={layout.pp} x tp={layout.tp} "
-        f"{'is 1 rank' if wanted == 1 else f'are {wanted} ranks'}, and {world_size} "
+        f"{config.place.at('parallelism')}: dp={layout.dp} x pp={layout.pp} x tp={layout.tp}"
+        f"{experts} {'is 1 rank' if wanted == 1 else f'are {wanted} ranks'}, and {world_size} "
         f"{'was' if is_one else 'were'} started (WORLD_SIZE): {advice}"
     )
 
@@ -147,6 +151,17 @@ def _check_pipeline(config: TrainingConfig, place: Place) -> None:
         raise place.at("tokens.batch_accumulation_per_replica").error(
             f" is {count}, and pp_engine interleaved takes rounds of pp={layout.pp} micro "
             f"batches: use {count - count % layout.pp}"
+        )
+
+
+def _check_experts(config: TrainingConfig, place: Place) -> None:
+    layout, here = config.parallelism, place.at("parallelism.expert_parallel_size")
+    ep, dp = layout.expert_parallel_size, layout.dp
+    if dp % ep:
+        fits = max(size for size in range(1, ep) if dp % size == 0)
+        raise here.error(
+            f" is {ep}, and dp is {dp}: experts are split over data-parallel ranks, so it has to "
+            f"divide dp, as {fits} does"
         )
 
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from nanotron_fast.train.config.place import Place
 from nanotron_fast.train.config.schema import (
     FILLED,
+    OURS,
     Above,
     Amount,
     AtLeast,
@@ -121,6 +122,10 @@ class Optimizer:
             fp32 masters, in any case.
         learning_rate_scheduler: the rate at each step.
         weight_decay_exclude_named_params: regular expressions that match the beginning of a name.
+        router_aux_loss: ours; the weight of the loss that balances the experts of each layer,
+            `models.experts` has the formula.
+        router_bias_rate: ours; by how much each step moves the correction biases of routers towards
+            balance, see `train.balance`; 0 leaves them as they are.
     """
 
     optimizer_factory: Annotated[AdamW | Muon | Sgd, ToldApart(_optimizer_kind)]
@@ -130,3 +135,5 @@ class Optimizer:
     accumulate_grad_in_fp32: bool
     learning_rate_scheduler: LearningRate
     weight_decay_exclude_named_params: tuple[str, ...] = field(default=(), metadata=FILLED)
+    router_aux_loss: NotNegative = field(default=0.0, metadata=OURS)
+    router_bias_rate: NotNegative = field(default=0.0, metadata=OURS)

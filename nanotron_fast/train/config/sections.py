@@ -65,7 +65,9 @@ class Parallelism:
         tp_linear_async_communication: no effect; communication runs beside the work in any case.
         recompute_layer: run a decoder layer again in backward instead of keeping its activations.
         tp_recompute_allgather: in REDUCE_SCATTER mode gather inputs again in backward.
-        expert_parallel_size, context_parallel_size: 1.
+        expert_parallel_size: ranks that the experts of each layer are split over. They are
+            data-parallel ranks, so it divides dp; in Nanotron they are ranks beside all others.
+        context_parallel_size: 1.
         pp_chunks: ours; parts of the model on each rank with pp_engine interleaved (default 2).
     """
 

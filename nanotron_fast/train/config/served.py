@@ -73,12 +73,6 @@ REFUSALS = (
         "tp_mode REDUCE_SCATTER, or recompute_layer, for long sequences",
     ),
     Refusal(
-        "parallelism.expert_parallel_size",
-        lambda config: _over_one(config.parallelism.expert_parallel_size),
-        "every rank holds all experts of its layers, in Nanotron's checkpoints as well. Use tp, pp "
-        "and dp",
-    ),
-    Refusal(
         "optimizer.zero_stage",
         lambda config: _outside(config.optimizer.zero_stage, ZERO_STAGES),
         "there is 0 (every rank keeps all states of the optimizer), 1 (they are shared out among "
