@@ -9,7 +9,6 @@ from pathlib import Path
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.ownership import boot_id
 from nanotron_fast.checkpoints.plan.plan import Plan
-from nanotron_fast.checkpoints.plan.sides import UNTIE
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.errors import CheckpointError
@@ -49,13 +48,13 @@ def check_source(ready: Plan, workers: int) -> None:
     """Compares what the source holds twice. Raises CheckpointError where it differs."""
     if ready.check_source is not None:
         ready.check_source()
-    for named in ready.must_be_equal:
-        paths = ready.transfer.sources
-        differing = running.compare(paths, paths, [named.move], workers=workers)
-        if differing:
-            _, count, _ = differing[0]
-            raise CheckpointError(
-                f"{paths[named.move.destination]}: tie_word_embeddings is true, but {named.param} "
-                f"differs from {named.hf_name} in {count} of {named.move.num_elements} elements. "
-                f"{UNTIE}"
-            )
+    if not ready.must_be_equal:
+        return
+    paths, pairs = ready.transfer.sources, ready.must_be_equal
+    moves = [pair.named.move for pair in pairs]
+    for index, count, _ in running.compare(paths, paths, moves, workers=workers):
+        pair, move = pairs[index], moves[index]
+        raise CheckpointError(
+            f"{paths[move.destination]}: {pair.differ} in {count} of {move.num_elements} elements. "
+            f"{pair.advice}"
+        )

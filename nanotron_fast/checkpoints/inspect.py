@@ -52,6 +52,8 @@ class Inspection:
     rope_interleaved: bool | None = None
     # The ranks whose files are there, of a Nanotron checkpoint that is not whole.
     ranks_there: Ranks | None = None
+    # How many tensor-parallel ranks have a copy of each key-value head, in a Nanotron checkpoint.
+    kv_head_copies: int | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -85,6 +87,7 @@ class Inspection:
             "problem": self.problem,
             "rope_interleaved": self.rope_interleaved,
             "ranks_there": self.ranks_there and self.ranks_there.to_json(),
+            "kv_head_copies": self.kv_head_copies,
             "warnings": list(self.warnings),
         }
 
@@ -190,9 +193,14 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspe
         problem=problem,
         rope_interleaved=model.is_interleaved if model else None,
         ranks_there=there,
+        kv_head_copies=_kv_head_copies(model) if model else None,
         warnings=tuple(warnings),
         **_totals([(shard.info.dtype, shard.info.num_elements) for shard in shards]),
     )
+
+
+def _kv_head_copies(model: NanotronModel) -> int:
+    return model.spec.copies_of_kv_heads(model.checkpoint.tp) if model.copies_kv_heads else 1
 
 
 def _totals(tensors: list[tuple[str, int]]) -> dict[str, Any]:

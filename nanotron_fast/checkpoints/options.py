@@ -235,7 +235,8 @@ class Options:
         None,
         "nanotron refuses what stock Nanotron computes wrongly; nanotron-fast admits "
         "rope_scaling, for the drop-in, and what Nanotron's classes cannot hold (a head_dim of its "
-        "own, biases, windows on some layers), for conversion and loading alone. "
+        "own, biases, windows on some layers), or not over so many ranks (copies of key-value "
+        "heads where TP outnumbers them), for nanotron-fast train. "
         "(default: nanotron)",
         check=_target,
         metavar="NAME",

@@ -28,6 +28,7 @@ from nanotron_fast.formats.nanotron.optimizer import (
 )
 from nanotron_fast.formats.nanotron.slices import SlicesPair, shard_pairs
 from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
+from nanotron_fast.model.spread import Heads
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 
@@ -289,7 +290,11 @@ class LearningRates:
 
 
 def slices_of(
-    param: Param, axes: Mapping[str, int], ranks: Mapping[str, int]
+    param: Param,
+    axes: Mapping[str, int],
+    ranks: Mapping[str, int],
+    *,
+    first_copies: bool = False,
 ) -> tuple[SlicesPair, ...]:
     """Which slices of a rank's shard are which of the whole parameter.
 
@@ -297,13 +302,29 @@ def slices_of(
         param: of which one axis at most cuts the shard.
         axes: sizes of the topology's axes.
         ranks: of the shard along them.
+        first_copies: of key-value heads that several ranks have, the first of them has them alone.
     """
     axis, dim = next(iter(param.cuts_at(axes).items()), ("tp", None))
-    return _slices(param.shape, dim, param.chunks, axes.get(axis, 1), ranks.get(axis, 0))
+    size, rank = axes.get(axis, 1), ranks.get(axis, 0)
+    return _slices(param.shape, dim, param.chunks, param.heads, size, rank, first_copies)
 
 
 @cache
 def _slices(
-    shape: tuple[int, ...], dim: int | None, chunks: tuple[int, ...] | None, size: int, rank: int
+    shape: tuple[int, ...],
+    dim: int | None,
+    chunks: tuple[int, ...] | None,
+    heads: tuple[Heads | None, ...],
+    size: int,
+    rank: int,
+    first_copies: bool,
 ) -> tuple[SlicesPair, ...]:
-    return shard_pairs(shape, split=dim, chunks=chunks, tp=size, rank=rank)
+    return shard_pairs(
+        shape,
+        split=dim,
+        chunks=chunks,
+        heads=heads,
+        tp=size,
+        rank=rank,
+        first_copies=first_copies,
+    )

@@ -15,7 +15,7 @@ from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.from_shapes import has_param, head_dim_of, moe_sizes_of
 from nanotron_fast.checkpoints.names import layers_beyond
 from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
-from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.checkpoints.plan.equality import MustBeEqual
 from nanotron_fast.checkpoints.plan.like import check_shapes, read_like
 from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
 from nanotron_fast.errors import (
@@ -57,7 +57,8 @@ class StoredModel:
 
     `padded_vocab_size` counts the rows that are stored, `spec.vocab_size` those of the model.
     `is_interleaved`: rotary pairs of q and k lie beside each other, in Nanotron's parameters;
-    `tensors_interleaved` says it of the tensors of a published model.
+    `tensors_interleaved` says it of the tensors of a published model. `copies_kv_heads`: where
+    tensor-parallel ranks outnumber key-value heads, several have a copy of each.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +67,7 @@ class StoredModel:
     padded_vocab_size: int
     is_interleaved: bool
     tensors_interleaved: bool = False
+    copies_kv_heads: bool = False
     warnings: list[str]
     # What is left over, and whose it would have to be.
     _what: ClassVar[tuple[str, str]]
@@ -86,6 +88,7 @@ class StoredModel:
         vocab_size: int | None = None,
         rope_interleaved: bool | None = None,
         tensors_interleaved: bool | None = None,
+        copies_kv_heads: bool | None = None,
     ) -> list[Param]:
         """The parameters as they are stored, or with other padding or rotary rows. Family.params"""
         interleaved = self.is_interleaved if rope_interleaved is None else rope_interleaved
@@ -97,6 +100,7 @@ class StoredModel:
             rope_interleaved=interleaved,
             has_rope_pairs=has_rope_pairs,
             tensors_interleaved=tensors_interleaved,
+            copies_kv_heads=self.copies_kv_heads if copies_kv_heads is None else copies_kv_heads,
         )
 
     def leftovers(self, reader: HfSource | NanotronSource) -> list[str]:
@@ -112,7 +116,7 @@ class StoredModel:
             and not (is_tied and name == TIED_HEAD)
         ]
 
-    def check_leftovers(self, reader: HfSource | NanotronSource) -> tuple[NamedMove, ...]:
+    def check_leftovers(self, reader: HfSource | NanotronSource) -> tuple[MustBeEqual, ...]:
         """Refuses what no rule has used. Raises CheckpointError.
 
         Returns what to compare of a tied model's second copy: it must be equal.
@@ -127,7 +131,7 @@ class StoredModel:
             )
         return self.tied_copies(reader)
 
-    def tied_copies(self, reader: HfSource | NanotronSource) -> tuple[NamedMove, ...]:
+    def tied_copies(self, reader: HfSource | NanotronSource) -> tuple[MustBeEqual, ...]:
         """What to compare of a tied model's second copy. Raises CheckpointError."""
         if not isinstance(reader, HfSource) or not self.spec.tie_word_embeddings:
             return ()
@@ -182,6 +186,7 @@ class NanotronModel(StoredModel):
         config = source.model_config
         self.checkpoint = source
         self.model_class: NanotronClass = class_of(config)
+        self.copies_kv_heads = self.model_class.copies_kv_heads
         self.side = read_side_file(source.root)
         self.target = options.target or (self.side.target if self.side else "nanotron")
         self.like = options.like

@@ -181,6 +181,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         yield f"  topology    {found.topology}"
         for line in stage_lines(found.layer_stages):
             yield f"              {line}"
+    if found.kv_head_copies is not None and found.kv_head_copies > 1:
+        yield f"              {found.kv_head_copies} ranks have a copy of each key-value head"
     if found.ranks_there:
         yield (
             f"  partial     files of ranks {found.ranks_there} of {found.topology} are there "

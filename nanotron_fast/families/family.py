@@ -145,11 +145,14 @@ class Family:
         rope_interleaved: bool = False,
         has_rope_pairs: bool = False,
         tensors_interleaved: bool = False,
+        copies_kv_heads: bool = False,
     ) -> list[Param]:
         """Every parameter of a model, in the order of its layers.
 
         With `has_rope_pairs`, an interleaved model and one that is not have the same parts.
         `tensors_interleaved`: the published model has rotary pairs beside each other as well.
+        `copies_kv_heads`: where there are fewer key-value heads than tensor-parallel ranks, several
+        ranks have a copy of each; without it such ranks are refused.
         """
         padded_vocab = padded_vocab_size or spec.vocab_size
         tensors_interleaved = tensors_interleaved or self.rotates_neighbours
@@ -158,7 +161,15 @@ class Family:
 
         def context(layer: int | str, of: Layer) -> Context:
             sizes, flags = _sizes(spec, of, padded_vocab), _flags(spec, of)
-            return Context(sizes, flags, rope_interleaved, is_paired, layer, tensors_interleaved)
+            return Context(
+                sizes,
+                flags,
+                rope_interleaved,
+                is_paired,
+                layer,
+                tensors_interleaved,
+                copies_kv_heads,
+            )
 
         before: list[Param] = []
         after: list[Param] = []

@@ -14,6 +14,7 @@ from operator import mul
 from typing import NamedTuple
 
 from nanotron_fast.errors import TopologyError
+from nanotron_fast.model.spread import Heads, Span, has_copies, local_length, spans_of
 from nanotron_fast.moves.boxes import Box, row_major
 
 # A number for each axis of the topology: its size, or a rank along it. An absent axis has one rank.
@@ -38,12 +39,18 @@ class Cut(NamedTuple):
     """How an axis of the topology cuts a part.
 
     `dim` is the box's dimension, `unit` says what it counts there, and `chunk_start` is where the
-    part's chunk starts along the dimension of the parameter that is cut.
+    part's chunk starts along the dimension of the parameter that is cut. `heads` says that it
+    counts key-value heads of which several ranks may have copies: the chunk's.
     """
 
     dim: int
     unit: str = "rows"
     chunk_start: int = 0
+    heads: Heads | None = None
+
+    def copies(self, size: int) -> int:
+        """How many of `size` ranks have the same head."""
+        return 1 if self.heads is None else self.heads.copies(size)
 
 
 class Seat(NamedTuple):
@@ -142,6 +149,8 @@ class Param:
             so where "ep" alone is there, and of one rank.
         chunks: lengths along the dimension that tp cuts, each cut on its own (contiguous_chunks in
             Nanotron).
+        heads: for each chunk, or for the only one, its key-value heads where ranks beyond them have
+            copies; empty where no chunk has any.
         is_fp32: kept in fp32 whatever the model's dtype.
         is_frozen: no gradient moves it.
     """
@@ -152,6 +161,7 @@ class Param:
     block: int | str
     cuts: Mapping[str, int] = field(default_factory=dict)
     chunks: tuple[int, ...] | None = None
+    heads: tuple[Heads | None, ...] = ()
     is_fp32: bool = False
     is_frozen: bool = False
 
@@ -188,13 +198,45 @@ class Param:
                         )
                     break
                 cut = part.cuts[axis]
-                if part.sizes[cut.dim] % size:
+                copies = cut.copies(size)
+                if copies == 1 and part.sizes[cut.dim] % size:
                     raise TopologyError(
                         f"{self.name}: {part.sizes[cut.dim]} {cut.unit} do not split over "
                         f"{axis}={size}"
                     )
-            shape[dim] //= size
+                if cut.heads is not None and cut.heads.num_divided % copies:
+                    raise TopologyError(
+                        f"{self.name}: {cut.heads.num_divided} rows of the queries of each kv head "
+                        f"do not split over the {copies} ranks of {axis}={size} that have it"
+                    )
+            shape[dim] = self._local_length(dim, size) if axis == "tp" else shape[dim] // size
         return tuple(shape)
+
+    def _local_length(self, dim: int, size: int) -> int:
+        if not has_copies(self.heads, size):
+            return self.shape[dim] // size
+        return sum(map(local_length, self._chunks, self.heads, itertools.repeat(size)))
+
+    @property
+    def _chunks(self) -> tuple[int, ...]:
+        return self.chunks or (self.shape[self.cuts["tp"]],)
+
+    def spans(self, size: int, rank: int) -> tuple[Span, ...]:
+        """What a tensor-parallel rank's shard has of the dimension that tp cuts."""
+        return spans_of(self._chunks, self.heads, size=size, rank=rank)
+
+    def copy_of(self, part: Part, sizes: Sizes, ranks: Sizes) -> int:
+        """Which copy of a part a rank's shard has: 0 for the first, and where there is but one."""
+        for axis, cut in part.cuts.items():
+            copies = cut.copies(sizes.get(axis, 1))
+            if copies > 1 and not self._is_divided(part, axis, cut):
+                return ranks.get(axis, 0) % copies
+        return 0
+
+    def _is_divided(self, part: Part, axis: str, cut: Cut) -> bool:
+        """Whether ranks with the same head have parts of it of this part, and no copies."""
+        row = part.param.start[self.cuts[axis]] - cut.chunk_start
+        return cut.heads is not None and row < cut.heads.num_divided
 
     def share(self, part: Part, sizes: Sizes, ranks: Sizes) -> Share:
         """What a rank's shard has of a part that it `has`. Raises TopologyError."""
@@ -202,6 +244,9 @@ class Param:
         start, low, high = list(part.param.start), [0, 0, 0], list(part.sizes)
         for axis, cut in part.cuts.items():
             size, rank = sizes.get(axis, 1), ranks.get(axis, 0)
+            if axis == "tp" and has_copies(self.heads, size):
+                self._place(part, cut, size, rank, start, low, high)
+                continue
             length = part.sizes[cut.dim] // size
             low[cut.dim], high[cut.dim] = rank * length, (rank + 1) * length
             # A shard's chunk starts 1/size as far into it as the chunk into the parameter.
@@ -209,6 +254,45 @@ class Param:
         for axis, seat in part.seats.items():
             start[self.cuts[axis]] -= ranks.get(axis, 0) * (seat.total // sizes.get(axis, 1))
         return _share(_box(low), _box(high), part.param, tuple(start), strides)
+
+    def _place(
+        self,
+        part: Part,
+        cut: Cut,
+        size: int,
+        rank: int,
+        start: list[int],
+        low: list[int],
+        high: list[int],
+    ) -> None:
+        """Says what a tensor-parallel rank has of a part, and where, where some ranks have copies.
+
+        Of what ranks with the same head share out, the rows of a head are the box's next dimension.
+        """
+        dim = self.cuts["tp"]
+        first_row = start[dim] - cut.chunk_start
+        start[dim] = self._chunk_start(cut.chunk_start, size) + first_row
+        copies = cut.copies(size)
+        if cut.heads is None or copies == 1:
+            length = part.sizes[cut.dim] // size
+            low[cut.dim], high[cut.dim] = rank * length, (rank + 1) * length
+            return
+        head, copy = divmod(rank, copies)
+        low[cut.dim], high[cut.dim] = head, head + 1
+        divided = cut.heads.num_divided // copies
+        if self._is_divided(part, "tp", cut):
+            low[cut.dim + 1], high[cut.dim + 1] = copy * divided, (copy + 1) * divided
+        else:
+            start[dim] -= cut.heads.num_divided - divided
+
+    def _chunk_start(self, chunk_start: int, size: int) -> int:
+        """Where a chunk begins in a shard, from where it begins in the parameter."""
+        start = local = 0
+        for length, heads in zip(self._chunks, self.heads, strict=True):
+            if start == chunk_start:
+                break
+            start, local = start + length, local + local_length(length, heads, size)
+        return local
 
 
 def _share(

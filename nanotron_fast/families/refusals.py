@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.model_types import like_llama, refusal_of
+from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.quantization import QUANTIZATION, read_quantization
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
 from nanotron_fast.model.needs import ODDITIES, needs
@@ -46,17 +47,22 @@ def target_of(family: Family, target: str | None) -> str:
     return target
 
 
-def choose_class(family: Family, spec: ModelSpec, option: str, target: str) -> NanotronClass:
+def choose_class(
+    family: Family, spec: ModelSpec, option: str, target: str, *, tp: int = 1
+) -> NanotronClass:
     """The class to write; `option` is --model-class. UnsupportedModelError.
 
-    For nanotron-fast that is this package's own where Nanotron's cannot hold the model.
+    For nanotron-fast that is this package's own where Nanotron's cannot hold the model, or not over
+    `tp` ranks.
     """
     _check_target(target)
     default = family.model_class
     if any(spec.windows) and family.window_class is not None:
         default = family.window_class
     if option == "auto":
-        if target == "nanotron-fast" and _lacks(default, spec, target):
+        if target == "nanotron-fast" and (
+            _lacks(default, spec, target) or spec.copies_of_kv_heads(tp) > 1
+        ):
             return NANOTRON_FAST_CONFIG
         return default
     by_option = {each.option: each for each in classes()}
@@ -194,6 +200,30 @@ def check_experts(model_class: NanotronClass, spec: ModelSpec, ep: int) -> None:
             f"ep={ep}: Nanotron cannot start with experts split over ranks; --target nanotron-fast "
             "--model-class nanotron-fast writes them for this package"
         )
+
+
+def check_kv_heads(
+    params: Sequence[Param], model_class: NanotronClass, spec: ModelSpec, tp: int, *, way: str
+) -> None:
+    """Refuses ranks that outnumber the key-value heads of a class that has no copies of them.
+
+    `way` says what to do instead. Raises TopologyError.
+    """
+    copies = spec.copies_of_kv_heads(tp)
+    if copies == 1 or model_class.copies_kv_heads:
+        return
+    name, count = next(
+        (param.name, part.sizes[part.cuts["tp"].dim])
+        for param in params
+        for part in param.parts
+        if "tp" in part.cuts
+        and part.cuts["tp"].unit == "kv heads"
+        and part.sizes[part.cuts["tp"].dim] < tp
+    )
+    raise TopologyError(
+        f"{name}: {count} kv heads do not split over tp={tp}, and Nanotron's {model_class} has no "
+        f"copies of them; {way}"
+    )
 
 
 def rotates_halves(model_class: NanotronClass) -> str:

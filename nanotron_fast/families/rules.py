@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.parts import Address, Cut, Param, Part, Seat
+from nanotron_fast.model.spread import Heads
 
 # A row count as (number of groups, rows a group), so that whole groups go to a rank: heads.
 Rows = tuple[str, str] | str
@@ -34,6 +35,8 @@ class Context:
     layer: int | str
     # The same pairs in the tensors of the published model: torchtitan has them beside each other.
     tensors_interleaved: bool = False
+    # Where there are fewer key-value heads than ranks, several ranks have a copy of each.
+    copies_kv_heads: bool = False
 
     def size(self, name: str) -> int:
         return self.sizes[name]
@@ -44,6 +47,12 @@ class Context:
             return self.size(rows), 1, f"rows ({rows})"
         count, length = rows
         return self.size(count), self.size(length), count.replace("_", " ")
+
+    def heads(self, rows: Rows, *, num_divided: int = 0) -> Heads | None:
+        """The key-value heads that rows are counted in, where ranks may have copies of them."""
+        if not self.copies_kv_heads or isinstance(rows, str) or rows[0] != "kv_heads":
+            return None
+        return Heads(self.size("kv_heads"), num_divided)
 
 
 class Rule(Protocol):
@@ -90,7 +99,8 @@ class Copy:
         rows = groups * length
         shape: tuple[int, ...] = (rows,)
         sizes, axes, steps = (groups, length, 1), (0, 0, 0), (length, 1, 0)
-        cut = Cut(0, unit)
+        heads = context.heads(self.rows) if self.split == "rows" else None
+        cut = Cut(0, unit, heads=heads)
         if self.columns is not None:
             column_groups, column_length, column_unit = context.rows(self.columns)
             columns = column_groups * column_length
@@ -120,6 +130,7 @@ class Copy:
             (part,),
             context.layer,
             cuts={axis: axes[each.dim] for axis, each in part.cuts.items()},
+            heads=() if heads is None else (heads,),
             is_fp32=self.is_fp32,
             is_frozen=self.is_frozen,
         )
@@ -157,6 +168,7 @@ class Fuse:
             groups, length, unit = context.rows(rows)
             first_row, num_rows = (chunk_start, sum(widths)) if is_one else (0, groups * length)
             rotary = self.rotary[index] if index < len(self.rotary) else None
+            heads = context.heads(rows)
             for run in _runs(name, context, rotary, length):
                 parts.append(
                     Part(
@@ -177,11 +189,24 @@ class Fuse:
                             (length, run.param.step, len(tail)),
                         ),
                         sizes=(groups, run.length, columns),
-                        cuts={"tp": Cut(0, unit, chunk_start)},
+                        cuts={"tp": Cut(0, unit, chunk_start, heads)},
                     )
                 )
             chunk_start += groups * length
-        return Param(name, shape, tuple(parts), context.layer, cuts={"tp": 0}, chunks=tuple(widths))
+        return Param(
+            name,
+            shape,
+            tuple(parts),
+            context.layer,
+            cuts={"tp": 0},
+            chunks=tuple(widths),
+            heads=_any(tuple(map(context.heads, self.rows))),
+        )
+
+
+def _any(heads: tuple[Heads | None, ...]) -> tuple[Heads | None, ...]:
+    """Empty where no chunk has any."""
+    return heads if any(heads) else ()
 
 
 class _Rows(NamedTuple):
@@ -248,6 +273,7 @@ class FuseByKvHead:
         group_rows = query_rows + 2 * head_dim
         shape = (kv_heads * group_rows, *tail)
         origin, axes = tuple(0 for _ in tail), (0, 0, len(tail))
+        heads = context.heads(("kv_heads", "head_dim"), num_divided=query_rows)
         parts = tuple(
             Part(
                 tensors=(
@@ -261,7 +287,7 @@ class FuseByKvHead:
                 ),
                 param=Address(name, shape, (first_row, *origin), axes, (group_rows, 1, len(tail))),
                 sizes=(kv_heads, rows, columns),
-                cuts={"tp": Cut(0, "kv heads")},
+                cuts={"tp": Cut(0, "kv heads", heads=heads)},
             )
             for tensor, rows, first_row in zip(
                 self.tensors,
@@ -270,7 +296,8 @@ class FuseByKvHead:
                 strict=True,
             )
         )
-        return Param(name, shape, parts, context.layer, cuts={"tp": 0})
+        of_all = () if heads is None else (heads,)
+        return Param(name, shape, parts, context.layer, cuts={"tp": 0}, heads=of_all)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from nanotron_fast.model.spread import Heads
+
 # Activations that Nanotron's ACT2FN knows (nanotron/nn/activations.py at 2411b022).
 NANOTRON_ACTIVATIONS = frozenset(
     [
@@ -92,6 +94,12 @@ class Attention:
     rope_theta: float | None = None
     has_sinks: bool = False
     latent: Latent | None = None
+
+    def copies_of_kv_heads(self, tp: int) -> int:
+        """How many of `tp` ranks have a copy of each key-value head: 1 where heads are split."""
+        if self.latent is not None or self.num_heads % tp:
+            return 1
+        return Heads(self.num_kv_heads).copies(tp)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +289,10 @@ class ModelSpec:
     def moe_layers(self) -> tuple[int, ...]:
         """The layers with experts."""
         return tuple(i for i, each in enumerate(self.layers) if isinstance(each.mlp, Experts))
+
+    def copies_of_kv_heads(self, tp: int) -> int:
+        """As of Attention, in the layer that has most."""
+        return max(each.attention.copies_of_kv_heads(tp) for each in self.layers)
 
     @property
     def are_alike(self) -> bool:

@@ -177,6 +177,7 @@ class Architecture:
             replace(self.spec, vocab_size=self.vocab_size),
             padded_vocab_size=self.spec.vocab_size,
             rope_interleaved=self.rope_interleaved,
+            copies_kv_heads=True,
         )
 
     def blocks_of(self, topology: Topology, stage: int) -> tuple[Block, ...]:

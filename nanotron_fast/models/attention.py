@@ -6,7 +6,6 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.attention.sinks import attention_with_sinks
 from nanotron_fast.kernels.rms_norm import rms_norm
@@ -20,6 +19,7 @@ from nanotron_fast.parallel import (
     row_linear,
     tensor_parallel_attention,
 )
+from nanotron_fast.parallel.attention import heads_of_rank
 
 
 class Attention(nn.Module):
@@ -88,12 +88,7 @@ class Attention(nn.Module):
         spec, setting = self.spec, self.setting
         parallel = {"group": setting.group, "mode": setting.mode}
         packed = column_linear(x, self._qkv.weight, self._qkv.bias, **parallel)
-        size = setting.ranks.size
-        if spec.num_heads % size or spec.num_kv_heads % size:
-            raise TopologyError(
-                f"{spec.num_heads} and {spec.num_kv_heads} heads do not split over tp={size}"
-            )
-        heads, kv_heads = spec.num_heads // size, spec.num_kv_heads // size
+        heads, kv_heads = heads_of_rank(spec.num_heads, spec.num_kv_heads, setting.ranks.size)
         if setting.names.packs_by_kv_head:
             queries = heads // kv_heads
             by_kv_head = packed.view(-1, kv_heads, queries + 2, spec.head_dim)
@@ -102,8 +97,8 @@ class Attention(nn.Module):
             by_head = packed.view(-1, heads + 2 * kv_heads, spec.head_dim)
             q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
         if spec.qk_norm:
-            q = self._normed(q, self.q_norm.weight, spec.num_heads)
-            k = self._normed(k, self.k_norm.weight, spec.num_kv_heads)
+            q = self._normed(q, self.q_norm.weight)
+            k = self._normed(k, self.k_norm.weight)
         cos, sin = setting.rotary.tables(spec, batch.max_positions, x.device)
         q, keys = rope_apart(q, k[:, None], cos, sin, batch.position_ids, setting.interleaved)
         k = keys[:, 0]
@@ -125,11 +120,12 @@ class Attention(nn.Module):
         out = out.reshape(packed.shape[0], heads * spec.head_dim)
         return row_linear(out, self._output.weight, **parallel)
 
-    def _normed(self, x: Tensor, weight: Tensor, num_heads: int) -> Tensor:
-        """Queries or keys (tokens, heads of this rank, head_dim), of `num_heads` over all ranks."""
+    def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Queries or keys: (tokens, heads of this rank, head_dim)."""
         spec, ranks = self.setting.spec, self.setting.ranks
         if self.spec.qk_norm == "head":
             adds_one = spec.norm_adds_one
             return cast(Tensor, rms_norm(x, weight, spec.norm_eps, zero_centered=adds_one))
-        width = num_heads * self.spec.head_dim
+        # Copies of heads count as often as they are there: the mean is the same.
+        width = ranks.size * x.shape[1] * self.spec.head_dim
         return rms_norm_over_ranks(x.flatten(1), weight, spec.norm_eps, width, ranks).view(x.shape)

@@ -6,14 +6,17 @@ to be summed over the tensor-parallel group, where its other copy is.
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.roles import Role, is_hidden_matrix, is_row_bias, role_of
+from nanotron_fast.model.spread import has_copies
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.models.architecture import HEAD, Architecture, Block
 from nanotron_fast.models.names import embedding_of
@@ -32,6 +35,9 @@ class Facts:
         sums_over_tp: its ranks have gradients of their own tokens or heads alone: the gradient is
             the sum over the tensor-parallel group. Never where it is sharded.
         tied_with: the name of its copy on another pipeline stage; None where it has none.
+        copies: how many tensor-parallel ranks in a row have the same of a part of it: of
+            key-value heads that they outnumber. The gradient of that part is the sum over them.
+        copied: that part, as the first element of the flattened shard and the one behind its last.
         is_row_bias: of a matrix whose input features are cut. Nanotron has it on the first rank of
             the tensor-parallel group alone; here every rank has it, and adds it after the sum.
     """
@@ -42,6 +48,8 @@ class Facts:
     is_sharded: bool
     sums_over_tp: bool
     tied_with: str | None = None
+    copies: int = 1
+    copied: tuple[int, int] = (0, 0)
     is_row_bias: bool = False
 
     @property
@@ -113,6 +121,7 @@ def facts_of(decoder: OwnsBlocks) -> dict[str, Facts]:
     return {
         name: replace(
             _facts(params[name], decoder.architecture, decoder.blocks, decoder.mode),
+            **_copies(params[name], decoder.topology.tp),
             is_row_bias=is_row_bias(name, params),
         )
         for name in names
@@ -132,6 +141,18 @@ def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mo
         sums_over_tp=not is_sharded and (mode == "reduce_scatter" or is_of_heads),
         tied_with=_tied_with(param, architecture, blocks),
     )
+
+
+def _copies(param: Param, tp: int) -> dict[str, Any]:
+    """What ranks have copies of: it lies in one piece."""
+    if not has_copies(param.heads, tp):
+        return {}
+    spans = [span for span in param.spans(tp, 0) if span.copies > 1]
+    assert param.cuts["tp"] == 0
+    assert all(one.local + one.length == other.local for one, other in itertools.pairwise(spans))
+    width = math.prod(param.shape[1:])
+    end = spans[-1].local + spans[-1].length
+    return {"copies": spans[0].copies, "copied": (spans[0].local * width, end * width)}
 
 
 _HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")

@@ -95,22 +95,22 @@ def _drawn(facts: Facts, seed: int, sizes: Sizes, ranks: Sizes) -> Tensor:
     shape = facts.param.local_shape(sizes)
     others = [length for each, length in enumerate(shape) if each != dim]
     lines = torch.empty(shape[dim], *others)
-    places = _places(facts, dim, ranks[axis], sizes[axis])
-    for line, place in zip(lines, places, strict=True):
+    places = _places(facts, axis, ranks[axis], sizes[axis])
+    for line, place in zip(lines, places, strict=True):  # copies are alike
         generator.manual_seed(_seed(seed, name, place))
         line.normal_(generator=generator)
     return lines.movedim(0, dim)
 
 
-def _places(facts: Facts, dim: int, rank: int, size: int) -> Iterator[int]:
+def _places(facts: Facts, axis: str, rank: int, size: int) -> Iterator[int]:
     """Of each of a shard's rows (or columns, or experts) in the whole: every chunk is split by
     itself."""
-    chunks = facts.param.chunks or (facts.whole_shape[dim],)
-    start = 0
-    for length in chunks:
-        share = length // size
-        yield from range(start + rank * share, start + (rank + 1) * share)
-        start += length
+    if axis == "tp":
+        for span in facts.param.spans(size, rank):
+            yield from range(span.whole, span.whole + span.length)
+        return
+    share = facts.whole_shape[facts.param.cuts[axis]] // size
+    yield from range(rank * share, (rank + 1) * share)
 
 
 def _seed(*of: object) -> int:

@@ -198,6 +198,21 @@ def _document_positions(cu_seqlens: Tensor, num_tokens: int) -> Tensor:
     return tokens - cu_seqlens[documents.clamp_min(0)]
 
 
+def heads_of_rank(num_heads: int, num_kv_heads: int, size: int) -> tuple[int, int]:
+    """The query heads and the key-value heads of each of `size` ranks.
+
+    Ranks that outnumber the key-value heads have a copy of one. Raises TopologyError.
+    """
+    if num_heads % size:
+        raise TopologyError(f"num_q_heads {num_heads} does not split over tp={size}")
+    if num_kv_heads % size == 0:
+        return num_heads // size, num_kv_heads // size
+    if size % num_kv_heads:
+        more = f", and {size} ranks cannot have equally many copies" if size > num_kv_heads else ""
+        raise TopologyError(f"num_kv_heads {num_kv_heads} does not split over tp={size}{more}")
+    return num_heads // size, 1
+
+
 def tensor_parallel_attention(
     x: Tensor,
     qkv_weight: Tensor,
@@ -225,7 +240,10 @@ def tensor_parallel_attention(
     Args:
         x: (tokens, hidden), the same on every rank; with mode "reduce_scatter" (tokens / size,
             hidden), this rank's tokens. Tokens are batch-major: batch x sequence.
-        qkv_weight: ((H + 2K) * d / size, hidden), this rank's rows packed [q | k | v].
+        qkv_weight: ((H + 2K) * d / size, hidden), this rank's rows packed [q | k | v]. Where a
+            size that K divides is larger than K: (H * d / size + 2d, hidden), rank r with a copy of
+            key-value head r * K // size. Its gradient is of this rank's queries alone: that of the
+            head is the sum over the ranks that have it.
         o_weight: (hidden, H * d / size), this rank's columns. Parameters that have a `main_grad`
             (fp32, their shape) get their gradients added to it, and `grad` stays None.
         cos, sin: (positions, rotary_dim / 2) fp32, see `kernels.rope.rope_tables`.
@@ -235,7 +253,7 @@ def tensor_parallel_attention(
         cu_seqlens: (documents + 1,) int32, where documents start and end among all tokens.
             Positions start again in each of them.
         max_seqlen: the longest document's length, if known.
-        qkv_bias: ((H + 2K) * d / size,).
+        qkv_bias: as many as qkv_weight has rows.
         group: a ProcessGroup, a DeviceMesh of one dimension, or None for a rank alone.
         mode: "all_reduce" or "reduce_scatter" (sequence parallelism).
         window: how many tokens a token sees at most, itself included.
@@ -253,10 +271,8 @@ def tensor_parallel_attention(
     check_mode(mode)
     ranks = resolve(group)
     size = ranks.size
-    for name, heads in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads)):
-        if heads % size:
-            raise TopologyError(f"{name} {heads} does not split over tp={size}")
-    rows = (num_q_heads + 2 * num_kv_heads) * head_dim // size
+    q_heads, kv_heads = heads_of_rank(num_q_heads, num_kv_heads, size)
+    rows = (q_heads + 2 * kv_heads) * head_dim
     columns = num_q_heads * head_dim // size
     if x.dim() != 2 or qkv_weight.shape != (rows, x.shape[1]) or o_weight.shape[1] != columns:
         raise ValueError(
@@ -279,8 +295,8 @@ def tensor_parallel_attention(
     layout = _Layout(
         ranks=ranks,
         mode=mode,
-        num_q_heads=num_q_heads // size,
-        num_kv_heads=num_kv_heads // size,
+        num_q_heads=q_heads,
+        num_kv_heads=kv_heads,
         head_dim=head_dim,
         batch=batch,
         max_seqlen=max_seqlen,

@@ -30,7 +30,7 @@ def rms_norm_over_ranks(x: Tensor, weight: Tensor, eps: float, width: int, ranks
     Args:
         x: (tokens, width / size), this rank's columns.
         weight: (width / size,), this rank's.
-        width: of whole rows.
+        width: of the columns of all ranks together.
 
     Returns:
         x's shape and dtype.

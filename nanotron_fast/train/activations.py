@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from nanotron_fast.model.spec import Experts, Layer
+from nanotron_fast.model.spec import Attention, Experts, Layer
 
 # Norms of a layer where they are in other places than before or after attention and MLP.
 _NUM_NORMS = {"around": 4, "parallel": 1}
@@ -92,7 +92,7 @@ class MicroBatch:
         if attention.qk_norm or self.packs_by_kv_head:
             saved += self.tokens * attention.head_dim * 4
         if attention.qk_norm == "head":
-            saved += self.tokens * 4 * (attention.num_heads + attention.num_kv_heads) // self.tp
+            saved += self.tokens * 4 * (attention.num_heads + self._kv_heads(attention)) // self.tp
         mlp = layer.mlp
         if not isinstance(mlp, Experts):
             return saved if layer.norms == "parallel" else saved + self.stream_bytes
@@ -103,20 +103,25 @@ class MicroBatch:
     def _products(self, layer: Layer) -> int:
         """Values of a token that attention and MLP keep of their products, over all ranks of tp."""
         attention, mlp = layer.attention, layer.mlp
-        rows = attention.num_heads + 2 * attention.num_kv_heads
+        kv_heads = self._kv_heads(attention)
+        rows = attention.num_heads + 2 * kv_heads
         if attention.qk_norm:
-            rows += attention.num_heads + attention.num_kv_heads
+            rows += attention.num_heads + kv_heads
         rows *= attention.head_dim
         if isinstance(mlp, Experts):
             return rows + 2 * mlp.shared_intermediate_size
         is_in_steps = mlp.has_bias or not mlp.is_gated
         return rows + (3 if mlp.is_gated and is_in_steps else 2) * mlp.intermediate_size
 
+    def _kv_heads(self, attention: Attention) -> int:
+        """Over all ranks of tp, with their copies."""
+        return attention.num_kv_heads * attention.copies_of_kv_heads(self.tp)
+
     def _working(self, layer: Layer) -> int:
         attention, mlp = layer.attention, layer.mlp
         # q, k and v, their gradients in one piece and apart; gate and up, the activation, and the
         # gradients of both.
-        rows = (attention.num_heads + 2 * attention.num_kv_heads) * attention.head_dim
+        rows = (attention.num_heads + 2 * self._kv_heads(attention)) * attention.head_dim
         wide = mlp.shared_intermediate_size if isinstance(mlp, Experts) else mlp.intermediate_size
         if isinstance(mlp, Experts):
             wide = max(wide, mlp.top_k * mlp.intermediate_size * self.tp)

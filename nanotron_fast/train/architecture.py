@@ -12,7 +12,7 @@ from nanotron_fast.checkpoints.stored import NanotronModel, check_divides
 from nanotron_fast.errors import CheckpointError, TopologyError, UnsupportedModelError
 from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.refusals import check_config
+from nanotron_fast.families.refusals import check_config, check_kv_heads
 from nanotron_fast.formats.huggingface.checkpoint import CONFIG
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import is_nanotron_checkpoint, read_nanotron
@@ -76,6 +76,12 @@ class ModelPlan:
         params = self.params if is_same else tuple(padded.params())
         topology = Topology(tp=layout.tp, pp=layout.pp, ep=layout.expert_parallel_size)
         _check_experts(padded, topology, config.place.at("parallelism.expert_parallel_size"))
+        # The checkpoints of the run are of its class, and so that decides.
+        way = (
+            f"start from what nanotron-fast convert --target nanotron-fast --tp {layout.tp} "
+            "writes, whose ranks have copies"
+        )
+        check_kv_heads(params, padded.model_class, padded.spec, layout.tp, way=way)
         check_divides(params, topology)
         plan = replace(
             self, architecture=padded, params=params, topology=topology, chunks=layout.chunks

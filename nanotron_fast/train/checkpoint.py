@@ -136,6 +136,7 @@ def _weight(each: Trained, mesh: Mesh) -> tuple[str, bytes, Tensor] | None:
             tp=sizes[axis],
             rank=mesh.ep_rank if axis == "ep" else mesh.tp_rank,
             version=VERSION,
+            heads=param.heads,
         )
     values = whole.to("cpu", copy=not each.is_by_rows)
     header, _ = tensor_header(DTYPES[values.dtype], tuple(values.shape), metadata)

@@ -19,7 +19,7 @@ from nanotron_fast.parallel.pipeline import Pipeline
 from nanotron_fast.train.balance import Balance
 from nanotron_fast.train.config import CheckpointInit, MupInit, RandomInit, TrainingConfig
 from nanotron_fast.train.gradients import Gradients
-from nanotron_fast.train.mesh import Mesh
+from nanotron_fast.train.mesh import Mesh, groups_of_copies
 from nanotron_fast.train.optimizer import AdamW
 from nanotron_fast.train.optimizer_choice import optimizer_of
 from nanotron_fast.train.parameters import Trained, frozen_parameters, trained_parameters
@@ -74,10 +74,13 @@ def engine_of(
         device=mesh.device,
         tokens_split=layout.tp if layout.tp_mode == "REDUCE_SCATTER" else 1,
     )
+    layers = architecture.spec.layers
+    numbers = (layer.attention.copies_of_kv_heads(layout.tp) for layer in layers)
+    copies = groups_of_copies(mesh, numbers)
     optimizer = optimizer_of(config, trained, mesh, _peaks(config, trained))
     step = TrainingStep(
         pipeline,
-        Gradients(trained, mesh, zero_stage=zero_stage),
+        Gradients(trained, mesh, zero_stage=zero_stage, copies=copies),
         optimizer,
         mesh,
         max_norm=config.optimizer.clip_grad,

@@ -4,18 +4,20 @@ Every parameter has a `main_grad` in fp32, all of them in one buffer. Our fused 
 themselves; what other functions give as `grad` is added when autograd has finished it, and let go.
 A layer's sums over data-parallel ranks are started when the last micro-batch's backward has left
 it, and are under way while the layers before it compute; `reduce` waits for them, and adds what the
-two copies of a tied matrix have.
+two copies of a tied matrix have, and those of a key-value head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.kernels.optimizer import get_total_norm
+from nanotron_fast.kernels.runtime.collectives import Group
 from nanotron_fast.models.architecture import Block
 from nanotron_fast.models.decoder import Decoder
 from nanotron_fast.train.buckets import Buckets
@@ -31,10 +33,18 @@ class Gradients:
         trained: the parameters. Each is given its `main_grad`, zero; with ZeRO-3 those that no rank
             has whole have their sums in `grad`, which fully_shard adds to.
         zero_stage: with 1 a rank has the sums of its own runs alone after `reduce`.
+        copies: by the number of copies of a key-value head, the ranks that have this rank's.
     """
 
-    def __init__(self, trained: Sequence[Trained], mesh: Mesh, *, zero_stage: int) -> None:
-        self._mesh = mesh
+    def __init__(
+        self,
+        trained: Sequence[Trained],
+        mesh: Mesh,
+        *,
+        zero_stage: int,
+        copies: Mapping[int, Group] = MappingProxyType({}),
+    ) -> None:
+        self._mesh, self._copies = mesh, copies
         self._trained = list(trained)
         whole = [each for each in trained if not each.is_by_rows]
         self._buckets = Buckets(whole, mesh, zero_stage=zero_stage if zero_stage == 1 else 0)
@@ -76,6 +86,9 @@ class Gradients:
                 sum_over(_share(each), self._mesh.tp_group)
             if each.facts.tied_with is not None and each.run[0] < each.run[1]:
                 sum_over(_share(each), self._mesh.tied_group)
+            first, end = each.copied
+            if first < end:
+                sum_over(_share(each)[first:end], self._copies[each.facts.copies])
 
     @torch.no_grad()
     def norm(self) -> Tensor:
@@ -84,9 +97,11 @@ class Gradients:
         fp32, 0-d, the same on every rank. After `reduce`; every rank calls it.
         """
         counted = [
-            share
+            part
             for each, share in zip(self._trained, self.shares, strict=True)
-            if each.is_counted and share.numel()
+            if each.is_counted
+            for part in each.counted(share)
+            if part.numel()
         ]
         norm = get_total_norm(counted, 2.0, self._mesh.world, device=self._mesh.device)
         return norm / self._mesh.dp

@@ -9,6 +9,7 @@ in one piece in every rank's flattened shard, and so in a piece, or none, of eve
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanotron_fast.families.parts import Param
 from nanotron_fast.families.roles import matrices_beside
 from nanotron_fast.formats.nanotron.optimizer import Run
 from nanotron_fast.kernels.runtime.collectives import Ranks, resolve
+from nanotron_fast.model.spread import Span, has_copies, local_length
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.parameters import Trained
 
@@ -37,6 +40,8 @@ class Matrices:
         run: their elements in a flattened shard.
         shape: (count, rows, columns) of a shard's part of them.
         split: the dimension along which shards are joined; None where every rank has all.
+        spans: for each tensor-parallel rank, which rows of the whole matrices its part has, where
+            several ranks have copies of some; else none.
         beside: matrices that lie beside each other in the columns.
     """
 
@@ -46,11 +51,14 @@ class Matrices:
     shape: tuple[int, int, int]
     split: int | None
     beside: int
+    spans: tuple[tuple[Span, ...], ...] = ()
 
     @property
     def whole_shape(self) -> tuple[int, int]:
         """(rows, columns) of each of them, whole."""
         rows, columns = self.shape[1:]
+        if self.spans:
+            return max(span.whole + span.length for span in self.spans[-1]), columns
         whole, shard = self.trained.facts.whole_shape, self.trained.tensor.shape
         sizes = [rows, columns // self.beside]
         if self.split is not None:
@@ -66,24 +74,40 @@ class Matrices:
     def joined(self, parts: Sequence[Tensor]) -> Tensor:
         """The whole matrices, (matrices, rows, columns), of every shard's part, flat."""
         shards = [part.view(self.shape) for part in parts]
+        if self.spans:
+            return self._from_spans(shards)
         whole = shards[0] if self.split is None else torch.cat(shards, self.split)
         # Of (count, rows, beside * columns).
         return whole.unflatten(2, (self.beside, -1)).transpose(1, 2).flatten(0, 1)
 
     def part(self, whole: Tensor, tp_rank: int) -> Tensor:
         """A shard's part of matrices as `joined` gives them, flat."""
+        if self.spans:
+            own = self.spans[tp_rank]
+            rows = [whole.narrow(1, span.whole, span.length) for span in own]
+            return torch.cat(rows, 1).reshape(-1)
         packed = whole.unflatten(0, (-1, self.beside)).transpose(1, 2).flatten(2)
         if self.split is not None:
             width = self.shape[self.split]
             packed = packed.narrow(self.split, tp_rank * width, width)
         return packed.reshape(-1)
 
+    def _from_spans(self, shards: Sequence[Tensor]) -> Tensor:
+        rows, columns = self.whole_shape
+        whole = shards[0].new_empty(1, rows, columns)
+        for shard, spans in zip(shards, self.spans, strict=True):
+            for span in spans:
+                part = shard.narrow(1, span.local, span.length)
+                whole.narrow(1, span.whole, span.length).copy_(part)
+        return whole
 
-def matrices_of(trained: Trained, place: int) -> Iterator[Matrices]:
+
+def matrices_of(trained: Trained, place: int, tp: int) -> Iterator[Matrices]:
     """The matrices of a parameter, in the order of its elements."""
     split = trained.facts.param.cuts.get("tp")
+    spans = _spans(trained.facts.param, tp)
     first = 0
-    for count, rows, columns in _shapes(trained):
+    for index, (count, rows, columns) in enumerate(_shapes(trained, tp)):
         end = first + count * rows * columns
         yield Matrices(
             trained,
@@ -92,11 +116,31 @@ def matrices_of(trained: Trained, place: int) -> Iterator[Matrices]:
             (count, rows, columns),
             None if split is None else split + 1,
             matrices_beside(trained.facts.param),
+            spans[index] if spans else (),
         )
         first = end
 
 
-def _shapes(trained: Trained) -> list[tuple[int, int, int]]:
+def _spans(param: Param, tp: int) -> list[tuple[tuple[Span, ...], ...]]:
+    """Of each chunk, for each rank, counted from where the chunk begins; none without copies."""
+    if not has_copies(param.heads, tp):
+        return []
+    lengths = param.chunks or (param.shape[0],)
+    starts = [0, *itertools.accumulate(lengths)]
+    found = []
+    for start, length in zip(starts, lengths, strict=False):
+        of_ranks = []
+        for rank in range(tp):
+            spans = [s for s in param.spans(tp, rank) if start <= s.whole < start + length]
+            first = spans[0].local
+            of_ranks.append(
+                tuple(s._replace(local=s.local - first, whole=s.whole - start) for s in spans)
+            )
+        found.append(tuple(of_ranks))
+    return found
+
+
+def _shapes(trained: Trained, tp: int) -> list[tuple[int, int, int]]:
     """Count, rows and columns of a shard's part of each lot of matrices."""
     param, shape = trained.facts.param, trained.tensor.shape
     rows, columns = shape[-2:]
@@ -108,8 +152,11 @@ def _shapes(trained: Trained) -> list[tuple[int, int, int]]:
     if param.chunks is None:
         return [(1, rows, columns)]
     assert param.cuts["tp"] == 0
-    tp = param.shape[0] // rows
-    return [(1, length // tp, columns) for length in param.chunks]
+    heads = param.heads or (None,) * len(param.chunks)
+    return [
+        (1, local_length(length, of_chunk, tp), columns)
+        for length, of_chunk in zip(param.chunks, heads, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +188,7 @@ def rounds_of(parameters: Iterable[tuple[int, Trained]], mesh: Mesh) -> list[Rou
     Args:
         parameters: with their places.
     """
-    all_lots = [lot for place, each in parameters for lot in matrices_of(each, place)]
+    all_lots = [lot for place, each in parameters for lot in matrices_of(each, place, mesh.tp)]
     found = []
     for of_experts in (False, True):
         lots = [lot for lot in all_lots if lot.trained.is_of_experts is of_experts]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -272,6 +272,25 @@ def _expert_stage_group(mesh: DeviceMesh, edp_group: Group, groups: Mapping[str,
             if dist.get_rank() in members:
                 mine = group
     return mine
+
+
+def groups_of_copies(mesh: Mesh, numbers: Iterable[int]) -> dict[int, Group]:
+    """By the number of copies of a key-value head, the tensor-parallel ranks that have this rank's.
+
+    Args:
+        numbers: of copies, each a divisor of tp; of all layers, the same on every rank.
+    """
+    found: dict[int, Group] = {}
+    for copies in sorted({*numbers} - {1}):
+        if copies == mesh.tp:
+            found[copies] = mesh.tp_group
+            continue
+        for first in range(0, mesh.world_size, copies):  # every rank takes part in making each
+            members = list(range(first, first + copies))
+            group = dist.new_group(members)
+            if mesh.rank in members:
+                found[copies] = group
+    return found
 
 
 def _tied_group(dp: int, pp: int, tp: int) -> Group:

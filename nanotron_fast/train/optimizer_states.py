@@ -114,7 +114,8 @@ class StoredStates:
         regions = _regions(param, axes, ranks, tuple(wanted.shape))
         for theirs in stored.shards(was):
             found: Tensor | None = None
-            for source in _regions(stored, was, theirs, shape):
+            # Of key-value heads that several ranks have copies of, those of the first.
+            for source in _regions(stored, was, theirs, shape, first_copies=True):
                 for target in regions:
                     common = _common(source, target)
                     if common is not None:
@@ -190,10 +191,15 @@ def _rows_over(param: Param, axes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _regions(
-    param: Param, axes: Mapping[str, int], ranks: Mapping[str, int], shape: tuple[int, ...]
+    param: Param,
+    axes: Mapping[str, int],
+    ranks: Mapping[str, int],
+    shape: tuple[int, ...],
+    *,
+    first_copies: bool = False,
 ) -> list[Region]:
     """The boxes of the whole parameter that a rank's shard of this shape holds."""
-    pairs = slices_of(param, axes, ranks)
+    pairs = slices_of(param, axes, ranks, first_copies=first_copies)
     return [pair.region(param.name, shape, param.shape) for pair in pairs]
 
 

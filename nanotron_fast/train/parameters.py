@@ -33,6 +33,7 @@ class Trained:
         is_counted: this rank's gradient belongs into the norm over all ranks.
         is_by_rows: no rank has more of it than its run.
         is_of_experts: it is of the experts of this rank, and other data-parallel ranks have others.
+        is_first_copy: of what several ranks have copies of, this one's counts in a norm.
     """
 
     facts: Facts
@@ -45,6 +46,7 @@ class Trained:
     is_counted: bool
     is_by_rows: bool = False
     is_of_experts: bool = False
+    is_first_copy: bool = True
 
     @property
     def name(self) -> str:
@@ -67,6 +69,20 @@ class Trained:
             return own
         first, end = self.run
         return tensor.view(-1)[first:end]
+
+    @property
+    def copied(self) -> Run:
+        """The elements of this rank's run that other tensor-parallel ranks have copies of."""
+        (first, end), (low, high) = self.run, self.facts.copied
+        start = max(low, first) - first
+        return start, max(start, min(high, end) - first)
+
+    def counted(self, share: Tensor) -> tuple[Tensor, ...]:
+        """What of this rank's run counts in a norm over all ranks, where any of it does."""
+        if self.is_first_copy:
+            return (share,)
+        first, end = self.copied
+        return share[:first], share[end:]
 
     def values(self) -> Tensor:
         """All values that products see. Where `is_by_rows`, all of `replicas` call it."""
@@ -176,4 +192,5 @@ def _trained(
         is_counted=facts.is_counted(mesh.tp_rank) and (runs != whole or replicas.rank == 0),
         is_by_rows=is_by_rows,
         is_of_experts=is_of_experts,
+        is_first_copy=mesh.tp_rank % facts.copies == 0,
     )

@@ -378,7 +378,7 @@ ZOO["gpt_oss"] = Entry(
 )
 
 
-def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
+def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
     """The entry's model with norms and biases that show. Skips where transformers lacks it."""
     import transformers
 
@@ -391,7 +391,7 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32) -> Path:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
     # A configuration changes what it is given.
-    sizes = copy.deepcopy({**SIZES, **entry.changes})
+    sizes = copy.deepcopy({**SIZES, **entry.changes, **changes})
     model = model_class(config_class(**sizes)).to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # released models have it in fp32

@@ -11,7 +11,6 @@ from unittest.mock import Mock, patch
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from nanotron_fast.cli.commands import app
@@ -48,6 +47,8 @@ def agrees(root: Path, mode: str, recompute: str, auxiliary_loss: float, group) 
         grad = ours.get_parameter(name).grad
         if facts.sums_over_tp:
             dist.all_reduce(grad, group=group)
+        if facts.copies > 1:
+            sum_over_copies(grad.view(-1)[slice(*facts.copied)], facts.copies, group)
         wanted = shard_of(facts.param, grads[name], group.rank(), group.size())
         assert_near(grad, wanted, f"gradient of {name}")
 
@@ -97,6 +98,14 @@ def one_rank_has_all_tokens(root: Path, group) -> None:
             assert bool(parameter.grad.any()) is (group.rank() == 0), name
 
 
+def sum_over_copies(grad: torch.Tensor, copies: int, group: dist.ProcessGroup) -> None:
+    """Sums what neighbouring ranks have for one key-value head, by what all of them have."""
+    parts = [torch.empty_like(grad) for _ in range(group.size())]
+    dist.all_gather(parts, grad.contiguous(), group=group)
+    first = group.rank() // copies * copies
+    grad.copy_(sum(parts[first : first + copies]))
+
+
 def loads_stage(root: Path, group) -> None:
     """A rank of TP=2 PP=2 has its own shards of its own layers."""
     whole = build(root)
@@ -135,6 +144,8 @@ def generates(root: Path, group) -> None:
 
 def commands(golden_hf: Path, group) -> None:
     """`nanotron-fast generate` on every rank: the first prints what one process would."""
+    from transformers import AutoTokenizer  # which other launches of this module do without
+
     words = AutoTokenizer.from_pretrained(golden_hf)
     prompt = words.decode(list(range(40, 52)))
     ids = words(prompt)["input_ids"]
@@ -173,6 +184,16 @@ def through_a_mesh(root: Path, group) -> None:
         assert torch.equal(parameter, by_group.get_parameter(name))
 
 
+def cases_of_copies(roots: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
+    """More ranks than key-value heads."""
+    for root in sorted(roots.iterdir()):
+        for mode, recompute in (("ALL_REDUCE", "none"), ("REDUCE_SCATTER", "products")):
+            title = f"{root.name} {mode} {recompute}"
+            yield title, partial(agrees, root, mode, recompute, 0.0, group)
+        yield f"{root.name} at random", partial(starts_alike, root, group)
+    yield "generation", partial(generates, roots / "llama", group)
+
+
 def cases(roots: Path, golden_hf: Path, group) -> Iterator[tuple[str, Callable[[], None]]]:
     for root in sorted(roots.iterdir()):
         family = root.name
@@ -194,4 +215,8 @@ def cases(roots: Path, golden_hf: Path, group) -> Iterator[tuple[str, Callable[[
 
 if __name__ == "__main__":
     group = join()
-    run_cases(cases(Path(sys.argv[1]), Path(sys.argv[2]), group))
+    root = Path(sys.argv[1])
+    if sys.argv[2] == "copies":
+        run_cases(cases_of_copies(root, group))
+    else:
+        run_cases(cases(root, Path(sys.argv[2]), group))

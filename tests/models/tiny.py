@@ -51,6 +51,9 @@ def shard_of(param: Param, whole: Tensor, tp_rank: int, tp: int) -> Tensor:
     if "tp" not in param.cuts:
         return whole
     dim = param.cuts["tp"]
+    if param.heads:
+        spans = param.spans(tp, tp_rank)
+        return torch.cat([whole.narrow(dim, span.whole, span.length) for span in spans], dim)
     sections = whole.split(list(param.chunks or [whole.shape[dim]]), dim)
     return torch.cat([section.chunk(tp, dim)[tp_rank] for section in sections], dim)
 

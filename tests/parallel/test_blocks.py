@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.rope import rope_tables
 from nanotron_fast.parallel import tensor_parallel_attention, tensor_parallel_mlp
+from nanotron_fast.parallel.attention import heads_of_rank
 from tests.parallel.ranks import run_ranks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -230,6 +231,18 @@ def test_blocks_compile_without_a_graph_break(path) -> None:
     torch.testing.assert_close(
         compiled(*args, **HEADS), tensor_parallel_attention(*args, **HEADS), rtol=1e-4, atol=1e-5
     )
+
+
+def test_heads_of_a_rank() -> None:
+    assert heads_of_rank(8, 4, 2) == (4, 2)
+    assert heads_of_rank(8, 2, 4) == heads_of_rank(8, 1, 4) == (2, 1)
+    for numbers, message in (
+        ((6, 2, 4), "num_q_heads 6 does not split over tp=4"),
+        ((12, 3, 2), "num_kv_heads 3 does not split over tp=2"),
+        ((12, 3, 4), "4 ranks cannot have equally many copies"),
+    ):
+        with pytest.raises(TopologyError, match=message):
+            heads_of_rank(*numbers)
 
 
 def test_what_does_not_fit_is_named() -> None:

@@ -12,7 +12,7 @@ import torch
 from tests.parallel.ranks import join, run_cases
 from tests.train.engine import Case, check_against_plain
 from tests.train.experts import check_experts
-from tests.train.resuming import check_resume
+from tests.train.resuming import check_resume, check_there_and_back
 
 # Every combination of few ranks, and of many those in which more things meet.
 CASES = {
@@ -36,6 +36,11 @@ CASES = {
         Case(pp=2, dp=2, schedule="interleaved", chunks=2, zero=3),
         Case(pp=2, dp=2, schedule="1f1b", zero=3, is_tied=True),
         Case(tp=2, pp=2, schedule="1f1b", is_muon=True),
+        # More tensor-parallel ranks than key-value heads.
+        Case(tp=4, vocab=72, is_muon=True),
+        Case(tp=4, vocab=72, mode="reduce_scatter", kv_heads=1),
+        Case(tp=2, dp=2, vocab=72, zero=1, kv_heads=1),
+        Case(tp=2, dp=2, vocab=72, mode="reduce_scatter", zero=3, kv_heads=1),
     ),
     8: (
         Case(tp=2, pp=2, dp=2, schedule="1f1b", mode="reduce_scatter", zero=1, is_tied=True),
@@ -58,6 +63,7 @@ RESUMED = {
             Case(tp=2, dp=2, zero=1, is_muon=True),
             [Case(tp=2, pp=2), Case(tp=2, dp=2, zero=3)],
         ),
+        (Case(tp=2, dp=2, vocab=72, zero=1, kv_heads=1), [Case(tp=4)]),
     ),
     8: (),
 }
@@ -71,6 +77,8 @@ def cases(size: int) -> Iterator[tuple[str, Callable[[], None]]]:
     for number, (case, others) in enumerate(RESUMED[size]):
         root = Path(os.environ["RANKS_STORE"]).with_name(f"saved-{number}")
         yield f"resume {case}", partial(check_resume, case, others, root)
+        if case.tp > case.kv_heads:
+            yield f"there and back {case}", partial(check_there_and_back, case, root)
 
 
 if __name__ == "__main__":

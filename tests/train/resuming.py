@@ -19,7 +19,7 @@ from nanotron_fast.train.muon import MOMENTUM
 from nanotron_fast.train.optimizer import ADAMW_MOMENTS
 from nanotron_fast.train.optimizer_files import MASTERS
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
-from tests.train.engine import Case, Run, expected_of, rate
+from tests.train.engine import NUM_LAYERS, Case, Run, expected_of, rate
 
 SAVED, END = 3, 6
 
@@ -85,7 +85,8 @@ def check_resume(case: Case, others: list[Case], root: Path) -> None:
         assert torch.equal(value, wanted[name]), f"{case}: {name}"
 
     for number, other in enumerate(others):
-        alike = replace(other, is_tied=case.is_tied, dtype=case.dtype, is_muon=case.is_muon)
+        same = ("is_tied", "dtype", "is_muon", "kv_heads", "vocab")
+        alike = replace(other, **{name: getattr(case, name) for name in same})
         run = resumed(alike, folder)
         check_resharded(run, folder, root / f"resharded-{number}")
         again = save_run(run, root / f"other-{number}", SAVED)
@@ -115,6 +116,26 @@ def check_resharded(run: Run, folder: Path, root: Path) -> None:
     assert again.optimizer.num_steps == run.optimizer.num_steps
     for name, value in values_of(again).items():
         assert torch.equal(value, values[name]), f"{case}: {name}"
+
+
+def check_there_and_back(case: Case, root: Path) -> None:
+    """What `check_resume` has saved to `root`, resharded to one rank and back: the same files."""
+    folder = root / "first" / str(SAVED)
+    if dist.get_rank() == 0:
+        one, again = root / "one", root / "again"
+        reshard(folder, one, tp=1, dp=1, zero_stage=0, workers=1)
+        sizes = {"tp": case.tp, "pp": case.pp, "dp": case.dp, "zero_stage": min(case.zero, 1)}
+        reshard(one, again, **sizes, workers=1)
+        reshard(folder, root / "as it was", **sizes, workers=1)
+        files = sorted(path.relative_to(again) for path in again.rglob("*") if path.is_file())
+        tensors = [path for path in files if path.suffix in (".safetensors", ".pt")]
+        assert len(tensors) > 4 * NUM_LAYERS
+        for path in tensors:
+            wanted = (root / "as it was" / path).read_bytes()
+            assert (again / path).read_bytes() == wanted, path
+            if path.suffix == ".safetensors":
+                assert (folder / path).read_bytes() == wanted, path
+    dist.barrier()
 
 
 def check_same_states(run: Run, one: Path, other: Path) -> None:

@@ -16,10 +16,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nanotron_fast.checkpoints.convert import convert
+from nanotron_fast.checkpoints.inspect import inspect
 from nanotron_fast.checkpoints.processes import PeerFailed
 from nanotron_fast.checkpoints.verify import verify
 from nanotron_fast.cli import commands
-from nanotron_fast.errors import DataError
+from nanotron_fast.errors import DataError, TopologyError
 from nanotron_fast.train import TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
@@ -102,6 +104,36 @@ def check_topologies(
         exported = json.loads((run / "6" / "hf" / "config.json").read_text())
         assert exported["vocab_size"] == vocab_size
     dist.barrier()
+
+
+def ranks_beyond_key_value_heads(root: Path) -> None:
+    """Both tensor-parallel ranks have a copy of the one head; then each has its own micro batch."""
+    hf = prepared(root / "hf", lambda path: make("llama", num_key_value_heads=1).save(path))
+    choices: Any = {"target": "nanotron-fast", "model_class": "nanotron-fast"}
+    own = prepared(root / "own", lambda path: convert(hf, path, **choices))
+    changes: dict[str, Any] = {
+        "model": {"init_method": {"path": str(own)}, "dtype": "float32"},
+        "data_stages": [
+            {"name": "one", "start_training_step": 1, "data": {"dataset": None, "seed": 3}}
+        ],
+    }
+    train(root / "straight", tokens__train_steps=4, **changes, **DP)
+    run = root / "run"
+    changes["checkpoints__resume_checkpoint_path"] = str(run)
+    train(run, tokens__train_steps=2, **changes, **TP)
+    train(run, tokens__train_steps=3, **changes, **TP)
+    train(run, tokens__train_steps=4, **changes, **DP)
+    expected = read_metrics(root / "straight" / "metrics.jsonl")
+    for ours, theirs in zip(read_metrics(run / "metrics.jsonl"), expected, strict=True):
+        for key in ("loss", "grad_norm"):
+            assert ours[key] == pytest.approx(theirs[key], rel=2e-6), (key, ours["step"])
+    if dist.get_rank() == 0:
+        assert inspect(run / "3").kv_head_copies == 2
+    changes["model"] = {"init_method": {"path": str(hf)}, "dtype": "float32"}
+    del changes["checkpoints__resume_checkpoint_path"]
+    error, message = (TopologyError, PeerFailed), r"1 kv heads .* --target nanotron-fast --tp 2 "
+    with pytest.raises(error, match=message):
+        train(root / "stock", tokens__train_steps=1, **changes, **TP)
 
 
 def a_signal_to_one_rank_ends_both(root: Path) -> None:
@@ -230,6 +262,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     for number, check in enumerate(
         (
             goes_on_at_other_topologies,
+            ranks_beyond_key_value_heads,
             a_signal_to_one_rank_ends_both,
             a_rank_without_data_ends_both,
             what_fails_on_one_rank_after_a_step_ends_both,

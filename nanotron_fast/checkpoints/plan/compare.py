@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -67,6 +68,7 @@ class _Model:
             rope_interleaved=self.stored.is_interleaved,
             has_rope_pairs=has_rope_pairs,
             tensors_interleaved=self.stored.tensors_interleaved,
+            copies_kv_heads=self.stored.copies_kv_heads,
         )
 
     def dtype(self, param: Param) -> Dtype:
@@ -194,6 +196,8 @@ def _plan_tensors(plan: ComparisonPlan, first: _Model, second: _Model) -> None:
                 # A router is fp32 in Nanotron without having gained anything by it.
                 plan.has_lossy_casts |= not left.is_fp32
             compared.add(name)
+    _plan_copies(plan, first, left_params)
+    _plan_copies(plan, second, right_params)
     plan.num_tensors = len(compared)
     plan.casts = [
         f"{label} {source.short_name} -> {destination.short_name} ({count} tensors)"
@@ -243,8 +247,21 @@ def _plan_tied_copy(plan: ComparisonPlan, model: _Model) -> None:
     except CheckpointError as error:
         plan.differing[TIED_HEAD] = str(error)
         return
-    for named in copies:
-        _add(plan, replace(named, hf_name=TIED_HEAD), model.side, model.side)
+    for copy in copies:
+        _add(plan, copy.named, model.side, model.side)
+
+
+def _plan_copies(plan: ComparisonPlan, model: _Model, params: Sequence[Param]) -> None:
+    """What several ranks of a side have copies of must be the same: only the first is compared."""
+    if isinstance(model.side, NanotronSource):
+        sound = (
+            param
+            for param in params
+            if not any(part.name in plan.differing for part in param.parts)
+        )
+        for copy in model.side.copies(sound):
+            name = f"{copy.named.hf_name} ({copy.where} in {model.label})"
+            _add(plan, replace(copy.named, hf_name=name), model.side, model.side)
 
 
 def _add(

@@ -16,7 +16,13 @@ from nanotron_fast.errors import (
     UnsupportedModelError,
 )
 from nanotron_fast.families.parts import Param, Part, Sizes
-from nanotron_fast.families.refusals import check_experts, check_model, choose_class, target_of
+from nanotron_fast.families.refusals import (
+    check_experts,
+    check_kv_heads,
+    check_model,
+    choose_class,
+    target_of,
+)
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -72,6 +78,7 @@ class _Source:
         self, checkpoint: Checkpoint, options: Options, rope_interleaved: bool | None
     ) -> None:
         self.model = model = stored_model(checkpoint, options)
+        target = options.target
         if isinstance(model, HfModel):
             if options.rope_interleaved:
                 raise ConfigError(
@@ -79,7 +86,9 @@ class _Source:
                     "where q and k always lie in halves"
                 )
             target = target_of(model.family, options.target)
-            self.model_class = choose_class(model.family, model.spec, options.model_class, target)
+            self.model_class = choose_class(
+                model.family, model.spec, options.model_class, target, tp=options.topology.tp
+            )
             version = options.checkpoint_version or "1.5"
             is_old = version == "1.2" and self.model_class.rotates_neighbours_in_1_2
             shall = is_old if rope_interleaved is None else rope_interleaved
@@ -100,9 +109,22 @@ class _Source:
             self.padded_vocab = math.ceil(model.spec.vocab_size / multiple) * multiple
         has_pairs = model.is_interleaved != shall
         self.stored = model.params(has_rope_pairs=has_pairs)
+        # In memory this package's models have copies, whatever class the checkpoint is of.
+        copies_kv_heads = self.model_class.copies_kv_heads or target == "nanotron-fast"
         self.params = model.params(
-            vocab_size=self.padded_vocab, rope_interleaved=shall, has_rope_pairs=has_pairs
+            vocab_size=self.padded_vocab,
+            rope_interleaved=shall,
+            has_rope_pairs=has_pairs,
+            copies_kv_heads=copies_kv_heads,
         )
+        if not copies_kv_heads:
+            check_kv_heads(
+                self.params,
+                self.model_class,
+                model.spec,
+                options.topology.tp,
+                way='this package\'s models have them (target="nanotron-fast")',
+            )
 
     def check(self) -> None:
         """Holds every tensor to the configuration, those of other ranks too. CheckpointError."""

@@ -6,14 +6,18 @@ of it: a part of a parameter is cut where a run ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
+from nanotron_fast.checkpoints.plan.equality import MustBeEqual, of_kv_heads
 from nanotron_fast.checkpoints.plan.sides import NanotronSource, piece_of
 from nanotron_fast.checkpoints.states import TrainingStates
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.families.parts import Param, Part, Share
+from nanotron_fast.families.parts import Param, Part, Share, Sizes
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
 from nanotron_fast.formats.nanotron.optimizer import MASTERS, OPTIMIZER, check_beside_weights
+from nanotron_fast.model.spread import has_copies
 from nanotron_fast.moves.boxes import Box
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.pieces import Piece
@@ -24,6 +28,8 @@ class MastersSource(NanotronSource):
 
     Raises CheckpointError where there are no masters, or they are not of these weights.
     """
+
+    state = MASTERS
 
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         super().__init__(checkpoint)
@@ -47,21 +53,53 @@ class MastersSource(NanotronSource):
         shape = param.local_shape(self.sizes)
         return next(shard.dtype for shard in self.states.shards_of(param, MASTERS, shape))
 
-    def pieces(self, param: Param, part: Part) -> list[Piece]:
-        """See `Side`."""
+    def _shares(self, param: Param, part: Part) -> Iterator[tuple[Sizes, Piece]]:
         if param.is_frozen:
-            return super().pieces(param, part)
+            return super()._shares(param, part)
         self._shards(param)
-        shape = param.local_shape(self.sizes)
-        pieces: list[Piece] = []
-        for shard in self.states.shards_of(param, MASTERS, shape):
-            if not param.has(part, self.sizes, shard.ranks):
-                continue
-            share = param.share(part, self.sizes, shard.ranks)
-            file = self.files.number(shard.tensor.path)
-            cut = [share] if shard.run is None else within(share, *shard.run)
-            pieces += [piece_of(each, file, shard.tensor.offset_bytes, shard.dtype) for each in cut]
-        return pieces
+        return shares_of(self.states, param, part, MASTERS, self.sizes, self.files.number)
+
+
+def shares_of(
+    states: TrainingStates,
+    param: Param,
+    part: Part,
+    key: str,
+    sizes: Sizes,
+    number: Callable[[Path], int],
+) -> Iterator[tuple[Sizes, Piece]]:
+    """What each rank has of a part of a state, in pieces: the ranks with each of them.
+
+    Args:
+        key: of the state, as files have it.
+        sizes: of the groups that wrote the states.
+        number: gives the number of a file among the sources.
+    """
+    for shard in states.shards_of(param, key, param.local_shape(sizes)):
+        if not param.has(part, sizes, shard.ranks):
+            continue
+        share = param.share(part, sizes, shard.ranks)
+        file = number(shard.tensor.path)
+        cut = [share] if shard.run is None else within(share, *shard.run)
+        for each in cut:
+            piece = piece_of(each, file, shard.tensor.offset_bytes, shard.dtype)
+            yield shard.ranks, piece
+
+
+def copies_of_states(
+    states: TrainingStates, params: Iterable[Param], number: Callable[[Path], int]
+) -> Iterator[MustBeEqual]:
+    """What several ranks have copies of among states, beside what the first of them has.
+
+    `params` are as they were stored. Raises CheckpointError where a state is missing.
+    """
+    sizes = states.sizes.axes
+    for param in params:
+        if not has_copies(param.heads, states.sizes.tp) or param.is_frozen:
+            continue
+        for key, part in itertools.product(states.keys_of(param.name), param.parts):
+            shares = shares_of(states, param, part, key, sizes, number)
+            yield from of_kv_heads(param, part, shares, sizes, what=key)
 
 
 def within(share: Share, first: int, end: int) -> list[Share]:

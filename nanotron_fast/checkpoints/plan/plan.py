@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nanotron_fast.checkpoints.plan.intersection import NamedMove
+from nanotron_fast.checkpoints.plan.equality import MustBeEqual
 from nanotron_fast.formats.nanotron.optimizer import Sizes
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
@@ -37,8 +37,8 @@ class Plan:
     copies: dict[str, Path]
     # "hf" or "dcp", of a source that is a published model; None where it is Nanotron's.
     published_format: str | None = None
-    # Pairs of source tensors that must hold the same bytes: copies of a tied matrix.
-    must_be_equal: tuple[NamedMove, ...] = ()
+    # What the source holds twice, or more: copies of a tied matrix, and of key-value heads.
+    must_be_equal: tuple[MustBeEqual, ...] = ()
     # That of a Nanotron source which is written at another one.
     source_topology: Topology | None = None
     # The ranks that states of training are written for, and that wrote them; None without states.

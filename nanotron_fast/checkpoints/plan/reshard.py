@@ -17,6 +17,7 @@ from typing import Any
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_resharded, training_document
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
+from nanotron_fast.checkpoints.plan.masters import copies_of_states
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.sides import NanotronTarget
 from nanotron_fast.checkpoints.plan.states import StatesTarget
@@ -27,8 +28,12 @@ from nanotron_fast.checkpoints.stored import (
     count_parameters,
     main_dtype_of,
 )
-from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError
-from nanotron_fast.families.refusals import check_experts
+from nanotron_fast.errors import (
+    CheckpointError,
+    ConfigError,
+    TopologyError,
+)
+from nanotron_fast.families.refusals import check_experts, check_kv_heads
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
@@ -84,6 +89,8 @@ def plan_reshard(
         num_rows = _rows_at(num_rows, topology.tp, document)
     params, stored_params = model.params(vocab_size=num_rows), model.params()
     check_experts(model.model_class, model.spec, topology.ep)
+    way = "nanotron-fast convert --target nanotron-fast writes them, from Hugging Face"
+    check_kv_heads(params, model.model_class, model.spec, topology.tp, way=way)
     check_divides(params, topology, can_pad=False)
     spec = replace(model.padded_spec, vocab_size=num_rows)
     stages = Stages(spec, model.model_class, topology)
@@ -99,6 +106,7 @@ def plan_reshard(
     named = plan_moves(params, reader, writer, source_params=stored_params)
     moves = [each.move for each in named]
     model.check_leftovers(reader)
+    copies_of_heads = [*reader.copies(stored_params)]
     beside = beside_resharded(source, options)
     warnings = [*model.warnings, *beside.warnings]
     if num_rows != model.padded_vocab_size:
@@ -124,6 +132,7 @@ def plan_reshard(
             and stages.of("head") != stages.of("embedding"),
         )
         moves.extend(target.plan(reader.files.number, writer.outputs))
+        copies_of_heads += copies_of_states(states, stored_params, reader.files.number)
         documents[f"{OPTIMIZER}/{OPTIMIZER_CONFIG}"] = target.config
         copies |= target.random_files()
     model_config = {**source.model_config, "vocab_size": num_rows}
@@ -166,6 +175,7 @@ def plan_reshard(
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), tuple(moves)),
         documents=documents,
         copies=copies,
+        must_be_equal=tuple(copies_of_heads),
         source_topology=Topology(tp=source.tp, pp=source.pp, ep=source.ep),
         warnings=tuple(warnings),
         ignored=source.ignored,

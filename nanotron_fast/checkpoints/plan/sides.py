@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from nanotron_fast.checkpoints.names import explain
+from nanotron_fast.checkpoints.plan.equality import MustBeEqual, of_kv_heads
 from nanotron_fast.checkpoints.plan.intersection import NamedMove
 from nanotron_fast.checkpoints.plan.quantised import QuantisedTensor, QuantisedTensors
 from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
@@ -17,6 +18,7 @@ from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, 
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
 from nanotron_fast.formats.nanotron.slices import check_metadata, shard_metadata
+from nanotron_fast.model.spread import has_copies
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.pieces import Piece, intersect
@@ -185,11 +187,8 @@ class HfSource:
             and _EMBEDDING in self.used
         )
 
-    def tied_copy(self) -> tuple[NamedMove, ...]:
-        """Moves that would write the embedding over its copy: comparing shows differences.
-
-        Raises CheckpointError where they cannot be equal.
-        """
+    def tied_copy(self) -> tuple[MustBeEqual, ...]:
+        """The embedding beside its copy. CheckpointError where they cannot be equal."""
         first, second = _EMBEDDING, TIED_HEAD
         a, b = self.checkpoint.tensors[first], self.checkpoint.tensors[second]
         if (a.info.shape, a.info.dtype) != (b.info.shape, b.info.dtype):
@@ -203,7 +202,12 @@ class HfSource:
             for piece in a.pieces
             for other in b.pieces
         )
-        return tuple(NamedMove(move, first, second) for move in moves if move is not None)
+        differ = f"tie_word_embeddings is true, but {second} differs from {first}"
+        return tuple(
+            MustBeEqual(NamedMove(move, TIED_HEAD, second), differ, advice=UNTIE)
+            for move in moves
+            if move is not None
+        )
 
     def _matrix(self, chunk: Chunk, dtype: Dtype) -> Piece:
         """A chunk of a matrix as a piece of it."""
@@ -220,6 +224,9 @@ class HfSource:
 
 class NanotronSource:
     """The tensors of a Nanotron checkpoint, checked against the model they should make."""
+
+    # Which state of a parameter is read in the place of its weights.
+    state = ""
 
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         self.checkpoint = checkpoint
@@ -279,18 +286,30 @@ class NanotronSource:
                 check_metadata(shard.path, shard.metadata, expected)
 
     def pieces(self, param: Param, part: Part) -> list[Piece]:
+        """See `Side`. Of what several ranks have copies of, those of the first."""
+        return [
+            piece
+            for ranks, piece in self._shares(param, part)
+            if not param.copy_of(part, self.sizes, ranks)
+        ]
+
+    def _shares(self, param: Param, part: Part) -> Iterator[tuple[Sizes, Piece]]:
+        """What each rank has of a part: a piece, or several."""
         dtype = self.dtype(param)
         shards = self._shards(param)
-        return [
-            piece_of(
-                param.share(part, self.sizes, ranks),
-                self.files.number(shard.path),
-                shard.info.begin_bytes,
-                dtype,
-            )
-            for ranks, shard in zip(param.shards(self.sizes), shards, strict=False)
-            if param.has(part, self.sizes, ranks)
-        ]
+        for ranks, shard in zip(param.shards(self.sizes), shards, strict=False):
+            if param.has(part, self.sizes, ranks):
+                file = self.files.number(shard.path)
+                share = param.share(part, self.sizes, ranks)
+                yield ranks, piece_of(share, file, shard.info.begin_bytes, dtype)
+
+    def copies(self, params: Iterable[Param]) -> Iterator[MustBeEqual]:
+        """What several ranks have copies of, beside what the first of them has."""
+        for param in params:
+            if has_copies(param.heads, self.sizes["tp"]):
+                for part in param.parts:
+                    shares = self._shares(param, part)
+                    yield from of_kv_heads(param, part, shares, self.sizes, what=self.state)
 
 
 class PublishedTarget:
@@ -395,4 +414,5 @@ def _metadata(param: Param, sizes: Sizes, ranks: Sizes, *, version: str) -> dict
         tp=sizes[axis],
         rank=ranks[axis],
         version=version,
+        heads=param.heads,
     )

@@ -246,7 +246,7 @@ class StatesTarget:
                 offset_bytes=shard.tensor.offset_bytes,
                 dtype=shard.dtype,
                 shape=shape,
-                pairs=slices_of(was, self.states.sizes.axes, shard.ranks),
+                pairs=slices_of(was, self.states.sizes.axes, shard.ranks, first_copies=True),
                 whole_shape=whole,
                 run=shard.run,
             )

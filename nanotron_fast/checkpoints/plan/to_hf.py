@@ -58,6 +58,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     writer = published.target
     moves = tuple(named.move for named in plan_moves(params, reader, writer))
     model.check_leftovers(reader)
+    copies = tuple(reader.copies(params))
 
     config, warnings = hf_config(model, main_dtype)
     warnings = [*model.warnings, *warnings]
@@ -82,6 +83,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
         copies=beside.copies,
+        must_be_equal=copies,
         warnings=tuple(warnings),
         ignored=source.ignored,
         left_behind=beside.left_behind,

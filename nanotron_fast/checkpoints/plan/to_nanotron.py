@@ -18,7 +18,13 @@ from nanotron_fast.checkpoints.plan.sides import HfSource, NanotronTarget
 from nanotron_fast.checkpoints.stored import HfModel, check_divides, count_parameters
 from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families.parts import Param
-from nanotron_fast.families.refusals import check_experts, check_model, choose_class, target_of
+from nanotron_fast.families.refusals import (
+    check_experts,
+    check_kv_heads,
+    check_model,
+    choose_class,
+    target_of,
+)
 from nanotron_fast.families.unknown_fields import with_unknown_fields
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, check_rival_bytes
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
@@ -46,7 +52,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     source, family, spec = model.checkpoint, model.family, model.spec
     warnings = list(model.warnings)
     target = target_of(family, options.target)
-    model_class = choose_class(family, spec, options.model_class, target)
+    model_class = choose_class(family, spec, options.model_class, target, tp=topology.tp)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved
     if interleaved is None:
@@ -59,7 +65,14 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     padded_vocab = math.ceil(spec.vocab_size / multiple) * multiple
     padded_spec = replace(spec, vocab_size=padded_vocab)
     stages = Stages(padded_spec, model_class, topology)
-    params = model.params(vocab_size=padded_vocab, rope_interleaved=interleaved)
+    params = model.params(
+        vocab_size=padded_vocab,
+        rope_interleaved=interleaved,
+        copies_kv_heads=model_class.copies_kv_heads,
+    )
+    option = "--model-class auto" if target == "nanotron-fast" else "--target nanotron-fast"
+    way = f"{option} gives each of them to {spec.copies_of_kv_heads(topology.tp)} ranks"
+    check_kv_heads(params, model_class, spec, topology.tp, way=way)
     check_divides(params, topology)
     reader = HfSource(source)
     most = stored_dtype(source, params, reader, options.dtype)

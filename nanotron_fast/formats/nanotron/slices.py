@@ -4,6 +4,9 @@
 is a list of pairs, joined by ";". A pair is LOCAL#GLOBAL; each of the two has one slice for each
 dimension, joined by "|"; and a slice is "start,stop,step", with None for what is left out. Source:
 SlicesPair in nanotron/parallel/parameters.py at 2411b022.
+
+Where several ranks have a copy of a key-value head, their files name the same part of the whole.
+Nanotron writes nothing like it, and this package's own class alone has it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanotron_fast.errors import CheckpointError, UnmovableError
+from nanotron_fast.model.spread import Heads, has_copies, spans_of
 
 METADATA_KEYS = ("version", "unsharded_shape", "local_global_slices_pairs")
 _NEWEST_VERSION = (1, 5)
@@ -93,6 +97,8 @@ def shard_pairs(
     chunks: Sequence[int] | None,
     tp: int,
     rank: int,
+    heads: Sequence[Heads | None] = (),
+    first_copies: bool = False,
 ) -> tuple[SlicesPair, ...]:
     """Which slices of a rank's shard are which of the whole tensor.
 
@@ -100,12 +106,24 @@ def shard_pairs(
         shape: the whole tensor's.
         split: the dimension that is split over `tp` ranks; None where every rank has it all.
         chunks: lengths along `split` that are split each on their own; None for one of them.
+        heads: of each chunk its key-value heads, where ranks beyond them have copies.
+        first_copies: of what several ranks have, the first of them has it alone.
     """
     if split is None:
         everything = (slice(None),) * len(shape)
         return (SlicesPair(everything, everything),)
     cuts: list[tuple[slice, slice]] = []
-    if chunks is None:
+    if has_copies(heads, tp):
+        spans = spans_of(chunks or (shape[split],), heads, size=tp, rank=rank)
+        cuts += [
+            (
+                slice(span.local, span.local + span.length),
+                slice(span.whole, span.whole + span.length),
+            )
+            for span in spans
+            if not (first_copies and rank % span.copies)
+        ]
+    elif chunks is None:
         share = shape[split] // tp
         cuts.append((slice(None), slice(rank * share, (rank + 1) * share)))
     else:
@@ -133,9 +151,10 @@ def shard_metadata(
     tp: int,
     rank: int,
     version: str,
+    heads: Sequence[Heads | None] = (),
 ) -> dict[str, str]:
     """What the header of a rank's file says of it. The arguments are those of `shard_pairs`."""
-    pairs = shard_pairs(shape, split=split, chunks=chunks, tp=tp, rank=rank)
+    pairs = shard_pairs(shape, split=split, chunks=chunks, tp=tp, rank=rank, heads=heads)
     return {
         "version": version,
         "unsharded_shape": str(shape),

@@ -80,7 +80,8 @@ class NanotronClass:
         rotates_neighbours_in_1_2: before September 2024 there was no other way, and no field.
         can_rotate_neighbours: it has rope_interleaved.
         is_stock: it is Nanotron's, and not this package's own. One that is not says of which family
-            its model is, and gives layers without rotary embedding their windows.
+            its model is, gives layers without rotary embedding their windows, and has copies of
+            key-value heads on tensor-parallel ranks that outnumber them.
         starts_from_yaml: Nanotron can train it from a config.yaml.
         pp_warning: what goes wrong at pp > 1, for each version where something does.
     """
@@ -104,6 +105,11 @@ class NanotronClass:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def copies_kv_heads(self) -> bool:
+        """Whether several tensor-parallel ranks may have a copy of a key-value head."""
+        return not self.is_stock
 
     def can_hold(self, need: str, *, has_drop_in: bool = False) -> bool:
         """Whether a model of the class can have something of `model.needs`."""
