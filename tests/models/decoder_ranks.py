@@ -124,7 +124,8 @@ def starts_alike(root: Path, group) -> None:
     """Random weights are the same whole tensors on one rank and here."""
     architecture = build(root).architecture
     whole, ours = build(architecture, seed=3), build(architecture, group=group, seed=3)
-    if architecture.spec.moe is not None:
+    experts = architecture.spec.moe
+    if experts is not None and experts.num_experts % group.size() == 0:
         split = dict(build(architecture, expert_group=group, seed=3).named_parameters())
         for name, facts in facts_of(ours).items():
             if "ep" in facts.param.cuts:
