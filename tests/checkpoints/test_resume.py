@@ -27,6 +27,7 @@ from tests.modelzoo import make
 
 MODEL = make("llama", num_hidden_layers=2)
 TP2 = nf.Topology(tp=2)
+ROOT = Path(__file__).resolve().parents[2]
 KILL_LOOP = Path(__file__).with_name("kill_loop.py")
 
 
@@ -72,7 +73,8 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        # The repository last: its kernels/ would shadow another package.
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([*filter(None, sys.path), str(ROOT)])},
     )
     assert result.returncode == 0, f"seed {seed}: {result.stderr}"
     assert "kills" in result.stdout

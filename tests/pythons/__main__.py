@@ -33,8 +33,13 @@ OLDEST_PACKAGES = (
 NEWEST_PACKAGES = ("huggingface_hub", "numpy", "pyyaml", "rich", "typer<0.29")
 # What builds, and what tests: as everywhere else.
 TOOLS = ("setuptools", "pybind11", "ninja", "pytest", "hypothesis")
+# Tests of the files below that load into memory, too.
+WITH_TORCH = ("do_not_bear_out", "direction_does_not_look_at")
 # Run by its path: see there. One case of each test.
-RUN = ("tests/versions/one_case_each.py", "-q", "-p", "no:cacheprovider")
+RUN = (
+    *("tests/versions/one_case_each.py", "-q", "-p", "no:cacheprovider"),
+    *("-k", f"not ({' or '.join(WITH_TORCH)})"),
+)
 TESTS = (
     "tests/checkpoints/plan/test_shards.py",
     "tests/checkpoints/test_companions.py",
