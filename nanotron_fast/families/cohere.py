@@ -5,6 +5,7 @@ from __future__ import annotations
 from nanotron_fast.families.decoder import EMBEDDINGS, PROJECTIONS, mlp, norms
 from nanotron_fast.families.factors import Factor
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.qk_norms import QkNorm, norms_of_heads
 from nanotron_fast.families.rules import Rule
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 
@@ -35,14 +36,13 @@ FAMILY = Family(
     name="cohere",
     architecture="CohereForCausalLM",
     model_class=NANOTRON_FAST_CONFIG,
-    rules=RULES,
-    defaults=DEFAULTS,
+    rules=(*RULES, *norms_of_heads("q_norm.weight", "k_norm.weight")),
+    defaults={**DEFAULTS, "use_qk_norm": False},
     keys={"norm_eps": "layer_norm_eps"},
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     norm="plain_layer_norm",
     norms="parallel",
     rotates_neighbours=True,
-    quirks=(LOGITS,),
-    neutral=("use_qk_norm",),
+    quirks=(QkNorm("use_qk_norm", "apart"), LOGITS),
 )

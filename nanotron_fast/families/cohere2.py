@@ -38,12 +38,12 @@ FAMILY = replace(
     cohere.FAMILY,
     name="cohere2",
     architecture="Cohere2ForCausalLM",
+    rules=cohere.RULES,
     defaults={
         **cohere.DEFAULTS,
         "rope_theta": 10000.0,
         "sliding_window": 4096,
         "sliding_window_pattern": 4,
     },
-    neutral=(),
     quirks=(ALL_BUT_EVERY_NTH, RopeInWindows(), cohere.LOGITS),
 )

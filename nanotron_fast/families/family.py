@@ -11,7 +11,14 @@ from nanotron_fast.families.rules import Context, Rule
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NanotronClass
 from nanotron_fast.formats.rope import read_rope
-from nanotron_fast.model.spec import Attention, Dense, Experts, Layer, ModelSpec
+from nanotron_fast.model.spec import (
+    LEARNED_ACTIVATIONS,
+    Attention,
+    Dense,
+    Experts,
+    Layer,
+    ModelSpec,
+)
 
 # Where `config.json` keeps each field of ModelSpec that it keeps under a plain key.
 COMMON_KEYS: Mapping[str, str] = {
@@ -232,12 +239,14 @@ def _latent_sizes(attention: Attention) -> dict[str, int]:
 def _flags(spec: ModelSpec, layer: Layer) -> frozenset[str]:
     attention, mlp = layer.attention, layer.mlp
     flags = {
+        "learned_activation": spec.hidden_act in LEARNED_ACTIVATIONS,
         "qkv_bias": attention.has_qkv_bias,
         "output_bias": attention.has_output_bias,
         "mlp_bias": isinstance(mlp, Dense) and mlp.has_bias,
         "untied": not spec.tie_word_embeddings,
         "tied": spec.tie_word_embeddings,
         "qk_norm": attention.qk_norm is not None,
+        "mlp_norm": layer.norms != "parallel",
         "sinks": attention.has_sinks,
         "expert_bias": isinstance(mlp, Experts) and mlp.has_bias,
         "q_rank": attention.latent is not None and attention.latent.q_rank is not None,

@@ -2,39 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
-
 from nanotron_fast.families import decoder, grouped_experts
 from nanotron_fast.families.decoder import ATTENTION, EMBEDDINGS, mlp, qk_norm
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.qk_norms import QkNorm
 from nanotron_fast.families.rotary import PartialRotary, rope_of_a_part
-from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
-from nanotron_fast.model.spec import ModelSpec
-
-
-@dataclass(frozen=True, slots=True)
-class QkNorm:
-    """`use_qk_norm`: queries and keys are normalised head by head, or not."""
-
-    keys: frozenset[str] = frozenset({"use_qk_norm"})
-    expresses: frozenset[str] = frozenset({"qk_norm"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """Gives layers the norms. Raises ConfigError."""
-        kind = "head" if reader.flag("use_qk_norm") else None
-        fields["layers"] = [
-            replace(each, attention=replace(each.attention, qk_norm=kind))
-            for each in fields["layers"]
-        ]
-
-    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Adds its key."""
-        config["use_qk_norm"] = spec.qk_norm is not None
-
 
 FAMILY = Family(
     name="glm4_moe",
@@ -69,6 +42,6 @@ FAMILY = Family(
     renamed={"num_local_experts": "n_routed_experts"},
     qkv_bias="attention_bias",
     rope=rope_of_a_part,
-    quirks=(PartialRotary(), QkNorm(), grouped_experts.GroupedExperts()),
+    quirks=(PartialRotary(), QkNorm("use_qk_norm", "head"), grouped_experts.GroupedExperts()),
     writes_head_dim=True,
 )

@@ -34,7 +34,7 @@ _BY_REASON: dict[str, str] = {
     _NEIGHBOURS: "ernie4_5_moe helium",
     f"{_NEIGHBOURS}; {_PARALLEL}; its logits are scaled": "cohere2_moe",
     _QK_NORM: "exaone_moe hunyuan_v1_dense "
-    "hunyuan_v1_moe apertus minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
+    "hunyuan_v1_moe minimax_m2 flex_olmo mellum kolibri1 flint doge dots1 hy_v3 "
     "minimax_m3_vl_text qwen4_exp_text",
     f"{_QK_NORM}; its logits are capped": "nanochat",
     f"{_QK_NORM}; {_ZERO_CENTRED}": "gemma3n_text gemma4_text gemma4_unified_text",
@@ -43,7 +43,7 @@ _BY_REASON: dict[str, str] = {
     "its norms are zero-centred and its logits capped, which Nanotron does not do": "vaultgemma",
     _RENORMALISED: "phimoe granitemoe granitemoeshared minimax jetmoe dbrx aria_text solar_open",
     f"{_RENORMALISED}; its attention has learned sinks": "granitemoe_swa",
-    _LAYER_NORM: "olmo stablelm jais2 orion cohere_compass_text",
+    _LAYER_NORM: "olmo jais2 orion cohere_compass_text",
     f"{_LAYER_NORM}; {_PARTIAL}": "nemotron persimmon",
     f"{_PARTIAL}; {_PARALLEL}": "phi gpt_neox gptj codegen",
     "its q, k and v are one tensor, and so are gate and up; there is no table for it": "chatglm",

@@ -153,6 +153,7 @@ class Param:
             copies; empty where no chunk has any.
         is_fp32: kept in fp32 whatever the model's dtype.
         is_frozen: no gradient moves it.
+        initial: what all of it is in a model that starts from random weights; None: by its role.
     """
 
     name: str
@@ -164,6 +165,7 @@ class Param:
     heads: tuple[Heads | None, ...] = ()
     is_fp32: bool = False
     is_frozen: bool = False
+    initial: float | None = None
 
     def cuts_at(self, sizes: Sizes) -> dict[str, int]:
         """`cuts` by the axes that count: experts of one rank are not split."""
@@ -298,6 +300,7 @@ class Param:
 def _share(
     low: Box, high: Box, address: Address, start: tuple[int, ...], strides: tuple[int, ...]
 ) -> Share:
+    strides = strides or (0,)  # A tensor without dimensions has one element.
     (a, b, c), (i, j, k) = address.steps, address.axes
     return Share(
         low,

@@ -12,7 +12,7 @@ from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.quantization import QUANTIZATION, read_quantization
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
 from nanotron_fast.model.needs import ODDITIES, needs
-from nanotron_fast.model.spec import NANOTRON_ACTIVATIONS, ModelSpec
+from nanotron_fast.model.spec import LEARNED_ACTIVATIONS, NANOTRON_ACTIVATIONS, ModelSpec
 from nanotron_fast.moves.dtypes import Dtype
 
 TARGETS = ("nanotron", "nanotron-fast")
@@ -166,7 +166,8 @@ def check_model(
     need = _lacks(model_class, spec, target)
     if need is not None:
         raise _refused(need, spec, model_class, target)
-    if spec.hidden_act not in NANOTRON_ACTIVATIONS:
+    learned = LEARNED_ACTIVATIONS if "learned_activation" in family.expresses else frozenset()
+    if spec.hidden_act not in NANOTRON_ACTIVATIONS | learned:
         raise UnsupportedModelError(
             f"hidden_act {spec.hidden_act!r} is not one of Nanotron's: "
             f"{' '.join(sorted(NANOTRON_ACTIVATIONS))}"

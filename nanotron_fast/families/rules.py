@@ -137,6 +137,41 @@ class Copy:
 
 
 @dataclass(frozen=True, slots=True)
+class Number:
+    """A tensor of one element is a parameter of one, which every rank has.
+
+    `is_scalar`: the tensor has no dimensions. `initial`, `is_frozen`: as of Param.
+    """
+
+    tensor: str
+    param: str
+    initial: float
+    is_scalar: bool = False
+    is_frozen: bool = False
+    block: str = "layer"
+    when: str | None = None
+    layers: str = "all"
+
+    def expand(self, name: str, context: Context) -> Param:
+        shape = () if self.is_scalar else (1,)
+        tensor = self.tensor.format(layer=context.layer)
+        axes = steps = (0, 0, 0)
+        part = Part(
+            tensors=(Address(tensor, shape, (0,) * len(shape), axes, steps),),
+            param=Address(name, (1,), (0,), axes, steps),
+            sizes=(1, 1, 1),
+        )
+        return Param(
+            name,
+            (1,),
+            (part,),
+            context.layer,
+            is_frozen=self.is_frozen,
+            initial=self.initial,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Fuse:
     """Several tensors one above the other; each is a chunk that is split over ranks on its own.
 
@@ -169,7 +204,7 @@ class Fuse:
             first_row, num_rows = (chunk_start, sum(widths)) if is_one else (0, groups * length)
             rotary = self.rotary[index] if index < len(self.rotary) else None
             heads = context.heads(rows)
-            for run in _runs(name, context, rotary, length):
+            for run in runs(name, context, rotary, length):
                 parts.append(
                     Part(
                         tensors=(
@@ -224,7 +259,7 @@ class _Run(NamedTuple):
     param: _Rows
 
 
-def _runs(name: str, context: Context, rotary: Rotary | None, length: int) -> list[_Run]:
+def runs(name: str, context: Context, rotary: Rotary | None, length: int) -> list[_Run]:
     """The runs that a head of `length` rows consists of. Raises UnsupportedModelError.
 
     Interleaved, row p * half + i of a rotary range becomes its row 2 * i + p: a run for each p.

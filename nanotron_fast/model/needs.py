@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from nanotron_fast.model.spec import Attention, Experts, ModelSpec
+from nanotron_fast.model.spec import LEARNED_ACTIVATIONS, Attention, Experts, ModelSpec
 
 
 def _has_no_rope_layers(spec: ModelSpec) -> bool:
@@ -41,6 +41,10 @@ ODDITIES: dict[str, tuple[Callable[[ModelSpec], bool], str]] = {
     "norm_places": (
         lambda spec: {*spec.norm_places} != {"before"},
         "its layers have norms elsewhere than before attention and before the MLP",
+    ),
+    "learned_activation": (
+        lambda spec: spec.hidden_act in LEARNED_ACTIVATIONS,
+        "its activation has parameters of its own",
     ),
     "norm_adds_one": (lambda spec: spec.norm_adds_one, "its norms' weights are stored less one"),
     "scales": (

@@ -38,6 +38,8 @@ NANOTRON_ACTIVATIONS = frozenset(
         "tanh",
     ]
 )
+# Those that have parameters of their own in each layer, in this package's models alone.
+LEARNED_ACTIVATIONS = frozenset({"xielu"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,8 @@ class Attention:
         window: a query sees its last `window` keys, itself included; None: all of them.
         has_qkv_bias, has_output_bias: biases on q, k and v; on the output projection.
         qk_norm: queries and keys are normalised before the rotary embedding: "head", each head by
-            itself; "whole", all heads' rows at once.
+            itself; "whole", all heads' rows at once; "apart", each head by a LayerNorm that has
+            weights of its own and no bias. The others are RMSNorms.
         scale: of the scores; None: head_dim ** -0.5.
         softcap: scores s become softcap * tanh(s / softcap).
         has_sinks: each head has a score of its own beside those of the keys, which takes weight
@@ -148,7 +151,7 @@ class Experts:
 # Where a layer has its norms, and what kinds of norms there are.
 NORM_PLACES = ("before", "after", "around", "parallel")
 NORMS = ("rms_norm", "layer_norm", "plain_layer_norm")
-QK_NORMS = ("head", "whole")
+QK_NORMS = ("head", "whole", "apart")
 SCORINGS = ("softmax", "sigmoid")
 
 

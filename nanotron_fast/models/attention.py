@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanotron_fast.kernels.attention import attention
@@ -126,6 +127,9 @@ class Attention(nn.Module):
         if self.spec.qk_norm == "head":
             adds_one = spec.norm_adds_one
             return cast(Tensor, rms_norm(x, weight, spec.norm_eps, zero_centered=adds_one))
+        if self.spec.qk_norm == "apart":
+            normed = F.layer_norm(x.float(), x.shape[-1:], eps=spec.norm_eps)
+            return (normed * weight.float()).to(x.dtype)
         # Copies of heads count as often as they are there: the mean is the same.
         width = ranks.size * x.shape[1] * self.spec.head_dim
         return rms_norm_over_ranks(x.flatten(1), weight, spec.norm_eps, width, ranks).view(x.shape)

@@ -131,14 +131,14 @@ def facts_of(decoder: OwnsBlocks) -> dict[str, Facts]:
 def _facts(param: Param, architecture: Architecture, blocks: Iterable[Block], mode: str) -> Facts:
     is_sharded = "tp" in param.cuts
     role = role_of(param)
-    # In all-reduce mode every rank sees all tokens, but of queries and keys its own heads.
-    is_of_heads = param.name.endswith(_HEAD_NORMS)
+    # In all-reduce mode every rank sees all tokens, but its own heads and rows of the MLP alone.
+    is_of_shards = param.name.endswith(_OF_SHARDS)
     return Facts(
         param.name,
         param,
         role,
         is_sharded,
-        sums_over_tp=not is_sharded and (mode == "reduce_scatter" or is_of_heads),
+        sums_over_tp=not is_sharded and (mode == "reduce_scatter" or is_of_shards),
         tied_with=_tied_with(param, architecture, blocks),
     )
 
@@ -155,7 +155,8 @@ def _copies(param: Param, tp: int) -> dict[str, Any]:
     return {"copies": spans[0].copies, "copied": (spans[0].local * width, end * width)}
 
 
-_HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
+# Of norms of queries and keys, and of an activation with parameters.
+_OF_SHARDS = (".q_norm.weight", ".k_norm.weight", ".act_fn.alpha_p", ".act_fn.alpha_n")
 
 
 def _tied_with(param: Param, architecture: Architecture, blocks: Iterable[Block]) -> str | None:

@@ -1,6 +1,7 @@
 """Random weights by Nanotron's rules, the same whole tensors at every topology.
 
     embedding, head, column, router: normal(0, std)      norm: 1      bias: 0
+    what a family's table has a number for: that
     row: normal(0, std / sqrt(2 * layers)), or std where rows are not scaled
     spectral muP (arXiv:2310.17813): embedding normal(0, 1); every other matrix
     normal(0, sqrt(1 / fan_in) * min(1, sqrt(fan_out / fan_in))), fans of the whole matrix
@@ -54,6 +55,9 @@ def initialize(
     sizes, ranks = decoder.topology.sizes, {"tp": tp_rank, "ep": ep_rank}
     for name, facts in facts_of(decoder).items():
         parameter = parameters[name]
+        if facts.param.initial is not None:
+            parameter.fill_(facts.param.initial)
+            continue
         if facts.role in ("norm", "bias"):
             is_one = facts.role == "norm" and not spec.norm_adds_one
             parameter.fill_(1.0 if is_one else 0.0)

@@ -101,6 +101,8 @@ def test_checkpoint_that_transformers_saved(is_stacked: bool, tmp_path: Path) ->
 @pytest.mark.parametrize("family", BUILT_IN, ids=lambda family: family.name)
 def test_defaults_are_those_of_the_class(family: Any) -> None:
     """What config.json leaves out has the value that transformers' class would give it."""
+    if family.name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no class of {family.name}")
     config = transformers.AutoConfig.for_model(family.name)
     rope = getattr(config, "rope_parameters", None) or {}
     values = {**config.to_dict(), **rope.get("full_attention", rope)}

@@ -330,6 +330,45 @@ RELEASED: dict[str, Released] = {
         46.7,
         Topology(tp=2, pp=2, ep=8),
     ),
+    "Apertus-8B": Released(
+        {"model_type": "apertus", **_sizes(4096, 21504, 32, 32, 8), "vocab_size": 131072},
+        8.05,
+        Topology(tp=4, pp=2),
+    ),
+    "StableLM-2-1.6B": Released(
+        {
+            "model_type": "stablelm",
+            **_sizes(2048, 5632, 24, 32, 32),
+            "vocab_size": 100352,
+            "use_qkv_bias": True,
+        },
+        1.64,
+        Topology(tp=2),
+    ),
+    "StableLM-2-12B": Released(
+        {
+            "model_type": "stablelm",
+            **_sizes(5120, 13824, 40, 32, 8),
+            "vocab_size": 100352,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+        },
+        12.14,
+        Topology(tp=4, pp=2),
+    ),
+    "Command-R+": Released(
+        {
+            "model_type": "cohere",
+            **_sizes(12288, 33792, 64, 96, 8),
+            "vocab_size": 256000,
+            "rope_theta": 75000000.0,
+            "max_position_embeddings": 131072,
+            "logit_scale": 0.8333333333333334,
+            "use_qk_norm": True,
+        },
+        103.8,
+        Topology(tp=8, pp=4),
+    ),
     "OLMo-2-7B": Released(
         {"model_type": "olmo2", **_sizes(4096, 11008, 32, 32, 32), **OLMO2},
         7.3,

@@ -48,7 +48,11 @@ RICH = ModelSpec(
     layers=(
         Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
         Layer(Attention(4, 2, 16, (0, 8), window=32, qk_norm="head"), Dense(96)),
-        Layer(Attention(4, 4, 24, (16, 24), latent=Latent(None, 8, 16)), Dense(96), "parallel"),
+        Layer(
+            Attention(4, 4, 24, (16, 24), qk_norm="apart", latent=Latent(None, 8, 16)),
+            Dense(96),
+            "parallel",
+        ),
         Layer(
             Attention(
                 8,
@@ -80,7 +84,7 @@ RICH = ModelSpec(
     intermediate_size=96,
     vocab_size=128,
     max_position_embeddings=64,
-    hidden_act="silu",
+    hidden_act="xielu",
     norm_eps=1e-6,
     initializer_range=0.02,
     rope_theta=5e5,

@@ -11,7 +11,7 @@ import torch
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
-from tests.families.zoo import ZOO, save
+from tests.families.zoo import cases, save
 from tests.modelzoo import read_tensors
 
 TOPOLOGIES = [
@@ -34,7 +34,7 @@ def as_dict(root: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", cases())
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     source = save(name, tmp_path / "hf", torch.bfloat16)
     tensors, config = read_tensors(source), as_dict(source)

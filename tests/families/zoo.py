@@ -35,7 +35,15 @@ SOME_WINDOWS = {
     "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
 }
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
+NO_STABLELM_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 32,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 YARN = {
     "rope_type": "yarn",
     "factor": 4.0,
@@ -89,6 +97,17 @@ ZOO: dict[str, Entry] = {
         1e-5,
     ),
     "mistral, head_dim": Entry("Mistral", {"head_dim": 16, "sliding_window": None}),
+    "apertus": Entry("Apertus", {"rope_scaling": LLAMA3}),
+    "apertus, tied, biases, a plain activation": Entry(
+        "Apertus",
+        {
+            "hidden_act": "relu2",
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "rope_scaling": {"rope_type": "default"},
+            "rope_theta": 500.0,
+        },
+    ),
     "arcee": Entry("Arcee", {"num_key_value_heads": None}),
     "arcee, tied, biases, yarn": Entry(
         "Arcee",
@@ -199,6 +218,21 @@ ZOO: dict[str, Entry] = {
         },
     ),
     "cohere": Entry("Cohere", {"logit_scale": 0.75}),
+    "cohere, norms of queries and keys": Entry(
+        "Cohere", {"logit_scale": 0.75, "use_qk_norm": True, "tie_word_embeddings": False}
+    ),
+    "stablelm": Entry("StableLm", {"hidden_size": 64, **NO_STABLELM_DROPOUT}),
+    "stablelm, one norm a layer, norms of queries and keys, biases, tied": Entry(
+        "StableLm",
+        {
+            "partial_rotary_factor": 0.7,
+            "qk_layernorm": True,
+            "use_parallel_residual": True,
+            "use_qkv_bias": True,
+            "tie_word_embeddings": True,
+            **NO_STABLELM_DROPOUT,
+        },
+    ),
     "cohere2": Entry("Cohere2", {"sliding_window": 7, "logit_scale": 0.25}),
     "cohere2, untied, biases, other layers": Entry(
         "Cohere2",
@@ -310,7 +344,6 @@ _YARN = {
     "mscale": 1.0,
     "mscale_all_dim": 0.7,
     "original_max_position_embeddings": 32,
-    "rope_theta": 10000.0,
 }
 _DEEPSEEK = {**_MLA, **_GROUPED, "initializer_range": 0.15}
 ZOO["deepseek_v3"] = Entry("DeepseekV3", _DEEPSEEK, 1e-5)
@@ -364,18 +397,23 @@ ZOO |= {
     ),
 }
 
-ZOO["gpt_oss"] = Entry(
-    "GptOss",
-    {
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 24,
-        "sliding_window": 7,
-        "swiglu_limit": 1.5,
-    },
-    1e-5,
-)
+_GPT_OSS = {
+    "head_dim": 16,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 24,
+    "sliding_window": 7,
+}
+ZOO["gpt_oss"] = Entry("GptOss", _GPT_OSS, 1e-5)
+ZOO["gpt_oss, a lower limit"] = Entry("GptOss", {**_GPT_OSS, "swiglu_limit": 1.5}, 1e-5, since=5)
+
+
+def cases() -> list[Any]:
+    """The names, for parametrize: what is marked `versions` has one entry of each family."""
+    first = {entry.kind: name for name, entry in reversed(ZOO.items())}.values()
+    return [
+        pytest.param(name, marks=[pytest.mark.versions] if name in first else []) for name in ZOO
+    ]
 
 
 def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
@@ -386,8 +424,8 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: A
     config_class = getattr(transformers, f"{entry.kind}Config", None)
     of_model = entry.kind.removesuffix("Text")
     model_class = getattr(transformers, f"{of_model}ForCausalLM", None)
-    is_too_old = int(transformers.__version__.split(".")[0]) < entry.since
-    if config_class is None or model_class is None or is_too_old:
+    version = int(transformers.__version__.split(".")[0])
+    if config_class is None or model_class is None or version < entry.since:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     torch.manual_seed(0)
     # A configuration changes what it is given.
@@ -400,5 +438,9 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: A
         for tensor in model.state_dict().values():
             if tensor.dim() == 1 and tensor.is_floating_point():
                 tensor.add_(0.3 * torch.randn_like(tensor))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias") and version == 4:
+                # It leaves groups out by a score of 0, which is lowest where no score is below it.
+                buffer.abs_()
     model.save_pretrained(root)
     return root

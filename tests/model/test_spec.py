@@ -107,6 +107,7 @@ def test_every_need_can_arise() -> None:
         SPEC,
         norm="plain_layer_norm",
         norm_adds_one=True,
+        hidden_act="xielu",
         logit_scale=0.5,
         logit_softcap=30.0,
         layers=(

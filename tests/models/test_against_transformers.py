@@ -12,7 +12,6 @@ from torch import Tensor
 
 from nanotron_fast.models import build
 from tests.families import zoo
-from tests.families.zoo import ZOO
 from tests.models.tiny import assert_near, gradients_as, save, tokens
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -68,7 +67,16 @@ WITH_GRADIENTS = {"llama, tied", "llama, biases and head_dim", "qwen2", "qwen2_m
 def theirs(root: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32)
+    # Version 4's default leaves out caps of scores.
+    return AutoModelForCausalLM.from_pretrained(
+        root, dtype=torch.float32, attn_implementation="eager"
+    )
+
+
+def is_version_4() -> bool:
+    import transformers
+
+    return bool(transformers.__version__.startswith("4."))
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -78,6 +86,8 @@ def mean_loss(logits: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_a_family_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
     family, changes = CASES[name]
+    if name == "llama, longrope" and is_version_4():
+        pytest.skip("transformers 4 takes the first context from max_position_embeddings alone")
     check(save(tmp_path / "hf", family, **changes), has_gradients=name in WITH_GRADIENTS)
 
 
@@ -94,11 +104,15 @@ def check(root: Path, *, has_gradients: bool) -> None:
     if has_gradients:
         loss.backward()
         expected_loss.backward()
-        grads = {key: each.grad for key, each in model.named_parameters()}
+        # Version 4 has no gradients of experts that no token went to.
+        grads = {
+            key: torch.zeros_like(each) if each.grad is None else each.grad
+            for key, each in model.named_parameters()
+        }
         grads |= {
             key: torch.zeros_like(each)
             for key, each in model.named_buffers()
-            if key.endswith("e_score_correction_bias")
+            if key.endswith(("e_score_correction_bias", "act_fn.beta", "act_fn.eps"))
         }
         wanted = gradients_as(decoder, root, grads)
         for key, parameter in decoder.named_parameters():
@@ -118,6 +132,6 @@ def test_the_goldens_logits(family: str, golden: Path) -> None:
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", zoo.cases())
 def test_a_family_of_the_zoo_computes_what_transformers_does(name: str, tmp_path: Path) -> None:
     check(zoo.save(name, tmp_path / "hf"), has_gradients=True)

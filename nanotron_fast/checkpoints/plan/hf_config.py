@@ -60,9 +60,13 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     config["rope_theta"] = original.rope_theta
     if was.get("rope_scaling") is not None or "rope_scaling" in config:
         config["rope_scaling"] = was.get("rope_scaling")
+    # As the source has it: what is computed may be said by several numbers.
+    within = side.config.get("rope_parameters") or {}
     for key in _IN_ROPE:
-        if config.get(key) is None and was.get(key) not in (None, model.family.defaults.get(key)):
-            config[key] = was[key]
+        said = within.get(key)
+        is_told = key in was and said not in (None, model.family.defaults.get(key))
+        if is_told and config.get(key) is None:
+            config[key] = said
     config.update({key: was[key] for key in _ROPE if key in was})
     warnings = _update(config, was, written, model)
     _check(config, model, _expected(original, kept, model))

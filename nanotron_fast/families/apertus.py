@@ -1,0 +1,129 @@
+"""Apertus: norms of queries and keys, and an MLP without a gate whose activation has parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanotron_fast.errors import ConfigError
+from nanotron_fast.families.decoder import (
+    BLOCK,
+    DEFAULTS,
+    EMBEDDINGS,
+    LAYER,
+    PROJECTIONS,
+    norms,
+    plain_mlp,
+    qk_norm,
+)
+from nanotron_fast.families.family import Family
+from nanotron_fast.families.rules import Number, Rule
+from nanotron_fast.formats.fields import Fields
+from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
+from nanotron_fast.formats.rope import read_rope
+from nanotron_fast.model.spec import ModelSpec
+
+_NAMES = {
+    "input_layernorm": "attention_layernorm",
+    "pre_feedforward_layernorm": "feedforward_layernorm",
+}
+# Of a config.json that says nothing of it.
+_SCALING = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "original_max_position_embeddings": 8192,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
+
+
+def _number(name: str, initial: float, *, is_frozen: bool = False) -> Rule:
+    return Number(
+        f"{LAYER}mlp.act_fn.{name}",
+        f"{BLOCK}mlp.act_fn.{name}",
+        initial,
+        is_scalar=is_frozen,
+        is_frozen=is_frozen,
+        when="learned_activation",
+    )
+
+
+def _softplus_is(value: float) -> float:
+    return math.log(math.expm1(value))
+
+
+# Slopes of 0.8 on both sides of 0, as models start with.
+_ACTIVATION: tuple[Rule, ...] = (
+    _number("alpha_p", _softplus_is(0.8)),
+    _number("alpha_n", _softplus_is(0.8 - 0.5)),
+    _number("beta", 0.5, is_frozen=True),
+    _number("eps", -1e-6, is_frozen=True),
+)
+
+
+def _rope(fields: Fields) -> tuple[float, Mapping[str, Any] | None]:
+    """See `read_rope`; where nothing is said, angles are scaled."""
+    said = {"rope_parameters", "rope_scaling"} & fields.config.keys()
+    if not said:
+        scaled = {**fields.config, "rope_scaling": _SCALING}
+        return read_rope(Fields(fields.file, scaled, fields.defaults))
+    if all(fields.config[key] is None for key in said):
+        raise ConfigError(
+            f"{fields.file}: {' and '.join(sorted(said))} is null, which transformers 4 takes for "
+            "no scaling and version 5 for llama3's by a factor of 8: say rope_scaling, with "
+            "rope_type default where there is none"
+        )
+    return read_rope(fields)
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedActivation:
+    """`hidden_act: xielu`, and that angles are not scaled where they are not."""
+
+    keys: frozenset[str] = frozenset()
+    expresses: frozenset[str] = frozenset({"learned_activation"})
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
+        """Nothing beside hidden_act says it."""
+
+    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
+        """Says that there is no scaling, which null does not in every version."""
+        if spec.rope_scaling is None:
+            config["rope_scaling"] = {"rope_type": "default"}
+
+
+FAMILY = Family(
+    name="apertus",
+    architecture="ApertusForCausalLM",
+    model_class=NANOTRON_FAST_CONFIG,
+    rules=(
+        *EMBEDDINGS,
+        *norms("input_layernorm", hf=_NAMES),
+        *PROJECTIONS,
+        *qk_norm(),
+        *norms("pre_feedforward_layernorm", hf=_NAMES),
+        *plain_mlp(),
+        *_ACTIVATION,
+    ),
+    defaults={
+        **DEFAULTS,
+        "num_key_value_heads": None,
+        "hidden_act": "xielu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 12000000.0,
+        "max_position_embeddings": 65536,
+        "pad_token_id": 3,
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+    },
+    qkv_bias="attention_bias",
+    output_bias="attention_bias",
+    qk_norm="head",
+    has_gated_mlp=False,
+    rope=_rope,
+    quirks=(LearnedActivation(),),
+    extras=("attention_dropout",),
+)
