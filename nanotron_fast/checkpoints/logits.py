@@ -153,19 +153,25 @@ def _hf_side(root: Path) -> _Side:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    config = _hf_config(root)
+    # Version 4's default leaves out caps of scores.
+    is_capped = getattr(config, "attn_logit_softcapping", None) is not None
+    options = {"attn_implementation": "eager"} if is_capped else {}
+
     def run(tokens: Tensor) -> Tensor:
         # By this side alone, and no longer than it is needed.
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(
+                root, dtype=torch.float32, **options
+            ).eval()
             with torch.no_grad():
                 logits: Tensor = model(input_ids=tokens).logits
         except Exception as error:  # of a hundred model classes: their errors have no common base
             raise _refused(root, error) from error
         return logits
 
-    config = _hf_config(root)
     return _Side(
         run,
         "transformers",

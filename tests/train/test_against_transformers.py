@@ -38,7 +38,9 @@ def of_transformers(hf: Path, config: TrainingConfig, steps: int) -> list[tuple[
     """The loss and the norm of the gradient of each step."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        hf, dtype=torch.float32, attn_implementation="eager"
+    )
     named = dict(model.named_parameters())
     norms = [tensor for name, tensor in named.items() if "norm" in name]
     others = [tensor for name, tensor in named.items() if "norm" not in name]

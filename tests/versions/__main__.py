@@ -49,6 +49,8 @@ TRANSFORMERS = (
         "tests/checkpoints/test_transformers.py",
         "tests/patch/test_transformers_models.py",
     ),
+    # Of each family one model, there and back, with its logits and gradients.
+    (*ONE_CASE_EACH, "tests/families/test_zoo.py", "tests/models/test_against_transformers.py"),
 )
 
 
