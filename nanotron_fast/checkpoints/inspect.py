@@ -16,13 +16,15 @@ from nanotron_fast.checkpoints.stored import NanotronModel, some
 from nanotron_fast.errors import CheckpointError, NanotronFastError
 from nanotron_fast.families import family_of_config, warnings_about
 from nanotron_fast.families.hf_config import read_config
+from nanotron_fast.families.refusals import check_config
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.huggingface.quantization import read_quantization
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.stages import Stages
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
-from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
+from nanotron_fast.moves.dtypes import SAFETENSORS_BITS, Dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,6 +56,8 @@ class Inspection:
     ranks_there: Ranks | None = None
     # How many tensor-parallel ranks have a copy of each key-value head, in a Nanotron checkpoint.
     kv_head_copies: int | None = None
+    # How a Hugging Face one's weights are quantised, which a conversion dequantises.
+    quantization: str | None = None
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -82,6 +86,7 @@ class Inspection:
             "num_elements": self.num_elements,
             "num_bytes": self.num_bytes,
             "dtypes": self.dtypes,
+            "quantization": self.quantization,
             "layer_stages": list(self.layer_stages),
             "has_side_file": self.has_side_file,
             "problem": self.problem,
@@ -125,14 +130,20 @@ def inspect(path: str | Path, **choices: Unpack[InspectChoices]) -> Inspection:
 
 
 def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
-    name, spec, problem = None, None, None
+    name, spec, problem, quantization = None, None, None, None
     warnings: list[str] = []
     try:
         if checkpoint.lacks_config is not None:
             raise CheckpointError(checkpoint.lacks_config)
-        found = family_of_config(checkpoint.config, options.family)
-        warnings = warnings_about(found, checkpoint.config)
-        name, spec = found.name, read_config(found, checkpoint.config)
+        config, told = check_config(checkpoint.config, checkpoint.dtypes)
+        scheme = read_quantization(checkpoint.config)
+        if scheme is None or checkpoint.dtypes <= Dtype.__members__.keys():
+            warnings = told
+        else:  # in a line of its own
+            quantization = str(scheme)
+        found = family_of_config(config, options.family)
+        warnings += warnings_about(found, config)
+        name, spec = found.name, read_config(found, config)
         check_counts(spec, checkpoint)
     except NanotronFastError as error:
         problem = str(error)
@@ -151,6 +162,7 @@ def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
         layer_stages=(),
         has_side_file=False,
         problem=problem,
+        quantization=quantization,
         rope_interleaved=checkpoint.rope_interleaved if checkpoint.format == "dcp" else None,
         warnings=(*warnings, *(checkpoint.warnings if checkpoint.format == "dcp" else ())),
         **_totals([(info.dtype, info.num_elements) for info in infos]),

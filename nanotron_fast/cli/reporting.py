@@ -190,6 +190,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         )
     dtypes = ", ".join(f"{name} {count:,}" for name, count in found.dtypes.items())
     yield f"  elements    {dtypes}"
+    if found.quantization:
+        yield f"  quantised   {found.quantization}; convert writes it dequantised"
     yield (
         f"  stored      {_count(found.num_tensors, 'tensor')} in "
         f"{_count(found.tensor_files, 'file')}, {size(found.num_bytes)}"

@@ -12,6 +12,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
+from nanotron_fast.cli.reporting import inspection_lines
 from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from tests.checkpoints.test_loading import check_ranks, converted
 from tests.fp8 import (
@@ -228,6 +229,69 @@ def test_a_quantised_embedding_that_is_tied_and_padded(tmp_path: Path) -> None:
     nf.convert(plain.save(tmp_path / "plain"), tmp_path / "expected", **options)
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
     assert nf.verify(tmp_path / "coded", tmp_path / "out").equal
+
+
+def test_inspect_says_so_in_a_line(tmp_path: Path) -> None:
+    coded, _ = saved(tmp_path)
+    found = nf.inspect(coded)
+    assert found.quantization == found.to_json()["quantization"] == "fp8 (128x128 blocks)"
+    assert (found.problem, found.warnings) == (None, ())
+    [line] = [each for each in inspection_lines(found) if "quantised" in each]
+    assert line == "  quantised   fp8 (128x128 blocks); convert writes it dequantised"
+
+
+def test_inspect_says_what_is_not_read_or_not_quantised(tmp_path: Path) -> None:
+    model, plain = quantised(make("llama", **WHOLE))
+    refused = Model(model.family, {**model.config, **_scheme(fmt="e5m2")}, model.tensors)
+    found = nf.inspect(refused.save(tmp_path / "refused"))
+    assert found.quantization is None
+    assert "which is not read: fp8 in e4m3 and mxfp4 are dequantised" in (found.problem or "")
+    idle = Model(plain.family, {**plain.config, **_scheme()}, plain.tensors)
+    found = nf.inspect(idle.save(tmp_path / "idle"))
+    assert found.quantization is None
+    assert "so nothing is quantised" in found.warnings[0]
+    found = nf.inspect(plain.save(tmp_path / "plain"))
+    assert (found.quantization, found.warnings) == (None, ())
+    assert not any("quantised" in line for line in inspection_lines(found))
+
+
+def _scheme(**changes: Any) -> dict[str, Any]:
+    return {"quantization_config": {**CONFIG, **changes}}
+
+
+@pytest.mark.parametrize("size", [256, 2**31, 2**70])
+def test_a_block_as_large_as_it_is_stated_is_no_larger_than_its_matrix(
+    size: int, tmp_path: Path
+) -> None:
+    coded, plain = one_scale((1, 1), "weight_scale_inv", torch.float32)
+    coded.config.update(_scheme(weight_block_size=[size, size]))
+    for name, tensor in coded.tensors.items():
+        if name.endswith("_scale_inv"):
+            rows, columns = coded.tensors[name.removesuffix("_scale_inv")].shape
+            grid = (-(-rows // size), -(-columns // size))
+            scale = weights_of(tensor).reshape(1, 1).expand(grid)
+            coded.tensors[name] = tensor_of(scale.contiguous())
+    nf.convert(coded.save(tmp_path / "coded"), tmp_path / "out", topology=Topology(tp=2))
+    nf.convert(plain.save(tmp_path / "plain"), tmp_path / "expected", topology=Topology(tp=2))
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_spoils_its_own_block(scale: float, tmp_path: Path) -> None:
+    """As in transformers: what a file says is written, and no block beside it."""
+    coded, _ = quantised(make("llama", **WHOLE))
+    scales = weights_of(coded.tensors[f"{Q_PROJ}_scale_inv"]).clone()
+    scales[0, 1] = scale
+    coded.tensors[f"{Q_PROJ}_scale_inv"] = tensor_of(scales)
+    nf.convert(coded.save(tmp_path / "coded"), tmp_path / "there", topology=Topology(tp=2))
+    nf.convert(tmp_path / "there", tmp_path / "back")
+    found = weights_of(read_tensors(tmp_path / "back")[Q_PROJ])
+    codes = _torch(coded.tensors[Q_PROJ])
+    wanted = Fp8Dequantize(None)._dequantize_one(codes, scales, torch.bfloat16)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+    assert not found[:128, 128:].isfinite().any()
+    assert found[:128, :128].isfinite().all()
+    assert found[128:].isfinite().all()
 
 
 def _changed(model: Model, changes: dict[str, Tensor | None]) -> Model:

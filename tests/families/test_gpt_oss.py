@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
+from nanotron_fast.errors import CheckpointError, UnsupportedModelError
 from tests.families import zoo
+from tests.refusals import refused
 
 SIZES = {"hidden_size": 64, "intermediate_size": 32}
 
@@ -61,3 +65,42 @@ def test_blocks_become_what_transformers_makes_of_them(
     assert nf.verify(tmp_path / "there", tmp_path / "expected").equal
     assert nf.verify(quantised, tmp_path / "there").equal
     assert nf.verify(plain, tmp_path / "there", logits=topology.ep == 1).equal
+
+
+def test_inspect_says_so(models: tuple[Path, Path]) -> None:
+    found = nf.inspect(models[0])
+    assert (found.family, found.problem) == ("gpt_oss", None)
+    assert found.quantization == "mxfp4 (blocks of 32)"
+    assert nf.inspect(models[1]).quantization is None
+
+
+_STACK = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("scales", None, CheckpointError, "up_proj_blocks is there, and .*_scales is missing"),
+        ("blocks", None, CheckpointError, "up_proj_scales is there, and .*_blocks is missing"),
+        ("scales", lambda scales: scales[:, :-1], CheckpointError, "_scales .* takes"),
+        ("scales", lambda scales: scales[..., None], CheckpointError, "_scales .* takes"),
+        ("scales", lambda scales: scales[:0], CheckpointError, "_scales .* takes"),
+        ("blocks", lambda blocks: blocks[..., :8], CheckpointError, "_blocks has shape .* takes"),
+        ("scales", lambda scales: scales.float(), UnsupportedModelError, "_scales is F32, and U8"),
+    ],
+)
+def test_blocks_and_scales_that_do_not_go_together_are_refused(
+    name: str,
+    change: Callable[[torch.Tensor], torch.Tensor] | None,
+    error: Any,
+    message: str,
+    models: tuple[Path, Path],
+    tmp_path: Path,
+) -> None:
+    path = models[0] / "model.safetensors"
+    tensors = load_file(path)
+    found = tensors.pop(f"{_STACK}_{name}")
+    if change is not None:
+        tensors[f"{_STACK}_{name}"] = change(found).contiguous()
+    save_file(tensors, path, metadata={"format": "pt"})
+    refused(models[0], tmp_path, error, message)

@@ -137,8 +137,14 @@ class QuantisedTensors:
         """A stack (..., in, out), whose codes are those of (..., out, in)."""
         names = packed_names(address.name)
         codes, scales = (self._tensors.get(name) for name in names)
-        if codes is None or scales is None:
+        if codes is None and scales is None:
             return None
+        if codes is None or scales is None:
+            there, absent = names if scales is None else names[::-1]
+            raise CheckpointError(
+                f"{self._tensors[there].path}: {there} is there, and {absent} is missing: "
+                f"{MXFP4} takes both"
+            )
         for name, tensor in zip(names, (codes, scales), strict=True):
             self._check_whole(name, tensor)
             if tensor.info.dtype != "U8":
@@ -188,7 +194,8 @@ def _blocks(
     all_rows = math.prod(stack) * rows
     grid = (*stack, -(-rows // block[0]), -(-columns // block[1]))
     if scales == grid:
-        return rows, block
+        # A block is no larger than the matrix, whatever is stated.
+        return rows, (min(block[0], rows), min(block[1], columns))
     if math.prod(scales) == 1:
         return all_rows, (all_rows, columns)
     if scales in ((*stack, rows), (*stack, rows, 1)):
