@@ -163,9 +163,9 @@ def _hf_side(root: Path) -> _Side:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                root, dtype=torch.float32, **options
-            ).eval()
+            model = AutoModelForCausalLM.from_pretrained(root, dtype=torch.float32, **options)
+            # Modules that are made in a dtype of their own, as Apertus' activation, keep it.
+            model = model.float().eval()
             with torch.no_grad():
                 logits: Tensor = model(input_ids=tokens).logits
         except Exception as error:  # of a hundred model classes: their errors have no common base

@@ -112,7 +112,7 @@ class StoredModel:
             name
             for name in self.checkpoint.tensors
             if name not in reader.used
-            and not is_ignored(name)
+            and not is_ignored(name, self.family.buffers)
             and not (is_tied and name == TIED_HEAD)
         ]
 

@@ -95,6 +95,7 @@ class Family:
         writes_head_dim: its class keeps head_dim whatever it is.
         neutral: keys that its class computes with and nothing here does: only values that change
             nothing are taken.
+        buffers: patterns of tensors that old files keep among the weights, and that are none.
         extras: keys that pass through unread: dropout rates, pretraining_tp.
     """
 
@@ -121,6 +122,7 @@ class Family:
     recognises: Callable[[Mapping[str, Any]], bool] = lambda model_config: False
     writes_head_dim: bool = False
     neutral: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
 
     @property

@@ -45,7 +45,7 @@ _BY_REASON: dict[str, str] = {
     f"{_RENORMALISED}; its attention has learned sinks": "granitemoe_swa",
     _LAYER_NORM: "olmo jais2 orion cohere_compass_text",
     f"{_LAYER_NORM}; {_PARTIAL}": "nemotron persimmon",
-    f"{_PARTIAL}; {_PARALLEL}": "phi gpt_neox gptj codegen",
+    f"{_PARTIAL}; {_PARALLEL}": "phi gptj codegen",
     "its q, k and v are one tensor, and so are gate and up; there is no table for it": "chatglm",
     _FUSED: "internlm2 baichuan qwen exaone telechat",
     f"{_POSITIONS}; {_LAYER_NORM}": "gpt2 gpt_neo gpt_bigcode opt openai-gpt biogpt xglm "

@@ -149,7 +149,7 @@ class Experts:
 
 
 # Where a layer has its norms, and what kinds of norms there are.
-NORM_PLACES = ("before", "after", "around", "parallel")
+NORM_PLACES = ("before", "after", "around", "parallel", "beside")
 NORMS = ("rms_norm", "layer_norm", "plain_layer_norm")
 QK_NORMS = ("head", "whole", "apart")
 SCORINGS = ("softmax", "sigmoid")
@@ -160,8 +160,8 @@ class Layer:
     """One layer of a decoder: x = x + attention(x), x = x + mlp(x), and norms in one of
     NORM_PLACES.
 
-    "before" each of the two, "after" each of them, "around": both; or "parallel": the two work side
-    by side on one norm of x.
+    "before" each of the two, "after" each of them, "around": both; "parallel": the two work side by
+    side on one norm of x; or "beside": side by side, each on a norm of x of its own.
     """
 
     attention: Attention

@@ -78,7 +78,7 @@ class Layer(nn.Module):
         # Nanotron's order: by it an optimizer's file numbers its states.
         norms = [before, None if places == "parallel" else after, *outputs]
         self._norms, self._mlp, self._scale = norms, names.mlp, setting.spec.residual_scale
-        self._is_parallel = places == "parallel"
+        self._is_parallel, self._is_beside = places == "parallel", places == "beside"
         inner = [
             ("attn", of_kind(layer.attention, setting, number)),
             (norms[2], None),
@@ -101,7 +101,9 @@ class Layer(nn.Module):
         before, after, attention_norm, mlp_norm = map(self._norm, self._norms)
         x, stream = _entered(before, x, residual)
         added = _left(attention_norm, self.attn(x, batch))
-        if self._is_parallel:
+        if self._is_beside and after is not None:
+            x = after.of(stream)
+        if self._is_parallel or self._is_beside:
             return self._scaled(added + self._through_mlp(x, batch)), stream
         x, stream = _entered(after, self._scaled(added), stream)
         return self._scaled(_left(mlp_norm, self._through_mlp(x, batch))), stream

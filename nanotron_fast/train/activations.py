@@ -91,11 +91,14 @@ class MicroBatch:
         saved += self.tokens * self._products(layer) * self.value_bytes // self.tp
         if attention.qk_norm or self.packs_by_kv_head:
             saved += self.tokens * attention.head_dim * 4
+        if attention.qk_norm == "apart":  # each twice in fp32
+            rows = (attention.num_heads + attention.num_kv_heads) * attention.head_dim
+            saved += self.tokens * 8 * rows // self.tp
         if attention.qk_norm == "head":
             saved += self.tokens * 4 * (attention.num_heads + self._kv_heads(attention)) // self.tp
         mlp = layer.mlp
         if not isinstance(mlp, Experts):
-            return saved if layer.norms == "parallel" else saved + self.stream_bytes
+            return saved if layer.norms in ("parallel", "beside") else saved + self.stream_bytes
         routed = mlp.top_k * (self.hidden_size + 3 * mlp.intermediate_size) * self.value_bytes
         saved += self.tokens * (self.hidden_size * self.value_bytes + 4 * mlp.num_experts + routed)
         return saved + (self.stream_bytes if mlp.has_shared_expert else 0)

@@ -335,6 +335,21 @@ RELEASED: dict[str, Released] = {
         8.05,
         Topology(tp=4, pp=2),
     ),
+    "Pythia-6.9B": Released(
+        {
+            "model_type": "gpt_neox",
+            "hidden_size": 4096,
+            "intermediate_size": 16384,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "vocab_size": 50432,
+            "rotary_pct": 0.25,
+            "rotary_emb_base": 10000,
+            "use_parallel_residual": True,
+        },
+        6.86,
+        Topology(tp=4, pp=2),
+    ),
     "StableLM-2-1.6B": Released(
         {
             "model_type": "stablelm",

@@ -35,7 +35,7 @@ SOME_WINDOWS = {
     "layer_types": ["full_attention", "full_attention", "sliding_attention", "sliding_attention"],
 }
 NO_DROPOUT = {"attention_dropout": 0.0, "residual_dropout": 0.0}
-NO_STABLELM_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
+NO_HIDDEN_DROPOUT = {"attention_dropout": 0.0, "hidden_dropout": 0.0}
 PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 LLAMA3 = {
     "rope_type": "llama3",
@@ -58,7 +58,7 @@ class Entry:
     Args:
         kind: the name of its configuration's class without "Config", in transformers; that of the
             model lacks "Text" where this one has it.
-        changes: of SIZES; a value of None leaves the class's own.
+        changes: of SIZES; a value of ... takes one out.
         tolerance: of losses beside transformers', relative.
         since: the first major version of transformers that can say it.
     """
@@ -204,6 +204,23 @@ ZOO: dict[str, Entry] = {
         "Qwen3Moe", {"use_sliding_window": True, "sliding_window": 7, **_MOE}, 1e-5
     ),
     "qwen3_moe, plain weights": Entry("Qwen3Moe", {"decoder_sparse_step": 2, **_MOE}, 1e-5),
+    "gpt_neox": Entry(
+        "GPTNeoX", {"hidden_size": 64, "num_key_value_heads": ..., **NO_HIDDEN_DROPOUT}
+    ),
+    "gpt_neox, one after the other, tied, no biases in attention": Entry(
+        "GPTNeoX",
+        {
+            "hidden_size": 64,
+            "num_key_value_heads": ...,
+            "rotary_pct": 0.5,
+            "rotary_emb_base": 500.0,
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_new",
+            **NO_HIDDEN_DROPOUT,
+        },
+    ),
     "granite": Entry("Granite", MULTIPLIERS),
     "granite, tied, biases, head_dim": Entry(
         "Granite",
@@ -221,7 +238,7 @@ ZOO: dict[str, Entry] = {
     "cohere, norms of queries and keys": Entry(
         "Cohere", {"logit_scale": 0.75, "use_qk_norm": True, "tie_word_embeddings": False}
     ),
-    "stablelm": Entry("StableLm", {"hidden_size": 64, **NO_STABLELM_DROPOUT}),
+    "stablelm": Entry("StableLm", {"hidden_size": 64, **NO_HIDDEN_DROPOUT}),
     "stablelm, one norm a layer, norms of queries and keys, biases, tied": Entry(
         "StableLm",
         {
@@ -230,8 +247,9 @@ ZOO: dict[str, Entry] = {
             "use_parallel_residual": True,
             "use_qkv_bias": True,
             "tie_word_embeddings": True,
-            **NO_STABLELM_DROPOUT,
+            **NO_HIDDEN_DROPOUT,
         },
+        since=5,  # version 4 loads such a model and cannot make one
     ),
     "cohere2": Entry("Cohere2", {"sliding_window": 7, "logit_scale": 0.25}),
     "cohere2, untied, biases, other layers": Entry(
@@ -408,6 +426,15 @@ ZOO["gpt_oss"] = Entry("GptOss", _GPT_OSS, 1e-5)
 ZOO["gpt_oss, a lower limit"] = Entry("GptOss", {**_GPT_OSS, "swiglu_limit": 1.5}, 1e-5, since=5)
 
 
+def _say_as_version_4_can(tensors: Mapping[str, torch.Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith("e_score_correction_bias"):
+            # It leaves groups out by a score of 0, which is lowest where no score is below it.
+            tensor.abs_()
+        if ".act_fn.alpha" in name:
+            tensor.copy_(tensor.bfloat16())  # the dtype in which it has them
+
+
 def cases() -> list[Any]:
     """The names, for parametrize: what is marked `versions` has one entry of each family."""
     first = {entry.kind: name for name, entry in reversed(ZOO.items())}.values()
@@ -430,6 +457,7 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: A
     torch.manual_seed(0)
     # A configuration changes what it is given.
     sizes = copy.deepcopy({**SIZES, **entry.changes, **changes})
+    sizes = {key: value for key, value in sizes.items() if value is not ...}
     model = model_class(config_class(**sizes)).to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):  # released models have it in fp32
@@ -438,9 +466,7 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: A
         for tensor in model.state_dict().values():
             if tensor.dim() == 1 and tensor.is_floating_point():
                 tensor.add_(0.3 * torch.randn_like(tensor))
-        for name, buffer in model.named_buffers():
-            if name.endswith("e_score_correction_bias") and version == 4:
-                # It leaves groups out by a score of 0, which is lowest where no score is below it.
-                buffer.abs_()
+        if version == 4:
+            _say_as_version_4_can(model.state_dict())
     model.save_pretrained(root)
     return root

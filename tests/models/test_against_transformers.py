@@ -67,10 +67,10 @@ WITH_GRADIENTS = {"llama, tied", "llama, biases and head_dim", "qwen2", "qwen2_m
 def theirs(root: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    # Version 4's default leaves out caps of scores.
+    # Version 4's default leaves out caps of scores, and it keeps an activation's numbers in bf16.
     return AutoModelForCausalLM.from_pretrained(
         root, dtype=torch.float32, attn_implementation="eager"
-    )
+    ).float()
 
 
 def is_version_4() -> bool:

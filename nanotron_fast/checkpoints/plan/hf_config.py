@@ -25,8 +25,13 @@ from nanotron_fast.moves.dtypes import Dtype
 # What Nanotron's classes keep otherwise than config.json does: one token id for a list, a default
 # for what they have no field for. None of it changes what a model computes.
 _KEPT_OTHERWISE = (*TOKEN_KEYS, "initializer_range", "use_cache", "extras")
-# What rope_parameters may hold, of keys that transformers 4 has beside rope_scaling.
-_IN_ROPE = ("partial_rotary_factor", "original_max_position_embeddings")
+# What rope_parameters may hold, of keys that transformers 4 has beside rope_scaling: by those keys.
+_IN_ROPE: Mapping[str, str] = {
+    "partial_rotary_factor": "partial_rotary_factor",
+    "rotary_pct": "partial_rotary_factor",
+    "rotary_emb_base": "rope_theta",
+    "original_max_position_embeddings": "original_max_position_embeddings",
+}
 # They list layers one by one, and are made anew when the layers or their windows change.
 _BY_LAYER = "layer_types"
 # Written by families that need them alone; the others have rope_theta and rope_scaling.
@@ -57,14 +62,15 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
             config[key] = written[key]
     kept = _as_nanotron_keeps(original, model)
     was = write_config(model.family, kept, dtype)
-    config["rope_theta"] = original.rope_theta
+    if "rope_theta" in was:
+        config["rope_theta"] = original.rope_theta
     if was.get("rope_scaling") is not None or "rope_scaling" in config:
         config["rope_scaling"] = was.get("rope_scaling")
     # As the source has it: what is computed may be said by several numbers.
     within = side.config.get("rope_parameters") or {}
-    for key in _IN_ROPE:
-        said = within.get(key)
-        is_told = key in was and said not in (None, model.family.defaults.get(key))
+    for key, inner in _IN_ROPE.items():
+        said = within.get(inner)
+        is_told = key in was and said not in (None, model.family.defaults.get(inner))
         if is_told and config.get(key) is None:
             config[key] = said
     config.update({key: was[key] for key in _ROPE if key in was})

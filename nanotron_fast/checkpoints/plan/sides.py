@@ -38,9 +38,12 @@ UNTIE = (
 _IGNORED = ("*.rotary_emb.inv_freq", "*.masked_bias")
 
 
-def is_ignored(name: str) -> bool:
-    """Whether a tensor is no weight: it is neither converted nor compared."""
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _IGNORED)
+def is_ignored(name: str, buffers: tuple[str, ...] = ()) -> bool:
+    """Whether a tensor is no weight: it is neither converted nor compared.
+
+    `buffers` are patterns of its family's own.
+    """
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*_IGNORED, *buffers))
 
 
 def float_dtype(name: str, dtype: str, path: Path) -> Dtype:
