@@ -117,7 +117,9 @@ def check(root: Path, *, has_gradients: bool) -> None:
         wanted = gradients_as(decoder, root, grads)
         for key, parameter in decoder.named_parameters():
             if parameter.requires_grad:
-                assert_near(parameter.grad, wanted[key], key)
+                # That of a single number is a sum over tokens and rows, most of which cancel out.
+                relative = 1e-4 if parameter.numel() == 1 else 2e-5
+                assert_near(parameter.grad, wanted[key], key, relative)
 
 
 @pytest.mark.parametrize(
