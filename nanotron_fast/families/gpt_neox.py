@@ -97,7 +97,6 @@ class Beside:
         config[_RESIDUAL] = spec.norm_places == ("beside",)
         config[_BASE] = config.pop("rope_theta")
         config[_SHARE] = config.pop("partial_rotary_factor")
-        del config["num_key_value_heads"]
 
 
 FAMILY = Family(
@@ -116,7 +115,8 @@ FAMILY = Family(
         **dict.fromkeys(_DROPOUTS, 0.0),
         "classifier_dropout": 0.1,
     },
-    keys={"norm_eps": "layer_norm_eps"},
+    # Its class has as many key-value heads as others, whatever config.json says.
+    keys={"norm_eps": "layer_norm_eps", "num_kv_heads": "num_attention_heads"},
     renamed={_BASE: "rope_theta", _SHARE: "partial_rotary_factor"},
     qkv_bias="attention_bias",
     output_bias="attention_bias",

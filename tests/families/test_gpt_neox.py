@@ -29,9 +29,10 @@ def edited(root: Path, **changes: Any) -> Path:
 
 
 def test_the_keys_of_version_4_come_back_as_they_are(tmp_path: Path) -> None:
-    source = edited(tmp_path / "hf", rotary_pct=0.8, rotary_emb_base=20000)
+    source = edited(tmp_path / "hf", rotary_pct=0.8, rotary_emb_base=20000, num_key_value_heads=2)
     report = nf.convert(source, tmp_path / "there", topology=Topology(tp=2))
     assert report.plan.spec.rope_theta == 20000.0
+    assert report.plan.spec.num_kv_heads == 8  # no key says so to its class
     assert report.plan.spec.attention.rotary == (0, 6)  # of eight rows
     nf.convert(tmp_path / "there", tmp_path / "back")
     said = json.loads((source / "config.json").read_text())
