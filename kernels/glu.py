@@ -25,8 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
@@ -156,9 +158,9 @@ def _backward_kernel(
 
 def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid and the block's constants. Short rows share a block."""
-    cols = min(triton.next_power_of_2(num_cols), _MAX_COLS)
+    cols = min(next_power_of_2(num_cols), _MAX_COLS)
     rows = max(1, min(16, _MAX_COLS // cols))
-    grid = (triton.cdiv(num_rows, rows) * triton.cdiv(num_cols, cols),)
+    grid = (ceil_div(num_rows, rows) * ceil_div(num_cols, cols),)
     return grid, {"ROWS": rows, "COLS": cols, "num_warps": _NUM_WARPS}
 
 

@@ -23,8 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
@@ -153,7 +155,7 @@ def _backward_kernel(
 
 def _block(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and its warps."""
-    cols = triton.next_power_of_2(hidden)
+    cols = next_power_of_2(hidden)
     rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
     if cols > _MAX_KEPT:
         return rows, cols, 32
@@ -189,7 +191,7 @@ def _forward(
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     rows, cols, num_warps = _block(hidden)
     if num_rows:
-        on_grid(_forward_kernel, (triton.cdiv(num_rows, rows),))(
+        on_grid(_forward_kernel, (ceil_div(num_rows, rows),))(
             x,
             residual,
             weight,
@@ -253,7 +255,7 @@ def _backward(
     resident = occupancy.resident_programs(
         _backward_kernel, (*tensors, torch.float32, *numbers), constants, h.device
     )
-    num_programs = min(triton.cdiv(num_rows, rows), resident)
+    num_programs = min(ceil_div(num_rows, rows), resident)
     partial_dw = torch.empty(num_programs, hidden, dtype=torch.float32, device=h.device)
     on_grid(_backward_kernel, (num_programs,))(*tensors, partial_dw, *numbers, **constants)
     return dx, partial_dw.sum(0).to(weight.dtype)

@@ -21,7 +21,9 @@ from nanotron_fast.kernels.attention.configs import INTERPRETED
 from nanotron_fast.kernels.attention.kernels.dkv import dkv_kernel
 from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
 from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
-from nanotron_fast.kernels.runtime.backend import is_interpreting, on_grid, operator
+from nanotron_fast.kernels.runtime.backend import is_interpreting, on_grid
+from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 _LOG2_E = math.log2(math.e)
 
@@ -53,7 +55,7 @@ def _can_tma(*tensors: Tensor) -> bool:
 
 def _block_d(tensor: Tensor) -> int:
     """head_dim as the matrix units take it: a power of two, 16 at least."""
-    return max(triton.next_power_of_2(tensor.shape[-1]), 16)
+    return max(next_power_of_2(tensor.shape[-1]), 16)
 
 
 def _units(scale: float, softcap: float | None) -> tuple[float, float]:
@@ -103,7 +105,7 @@ def _launch(
         block = meta["BLOCK_N" if walks_keys else "BLOCK_M"]
         # With documents, as find_block() hands the programs out.
         is_dense = cu_seqlens is None
-        blocks = triton.cdiv(rows, block) if is_dense else rows // block + num_documents + 1
+        blocks = ceil_div(rows, block) if is_dense else rows // block + num_documents + 1
         return blocks, heads, batch
 
     arguments = (

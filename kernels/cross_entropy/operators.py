@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy.kernels import (
@@ -22,7 +21,9 @@ from nanotron_fast.kernels.cross_entropy.kernels import (
     gradient_kernel,
     statistics_kernel,
 )
-from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 
 class _Terms(NamedTuple):
@@ -167,7 +168,7 @@ def combine(
     z = torch.empty_like(loss if z_loss > 0 else loss[:0])
     maximum_and_sum = of_all.new_empty(2, num_rows)
     if num_rows:
-        on_grid(combine_kernel, (triton.cdiv(num_rows, 128),))(
+        on_grid(combine_kernel, (ceil_div(num_rows, 128),))(
             of_all,
             target,
             loss,
@@ -207,7 +208,7 @@ def _write_gradient(
         return
     num_rows, num_cols = logits.shape
     block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
-    num_blocks = triton.cdiv(num_cols, block)
+    num_blocks = ceil_div(num_cols, block)
     if num_rows:
         on_grid(gradient_kernel, (num_rows * num_blocks,))(
             logits,
@@ -268,8 +269,3 @@ def gradient_(
     """The same, written over the logits."""
     terms = _Terms(first_col, ignore_index, z_loss, add_maximum)
     _write_gradient(logits, target, maximum_and_sum, dloss, terms, gradient=logits)
-
-
-@gradient_.register_fake
-def _(logits, target, maximum_and_sum, dloss, first_col, ignore_index, z_loss, add_maximum):
-    return None

@@ -6,11 +6,12 @@ Shapes: ids (tokens,); weight, dweight (rows, hidden); dy (tokens, hidden).
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from nanotron_fast.kernels.embedding.kernels import gather_kernel, join_kernel, sum_kernel
-from nanotron_fast.kernels.runtime.backend import on_grid, operator, uses_triton
+from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 # Sorted tokens that one program sums at most.
 _PIECE = 256
@@ -47,10 +48,10 @@ def gather(ids: Tensor, weight: Tensor, first_row: int, vocab: int) -> Tensor:
         return values.masked_fill_(~is_here.unsqueeze(1), 0)
     out = weight.new_empty(num_tokens, num_cols)
     if out.numel():
-        cols = min(triton.next_power_of_2(num_cols), 4096)
+        cols = min(next_power_of_2(num_cols), 4096)
         tokens = max(4096 // cols, 1)
-        num_col_blocks = triton.cdiv(num_cols, cols)
-        on_grid(gather_kernel, (triton.cdiv(num_tokens, tokens) * num_col_blocks,))(
+        num_col_blocks = ceil_div(num_cols, cols)
+        on_grid(gather_kernel, (ceil_div(num_tokens, tokens) * num_col_blocks,))(
             ids,
             weight,
             out,
@@ -100,10 +101,10 @@ def _launch_sums(dweight: Tensor, dy: Tensor, rows: Tensor, *, is_added: bool) -
         return
     num_tokens, num_cols = dy.shape
     rows, order = torch.sort(rows, stable=True)
-    num_pieces = triton.cdiv(num_tokens, _PIECE)
+    num_pieces = ceil_div(num_tokens, _PIECE)
     partial = torch.empty(2 * num_pieces, num_cols, dtype=torch.float32, device=dy.device)
-    cols = min(triton.next_power_of_2(num_cols), 1024)
-    num_col_blocks = triton.cdiv(num_cols, cols)
+    cols = min(next_power_of_2(num_cols), 1024)
+    num_col_blocks = ceil_div(num_cols, cols)
     sizes = (num_tokens, num_cols, dweight.shape[0], num_col_blocks)
     blocks = {"IS_ADDED": is_added, "PIECE": _PIECE, "COLS": cols, "num_warps": 4}
     on_grid(sum_kernel, (num_tokens * num_col_blocks,))(

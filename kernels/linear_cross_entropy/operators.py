@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, statistics
-from nanotron_fast.kernels.runtime.backend import operator
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
+from nanotron_fast.kernels.runtime.operators import operator
 
 # How many logits a chunk has at most: 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29

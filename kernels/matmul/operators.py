@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import triton
 from torch import Tensor
 
 from nanotron_fast.kernels.matmul.choice import tokens_bucket
 from nanotron_fast.kernels.matmul.kernels import GROUP, MAX_BLOCK_K, glu_kernel, rope_kernel
-from nanotron_fast.kernels.runtime.backend import on_grid, operator
+from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 
 def _grid(num_rows: int, num_pairs: int):
     def size(constants: dict[str, int]) -> tuple[int]:
-        row_blocks = triton.cdiv(num_rows, constants["BLOCK_M"])
-        return (row_blocks * triton.cdiv(num_pairs, constants["BLOCK_N"] // 2),)
+        row_blocks = ceil_div(num_rows, constants["BLOCK_M"])
+        return (row_blocks * ceil_div(num_pairs, constants["BLOCK_N"] // 2),)
 
     return size
 

@@ -23,7 +23,8 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     pointer,
     takes_reference,
 )
-from nanotron_fast.kernels.runtime.backend import on_grid, operator
+from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.operators import operator
 
 _BLOCK = 2048
 _NUM_WARPS = 4

@@ -33,7 +33,9 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     pointer,
     takes_reference,
 )
-from nanotron_fast.kernels.runtime.backend import on_grid, operator
+from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 _BLOCK = 1024
 _NUM_WARPS = 4
@@ -268,7 +270,7 @@ def _adamw_step(
 ) -> None:
     """`copies` is empty where there are none; `steps` has one tensor for all or one for each."""
     corrections = torch.empty(len(steps), 2, dtype=torch.float32, device=params[0].device)
-    on_grid(_count_steps_kernel, (triton.cdiv(len(steps), _STEPS_BLOCK),))(
+    on_grid(_count_steps_kernel, (ceil_div(len(steps), _STEPS_BLOCK),))(
         addresses_of(steps),
         found_inf,
         corrections,

@@ -28,8 +28,9 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     pointer,
     takes_reference,
 )
-from nanotron_fast.kernels.runtime.backend import on_grid, operator
+from nanotron_fast.kernels.runtime.backend import on_grid
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
+from nanotron_fast.kernels.runtime.operators import operator
 
 _BLOCK = 2048
 _NUM_WARPS = 4

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from nanotron_fast.kernels.rope.kernels import launch
 from nanotron_fast.kernels.rope.reference import rotate_reference
-from nanotron_fast.kernels.runtime.backend import operator, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.operators import operator
 
 
 def rope_apart_reference(

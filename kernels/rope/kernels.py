@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 # Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.
 _BLOCK_ELEMENTS = 4096
@@ -170,10 +171,10 @@ def launch(
     # Strides go to the kernel in units of 8 elements where they are such: Triton itself sees no
     # smaller factor than 16, and without one it would read element by element.
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    head_cols = triton.next_power_of_2(head_dim)
-    q_heads, kv_heads = (min(8, triton.next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
+    head_cols = next_power_of_2(head_dim)
+    q_heads, kv_heads = (min(8, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
     tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
-    on_grid(_rope_kernel, (triton.cdiv(num_tokens, tokens),))(
+    on_grid(_rope_kernel, (ceil_div(num_tokens, tokens),))(
         *sources,
         *destinations,
         cos,
@@ -194,6 +195,6 @@ def launch(
         Q_HEADS=q_heads,
         KV_HEADS=kv_heads,
         HEAD_COLS=head_cols,
-        HALF_COLS=triton.next_power_of_2(half),
+        HALF_COLS=next_power_of_2(half),
         num_warps=4,
     )

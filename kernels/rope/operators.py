@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.rope.kernels import launch
 from nanotron_fast.kernels.rope.reference import split_heads
-from nanotron_fast.kernels.runtime.backend import operator
+from nanotron_fast.kernels.runtime.operators import operator
 
 
 @operator("nanotron_fast::rope_qkv_forward")
@@ -91,8 +91,3 @@ def in_place(
         interleaved=interleaved,
         in_place=True,
     )
-
-
-@in_place.register_fake
-def _(qkv, cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids, interleaved, inverse):
-    return None

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -99,32 +98,3 @@ def compiled(kernel: Any, *arguments: Any, **constants: Any) -> Any:
     binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
     binary._init_handles()  # its registers are known once it is loaded
     return binary
-
-
-def _tensors(arguments: Iterable[Any]) -> Iterator[torch.Tensor]:
-    for argument in arguments:
-        if isinstance(argument, torch.Tensor):
-            yield argument
-        elif isinstance(argument, list | tuple):
-            yield from _tensors(argument)
-
-
-def operator(name: str, *, mutates_args: Iterable[str] = ()) -> Callable[[Callable], Any]:
-    """`torch.library.custom_op`, run on the device of its tensors.
-
-    torch makes that device the current one for its own operators, but not for custom ones, and a
-    kernel is launched on the current device: with tensors on another GPU it would read nonsense.
-    """
-
-    def register(function: Callable) -> Any:
-        @functools.wraps(function)
-        def on_device(*arguments: Any, **named: Any) -> Any:
-            given = _tensors((*arguments, *named.values()))
-            device = next((tensor.device for tensor in given if tensor.is_cuda), None)
-            with nullcontext() if device is None else torch.cuda.device(device):
-                return function(*arguments, **named)
-
-        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
-        return torch.library.custom_op(name, on_device, mutates_args=mutates_args, schema=schema)
-
-    return register

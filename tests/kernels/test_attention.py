@@ -252,9 +252,9 @@ def test_the_same_twice(triton_path) -> None:
 def test_operators_are_what_torch_expects(triton_path) -> None:
     (q, k, v, dout), options = make("documents, few", triton_path)
     rest = (options["cu_seqlens"], True, 3, 0.25, None)
-    torch.library.opcheck(attention_triton._forward, (q, k, v, *rest))
+    torch.library.opcheck(attention_triton._forward.overload, (q, k, v, *rest))
     out, lse = attention_triton._forward(q, k, v, *rest)
-    torch.library.opcheck(attention_triton._backward, (dout, q, k, v, out, lse, *rest))
+    torch.library.opcheck(attention_triton._backward.overload, (dout, q, k, v, out, lse, *rest))
 
 
 @pytest.mark.parametrize("name", ["window without effect", "documents, few"])

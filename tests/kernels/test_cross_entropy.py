@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from nanotron_fast.kernels.cross_entropy import operators as operators
 from nanotron_fast.kernels.cross_entropy import (
@@ -217,12 +218,12 @@ def test_operators_are_what_torch_expects(triton_path) -> None:
     logits, target, dloss = make((5, 12), device=triton_path)
     logits = logits.detach()
     for ignore_index, z_loss in ((None, 0.0), (3, 0.1)):
-        torch.library.opcheck(operators.statistics, (logits, target, 0, ignore_index))
+        opcheck(operators.statistics.overload, (logits, target, 0, ignore_index))
         of_all = torch.rand(2, 3, 5, device=triton_path)
-        torch.library.opcheck(operators.combine, (of_all, target, 6, ignore_index, z_loss, True))
+        opcheck(operators.combine.overload, (of_all, target, 6, ignore_index, z_loss, True))
         args = (target, of_all[0, :2].clone(), dloss, 0, ignore_index, z_loss, False)
-        torch.library.opcheck(operators.gradient, (logits, *args))
-        torch.library.opcheck(operators.gradient_, (logits.clone(), *args))
+        opcheck(operators.gradient.overload, (logits, *args))
+        opcheck(operators.gradient_.overload, (logits.clone(), *args))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from nanotron_fast.kernels.embedding import (
     operators,
@@ -158,10 +159,10 @@ def test_gradcheck(torch_path) -> None:
 
 def test_operators_are_what_torch_expects(path, device) -> None:
     ids, weight, dy = make((6,), 5, 4, device=device)
-    torch.library.opcheck(operators.gather, (ids, weight.detach(), 0, 5))
-    torch.library.opcheck(operators.sum_by_id, (dy, ids, 5, 0, None))
-    torch.library.opcheck(operators.sum_by_id, (dy, ids, 3, 1, 2))
-    torch.library.opcheck(operators.add_by_id, (torch.zeros(3, 4, device=device), dy, ids, 1, 2))
+    opcheck(operators.gather.overload, (ids, weight.detach(), 0, 5))
+    opcheck(operators.sum_by_id.overload, (dy, ids, 5, 0, None))
+    opcheck(operators.sum_by_id.overload, (dy, ids, 3, 1, 2))
+    opcheck(operators.add_by_id.overload, (torch.zeros(3, 4, device=device), dy, ids, 1, 2))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

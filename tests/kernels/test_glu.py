@@ -131,9 +131,9 @@ def test_the_input_is_not_written(triton_path) -> None:
 
 def test_operators_are_what_torch_expects(triton_path) -> None:
     gate_up, dy = make((5, 12), torch.float32, triton_path)
-    torch.library.opcheck(module._forward, (gate_up, "silu"))
-    torch.library.opcheck(module._backward, (dy, gate_up, "gelu", False))
-    torch.library.opcheck(module._backward, (dy, gate_up, "gelu_tanh", True))
+    torch.library.opcheck(module._forward.overload, (gate_up, "silu"))
+    torch.library.opcheck(module._backward.overload, (dy, gate_up, "gelu", False))
+    torch.library.opcheck(module._backward.overload, (dy, gate_up, "gelu_tanh", True))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

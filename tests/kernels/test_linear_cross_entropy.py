@@ -255,11 +255,11 @@ def test_operators_are_what_torch_expects(path, device) -> None:
     x, weight, target = make(6, 4, 9, device=device)
     x, weight = x.detach(), weight.detach()
     options = ("", 0, 1, 3, 0.1, True, 4)
-    torch.library.opcheck(operators.forward, (x, weight, target, *options, True, True))
-    torch.library.opcheck(operators.forward, (x, weight, target, *options, False, True))
+    torch.library.opcheck(operators.forward.overload, (x, weight, target, *options, True, True))
+    torch.library.opcheck(operators.forward.overload, (x, weight, target, *options, False, True))
     rows, dloss = torch.rand(2, 6, device=device), torch.rand(6, device=device)
     args = (x, weight, target, rows, dloss, *options, True, True)
-    torch.library.opcheck(operators.backward, args)
+    torch.library.opcheck(operators.backward.overload, args)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

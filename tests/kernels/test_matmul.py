@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 from torch.nn.functional import linear
 
 from nanotron_fast.kernels import matmul as module
@@ -160,11 +161,11 @@ def test_operators_are_what_torch_expects(triton_path) -> None:
     x, weight, bias, cos, sin, position_ids = make_rope(
         3, 16, 2, 1, 8, 1.0, torch.float32, triton_path
     )
-    torch.library.opcheck(operators.glu_product, (x, weight, "silu", False))
-    torch.library.opcheck(operators.glu_product, (x, weight, "gelu", True))
+    opcheck(operators.glu_product.overload, (x, weight, "silu", False))
+    opcheck(operators.glu_product.overload, (x, weight, "gelu", True))
     rest = (cos, sin, 2, 1, 8)
-    torch.library.opcheck(operators.rope_product, (x, weight, bias, *rest, position_ids, False))
-    torch.library.opcheck(operators.rope_product, (x, weight, None, *rest, None, True))
+    opcheck(operators.rope_product.overload, (x, weight, bias, *rest, position_ids, False))
+    opcheck(operators.rope_product.overload, (x, weight, None, *rest, None, True))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from nanotron_fast.kernels.optimizer import (
     accumulate,
@@ -304,15 +305,15 @@ def test_operators_are_what_torch_expects(triton_path) -> None:
     mains, grads, params, copies, exp_avgs, _ = lists
     exp_avg_sqs = [tensor.square() for tensor in exp_avgs]
     norm = torch.tensor(3.0, device=triton_path)
-    torch.library.opcheck(accumulate._accumulate, (mains, grads, 0.5))
-    torch.library.opcheck(grad_norm._power_sums, (grads, 2.0))
-    torch.library.opcheck(grad_norm._clip, (grads, 1.0, norm))
+    opcheck(accumulate._accumulate.overload, (mains, grads, 0.5))
+    opcheck(grad_norm._power_sums.overload, (grads, 2.0))
+    opcheck(grad_norm._clip.overload, (grads, 1.0, norm))
     steps = [torch.ones((), device=triton_path) for _ in range(2)]
     numbers = (1e-2, 0.9, 0.95, 1e-8, 0.1, False)
     state = params, grads, exp_avgs, exp_avg_sqs
-    torch.library.opcheck(adamw._adamw_step, (*state, steps, copies, None, None, None, *numbers))
+    opcheck(adamw._adamw_step.overload, (*state, steps, copies, None, None, None, *numbers))
     tensors = [torch.ones((), device=triton_path) for _ in range(3)]
-    torch.library.opcheck(adamw._adamw_step, (*state, steps[:1], [], *tensors, *numbers))
+    opcheck(adamw._adamw_step.overload, (*state, steps[:1], [], *tensors, *numbers))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

@@ -112,10 +112,10 @@ def test_saves_its_input_and_a_number_a_row(triton_path) -> None:
 def test_operators_are_what_torch_expects(triton_path) -> None:
     x, residual, dy = (torch.randn(5, 12, device=triton_path) for _ in range(3))
     weight = torch.randn(12, device=triton_path)
-    torch.library.opcheck(module._forward, (x, residual, weight, 1e-6, False))
-    torch.library.opcheck(module._forward, (x, None, weight, 1e-6, True))
+    torch.library.opcheck(module._forward.overload, (x, residual, weight, 1e-6, False))
+    torch.library.opcheck(module._forward.overload, (x, None, weight, 1e-6, True))
     rstd = torch.rand(5, device=triton_path)
-    torch.library.opcheck(module._backward, (dy, None, x, weight, rstd, False))
+    torch.library.opcheck(module._backward.overload, (dy, None, x, weight, rstd, False))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from nanotron_fast.kernels.rope import (
     operators,
@@ -172,13 +173,11 @@ def test_saves_nothing_but_the_tables(triton_path) -> None:
 def test_operators_are_what_torch_expects(triton_path) -> None:
     qkv, cos, sin, grads = make(5, 4, 2, 16, 0.5, torch.float32, triton_path)
     position_ids = torch.arange(5, device=triton_path)
-    torch.library.opcheck(operators.forward, (qkv, cos, sin, 4, 2, 16, position_ids, False))
-    torch.library.opcheck(operators.forward, (qkv, cos, sin, 4, 2, 16, None, True))
-    torch.library.opcheck(operators.backward, (*grads, cos, sin, 4, 2, 16, position_ids, True))
-    torch.library.opcheck(
-        operators.backward, (None, grads[1], None, cos, sin, 4, 2, 16, None, False)
-    )
-    torch.library.opcheck(operators.in_place, (qkv, cos, sin, 4, 2, 16, position_ids, False, True))
+    opcheck(operators.forward.overload, (qkv, cos, sin, 4, 2, 16, position_ids, False))
+    opcheck(operators.forward.overload, (qkv, cos, sin, 4, 2, 16, None, True))
+    opcheck(operators.backward.overload, (*grads, cos, sin, 4, 2, 16, position_ids, True))
+    opcheck(operators.backward.overload, (None, grads[1], None, cos, sin, 4, 2, 16, None, False))
+    opcheck(operators.in_place.overload, (qkv, cos, sin, 4, 2, 16, position_ids, False, True))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

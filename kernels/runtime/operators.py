@@ -1,0 +1,153 @@
+"""Operators of torch's library, which are called without a detour where nobody watches them.
+
+An operator has its schema, its fake function and its refusal of a gradient in torch's dispatcher,
+so that torch.compile, its tracers and its modes see it whole. A call through the dispatcher costs
+some ten microseconds, which is as long as a launch takes. So an operator's function is called
+itself where no one would see the difference: eager mode, plain tensors, no gradient recorded (as
+within every autograd function of ours), no tracer, mode, transform or profiler.
+
+Either way it runs on the device of its tensors, and autograd learns what was written in place.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+# An operator's qualified name -> what holds its definition. One that is defined anew, by a module
+# that is imported again, takes the place of the old.
+_libraries: dict[str, torch.library.Library] = {}
+# A type of arguments -> whether it is plain: no tensor, or one without a dispatch of its own.
+_is_plain: dict[type, bool] = {Tensor: True, Parameter: True}
+
+
+def is_watched() -> bool:
+    """Whether something would miss a call that passes by torch's dispatcher."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+def are_plain(arguments: Iterable[Any]) -> bool:
+    """Whether no argument is a tensor with a dispatch of its own, and no list has one in it."""
+    for argument in arguments:
+        kind = type(argument)
+        is_plain = _is_plain.get(kind)
+        if is_plain is None:
+            is_tensor = issubclass(kind, Tensor)
+            is_plain = not is_tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+            _is_plain[kind] = is_plain
+        if not is_plain or (kind is list and not are_plain(argument)):
+            return False
+    return True
+
+
+def device_index_of(arguments: Iterable[Any]) -> int:
+    """The GPU of the first tensor that is on one; -1 where none is."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.is_cuda:
+                return argument.get_device()
+        elif isinstance(argument, list | tuple):
+            index = device_index_of(argument)
+            if index >= 0:
+                return index
+    return -1
+
+
+def tell_autograd(written: Iterable[Tensor]) -> None:
+    """Raises the versions of tensors that a kernel has written, so that autograd misses no change.
+
+    Tensors of inference mode have none.
+    """
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+
+
+class Operator:
+    """A function as an operator of torch's library; called like the function.
+
+    Args:
+        name: with its namespace, "nanotron_fast::glu_forward".
+        function: with annotations that torch.library.infer_schema takes. It allocates what it
+            returns, and returns none of its arguments.
+        mutates_args: the arguments that it writes, tensors or lists of them.
+    """
+
+    def __init__(
+        self, name: str, function: Callable[..., Any], mutates_args: Sequence[str] = ()
+    ) -> None:
+        self.name, self.function = name, function
+        self.__doc__ = function.__doc__
+        places = {key: place for place, key in enumerate(inspect.signature(function).parameters)}
+        self._written = [(key, places[key]) for key in mutates_args]
+        namespace, _, own_name = name.partition("::")
+        schema = torch.library.infer_schema(function, mutates_args=mutates_args)
+        if name in _libraries:
+            _libraries.pop(name)._destroy()
+        self._library = _libraries[name] = torch.library.Library(namespace, "FRAGMENT")
+        self._library.define(own_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self._library.impl(own_name, self._on_device, "CompositeExplicitAutograd")
+        self.overload: Any = getattr(getattr(torch.ops, namespace), own_name).default
+        if not self._written:
+            self._refuse_gradients()
+        if not self.overload._schema.returns:
+            self.register_fake(_returns_nothing)
+
+    def _refuse_gradients(self) -> None:
+        def backward(ctx: Any, *gradients: Tensor) -> None:
+            raise RuntimeError(
+                f"{self.name} has no gradient by itself: call the function that it is a part of"
+            )
+
+        torch.library.register_autograd(self.name, backward, lib=self._library)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Takes the function that gives empty results, for tracers; usable as a decorator."""
+        torch.library.register_fake(self.name, fake, lib=self._library)
+        return fake
+
+    def _on_device(self, *arguments: Any, **named: Any) -> Any:
+        index = device_index_of(arguments)
+        if index < 0 and named:
+            index = device_index_of(named.values())
+        # torch makes that device the current one for its own operators alone, and a kernel is
+        # launched on the current device: with tensors on another GPU it would read nonsense.
+        if index >= 0 and index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                result = self.function(*arguments, **named)
+        else:
+            result = self.function(*arguments, **named)
+        for key, place in self._written:
+            written = named[key] if key in named else arguments[place]
+            tell_autograd(written if isinstance(written, list) else (written,))
+        return result
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if is_watched() or not are_plain(arguments) or not are_plain(named.values()):
+            return self.overload(*arguments, **named)
+        return self._on_device(*arguments, **named)
+
+
+def _returns_nothing(*arguments: Any, **named: Any) -> None:
+    return None
+
+
+def operator(
+    name: str, *, mutates_args: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Makes an `Operator` of the function below it."""
+
+    def register(function: Callable[..., Any]) -> Operator:
+        return Operator(name, function, mutates_args)
+
+    return register
