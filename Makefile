@@ -45,6 +45,7 @@ format: $(READY) ## rewrite everything in the house style
 bench: build ## time conversion against cp and torch, the kernels' CPU paths, a training step
 	$(BIN)/python benchmarks/bench_convert.py
 	$(BIN)/pytest benchmarks/test_kernels.py
+	$(BIN)/python benchmarks/bench_launch.py
 	$(BIN)/python benchmarks/bench_train.py --cpu
 
 # Its own environment, laid over .venv: what Nanotron needs is older than what we are tested with.

@@ -2,8 +2,8 @@
 
     python benchmarks/report.py [--out docs/results]
 
-Takes what bench_convert.py, bench_scale.py, bench_load.py, bench_kernels.py, bench_step.py,
-bench_train.py and pytest-benchmark write, and tells them apart by their keys. Plots need
+Takes what bench_convert.py, bench_scale.py, bench_load.py, bench_kernels.py, bench_launch.py,
+bench_step.py, bench_train.py and pytest-benchmark write, and tells them apart by their keys. Plots need
 matplotlib; without it the tables are written alone, and it says so.
 """
 
@@ -294,6 +294,25 @@ def pytest_section(name: str, document: dict[str, Any]) -> Section:
     return Section(name, lines, bars)
 
 
+def launch_section(name: str, document: dict[str, Any]) -> Section:
+    """What a call costs in Python: of an operation beside a bare function, or of a list."""
+    rows = []
+    for row in document["launch"]:
+        times = [row["ours us"], row.get("bare us", "-"), row.get("ratio", "-")]
+        both = ("ours with backward us", "bare with backward us", "ratio with backward")
+        times += [row.get(key, "-") for key in both]
+        what = f", {row['tensors']} tensors" if "tensors" in row else ""
+        rows.append([row["operation"] + what, *times, "yes" if row["ok"] else "no"])
+    header = ("call", "us", "bare", "ratio", "with backward", "bare", "ratio", "within its limit")
+    lines = [
+        f"Measured: {about(document['environment'])}. Python and dispatch alone, the driver",
+        "replaced by nothing; bare is an autograd function around the same launches.",
+        "",
+        *table(header, rows),
+    ]
+    return Section(name, lines, [])
+
+
 def read(path: Path) -> Section:
     """Raises ValueError for a file that none of the benchmarks wrote."""
     document = json.loads(path.read_text())
@@ -305,12 +324,14 @@ def read(path: Path) -> Section:
         return scale_section(path.stem, document)
     if "ceilings" in document:
         return kernel_section(path.stem, document)
+    if "launch" in document:
+        return launch_section(path.stem, document)
     if "training" in document or "steps" in document:
         return training_section(path.stem, document)
     if "benchmarks" in document:
         return pytest_section(path.stem, document)
     raise ValueError(
-        f"{path}: neither cases, variants, ceilings, training, steps nor benchmarks in it"
+        f"{path}: neither cases, variants, ceilings, launch, training, steps nor benchmarks in it"
     )
 
 

@@ -166,31 +166,35 @@ def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, i
 
 @operator("nanotron_fast::glu_forward")
 def _forward(gate_up: Tensor, activation: str) -> Tensor:
-    """h (rows, inter) from gate_up (rows, 2 * inter)."""
-    num_rows, inter = gate_up.shape[0], gate_up.shape[1] // 2
-    h = gate_up.new_empty(num_rows, inter)
-    if h.numel():
+    """h (..., inter) from gate_up (..., 2 * inter)."""
+    *shape, both = gate_up.shape
+    inter = both // 2
+    h = gate_up.new_empty((*shape, inter))
+    rows = as_rows(gate_up)
+    num_rows = rows.shape[0]
+    if num_rows and inter:
         grid, block = _launch_shape(num_rows, inter)
         on_grid(_forward_kernel, grid)(
-            gate_up, h, gate_up.stride(0), num_rows, inter, ACTIVATION=activation, **block
+            rows, h, rows.stride(0), num_rows, inter, ACTIVATION=activation, **block
         )
     return h
 
 
 @_forward.register_fake
 def _(gate_up, activation):
-    return gate_up.new_empty(gate_up.shape[0], gate_up.shape[1] // 2)
+    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
 @operator("nanotron_fast::glu_backward")
 def _backward(
     dy: Tensor, gate_up: Tensor, activation: str, with_output: bool
 ) -> tuple[Tensor, Tensor]:
-    """d_gate_up (rows, 2 * inter) and h (rows, inter), which is empty where it is not asked for."""
-    num_rows, inter = dy.shape
+    """d_gate_up (..., 2 * inter) and h (..., inter), which is empty where it is not asked for."""
     d_gate_up = gate_up.new_empty(gate_up.shape)
-    h = gate_up.new_empty((num_rows, inter) if with_output else (0,))
-    if dy.numel():
+    h = gate_up.new_empty(dy.shape if with_output else (0,))
+    dy, gate_up = as_rows(dy), as_rows(gate_up)
+    num_rows, inter = dy.shape
+    if num_rows and inter:
         grid, block = _launch_shape(num_rows, inter)
         on_grid(_backward_kernel, grid)(
             dy,
@@ -223,7 +227,7 @@ class _Glu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         (gate_up,) = ctx.saved_tensors
-        return _backward(as_rows(dy), gate_up, ctx.activation, False)[0], None
+        return _backward(dy, gate_up, ctx.activation, False)[0], None
 
 
 def _check(name: str, gate_up: Tensor, activation: str) -> None:
@@ -244,8 +248,7 @@ def glu_forward(gate_up: Tensor, activation: str = "silu") -> Tensor:
     _check("glu_forward", gate_up, activation)
     if _takes_reference(gate_up):
         return glu_reference(gate_up, activation)
-    h = _forward(as_rows(gate_up), activation)
-    return h.view(*gate_up.shape[:-1], h.shape[-1])
+    return _forward(gate_up, activation)
 
 
 def glu_backward(
@@ -270,9 +273,8 @@ def glu_backward(
         raise ValueError(f"glu_backward: dy {tuple(dy.shape)} for gate_up {tuple(gate_up.shape)}")
     if _takes_reference(gate_up):
         return glu_backward_reference(dy, gate_up, activation, with_output)
-    d_gate_up, h = _backward(as_rows(dy), as_rows(gate_up), activation, with_output)
-    d_gate_up = d_gate_up.view(gate_up.shape)
-    return (d_gate_up, h.view(dy.shape)) if with_output else d_gate_up
+    d_gate_up, h = _backward(dy, gate_up, activation, with_output)
+    return (d_gate_up, h) if with_output else d_gate_up
 
 
 def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
@@ -291,5 +293,4 @@ def glu(gate_up: Tensor, activation: str = "silu") -> Tensor:
     _check("glu", gate_up, activation)
     if _takes_reference(gate_up):
         return glu_reference(gate_up, activation)
-    h = _Glu.apply(as_rows(gate_up), activation)
-    return h.view(*gate_up.shape[:-1], h.shape[-1])
+    return _Glu.apply(gate_up, activation)

@@ -16,6 +16,8 @@ Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -184,10 +186,12 @@ def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y and h (rows, hidden) in x's dtype (h is empty without a residual), rstd (rows,) fp32."""
+    """y and h (..., hidden) in x's dtype (h is empty without a residual), rstd (rows,) fp32."""
+    y = x.new_empty(x.shape)
+    h = x.new_empty(x.shape if residual is not None else 0)
+    x = as_rows(x)
+    residual = None if residual is None else as_rows(residual)
     num_rows, hidden = x.shape
-    y = torch.empty_like(x, memory_format=torch.contiguous_format)
-    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
     rows, cols, num_warps = _block(hidden)
     if num_rows:
@@ -216,7 +220,7 @@ def _forward(
 def _(x, residual, weight, eps, zero_centered):
     y = x.new_empty(x.shape)
     h = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    return y, h, x.new_empty(x.shape[0], dtype=torch.float32)
+    return y, h, x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
 
 
 @operator("nanotron_fast::rms_norm_backward")
@@ -228,9 +232,11 @@ def _backward(
     rstd: Tensor,
     zero_centered: bool,
 ) -> tuple[Tensor, Tensor]:
-    """dx (rows, hidden) in h's dtype and dw (hidden,) in the weight's."""
+    """dx (..., hidden) in h's dtype and dw (hidden,) in the weight's."""
+    dx = h.new_empty(h.shape)
+    dy, h = as_rows(dy), as_rows(h)
+    dh_out = None if dh_out is None else as_rows(dh_out)
     num_rows, hidden = h.shape
-    dx = torch.empty_like(h, memory_format=torch.contiguous_format)
     if not num_rows:
         return dx, torch.zeros_like(weight)
     rows, cols, num_warps = _block(hidden)
@@ -280,8 +286,7 @@ class _RmsNorm(torch.autograd.Function):
         h, weight, rstd = ctx.saved_tensors
         if dy is None:
             return dh_out, dh_out, None, None, None
-        dh_out = None if dh_out is None else as_rows(dh_out)
-        dx, dw = _backward(as_rows(dy), dh_out, h, weight, rstd, ctx.zero_centered)
+        dx, dw = _backward(dy, dh_out, h, weight, rstd, ctx.zero_centered)
         return dx, dx if ctx.needs_input_grad[1] else None, dw, None, None
 
 
@@ -357,9 +362,4 @@ def rms_norm(
         if torch.compiler.is_compiling() or x.is_cuda:
             return rms_norm_reference(x, weight, eps, residual, zero_centered)
         return _RmsNormOfCpu.apply(x, residual, weight, eps, zero_centered)
-    rows = None if residual is None else as_rows(residual)
-    out = _RmsNorm.apply(as_rows(x), rows, weight.contiguous(), eps, zero_centered)
-    if residual is None:
-        return out.view(x.shape)
-    y, h = out
-    return y.view(x.shape), h.view(x.shape)
+    return _RmsNorm.apply(x, residual, weight.contiguous(), float(eps), zero_centered)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from triton import Config
 
+from nanotron_fast.kernels.runtime import capture
+
 
 def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
     blocks = {"BLOCK_M": block_m, "BLOCK_N": block_n, "TMA": True}
@@ -77,6 +79,8 @@ def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
     def prune(configs: list[Config], named_args: dict[str, Any], **kwargs: Any) -> list[Config]:
         arguments = {**named_args, **kwargs}
         q = arguments["q_ptr"]
+        # Asked for where this kind of call is new, to be timed.
+        capture.refuse_if_capturing(q.device, "attention of a kind whose blocks are not chosen yet")
         if q.dtype == torch.float32:
             return [_FP32]
         has_options = arguments["HAS_WINDOW"] or arguments["HAS_SOFTCAP"]

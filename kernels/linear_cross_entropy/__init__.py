@@ -37,6 +37,7 @@ from nanotron_fast.kernels.linear_cross_entropy.reference import (
     linear_cross_entropy_reference,
     scale_sum,
 )
+from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
 
@@ -59,7 +60,12 @@ class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, settings, of_hidden, of_weight):
         loss, z, _, dhidden, dweight = forward(
-            hidden, weight, target, **settings.named(), of_hidden=of_hidden, of_weight=of_weight
+            hidden,
+            weight.to(hidden.dtype),
+            target,
+            **settings.named(),
+            of_hidden=of_hidden,
+            of_weight=of_weight,
         )
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtypes = (hidden.dtype, weight.dtype)
@@ -87,7 +93,12 @@ class _TokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, target, settings, of_hidden, of_weight):
         loss, z, maximum_and_sum, _, _ = forward(
-            hidden, weight, target, **settings.named(), of_hidden=False, of_weight=False
+            hidden,
+            weight.to(hidden.dtype),
+            target,
+            **settings.named(),
+            of_hidden=False,
+            of_weight=False,
         )
         ctx.save_for_backward(hidden, weight, target, maximum_and_sum)
         ctx.settings, ctx.needed = settings, (of_hidden, of_weight)
@@ -102,7 +113,7 @@ class _TokenLosses(torch.autograd.Function):
         of_hidden, of_weight = ctx.needed
         dhidden, dweight = backward(
             hidden,
-            weight,
+            weight.to(hidden.dtype),
             target,
             maximum_and_sum,
             dloss,
@@ -136,8 +147,10 @@ def linear_cross_entropy(
 
     Args:
         hidden: (tokens, hidden), bf16, fp16 or fp32, the same on every rank of the group.
-        weight: (vocab/ranks, hidden) in hidden's dtype: this rank's rows. If it has a `main_grad`
-            (fp32, its shape), its gradient is added to that, unrounded, and `grad` stays None.
+        weight: (vocab/ranks, hidden) in hidden's dtype, or in fp32: this rank's rows. One in fp32
+            is cast for the products, and has a gradient that nothing has rounded. If it has a
+            `main_grad` (fp32, its shape), its gradient is added to that, unrounded, and `grad`
+            stays None.
         target: (tokens,) of any integer dtype: ids in the whole vocabulary.
         group: a process group, a DeviceMesh of one dimension, or None for a rank alone. dhidden
             comes back summed over it.
@@ -162,7 +175,10 @@ def linear_cross_entropy(
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"{name}: chunk_tokens={chunk_tokens} is below 1")
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
-    if not fits or weight.shape[0] == 0 or hidden.dtype != weight.dtype:
+    # Under autocast hidden alone: the gradient of the weight need not pass through a cast.
+    (hidden,) = as_autocast(hidden) if fits else (hidden,)
+    fits = fits and weight.dtype in (hidden.dtype, torch.float32)
+    if not fits or weight.shape[0] == 0 or weight.dtype.itemsize < hidden.dtype.itemsize:
         raise ValueError(
             f"{name}: weight {tuple(weight.shape)} {weight.dtype} "
             f"for hidden {tuple(hidden.shape)} {hidden.dtype}"

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import constant_in_a_graph
 
 ENVIRONMENT_VARIABLE = "NANOTRON_FAST_FUSED_MATMUL"
@@ -78,10 +79,6 @@ def _is_measured_on(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _milliseconds(run: Callable[[], object]) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -115,7 +112,7 @@ def choose(key: Key, make_candidates: Callable[[], Candidates]) -> bool:
     known = decided(key.kind, key.tokens, key.hidden, key.out, key.dtype, key.device)
     if known is not None:
         return known
-    if torch.compiler.is_compiling() or _is_capturing():
+    if torch.compiler.is_compiling() or capture.is_capturing(key.device):
         return False
     _decisions[key] = _measure(make_candidates)
     return _decisions[key]

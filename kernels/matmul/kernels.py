@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 
 from nanotron_fast.kernels.glu import activate
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import is_interpreting
 
 # How many rows of blocks have programs that run side by side.
@@ -49,6 +50,8 @@ _CONFIGS = _INTERPRETED_CONFIGS if is_interpreting() else [*_HALF_CONFIGS, *_SLO
 def _prune(configs: list[triton.Config], args: dict[str, Any], **rest: Any) -> list[triton.Config]:
     """The configurations worth timing for this dtype and so many tokens, on this device."""
     x = args["x_ptr"]
+    # Asked for where this shape is new, to be timed.
+    capture.refuse_if_capturing(x.device, "a fused product of a shape whose blocks are not chosen")
     if x.dtype == torch.float32 or not rest["EVEN_K"]:
         return _SLOW_CONFIGS
     budget = 1 << 30

@@ -9,6 +9,7 @@ main. `multi_tensor` explains the tables of a launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
@@ -17,14 +18,16 @@ from torch import Tensor
 
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
+    Bundle,
     bundles_of,
     check_lists,
     find_segment,
     pointer,
     takes_reference,
 )
+from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.backend import on_grid
-from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.operators import on_device, operator
 
 _BLOCK = 2048
 _NUM_WARPS = 4
@@ -62,7 +65,11 @@ def _accumulate_kernel(
 
 @operator("nanotron_fast::accumulate_", mutates_args=("mains",))
 def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    for bundle in bundles_of((mains, grads), _BLOCK):
+    _launch(bundles_of((mains, grads), _BLOCK), scale)
+
+
+def _launch(bundles: Sequence[Bundle], scale: float) -> None:
+    for bundle in bundles:
         on_grid(_accumulate_kernel, (bundle.num_segments,))(
             *bundle.tables,
             scale,
@@ -71,6 +78,13 @@ def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
+
+
+def _check(mains: list[Tensor], grads: list[Tensor]) -> None:
+    check_lists("accumulate_", "mains", mains=mains, grads=grads)
+    for place, main in enumerate(mains):
+        if main.dtype != torch.float32:
+            raise ValueError(f"accumulate_: mains[{place}] is {main.dtype}, not torch.float32")
 
 
 @torch.no_grad()
@@ -86,10 +100,15 @@ def accumulate_(mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float =
         ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
     """
     mains, grads = list(mains), list(grads)
-    check_lists("accumulate_", "mains", mains=mains, grads=grads)
-    for place, main in enumerate(mains):
-        if main.dtype != torch.float32:
-            raise ValueError(f"accumulate_: mains[{place}] is {main.dtype}, not torch.float32")
+    if takes_plan(mains):
+        check = partial(_check, mains, grads)
+        plan = plan_of("accumulate_", (mains, grads), segment=_BLOCK, check=check)
+        if plan.is_served:
+            with on_device(plan.device_index):
+                _launch(plan.bundles, float(scale))
+            plan.tell_autograd(mains)
+            return
+    _check(mains, grads)
     if not mains:
         return
     if takes_reference(mains + grads):

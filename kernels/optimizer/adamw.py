@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.optimizer.adamw_torch import adamw_step_cpu, adamw_step_reference_
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
+    Bundle,
     addresses_of,
     bundles_of,
     check_lists,
@@ -33,125 +36,14 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     pointer,
     takes_reference,
 )
+from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.backend import on_grid
-from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.operators import on_device, operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 _BLOCK = 1024
 _NUM_WARPS = 4
 _STEPS_BLOCK = 256
-
-
-def adamw_step_reference_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    weight_decay: float,
-    copies: Sequence[Tensor] = (),
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-    maximize: bool = False,
-) -> None:
-    """The same in plain torch, at least in fp32.
-
-    A parameter at a time: what it needs beside its arguments is a few times the largest parameter.
-    """
-    beta1, beta2 = betas
-    is_applied = None if found_inf is None else found_inf.reshape(()) == 0
-    for step in steps:
-        step.add_(1 if is_applied is None else is_applied)
-    for place, (param, grad, exp_avg, exp_avg_sq) in enumerate(
-        zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
-    ):
-        step = steps[place if len(steps) > 1 else 0].reshape(()).double()
-        wide = torch.promote_types(param.dtype, torch.float32)
-        g = -grad.to(wide) if maximize else grad.to(wide)
-        if grad_scale is not None:
-            g = g / grad_scale.reshape(())
-        p = param.to(wide)
-        p = p - lr * weight_decay * p
-        m = exp_avg.to(wide).lerp(g, 1 - beta1)
-        v = exp_avg_sq.to(wide) * beta2 + (1 - beta2) * g.square()
-        denominator = v.sqrt() / (1 - beta2**step).sqrt() + eps
-        p = p - lr / (1 - beta1**step) * (m / denominator)
-        outputs = [(param, p), (exp_avg, m), (exp_avg_sq, v)]
-        if copies:
-            outputs.append((copies[place], p))
-        for output, value in outputs:
-            output.copy_(value if is_applied is None else torch.where(is_applied, value, output))
-
-
-def _adamw_step_cpu(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    *,
-    copies: list[Tensor],
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    betas: tuple[float, float],
-    **options: Any,
-) -> None:
-    """The same by torch's fused step, in one call for all that it takes as they are.
-
-    It wants one dtype for a parameter and all that belongs to it, and leaves gradients divided by
-    grad_scale. What it does not take as it is passes through temporary tensors, one parameter at a
-    time.
-    """
-    options |= {"beta1": betas[0], "beta2": betas[1], "amsgrad": False}
-    is_applied = None
-    if found_inf is not None:
-        is_applied = found_inf.reshape(()) == 0
-        options["found_inf"] = (~is_applied).float()  # it looks for 1 alone
-    for step in steps:
-        step.add_(1 if is_applied is None else is_applied)
-    steps = steps if len(steps) > 1 else steps * len(params)
-    as_they_are: list[tuple[Tensor, ...]] = []
-    for place, row in enumerate(zip(params, grads, exp_avgs, exp_avg_sqs, steps, strict=True)):
-        *tensors, step = row
-        wide = torch.promote_types(row[0].dtype, torch.float32)
-        # A copy of another dtype is made from the parameter before the parameter is rounded.
-        same = [*tensors, *copies[place : place + 1]] if row[0].dtype != wide else tensors
-        is_one = len({tensor.dtype for tensor in same}) == 1
-        if is_one and grad_scale is None:
-            as_they_are.append(row)
-            continue
-        param, grad, *states = (tensor.to(wide) for tensor in tensors)
-        if grad_scale is not None:
-            grad = grad / grad_scale.reshape(())
-        _fused(([param], [grad], *([state] for state in states), [step]), options)
-        results = [(row[0], param), *zip(row[2:4], states, strict=True)]
-        results += [(copy, param) for copy in copies[place : place + 1]]
-        for tensor, result in results:
-            if tensor is not result:
-                tensor.copy_(_where(is_applied, result, tensor))
-    if as_they_are:
-        _fused(tuple(map(list, zip(*as_they_are, strict=True))), options)
-    written = {id(row[0]) for row in as_they_are}
-    for copy, param in zip(copies, params if copies else (), strict=True):
-        if id(param) in written:
-            copy.copy_(_where(is_applied, param, copy))
-
-
-def _where(is_applied: Tensor | None, new: Tensor, old: Tensor) -> Tensor:
-    return new if is_applied is None else torch.where(is_applied, new, old)
-
-
-def _fused(lists: tuple[list[Tensor], ...], options: dict[str, Any]) -> None:
-    *tensors, steps = lists
-    torch._fused_adamw_(*tensors, [], steps, **options)
-    # torch's step does not tell autograd, which may have saved what it has written.
-    params, _, *states = tensors
-    changed = (tensor for each in (params, *states) for tensor in each)
-    torch.autograd.graph.increment_version([t for t in changed if not t.is_inference()])
 
 
 @triton.jit(do_not_specialize=["num_steps"])
@@ -269,21 +161,56 @@ def _adamw_step(
     maximize: bool,
 ) -> None:
     """`copies` is empty where there are none; `steps` has one tensor for all or one for each."""
-    corrections = torch.empty(len(steps), 2, dtype=torch.float32, device=params[0].device)
-    on_grid(_count_steps_kernel, (ceil_div(len(steps), _STEPS_BLOCK),))(
+    lists = _lists(params, grads, exp_avgs, exp_avg_sqs, copies)
+    _launch(
+        bundles_of(lists, _BLOCK),
         addresses_of(steps),
+        lr_tensor,
+        grad_scale,
+        found_inf,
+        lr=lr,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
+
+
+def _lists(*lists: list[Tensor]) -> tuple[list[Tensor], ...]:
+    """Those that a launch reads side by side: all but copies, where there are none."""
+    return lists if lists[-1] else lists[:-1]
+
+
+def _launch(
+    bundles: Sequence[Bundle],
+    step_addresses: Tensor,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+) -> None:
+    num_steps = step_addresses.numel()
+    corrections = torch.empty(num_steps, 2, dtype=torch.float32, device=step_addresses.device)
+    on_grid(_count_steps_kernel, (ceil_div(num_steps, _STEPS_BLOCK),))(
+        step_addresses,
         found_inf,
         corrections,
-        len(steps),
+        num_steps,
         math.log2(beta1) if beta1 else -math.inf,
         math.log2(beta2) if beta2 else -math.inf,
         HAS_FOUND_INF=found_inf is not None,
         BLOCK=_STEPS_BLOCK,
         num_warps=_NUM_WARPS,
     )
-    lists = (params, grads, exp_avgs, exp_avg_sqs, *((copies,) if copies else ()))
-    for bundle in bundles_of(lists, _BLOCK):
-        dtypes = [TRITON_DTYPES[dtype] for dtype in bundle.dtypes]
+    for bundle in bundles:
+        param, grad, exp_avg, exp_avg_sq, *copy = [TRITON_DTYPES[each] for each in bundle.dtypes]
         on_grid(_adamw_kernel, (bundle.num_segments,))(
             *bundle.tables,
             corrections,
@@ -296,12 +223,12 @@ def _adamw_step(
             1 - beta2,
             eps,
             weight_decay,
-            PARAM=dtypes[0],
-            GRAD=dtypes[1],
-            EXP_AVG=dtypes[2],
-            EXP_AVG_SQ=dtypes[3],
-            COPY=dtypes[4] if copies else None,
-            HAS_ONE_STEP=len(steps) == 1,
+            PARAM=param,
+            GRAD=grad,
+            EXP_AVG=exp_avg,
+            EXP_AVG_SQ=exp_avg_sq,
+            COPY=copy[0] if copy else None,
+            HAS_ONE_STEP=num_steps == 1,
             MAXIMIZE=maximize,
             VECTOR=bundle.vector,
             BLOCK=_BLOCK,
@@ -318,9 +245,11 @@ def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | N
     return value.to(device=device, dtype=torch.float32, non_blocking=True)
 
 
-def _check_state(
-    params: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], steps: list[Tensor]
-) -> None:
+def _check(lists: dict[str, list[Tensor]], steps: list[Tensor]) -> None:
+    check_lists("adamw_step_", "params", **lists)
+    params = lists["params"]
+    if not params:
+        return
     if len(steps) not in (1, len(params)):
         raise ValueError(f"adamw_step_: {len(steps)} steps for {len(params)} params")
     for place, step in enumerate(steps):
@@ -329,8 +258,8 @@ def _check_state(
                 f"adamw_step_: steps[{place}] {tuple(step.shape)} {step.dtype} on {step.device}: "
                 f"one fp32 number on {params[0].device} is needed"
             )
-    for label, states in (("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
-        for place, (state, param) in enumerate(zip(states, params, strict=True)):
+    for label in ("exp_avgs", "exp_avg_sqs"):
+        for place, (state, param) in enumerate(zip(lists[label], params, strict=True)):
             if state.dtype not in (torch.float32, param.dtype):
                 raise ValueError(
                     f"adamw_step_: {label}[{place}] is {state.dtype} "
@@ -383,19 +312,37 @@ def adamw_step_(
     lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
     if copies:
         lists["copies"] = copies
-    check_lists("adamw_step_", "params", **lists)
+    check = partial(_check, lists, steps)
+    plan = None
+    if takes_plan(params):
+        of_launch = tuple(lists.values())
+        plan = plan_of("adamw_step_", of_launch, segment=_BLOCK, check=check, singles=steps)
+    else:
+        check()
     if not params:
         return
-    _check_state(params, exp_avgs, exp_avg_sqs, steps)
     device = params[0].device
+    numbers: dict[str, Any] = {
+        "lr": 0.0 if isinstance(lr, Tensor) else float(lr),
+        "beta1": float(betas[0]),
+        "beta2": float(betas[1]),
+        "eps": float(eps),
+        "weight_decay": float(weight_decay),
+        "maximize": maximize,
+    }
     grad_scale = _scalar("grad_scale", grad_scale, device)
     found_inf = _scalar("found_inf", found_inf, device)
     lr_tensor = _scalar("lr", lr, device) if isinstance(lr, Tensor) else None
+    if plan is not None and plan.singles is not None:
+        with on_device(plan.device_index):
+            _launch(plan.bundles, plan.singles, lr_tensor, grad_scale, found_inf, **numbers)
+        plan.tell_autograd(params, exp_avgs, exp_avg_sqs, copies, steps)
+        return
     tensors = [tensor for tensors in lists.values() for tensor in tensors]
     if takes_reference(tensors):
         # torch.compile cannot take the fused step apart, and fuses the other by itself.
         is_fused = device.type == "cpu" and not torch.compiler.is_compiling()
-        in_torch = _adamw_step_cpu if is_fused else adamw_step_reference_
+        in_torch = adamw_step_cpu if is_fused else adamw_step_reference_
         in_torch(
             params,
             grads,
@@ -422,10 +369,5 @@ def adamw_step_(
         lr_tensor=lr_tensor,
         grad_scale=grad_scale,
         found_inf=found_inf,
-        lr=0.0 if lr_tensor is not None else float(lr),
-        beta1=betas[0],
-        beta2=betas[1],
-        eps=eps,
-        weight_decay=weight_decay,
-        maximize=maximize,
+        **numbers,
     )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
+from functools import partial, reduce
 
 import torch
 import triton
@@ -22,15 +22,17 @@ from torch import Tensor
 
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
+    Bundle,
     bundles_of,
     check_lists,
     find_segment,
     pointer,
     takes_reference,
 )
+from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.backend import on_grid
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
-from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.operators import on_device, operator
 
 _BLOCK = 2048
 _NUM_WARPS = 4
@@ -175,9 +177,18 @@ def _clip_kernel(
 @operator("nanotron_fast::grad_power_sums")
 def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
     """(tensors,) fp32 sums of |g|^p, or max |g| for p = inf; 0 for an empty tensor."""
+    return _launch_sums(grads, bundles_of((grads,), _LONG_SEGMENT), norm_type)
+
+
+@_power_sums.register_fake
+def _(grads, norm_type):
+    return grads[0].new_empty(len(grads), dtype=torch.float32)
+
+
+def _launch_sums(grads: Sequence[Tensor], bundles: Sequence[Bundle], norm_type: float) -> Tensor:
     sums = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
     norm = {1.0: "1", 2.0: "2", math.inf: "inf"}.get(norm_type, "p")
-    for bundle in bundles_of((grads,), _LONG_SEGMENT):
+    for bundle in bundles:
         partials = torch.empty(bundle.num_segments, dtype=torch.float32, device=sums.device)
         on_grid(_power_sums_kernel, (bundle.num_segments,))(
             *bundle.tables,
@@ -203,14 +214,13 @@ def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
     return sums
 
 
-@_power_sums.register_fake
-def _(grads, norm_type):
-    return grads[0].new_empty(len(grads), dtype=torch.float32)
-
-
 @operator("nanotron_fast::clip_grads_", mutates_args=("grads",))
 def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    for bundle in bundles_of((grads,), _LONG_SEGMENT):
+    _launch_clip(bundles_of((grads,), _LONG_SEGMENT), max_norm, total_norm)
+
+
+def _launch_clip(bundles: Sequence[Bundle], max_norm: float, total_norm: Tensor) -> None:
+    for bundle in bundles:
         on_grid(_clip_kernel, (bundle.num_segments,))(
             *bundle.tables,
             total_norm,
@@ -221,6 +231,20 @@ def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
             BLOCK=_BLOCK,
             num_warps=_NUM_WARPS,
         )
+
+
+def _sums(grads: list[Tensor], norm_type: float) -> Tensor:
+    """(tensors,) sums of |g|^p, or max |g|, by the path that the gradients take."""
+    check = partial(check_lists, "get_total_norm", "grads", grads=grads)
+    if takes_plan(grads):
+        plan = plan_of("get_total_norm", (grads,), segment=_LONG_SEGMENT, check=check)
+        if plan.is_served:
+            with on_device(plan.device_index):
+                return _launch_sums(grads, plan.bundles, norm_type)
+    check()
+    if takes_reference(grads):
+        return power_sums_reference(grads, norm_type).float()
+    return _power_sums(grads, norm_type)
 
 
 @torch.no_grad()
@@ -252,14 +276,11 @@ def get_total_norm(
     grads, norm_type = list(grads), float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"get_total_norm: norm_type {norm_type}: choose p > 0, or inf")
-    check_lists("get_total_norm", "grads", grads=grads)
-    if not grads:
+    if grads:
+        sums = _sums(grads, norm_type)
+    else:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         sums = torch.zeros(1, dtype=torch.float32, device=default if device is None else device)
-    elif takes_reference(grads):
-        sums = power_sums_reference(grads, norm_type).float()
-    else:
-        sums = _power_sums(grads, norm_type)
     is_max, ranks = math.isinf(norm_type), resolve(group)
     # One number from each rank: gathering them is no dearer than a reduction by max.
     local = sums.amax(0, keepdim=True) if is_max else sums.sum(0, keepdim=True)
@@ -289,7 +310,16 @@ def clip_grads_with_norm_(grads: Sequence[Tensor], max_norm: float, total_norm: 
         ValueError: a tensor is not contiguous; named by its place.
     """
     grads = list(grads)
-    check_lists("clip_grads_with_norm_", "grads", grads=grads)
+    check = partial(check_lists, "clip_grads_with_norm_", "grads", grads=grads)
+    if takes_plan(grads):
+        plan = plan_of("clip_grads_with_norm_", (grads,), segment=_LONG_SEGMENT, check=check)
+        if plan.is_served:
+            with on_device(plan.device_index):
+                on_gpu = total_norm.to(grads[0].device, torch.float32)
+                _launch_clip(plan.bundles, float(max_norm), on_gpu)
+            plan.tell_autograd(grads)
+            return
+    check()
     if not grads:
         return
     if takes_reference(grads):

@@ -11,10 +11,10 @@ One launch takes one combination of dtypes, and either only tensors that allow w
 others: a `Bundle`. Wide is 16 bytes of the widest dtype, and the same number of elements of the
 others: four of fp32 and of bf16 beside it, so that a warp's accesses lie side by side in each list.
 Tables are kept, keyed by addresses, sizes and dtypes, so that a step on the tensors of the last one
-looks up a dictionary and copies nothing to the device. A table holds no tensor alive; an address
-that is used again for a tensor of the same size and dtype means the same. Tables belong to the
-stream that filled them. A capture of a CUDA graph takes those that were filled last, and fills
-none: its replays would copy from memory long since reused. Run once on the same tensors before it.
+looks up a dictionary and copies nothing to the device; `plan` saves it even that. A table holds no
+tensor alive; an address that is used again for a tensor of the same size and dtype means the same.
+Tables belong to the stream that filled them. A capture of a CUDA graph takes those that were filled
+last, and fills none (`capture` says why): run once on the same tensors before it.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import is_interpreting, uses_triton
 
 # How many sets of lists are remembered; a training step uses three or four.
@@ -64,16 +65,8 @@ class Bundle:
 _last_streams: dict[torch.device, int] = {}
 
 
-def _is_capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
-
-
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
-    if device.type == "cuda" and _is_capturing():
-        raise RuntimeError(
-            "a CUDA graph captures an operation on lists of tensors that it did not run on before: "
-            "run it once on the same tensors, then capture it"
-        )
+    capture.refuse_if_capturing(device, "an operation on lists of tensors that are new to it")
     # Pinned, so that the host need not wait for the kernels in flight.
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
@@ -145,13 +138,13 @@ def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) ->
     return _to_device(torch.tensor(addresses, dtype=torch.int64), device)
 
 
-def _stream(device: torch.device) -> int:
+def stream_of_tables(device: torch.device) -> int:
     """The stream whose tables to take."""
     if device.type != "cuda":
         return 0
     current = int(torch.cuda.current_stream(device).cuda_stream)
     # torch waits for the device before it captures: what the warm-up filled is there.
-    if _is_capturing():
+    if capture.is_capturing(device):
         return _last_streams.get(device, current)
     _last_streams[device] = current
     return current
@@ -166,19 +159,21 @@ def bundles_of(lists: Sequence[Sequence[Tensor]], segment: int) -> tuple[Bundle,
     if not first:
         return ()
     return _bundles(
-        tuple(tuple([tensor.data_ptr() for tensor in tensors]) for tensors in lists),
+        tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in lists),
         tuple(tuple([tensor.dtype for tensor in tensors]) for tensors in lists),
         tuple([tensor.numel() for tensor in first]),
         segment,
         first[0].device,
-        _stream(first[0].device),
+        stream_of_tables(first[0].device),
     )
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     """(tensors,) int64 on the device of the first."""
     device = tensors[0].device
-    return _addresses(tuple([tensor.data_ptr() for tensor in tensors]), device, _stream(device))
+    return _addresses(
+        tuple([tensor.data_ptr() for tensor in tensors]), device, stream_of_tables(device)
+    )
 
 
 def takes_reference(tensors: Sequence[Tensor]) -> bool:
@@ -195,24 +190,41 @@ def check_lists(name: str, first: str, **lists: Sequence[Tensor]) -> None:
     for label, tensors in lists.items():
         if len(tensors) != len(leaders):
             raise ValueError(f"{name}: {len(tensors)} {label} for {len(leaders)} {first}")
-        for place, (tensor, leader) in enumerate(zip(tensors, leaders, strict=True)):
-            if tensor.shape != leader.shape:
-                raise ValueError(
-                    f"{name}: {label}[{place}] {tuple(tensor.shape)} "
-                    f"for {first}[{place}] {tuple(leader.shape)}"
-                )
-            if not tensor.is_contiguous():
-                raise ValueError(
-                    f"{name}: {label}[{place}] {tuple(tensor.shape)} has strides "
-                    f"{tensor.stride()}: tensors must be contiguous"
-                )
-            if tensor.device != leaders[0].device:
-                raise ValueError(
-                    f"{name}: {label}[{place}] on {tensor.device}, "
-                    f"{first}[0] on {leaders[0].device}"
-                )
-            if not tensor.is_floating_point():
-                raise ValueError(f"{name}: {label}[{place}] is {tensor.dtype}")
+    if not leaders:
+        return
+    shapes, device = [leader.shape for leader in leaders], leaders[0].device
+    for label, tensors in lists.items():
+        fits = (
+            [tensor.shape for tensor in tensors] == shapes
+            and all(tensor.is_contiguous() for tensor in tensors)
+            and all(tensor.device == device for tensor in tensors)
+            and all(tensor.is_floating_point() for tensor in tensors)
+        )
+        if not fits:
+            _raise_for(name, first, leaders, label, tensors)
+
+
+def _raise_for(
+    name: str, first: str, leaders: Sequence[Tensor], label: str, tensors: Sequence[Tensor]
+) -> None:
+    """Names the tensor of a list that does not fit."""
+    for place, (tensor, leader) in enumerate(zip(tensors, leaders, strict=True)):
+        if tensor.shape != leader.shape:
+            raise ValueError(
+                f"{name}: {label}[{place}] {tuple(tensor.shape)} "
+                f"for {first}[{place}] {tuple(leader.shape)}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name}: {label}[{place}] {tuple(tensor.shape)} has strides "
+                f"{tensor.stride()}: tensors must be contiguous"
+            )
+        if tensor.device != leaders[0].device:
+            raise ValueError(
+                f"{name}: {label}[{place}] on {tensor.device}, {first}[0] on {leaders[0].device}"
+            )
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name}: {label}[{place}] is {tensor.dtype}")
 
 
 @triton.jit

@@ -13,6 +13,7 @@ from torch import Tensor
 from nanotron_fast.kernels.pack.item import NUM_COLUMNS
 from nanotron_fast.kernels.pack.reference import pack_reference
 from nanotron_fast.kernels.pack.table import memories_of, tiles_of
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import explain as explain_backend
 from nanotron_fast.kernels.runtime.backend import requested_backend
 
@@ -34,7 +35,7 @@ def _items_on(device: torch.device, items: bytes) -> Tensor:
     Raises RuntimeError in a graph's capture: its replays would copy from memory long since reused.
     """
     host = torch.frombuffer(bytearray(items), dtype=torch.int64).view(-1, NUM_COLUMNS)
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if capture.is_capturing(device):
         raise RuntimeError(
             f"pack: {len(host)} moves are too many for a launch that a graph captures"
         )

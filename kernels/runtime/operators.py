@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import Parameter
 _libraries: dict[str, torch.library.Library] = {}
 # A type of arguments -> whether it is plain: no tensor, or one without a dispatch of its own.
 _is_plain: dict[type, bool] = {Tensor: True, Parameter: True}
+_HERE = nullcontext()
 
 
 def is_watched() -> bool:
@@ -63,6 +65,17 @@ def device_index_of(arguments: Iterable[Any]) -> int:
             if index >= 0:
                 return index
     return -1
+
+
+def on_device(index: int) -> AbstractContextManager[Any]:
+    """Makes a GPU the current one where it is not; -1 is no GPU.
+
+    torch does so for its own operators alone, and a kernel is launched on the current device: with
+    tensors on another GPU it would read nonsense.
+    """
+    if index < 0 or index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(index)
 
 
 def tell_autograd(written: Iterable[Tensor]) -> None:
@@ -120,12 +133,7 @@ class Operator:
         index = device_index_of(arguments)
         if index < 0 and named:
             index = device_index_of(named.values())
-        # torch makes that device the current one for its own operators alone, and a kernel is
-        # launched on the current device: with tensors on another GPU it would read nonsense.
-        if index >= 0 and index != torch.cuda.current_device():
-            with torch.cuda.device(index):
-                result = self.function(*arguments, **named)
-        else:
+        with on_device(index):
             result = self.function(*arguments, **named)
         for key, place in self._written:
             written = named[key] if key in named else arguments[place]

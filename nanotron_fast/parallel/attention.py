@@ -19,6 +19,7 @@ from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
 from nanotron_fast.kernels.matmul import matmul_rope, prefers_fused
 from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward_
+from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
@@ -263,7 +264,7 @@ def tensor_parallel_attention(
         recompute: save x alone and compute QKV again in backward.
 
     Returns:
-        x's shape and dtype.
+        x's shape and dtype; autocast's dtype where it is on.
 
     Raises:
         ValueError: shapes do not fit. TopologyError: heads or tokens do not split over the group.
@@ -305,6 +306,5 @@ def tensor_parallel_attention(
         softcap=softcap,
         interleaved=interleaved,
     )
-    return _Attention.apply(
-        x, qkv_weight, qkv_bias, o_weight, cos, sin, position_ids, cu_seqlens, layout, recompute
-    )
+    operands = as_autocast(x, qkv_weight, qkv_bias, o_weight)
+    return _Attention.apply(*operands, cos, sin, position_ids, cu_seqlens, layout, recompute)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.products import weight_gradient
 
@@ -115,5 +116,6 @@ def grouped_linear(x: Tensor, weight: Tensor, runs: Runs) -> Tensor:
             f"grouped_linear: x {tuple(x.shape)}, weight {tuple(weight.shape)} and "
             f"{len(runs.ends)} groups: they should be (rows, in), (groups, in, out)"
         )
-    out: Tensor = _GroupedLinear.apply(x.contiguous(), weight, runs)
+    low, weight = as_autocast(x.contiguous(), weight)
+    out: Tensor = _GroupedLinear.apply(low, weight, runs)
     return out

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.errors import TopologyError
+from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
@@ -143,7 +144,8 @@ def column_linear(
     ranks = resolve(group)
     if x.shape[-1] != weight.shape[1]:
         raise ValueError(f"column_linear: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
-    y = _ColumnLinear.apply(_rows(x), weight, bias, ranks, mode, recompute_allgather)
+    low, weight, bias = as_autocast(x, weight, bias)
+    y = _ColumnLinear.apply(_rows(low), weight, bias, ranks, mode, recompute_allgather)
     first = x.shape[0] * (ranks.size if mode == "reduce_scatter" else 1)
     return y.view(first, *x.shape[1:-1], weight.shape[0]) if x.dim() != 2 else y
 
@@ -180,5 +182,6 @@ def row_linear(
         if first % size:
             raise TopologyError(f"row_linear: {first} rows do not scatter over tp={size}")
         first //= size
-    y = _RowLinear.apply(_rows(x), weight, bias, ranks, mode)
+    low, weight, bias = as_autocast(x, weight, bias)
+    y = _RowLinear.apply(_rows(low), weight, bias, ranks, mode)
     return y.view(first, *x.shape[1:-1], weight.shape[0]) if x.dim() != 2 else y

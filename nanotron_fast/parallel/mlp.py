@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.glu import glu_backward, glu_forward
 from nanotron_fast.kernels.matmul import matmul_glu, prefers_fused
+from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
@@ -117,7 +118,7 @@ def tensor_parallel_mlp(
             products), rather than save it: 2 * inter / size values a token.
 
     Returns:
-        x's shape and dtype.
+        x's shape and dtype; autocast's dtype where it is on.
 
     Raises:
         ValueError: shapes do not fit. TopologyError: tokens do not scatter over the group.
@@ -131,4 +132,5 @@ def tensor_parallel_mlp(
             f"{tuple(gate_up_weight.shape)}, down_weight {tuple(down_weight.shape)}: they should "
             "be (tokens, hidden), (2 * inter, hidden), (hidden, inter)"
         )
-    return _Mlp.apply(x, gate_up_weight, down_weight, ranks, mode, activation, recompute)
+    operands = as_autocast(x, gate_up_weight, down_weight)
+    return _Mlp.apply(*operands, ranks, mode, activation, recompute)

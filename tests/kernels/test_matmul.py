@@ -19,6 +19,7 @@ from nanotron_fast.kernels.matmul import (
     prefers_fused,
 )
 from nanotron_fast.kernels.rope import rope_qkv_, rope_tables
+from nanotron_fast.kernels.runtime import capture
 from tests.kernels.checks import assert_close, wide
 
 # The interpreter's product of bf16 is not one.
@@ -223,7 +224,7 @@ def timed(monkeypatch) -> list[str]:
     monkeypatch.delenv(matmul_choice.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(matmul_choice, "_decisions", {})
     monkeypatch.setattr(matmul_choice, "_is_measured_on", lambda device: True)
-    monkeypatch.setattr(matmul_choice, "_is_capturing", lambda: False)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: False)
     monkeypatch.setattr(matmul_choice, "_milliseconds", milliseconds)
     monkeypatch.setattr(module, "_candidates", named)
     return runs
@@ -264,12 +265,12 @@ def test_what_does_not_fit_in_memory_is_not_taken(timed, monkeypatch) -> None:
 
 
 def test_nothing_is_timed_while_a_graph_is_captured(timed, monkeypatch) -> None:
-    with monkeypatch.context() as capture:
-        capture.setattr(matmul_choice, "_is_capturing", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "is_capturing", lambda device: True)
         assert not ask()
         assert not timed
     assert ask()
-    monkeypatch.setattr(matmul_choice, "_is_capturing", lambda: True)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
     assert ask()
 
 

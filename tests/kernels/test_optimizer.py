@@ -364,21 +364,3 @@ def test_what_does_not_fit_is_named(device) -> None:
         adamw_step_([a], [a], [a], [b], step, lr=0.1, found_inf=torch.zeros(2, device=device))
     with pytest.raises(ValueError, match="1 copies for 2 params"):
         adamw_step_([a, b], [a, b], [a, b], [a, b], step, lr=0.1, copies=[a])
-
-
-def test_a_capture_takes_the_tables_that_are_there(monkeypatch) -> None:
-    """Captured on another stream than the warm-up's; nothing may be copied to the device then."""
-    device = torch.device("cuda", 7)
-
-    class Stream:
-        cuda_stream = 5
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
-    monkeypatch.setattr(multi_tensor, "_is_capturing", lambda: False)
-    assert multi_tensor._stream(device) == 5
-    monkeypatch.setattr(Stream, "cuda_stream", 6)
-    monkeypatch.setattr(multi_tensor, "_is_capturing", lambda: True)
-    assert multi_tensor._stream(device) == 5
-    with pytest.raises(RuntimeError, match="run it once on the same tensors, then capture it"):
-        multi_tensor._to_device(torch.zeros(1), device)
-    del multi_tensor._last_streams[device]

@@ -1,0 +1,26 @@
+"""CUDA graphs: whether one is captured, and the refusal of what it could not replay.
+
+A capture records launches and does not run them. What a launch needs beside its tensors (tables on
+the device, the block sizes that measure fastest) must be there before it: a replay would copy from
+memory that was long since given to others, and a launch that is recorded cannot be timed.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether a graph records what is launched on the current stream. Never on a CPU."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_if_capturing(device: torch.device, what: str) -> None:
+    """Raises RuntimeError where a graph is captured.
+
+    Args:
+        device: what would be launched on.
+        what: is missing, as the end of "a CUDA graph captures ...".
+    """
+    if is_capturing(device):
+        raise RuntimeError(f"a CUDA graph captures {what}: run it once before, then capture it")

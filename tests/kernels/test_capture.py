@@ -1,0 +1,131 @@
+"""What a captured CUDA graph is given, and what it is refused, with the capture pretended."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from nanotron_fast.kernels.attention import configs
+from nanotron_fast.kernels.matmul import kernels as matmul_kernels
+from nanotron_fast.kernels.optimizer import (
+    accumulate_,
+    adamw_step_,
+    clip_grad_norm_,
+    multi_tensor,
+    plan,
+)
+from nanotron_fast.kernels.pack import choice as pack_choice
+from nanotron_fast.kernels.runtime import capture
+
+GPU = torch.device("cuda", 7)
+
+
+@pytest.fixture
+def capturing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """From where this is undone on, nothing is captured any more."""
+    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_captured", [])
+    for tables in (multi_tensor._bundles, multi_tensor._layout, multi_tensor._addresses):
+        tables.cache_clear()
+    patch = pytest.MonkeyPatch()
+    patch.setattr(capture, "is_capturing", lambda device: True)
+    yield patch
+    patch.undo()
+
+
+def lists(count: int, *values: float) -> list[list[Tensor]]:
+    return [[torch.full((5,), float(value)) for _ in range(count)] for value in values]
+
+
+def step(params, grads, averages, squares, steps) -> None:
+    accumulate_(averages, grads, 0.0)
+    clip_grad_norm_(grads, 1.0)
+    adamw_step_(params, grads, averages, squares, steps, lr=0.5, weight_decay=0.0)
+
+
+def test_a_capture_is_that_of_the_current_stream(monkeypatch) -> None:
+    for answer in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda it=answer: it)
+        assert capture.is_capturing(GPU) is answer
+        assert not capture.is_capturing(torch.device("cpu"))
+
+
+def test_lists_that_are_new_are_refused(triton_path, capturing) -> None:
+    mains, grads = lists(2, 0, 1)
+    with pytest.raises(RuntimeError, match="captures an operation on lists of tensors"):
+        accumulate_(mains, grads)
+    capturing.undo()
+    assert plan._plans == {}
+    assert all(not main.any() for main in mains)
+    accumulate_(mains, grads)
+    assert all(main.eq(1).all() for main in mains)
+
+
+def test_what_was_run_before_is_captured_and_kept(triton_path, capturing, monkeypatch) -> None:
+    """A replay reads the tables: they stay, however many other lists come after."""
+    monkeypatch.setattr(plan, "_NUM_REMEMBERED", 1)
+    tensors = [*lists(3, 1, 1, 0, 0), torch.zeros(())]
+    with monkeypatch.context() as before:
+        before.setattr(capture, "is_capturing", lambda device: False)
+        step(*tensors)
+    monkeypatch.setattr(plan, "_NUM_REMEMBERED", 64)
+    step(*tensors)
+    read = [bundle.addresses for each in plan._captured for bundle in each.bundles]
+    assert len(plan._captured) == len(read) == 4
+    capturing.undo()
+    monkeypatch.setattr(plan, "_NUM_REMEMBERED", 1)
+    step(*lists(3, 1, 1, 0, 0), torch.zeros(()))
+    assert [bundle.addresses for each in plan._captured for bundle in each.bundles] == read
+    assert len(plan._captured) == 4
+
+
+def test_a_plan_is_kept_once(triton_path, capturing) -> None:
+    mains, grads = lists(1, 0, 1)
+    with pytest.MonkeyPatch.context() as before:
+        before.setattr(capture, "is_capturing", lambda device: False)
+        accumulate_(mains, grads)
+    for _ in range(3):
+        accumulate_(mains, grads)
+    assert len(plan._captured) == 1
+
+
+def test_the_tables_of_the_stream_that_warmed_up(monkeypatch) -> None:
+    """A capture is on another stream than the warm-up was."""
+
+    class Stream:
+        cuda_stream = 5
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: False)
+    assert multi_tensor.stream_of_tables(GPU) == 5
+    monkeypatch.setattr(Stream, "cuda_stream", 6)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
+    assert multi_tensor.stream_of_tables(GPU) == 5
+    with pytest.raises(RuntimeError, match="run it once before, then capture it"):
+        multi_tensor._to_device(torch.zeros(1), GPU)
+    del multi_tensor._last_streams[GPU]
+
+
+def test_nothing_is_timed(capturing) -> None:
+    """Triton asks for the configurations to time where a kind of call is new."""
+    prune = configs.tuned(configs.DQ, configs.DQ_DOCUMENTS, configs.DQ_OPTIONS)
+    prune = prune["prune_configs_by"]["early_config_prune"]
+    half = torch.zeros(1, dtype=torch.float16)
+    attention = {"HAS_WINDOW": False, "HAS_SOFTCAP": False, "VARLEN": False, "CAN_TMA": False}
+    attention |= {"BLOCK_D": 64}
+    product = SimpleNamespace(args={"x_ptr": half, "tokens_bucket": 16}, rest={"EVEN_K": True})
+    with pytest.raises(RuntimeError, match="captures attention of a kind whose blocks are not"):
+        prune([], {"q_ptr": half}, **attention)
+    with pytest.raises(RuntimeError, match="captures a fused product of a shape whose blocks"):
+        matmul_kernels._prune([], product.args, **product.rest)
+    capturing.undo()
+    assert prune([], {"q_ptr": half}, **attention)
+    assert matmul_kernels._prune([], product.args, **product.rest)
+
+
+def test_the_packer_refuses_a_table_that_it_would_copy(capturing) -> None:
+    with pytest.raises(RuntimeError, match="pack: 1 moves are too many for a launch that a graph"):
+        pack_choice._items_on(torch.device("cpu"), bytes(8 * pack_choice.NUM_COLUMNS))
