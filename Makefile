@@ -42,11 +42,11 @@ format: $(READY) ## rewrite everything in the house style
 	$(BIN)/ruff format
 	$(BIN)/clang-format -i $(CPP)
 
-bench: build ## time conversion against cp and torch, the kernels' CPU paths, a training step
+bench: build ## time conversion against cp and torch, the kernels' CPU paths, a training step, launches
 	$(BIN)/python benchmarks/bench_convert.py
 	$(BIN)/pytest benchmarks/test_kernels.py
-	$(BIN)/python benchmarks/bench_launch.py
 	$(BIN)/python benchmarks/bench_train.py --cpu
+	$(BIN)/python benchmarks/bench_launch.py
 
 # Its own environment, laid over .venv: what Nanotron needs is older than what we are tested with.
 NANOTRON_VENV := .venv-nanotron

@@ -59,6 +59,18 @@ def microseconds(
     return {name: (min(each), sorted(each)[len(each) // 2]) for name, each in samples.items()}
 
 
+def num_calls(function: Callable[[], object]) -> int:
+    """How many functions, of Python and of C, a call of this one calls: the same on any machine."""
+    function()
+    events: list[str] = []
+    sys.setprofile(lambda frame, event, argument: events.append(event))
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return events.count("call") + events.count("c_call")
+
+
 def row_of_operation(case: Any, rounds: int) -> dict[str, Any]:
     """Of an operation with a gradient: its times, the bare function's, and their ratios."""
     import torch
@@ -78,15 +90,13 @@ def row_of_operation(case: Any, rounds: int) -> dict[str, Any]:
 
         return call
 
-    times = microseconds(
-        {
-            "ours": lambda: case.call(*case.tensors),
-            "bare": lambda: bare(*case.tensors),
-            "ours with backward": both(case.call),
-            "bare with backward": both(bare),
-        },
-        rounds,
-    )
+    variants: dict[str, Callable[[], object]] = {
+        "ours": lambda: case.call(*case.tensors),
+        "bare": lambda: bare(*case.tensors),
+        "ours with backward": both(case.call),
+        "bare with backward": both(bare),
+    }
+    times = microseconds(variants, rounds)
     row = {
         "operation": case.name,
         "launches": len(bare.launches),
@@ -94,6 +104,7 @@ def row_of_operation(case: Any, rounds: int) -> dict[str, Any]:
     }
     for name, (least, median) in times.items():
         row |= {f"{name} us": round(least, 1), f"{name} p50 us": round(median, 1)}
+        row[f"{name} calls"] = num_calls(variants[name])
     row["ratio"] = round(times["ours"][0] / times["bare"][0], 2)
     row["ratio with backward"] = round(
         times["ours with backward"][0] / times["bare with backward"][0], 2
@@ -112,6 +123,7 @@ def row_of_lists(name: str, call: Callable[[], object], rounds: int) -> dict[str
         "tensors": NUM_TENSORS,
         "ours us": round(least, 1),
         "ours p50 us": round(median, 1),
+        "ours calls": num_calls(call),
         "ok": name == _HAS_NO_LIMIT or least <= LIMIT_MICROSECONDS,
     }
 

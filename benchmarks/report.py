@@ -3,8 +3,8 @@
     python benchmarks/report.py [--out docs/results]
 
 Takes what bench_convert.py, bench_scale.py, bench_load.py, bench_kernels.py, bench_launch.py,
-bench_step.py, bench_train.py and pytest-benchmark write, and tells them apart by their keys. Plots need
-matplotlib; without it the tables are written alone, and it says so.
+bench_step.py, bench_train.py and pytest-benchmark write, and tells them apart by their keys. Plots
+need matplotlib; without it the tables are written alone, and it says so.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ Shapes: gate_up, d_gate_up (..., 2 * inter) as [gate | up]; h, dy (..., inter).
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import triton
@@ -156,6 +157,7 @@ def _backward_kernel(
         tl.store(h_ptr + rows * num_cols + cols, (activated * up).to(dtype), mask=mask)
 
 
+@lru_cache(maxsize=4096)
 def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, int]]:
     """The grid and the block's constants. Short rows share a block."""
     cols = min(next_power_of_2(num_cols), _MAX_COLS)
@@ -235,7 +237,7 @@ def _check(name: str, gate_up: Tensor, activation: str) -> None:
         raise ValueError(f"{name}: activation {activation!r}: choose {', '.join(ACTIVATIONS)}")
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"{name}: gate_up {tuple(gate_up.shape)} has no two equal halves")
-    if not gate_up.is_floating_point():
+    if not gate_up.dtype.is_floating_point:
         raise ValueError(f"{name}: gate_up is {gate_up.dtype}")
 
 

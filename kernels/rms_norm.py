@@ -17,6 +17,7 @@ Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 import triton
@@ -155,6 +156,7 @@ def _backward_kernel(
     )
 
 
+@cache
 def _block(hidden: int) -> tuple[int, int, int]:
     """Rows and columns of a block, and its warps."""
     cols = next_power_of_2(hidden)
@@ -166,6 +168,7 @@ def _block(hidden: int) -> tuple[int, int, int]:
     return rows, cols, max(rows * cols // (512 if rows > 1 else 1024), 4)
 
 
+@cache
 def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.device) -> int:
     """Stages of the loop of the backward pass: all but one are copies under way.
 

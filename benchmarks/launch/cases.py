@@ -1,13 +1,14 @@
 """Calls whose Python is timed, and beside each the least that a call with a gradient could cost.
 
 The least is an autograd function around the same launches: it saves its inputs, allocates as many
-results, launches what was recorded, with the arguments that were recorded, and in backward does the
-same with the gradients. What an operation does in torch beside its launches is in it too.
+results and as many tensors that launches write for others, launches what was recorded, with the
+arguments that were recorded, and in backward does the same with the gradients. What an operation
+does in torch beside its launches is in it too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from benchmarks.launch.driver import Launch, recorded
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
+from nanotron_fast.kernels.embedding import operators as embedding_operators
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.glu import glu
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_, clip_grad_norm_
@@ -73,6 +75,7 @@ def _sort(ids: Tensor, weight: Tensor) -> None:
 def operations() -> list[Case]:
     """Every operation that is one launch or a few, forward and backward."""
     torch.manual_seed(0)
+    embedding_operators._check_ids = _nothing  # which looks at ids on a CPU alone
     cos, sin = rope_tables(64, 32)
     ids, target = torch.randint(96, (24,)), torch.randint(96, (24,))
     hidden, weight = _leaf(2, 12, 64), _leaf(64)
@@ -114,6 +117,8 @@ class _Bare(torch.autograd.Function):
         ctx.bare = bare
         bare.case.forward(*tensors)
         outputs = tuple([torch.empty(shape, dtype=dtype) for shape, dtype in bare.outputs])
+        for shape, dtype in bare.scratch:
+            torch.empty(shape, dtype=dtype)
         for launch in bare.launches:
             launch.again()
         return outputs if len(outputs) > 1 else outputs[0]
@@ -127,9 +132,26 @@ class _Bare(torch.autograd.Function):
             torch.empty_like(tensor) if is_needed else None
             for tensor, is_needed in zip(tensors, needed, strict=True)
         ]
+        for shape, dtype in bare.scratch_backward:
+            torch.empty(shape, dtype=dtype)
         for launch in bare.launches_backward:
             launch.again()
         return None, *made
+
+
+def _storages(tensors: Iterable[Any]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors if isinstance(t, Tensor)}
+
+
+def _scratch(launches: list[Launch], known: Iterable[Any]) -> list[tuple[torch.Size, torch.dtype]]:
+    """Tensors of launches that are none of the known: one of them for each storage."""
+    seen, found = _storages(known), []
+    for launch in launches:
+        for tensor in launch.arguments:
+            if isinstance(tensor, Tensor) and not _storages([tensor]) <= seen:
+                seen |= _storages([tensor])
+                found.append((tensor.shape, tensor.dtype))
+    return found
 
 
 class Bare:
@@ -141,8 +163,14 @@ class Bare:
             out = case.call(*case.tensors)
         outputs = [out] if isinstance(out, Tensor) else [*out]
         self.outputs = [(output.shape, output.dtype) for output in outputs]
+        given = [torch.ones_like(output) for output in outputs]
         with recorded() as self.launches_backward:
-            torch.autograd.grad(outputs, case.leaves, [torch.ones_like(each) for each in outputs])
+            gradients = torch.autograd.grad(outputs, case.leaves, given)
+        known = [*case.tensors, *outputs]
+        self.scratch = _scratch(self.launches, known)
+        of_forward = [tensor for launch in self.launches for tensor in launch.arguments]
+        known += [*given, *gradients, *of_forward]
+        self.scratch_backward = _scratch(self.launches_backward, known)
 
     launches: list[Launch]
     launches_backward: list[Launch]

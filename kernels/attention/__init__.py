@@ -22,6 +22,7 @@ Shapes: q, out (batch, seq_q, H, d); k, v (batch, seq_k, K, d), K a divisor of H
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,24 +76,29 @@ def _choose(
     if device.type == "cuda" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability(device)
         architecture = 10 * major + minor
-    request = Request(
-        device_type=device.type,
-        architecture=architecture,
-        dtype=dtype,
-        head_dim=head_dim,
-        causal=causal,
-        has_documents=has_documents,
-        has_window=has_window,
-        has_softcap=has_softcap,
-        lengths=lengths,
-        is_training=is_training,
-        is_deterministic=torch.are_deterministic_algorithms_enabled(),
-        wants_lse=wants_lse,
-        backend=backend,
-        environment=requested_backend(),
-        is_interpreting=is_interpreting(),
+    return _decided(
+        device.type,
+        architecture,
+        dtype,
+        head_dim,
+        causal,
+        has_documents,
+        has_window,
+        has_softcap,
+        lengths,
+        is_training,
+        torch.are_deterministic_algorithms_enabled(),
+        wants_lse,
+        backend,
+        requested_backend(),
+        is_interpreting(),
     )
-    return choose_backend(request, library.missing)
+
+
+@lru_cache(maxsize=1024)
+def _decided(*request: Any) -> tuple[str, str]:
+    """The choice for the fields of a Request, in their order; what is installed does not change."""
+    return choose_backend(Request(*request), library.missing)
 
 
 def explain(

@@ -114,7 +114,7 @@ def _launch(
     arguments = (
         *tensors,
         cu_seqlens,
-        *(stride for tensor in strided for stride in _strides(tensor)),
+        *[stride for tensor in strided for stride in _strides(tensor)],
         seq_q,
         seq_k,
         num_documents,
@@ -133,13 +133,14 @@ def _launch(
         "VARLEN": cu_seqlens is not None,
         "CAN_TMA": can_tma,
     }
-    if is_interpreting():  # nothing to tune, and no clock to tune by
+    dtypes = [tensor.dtype for tensor in tensors]
+    key = (kernel, q.device, arguments[-1], *dtypes, *constants.values())
+    blocks = _blocks.get(key)
+    if blocks is None and is_interpreting():  # nothing to tune, and no clock to tune by
         on_grid(kernel.fn, grid)(*arguments, **constants, **INTERPRETED.all_kwargs())
     else:
         if can_tma:
             triton.set_allocator(_scratch)
-        key = (kernel, q.device, arguments[-1], *(t.dtype for t in tensors), *constants.values())
-        blocks = _blocks.get(key)
         if blocks is None:
             on_grid(kernel, grid)(*arguments, **constants)
             tuned = getattr(kernel, "best_config", None)
@@ -292,8 +293,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, cu_seqlens, causal, window, scale, softcap):
         options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
-        q, k, v = (_dense_heads(t) for t in (q, k, v))
-        out, lse = _forward(q, k, v, cu_seqlens=cu_seqlens, **options)
+        q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
+        out, lse = _forward(q, k, v, cu_seqlens, causal, window, scale, softcap)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.options = options
         return out

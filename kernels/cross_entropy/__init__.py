@@ -159,5 +159,6 @@ def vocab_parallel_cross_entropy(
         z_loss_mode == "correct",
         inplace,
     )
-    loss = loss.view(target.shape)
+    if target.dim() != 1:
+        loss = loss.view(target.shape)
     return (loss, z.view(target.shape)) if z_loss > 0 else loss

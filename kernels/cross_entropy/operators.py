@@ -165,7 +165,7 @@ def combine(
         return _combine_torch(of_all, target, shard_cols, ignore_index, z_loss, add_maximum)
     num_ranks, _, num_rows = of_all.shape
     loss = of_all.new_empty(num_rows)
-    z = torch.empty_like(loss if z_loss > 0 else loss[:0])
+    z = of_all.new_empty(num_rows if z_loss > 0 else 0)
     maximum_and_sum = of_all.new_empty(2, num_rows)
     if num_rows:
         on_grid(combine_kernel, (ceil_div(num_rows, 128),))(

@@ -46,8 +46,9 @@ class _Embedding(torch.autograd.Function):
         ctx.ranks, ctx.is_scattered, ctx.padding_idx = ranks, is_scattered, padding_idx
         ctx.num_rows, ctx.main_grad = num_rows, eager_main_grad(weight)
         first_row, vocab = ranks.rank * num_rows, ranks.size * num_rows
-        out = gather(ids.reshape(-1), weight, first_row=first_row, vocab=vocab)
-        out = out.view(*ids.shape, hidden)
+        out = gather(ids if ids.ndim == 1 else ids.reshape(-1), weight, first_row, vocab)
+        if ids.ndim != 1:
+            out = out.view(*ids.shape, hidden)
         return reduce_scatter(out, ranks) if is_scattered else all_reduce(out, ranks)
 
     @staticmethod

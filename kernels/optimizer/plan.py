@@ -28,7 +28,12 @@ from nanotron_fast.kernels.optimizer import multi_tensor
 from nanotron_fast.kernels.optimizer.multi_tensor import TRITON_DTYPES, Bundle
 from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import uses_triton
-from nanotron_fast.kernels.runtime.operators import are_plain, is_watched, tell_autograd
+from nanotron_fast.kernels.runtime.operators import (
+    OWN_DISPATCH,
+    is_watched,
+    survey,
+    tell_autograd,
+)
 
 # Plans that are remembered: a training step uses three or four for each group of parameters.
 _NUM_REMEMBERED = 64
@@ -134,7 +139,7 @@ def _made(
     tensors: list[Tensor],
 ) -> Plan:
     of_lists = tensors[: len(tensors) - len(singles)]
-    is_served = are_plain(tensors) and all(t.dtype in TRITON_DTYPES for t in of_lists)
+    is_served = survey(tensors) != OWN_DISPATCH and all(t.dtype in TRITON_DTYPES for t in of_lists)
     return Plan(
         identities,
         list(map(Tensor.data_ptr, tensors)),

@@ -8,6 +8,8 @@ have strides of their own, so that one kernel splits, packs and works in place.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -145,6 +147,26 @@ def _rope_kernel(
     # fmt: on
 
 
+@lru_cache(maxsize=4096)
+def _launch_shape(
+    num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, half: int
+) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the block's constants."""
+    head_cols = next_power_of_2(head_dim)
+    q_heads, kv_heads = (min(8, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
+    tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
+    return (ceil_div(num_tokens, tokens),), {
+        "HEAD_DIM": head_dim,
+        "HALF": half,
+        "TOKENS": tokens,
+        "Q_HEADS": q_heads,
+        "KV_HEADS": kv_heads,
+        "HEAD_COLS": head_cols,
+        "HALF_COLS": next_power_of_2(half),
+        "num_warps": 4,
+    }
+
+
 def launch(
     sources: list[Tensor | None],
     destinations: list[Tensor | None],
@@ -166,21 +188,26 @@ def launch(
     num_kv_heads, half = destinations[1].shape[1], cos.shape[1]
     if num_tokens == 0:
         return
-    strides = [0 if src is None else src.stride(dim) for dim in (0, 1) for src in sources]
-    strides += [dst.stride(0) for dst in destinations[:2]]
+    token_strides, head_strides = [], []
+    for src in sources:
+        token_stride, head_stride = (0, 0) if src is None else src.stride()[:2]
+        token_strides.append(token_stride)
+        head_strides.append(head_stride)
+    strides = [*token_strides, *head_strides, destinations[0].stride(0), destinations[1].stride(0)]
     # Strides go to the kernel in units of 8 elements where they are such: Triton itself sees no
     # smaller factor than 16, and without one it would read element by element.
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    head_cols = next_power_of_2(head_dim)
-    q_heads, kv_heads = (min(8, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
-    tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
-    on_grid(_rope_kernel, (ceil_div(num_tokens, tokens),))(
+    combined = 0
+    for stride in strides:
+        combined |= stride
+    unit = 1 if combined % 8 else 8
+    grid, block = _launch_shape(num_tokens, num_q_heads, num_kv_heads, head_dim, half)
+    on_grid(_rope_kernel, grid)(
         *sources,
         *destinations,
         cos,
         sin,
         position_ids,
-        *(stride // unit for stride in strides),
+        *[stride // unit for stride in strides],
         num_tokens,
         cos.shape[0],
         num_q_heads,
@@ -189,12 +216,5 @@ def launch(
         INTERLEAVED=interleaved,
         IN_PLACE=in_place,
         STRIDE_UNIT=unit,
-        HEAD_DIM=head_dim,
-        HALF=half,
-        TOKENS=tokens,
-        Q_HEADS=q_heads,
-        KV_HEADS=kv_heads,
-        HEAD_COLS=head_cols,
-        HALF_COLS=next_power_of_2(half),
-        num_warps=4,
+        **block,
     )

@@ -5,7 +5,6 @@ Shapes are those of `rope`. cos, sin and position_ids are contiguous.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rope.kernels import launch
@@ -26,7 +25,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q (tokens, H, d), k and v (tokens, K, d) in qkv's dtype."""
     sources = split_heads(qkv, num_q_heads, num_kv_heads, head_dim)
-    outs = [torch.empty_like(src, memory_format=torch.contiguous_format) for src in sources]
+    outs = [qkv.new_empty(src.shape) for src in sources]
     launch(sources, outs, cos, sin, position_ids, inverse=False, interleaved=interleaved)
     return outs[0], outs[1], outs[2]
 

@@ -9,7 +9,9 @@ from torch import Tensor
 def split_heads(qkv: Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int) -> list[Tensor]:
     """Views (tokens, heads, head_dim) of q, k and v in a packed tensor."""
     heads = (num_q_heads, num_kv_heads, num_kv_heads)
-    return list(qkv.unflatten(-1, (sum(heads), head_dim)).split(heads, dim=1))
+    # As torch's own methods do it: unflatten and split are written in Python.
+    packed = qkv.view(qkv.shape[0], sum(heads), head_dim)
+    return list(packed.split_with_sizes(heads, dim=1))
 
 
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -23,9 +23,11 @@ from torch.nn import Parameter
 # An operator's qualified name -> what holds its definition. One that is defined anew, by a module
 # that is imported again, takes the place of the old.
 _libraries: dict[str, torch.library.Library] = {}
-# A type of arguments -> whether it is plain: no tensor, or one without a dispatch of its own.
-_is_plain: dict[type, bool] = {Tensor: True, Parameter: True}
+# Types of arguments that are no tensors, as they are met.
+_no_tensors: set[type] = {bool, int, float, str, type(None)}
 _HERE = nullcontext()
+# What `survey` gives instead of a GPU.
+NO_GPU, OWN_DISPATCH = -1, -2
 
 
 def is_watched() -> bool:
@@ -40,31 +42,29 @@ def is_watched() -> bool:
     )
 
 
-def are_plain(arguments: Iterable[Any]) -> bool:
-    """Whether no argument is a tensor with a dispatch of its own, and no list has one in it."""
+def survey(arguments: Iterable[Any]) -> int:
+    """The GPU of the first tensor that is on one, or NO_GPU, in lists too.
+
+    OWN_DISPATCH where one is of a class that carries out its operations itself.
+    """
+    index = NO_GPU
     for argument in arguments:
         kind = type(argument)
-        is_plain = _is_plain.get(kind)
-        if is_plain is None:
-            is_tensor = issubclass(kind, Tensor)
-            is_plain = not is_tensor or kind.__torch_dispatch__ is Tensor.__torch_dispatch__
-            _is_plain[kind] = is_plain
-        if not is_plain or (kind is list and not are_plain(argument)):
-            return False
-    return True
-
-
-def device_index_of(arguments: Iterable[Any]) -> int:
-    """The GPU of the first tensor that is on one; -1 where none is."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            if argument.is_cuda:
-                return argument.get_device()
-        elif isinstance(argument, list | tuple):
-            index = device_index_of(argument)
-            if index >= 0:
-                return index
-    return -1
+        if kind in _no_tensors:
+            continue
+        if kind is list:
+            found = survey(argument)
+            if found == OWN_DISPATCH:
+                return OWN_DISPATCH
+            index = found if index < 0 else index
+        elif kind is Tensor or kind is Parameter or isinstance(argument, Tensor):
+            if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+                return OWN_DISPATCH
+            if index < 0 and argument.is_cuda:
+                index = argument.get_device()
+        else:
+            _no_tensors.add(kind)
+    return index
 
 
 def on_device(index: int) -> AbstractContextManager[Any]:
@@ -109,7 +109,7 @@ class Operator:
             _libraries.pop(name)._destroy()
         self._library = _libraries[name] = torch.library.Library(namespace, "FRAGMENT")
         self._library.define(own_name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-        self._library.impl(own_name, self._on_device, "CompositeExplicitAutograd")
+        self._library.impl(own_name, self._from_dispatcher, "CompositeExplicitAutograd")
         self.overload: Any = getattr(getattr(torch.ops, namespace), own_name).default
         if not self._written:
             self._refuse_gradients()
@@ -129,21 +129,29 @@ class Operator:
         torch.library.register_fake(self.name, fake, lib=self._library)
         return fake
 
-    def _on_device(self, *arguments: Any, **named: Any) -> Any:
-        index = device_index_of(arguments)
-        if index < 0 and named:
-            index = device_index_of(named.values())
-        with on_device(index):
+    def _from_dispatcher(self, *arguments: Any, **named: Any) -> Any:
+        with on_device(survey((*arguments, *named.values()))):
             result = self.function(*arguments, **named)
+        self._tell_autograd(arguments, named)
+        return result
+
+    def _tell_autograd(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         for key, place in self._written:
             written = named[key] if key in named else arguments[place]
             tell_autograd(written if isinstance(written, list) else (written,))
-        return result
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
-        if is_watched() or not are_plain(arguments) or not are_plain(named.values()):
+        index = survey((*arguments, *named.values())) if named else survey(arguments)
+        if index == OWN_DISPATCH or is_watched():
             return self.overload(*arguments, **named)
-        return self._on_device(*arguments, **named)
+        if index < 0 or index == torch.cuda.current_device():
+            result = self.function(*arguments, **named)
+        else:
+            with torch.cuda.device(index):
+                result = self.function(*arguments, **named)
+        if self._written:
+            self._tell_autograd(arguments, named)
+        return result
 
 
 def _returns_nothing(*arguments: Any, **named: Any) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nanotron_fast.kernels import attention as attention_module
 from nanotron_fast.kernels.attention import attention, explain
 from nanotron_fast.kernels.attention import choice as attention_choice
 from nanotron_fast.kernels.attention import library as attention_library
@@ -177,8 +178,10 @@ def flash_module(name: str, extension: str | None) -> ModuleType:
 def fresh():
     """Forgets what is installed, before and after."""
     attention_library.missing.cache_clear()
+    attention_module._decided.cache_clear()
     yield
     attention_library.missing.cache_clear()
+    attention_module._decided.cache_clear()
 
 
 def install(monkeypatch, module: ModuleType) -> None:

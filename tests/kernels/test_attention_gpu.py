@@ -14,6 +14,7 @@ from nanotron_fast.kernels.attention import (
 )
 from nanotron_fast.kernels.attention import configs as attention_configs
 from nanotron_fast.kernels.attention import library as attention_library
+from nanotron_fast.kernels.attention import operators as attention_triton
 from nanotron_fast.kernels.attention.choice import PREFERENCE
 from nanotron_fast.kernels.attention.kernels.dkv import dkv_kernel
 from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
@@ -83,6 +84,7 @@ def test_every_configuration(monkeypatch, kernel, table, head_dim, config) -> No
         first = next(c for c in choices if is_hopper or not c.kwargs["TMA"])
         chosen = config if name == kernel else first
         monkeypatch.setattr(other, "cache", {})
+        monkeypatch.setattr(attention_triton, "_blocks", {})
         monkeypatch.setattr(other, "early_config_prune", lambda *_, _chosen=chosen, **__: [_chosen])
     for options in TABLES[table]:
         tensors, options = make(head_dim, options)
