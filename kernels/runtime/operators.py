@@ -52,7 +52,7 @@ def survey(arguments: Iterable[Any]) -> int:
         kind = type(argument)
         if kind in _no_tensors:
             continue
-        if kind is list:
+        if kind is list or kind is tuple:
             found = survey(argument)
             if found == OWN_DISPATCH:
                 return OWN_DISPATCH
@@ -138,11 +138,13 @@ class Operator:
     def _tell_autograd(self, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         for key, place in self._written:
             written = named[key] if key in named else arguments[place]
-            tell_autograd(written if isinstance(written, list) else (written,))
+            tell_autograd((written,) if isinstance(written, Tensor) else written)
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if is_watched():  # first of all: torch.compile follows no further
+            return self.overload(*arguments, **named)
         index = survey((*arguments, *named.values())) if named else survey(arguments)
-        if index == OWN_DISPATCH or is_watched():
+        if index == OWN_DISPATCH:
             return self.overload(*arguments, **named)
         if index < 0 or index == torch.cuda.current_device():
             result = self.function(*arguments, **named)

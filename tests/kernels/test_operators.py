@@ -192,7 +192,7 @@ def test_autograd_learns_what_was_written(is_watched) -> None:
     versions = [total._version for total in totals]
     with torch.no_grad(), Seen() if is_watched else nullcontext():
         add_(totals, torch.ones(2))
-        add_(totals=totals, x=torch.ones(2))
+        add_(totals=tuple(totals), x=torch.ones(2))
         add_([without_version], torch.ones(2))
     assert [total.tolist() for total in (*totals, without_version)] == [[2.0] * 2] * 2 + [[1.0] * 2]
     assert [total._version for total in totals] == [version + 2 for version in versions]
