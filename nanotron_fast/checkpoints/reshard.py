@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
+from nanotron_fast.checkpoints.collection import keeping_objects
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.ownership import LITTER_SECONDS
 from nanotron_fast.checkpoints.plan.plan import Plan
@@ -77,7 +78,8 @@ def plan(
         ep=source.ep if ep is None else ep,
     )
     options = Options(topology=topology)
-    return plan_reshard(source, Path(os.path.realpath(dst)), options, Training(dp, zero_stage))
+    with keeping_objects():
+        return plan_reshard(source, Path(os.path.realpath(dst)), options, Training(dp, zero_stage))
 
 
 def reshard(

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
+from nanotron_fast.formats.torch_file import NewTensor, StoredTensor, lay_out, read_torch_file
 from nanotron_fast.formats.torch_file.pickled import unpickle
+from nanotron_fast.moves.dtypes import Dtype
 
 PROTOCOL = b"\x80\x02"
 
@@ -96,7 +97,7 @@ def test_an_archive_may_be_a_range_of_a_file(tmp_path: Path) -> None:
     for offset, size in ((1000, len(one)), (1001, len(one) - 1), (1001 + len(one), len(one))):
         with pytest.raises(CheckpointError, match=r"many\.distcp"):
             read_torch_file(path, offset_bytes=offset, size_bytes=size)
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match=f"cut off.* {len(one) - 1:,} bytes"):
         read_torch_file(path, offset_bytes=1001 + len(one), size_bytes=len(one) - 1)
 
 
@@ -104,7 +105,33 @@ def test_an_archive_may_be_a_range_of_a_file(tmp_path: Path) -> None:
 def test_a_file_cut_short(tmp_path: Path, keep: int) -> None:
     path = saved(tmp_path / "a.pt", {"a": torch.ones(50)})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"a\.pt"):
+    with pytest.raises(CheckpointError, match=r"a\.pt: it (was cut off|is empty)"):
+        read_torch_file(path)
+
+
+@pytest.mark.parametrize("writer", ["torch", "ours"])
+def test_what_was_lost_of_a_file_that_was_cut_off(tmp_path: Path, writer: str) -> None:
+    """The document at its beginning says how long it was."""
+    path = tmp_path / "a.pt"
+    if writer == "torch":
+        saved(path, {"a": torch.ones(5000), "again": torch.ones(3)})
+    else:
+        layout = lay_out({"a": NewTensor("a", Dtype.F32, (5003,))})
+        whole = bytearray(layout.size_bytes)
+        for at, data in layout.literals:
+            whole[at : at + len(data)] = data
+        path.write_bytes(whole)
+    whole = path.read_bytes()
+    for size in (1500, 19_999):
+        path.write_bytes(whole[:size])
+        with pytest.raises(CheckpointError) as raised:
+            read_torch_file(path)
+        assert str(raised.value) == (
+            f"{path}: it was cut off: it has {size:,} bytes, and its tensors alone take 20,012"
+        )
+    # As long as it was, and never written: as after a loss of power.
+    path.write_bytes(whole[:1500] + bytes(len(whole) - 1500))
+    with pytest.raises(CheckpointError, match=f"not written to its end: it has {len(whole):,} byt"):
         read_torch_file(path)
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 from nanotron_fast.errors import CheckpointError, UnmovableError
 from nanotron_fast.formats.nanotron.slices import SlicesPair
@@ -26,6 +26,7 @@ from nanotron_fast.moves.boxes import (
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.move import Move
 from nanotron_fast.moves.pieces import Piece, common_box, fill_behind, intersect
+from nanotron_fast.moves.row import FILL
 
 _NUM_DIMS = 3
 
@@ -166,6 +167,65 @@ def plan_shards(
         if held < found:
             raise UnmovableError(f"the shards in {place} overlap")
     return moves
+
+
+class ShardPlanner:
+    """Plans the shards of many tensors, as `plan_shards` does.
+
+    The layers of a model are alike: tensors that are shared out in the same way, from and to as
+    many files, are planned once, and the moves of the others differ in files and offsets alone.
+    """
+
+    def __init__(self) -> None:
+        # With the shares that each was planned for, whose slices a key knows by where they are.
+        self._planned: dict[Hashable, tuple[Sequence[Share], Sequence[Share], list[Move]]] = {}
+
+    def plan(
+        self,
+        stored: Sequence[Share],
+        wanted: Sequence[Share],
+        *,
+        place: str,
+        stored_rows: int | None = None,
+    ) -> list[Move]:
+        """As `plan_shards`."""
+        key = tuple(map(_form, stored)), tuple(map(_form, wanted)), stored_rows
+        if key not in self._planned:
+            moves = plan_shards(
+                _numbered(stored), _numbered(wanted), place=place, stored_rows=stored_rows
+            )
+            self._planned[key] = stored, wanted, moves
+        return [_placed(move, stored, wanted) for move in self._planned[key][2]]
+
+
+def _form(share: Share) -> Hashable:
+    """All that a share's moves depend on, but for its file and where it lies in that."""
+    return id(share.pairs), share.shape, share.whole_shape, share.run, share.dtype
+
+
+def _numbered(shares: Sequence[Share]) -> list[Share]:
+    """Shares that begin their files, which are numbered as the shares are."""
+    return [replace(share, file=n, offset_bytes=0) for n, share in enumerate(shares)]
+
+
+def _placed(move: Move, stored: Sequence[Share], wanted: Sequence[Share]) -> Move:
+    """A move of shares that are numbered, in their files."""
+    source, source_offset = move.source, move.source_offset
+    if source != FILL:
+        share = stored[source]
+        source, source_offset = share.file, share.offset_bytes + source_offset
+    target = wanted[move.destination]
+    return Move(
+        source,
+        source_offset,
+        target.file,
+        target.offset_bytes + move.destination_offset,
+        move.sizes,
+        move.source_strides,
+        move.destination_strides,
+        move.source_dtype,
+        move.destination_dtype,
+    )
 
 
 def _check_same_tensor(share: Share, other: Share) -> None:

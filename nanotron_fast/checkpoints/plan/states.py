@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from nanotron_fast.checkpoints.plan.shards import Share, plan_shards
+from nanotron_fast.checkpoints.plan.shards import ShardPlanner, Share
 from nanotron_fast.checkpoints.states import StoredShard, TrainingStates, slices_of
 from nanotron_fast.checkpoints.stored import some
 from nanotron_fast.errors import CheckpointError
@@ -72,10 +72,14 @@ class StatesTarget:
         self._was = {param.name: param for param in stored_params}
         self._stage_of, self._has_tied_copy = stage_of, has_tied_copy
         self._order = {name: index for index, name in enumerate(states.names())}
+        self._planner = ShardPlanner()
         # What the files of many ranks have alike.
         self._names: dict[tuple[int, bool, bool], list[str]] = {}
         self._shards: dict[tuple[str, str], list[StoredShard]] = {}
+        self._dtypes: dict[tuple[str, str], Dtype] = {}
         self._values: dict[str, dict[str, Any]] = {}
+        self._groups: dict[str, dict[str, Any]] = {}
+        self._local: dict[str, tuple[tuple[int, ...], list[Run]]] = {}
         self._check_groups()
         self._check_names()
         self._rates = states.rates()
@@ -184,6 +188,11 @@ class StatesTarget:
         return self.states.first_of(0).has_masters
 
     def _constants(self, name: str) -> Mapping[str, Any]:
+        if name not in self._groups:
+            self._groups[name] = self._read_constants(name)
+        return self._groups[name]
+
+    def _read_constants(self, name: str) -> dict[str, Any]:
         source = self.states.first_of(self.states.stage_of(name))
         if name not in source.groups:
             raise CheckpointError(f"{source.path}: there are no constants of {name} in it")
@@ -200,18 +209,22 @@ class StatesTarget:
     def _run(self, name: str, place: Place) -> Run | None:
         if place.dp is None:
             return None
-        return self._runs(name)[place.dp]
-
-    def _runs(self, name: str) -> list[Run]:
-        count = math.prod(self._local_shape(name))
-        return self.sizes.runs(count, is_split=self._is_split(name))
+        return self._shard(name)[1][place.dp]
 
     def _is_split(self, name: str) -> bool:
         """Whether experts of a parameter are split over ranks."""
         return "ep" in self._params[name].cuts_at(self.sizes.axes)
 
     def _local_shape(self, name: str) -> tuple[int, ...]:
-        return self._params[name].local_shape(self.sizes.axes)
+        return self._shard(name)[0]
+
+    def _shard(self, name: str) -> tuple[tuple[int, ...], list[Run]]:
+        """The shape of a rank's shard, and the run in its own of each data-parallel rank."""
+        if name not in self._local:
+            shape = self._params[name].local_shape(self.sizes.axes)
+            runs = self.sizes.runs(math.prod(shape), is_split=self._is_split(name))
+            self._local[name] = shape, runs
+        return self._local[name]
 
     def _stored(self, name: str, key: str) -> list[StoredShard]:
         if (name, key) not in self._shards:
@@ -221,6 +234,11 @@ class StatesTarget:
         return self._shards[name, key]
 
     def _dtype(self, name: str, key: str) -> Dtype:
+        if (name, key) not in self._dtypes:
+            self._dtypes[name, key] = self._stored_dtype(name, key)
+        return self._dtypes[name, key]
+
+    def _stored_dtype(self, name: str, key: str) -> Dtype:
         dtypes = {shard.dtype for shard in self._stored(name, key)}
         if len(dtypes) != 1:
             told = ", ".join(sorted(dtype.name for dtype in dtypes)) or "nothing"
@@ -265,7 +283,7 @@ class StatesTarget:
             )
             for place, file, offset in places
         ]
-        return plan_shards(
+        return self._planner.plan(
             stored,
             wanted,
             place=str(self.states.folder / OPTIMIZER),
@@ -277,8 +295,8 @@ class StatesTarget:
         described: dict[str, Described] = {}
         for stage in range(self.sizes.pp):
             for name in self.names_of(Place(stage, 0, None)):
-                each = Described(name, tuple(self._runs(name)), self._local_shape(name))
-                described.setdefault(name, each)
+                shape, runs = self._shard(name)
+                described.setdefault(name, Described(name, tuple(runs), shape))
         kind = self.states.kind
         if kind in (None, ZERO):
             kind = PLAIN if self._has_masters() else "NamedOptimizer"

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,11 @@ def runs_of(num_elements: int, dp: int) -> list[Run]:
     Nanotron's slices: a flattened parameter of n elements is cut into runs of ceil(n / dp), of
     which the last ceil(n / dp) * dp - n ranks have one element less.
     """
+    return list(_runs_of(num_elements, dp))
+
+
+@lru_cache(maxsize=1024)
+def _runs_of(num_elements: int, dp: int) -> tuple[Run, ...]:
     longest = -(-num_elements // dp)
     num_shorter = longest * dp - num_elements
     runs, start = [], 0
@@ -52,7 +58,7 @@ def runs_of(num_elements: int, dp: int) -> list[Run]:
         end = start + longest - (rank >= dp - num_shorter)
         runs.append((start, end))
         start = end
-    return runs
+    return tuple(runs)
 
 
 @dataclass(frozen=True, slots=True, order=True)

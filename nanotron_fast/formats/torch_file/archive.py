@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -32,6 +33,8 @@ LOCATOR_64_SIGNATURE = b"PK\x06\x07"
 # A field of 32 or 16 bits that says: the number is in the extra field, which has 64.
 IN_EXTRA_32, IN_EXTRA_16 = 0xFFFFFFFF, 0xFFFF
 EXTRA_64 = 1
+# Behind a record whose header does not tell its size.
+_DESCRIPTOR_SIGNATURE = b"PK\x07\x08"
 
 _MAX_COMMENT_BYTES = 0xFFFF
 _ENCRYPTED = 0x2041
@@ -47,6 +50,18 @@ class _Entry:
     size_bytes: int
 
 
+class CutOff(CheckpointError):
+    """The end of an archive is missing; `archive` can be asked for how it begins."""
+
+    def __init__(self, archive: Archive) -> None:
+        super().__init__(
+            f"{archive.where}: it was cut off, or not written to its end: it has "
+            f"{archive.size_bytes:,} bytes, and the directory of its records, which comes last, is "
+            "missing"
+        )
+        self.archive = archive
+
+
 class Archive:
     """The records of an archive, by their names.
 
@@ -56,7 +71,8 @@ class Archive:
         offset_bytes, size_bytes: the range of the file that the archive is; to the file's end
             where no size is given.
 
-    Raises CheckpointError where the range is not a whole zip file, OSError.
+    Raises CheckpointError where the range is not a whole zip file, which is CutOff where it is the
+    beginning of one; OSError.
     """
 
     def __init__(
@@ -73,6 +89,11 @@ class Archive:
         self.where = f"{path}" if size_bytes is None else f"{path}, at byte {offset_bytes}"
         self._directory = 0
         self._entries = self._read_directory()
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the archive."""
+        return self._size
 
     @property
     def names(self) -> list[str]:
@@ -107,12 +128,15 @@ class Archive:
         at = self._entries[name].header_bytes
         if at + LOCAL.size > self._directory:
             raise self.error(f"the record {name!r} begins at byte {at}, behind the records")
-        fields = LOCAL.unpack(self._read(at, LOCAL.size))
+        expected = name.encode()
+        # The header with its name at once: a file has thousands of records.
+        head = self._read(at, min(LOCAL.size + len(expected), self._directory - at))
+        fields = LOCAL.unpack_from(head)
         start = at + LOCAL.size + fields[9] + fields[10]
         if fields[0] != LOCAL_SIGNATURE:
             raise self.error(f"at byte {at} there is no header of the record {name!r}")
-        stored = self._read(at + LOCAL.size, fields[9])
-        if stored != name.encode():
+        stored = head[LOCAL.size :]
+        if fields[9] != len(expected) or stored != expected:
             raise self.error(
                 f"at byte {at} is the header of the record {stored[:80]!r}, not of {name!r}"
             )
@@ -132,6 +156,23 @@ class Archive:
             )
         return self._read(self.offset_of(name) - self._start, size)
 
+    def first(self, *, at_most: int) -> bytes | None:
+        """The record that the archive begins with, where it is whole, whatever became of the rest.
+
+        None where it is not, and where it is longer than `at_most`. Raises OSError.
+        """
+        data = self._read(0, min(self._size, at_most))
+        if len(data) < LOCAL.size:
+            return None
+        fields = LOCAL.unpack_from(data)
+        checksum, size = fields[6], fields[8]
+        start = LOCAL.size + fields[9] + fields[10]
+        if not size:
+            end = data.find(_DESCRIPTOR_SIGNATURE, start)
+            checksum, size = int.from_bytes(data[end + 4 : end + 8], "little"), end - start
+        record = data[start : start + max(size, 0)]
+        return record if len(record) == size > 0 and zlib.crc32(record) == checksum else None
+
     def _read(self, at: int, size: int) -> bytes:
         if at < 0 or at + size > self._size:
             raise self.error(
@@ -149,6 +190,8 @@ class Archive:
 
     def _read_directory(self) -> dict[str, _Entry]:
         begins = self._read(0, min(self._size, 64))
+        if not begins:
+            raise self.error("it is empty, and torch.save writes a zip file")
         if is_pointer(begins):
             raise self.error(HINT)
         if begins.startswith(_LEGACY[: max(len(begins), 2)]):
@@ -156,6 +199,8 @@ class Archive:
                 "it is in the format of torch before 1.6: load it with torch.load and write it "
                 "again with torch.save"
             )
+        if LOCAL_SIGNATURE.startswith(begins):
+            raise CutOff(self)
         if not begins.startswith(LOCAL_SIGNATURE):
             raise self.error("it is not a zip file, which torch.save writes")
         count, size, offset, behind = self._end()
@@ -179,7 +224,7 @@ class Archive:
         tail = self._read(low, self._size - low)
         at = tail.rfind(END_SIGNATURE, 0, max(0, len(tail) - END.size) + len(END_SIGNATURE))
         if at < 0:
-            raise self.error("the end of its directory is missing: truncated")
+            raise CutOff(self)
         at += low
         fields = END.unpack(self._read(at, END.size))
         if fields[1] or fields[2]:

@@ -101,6 +101,8 @@ class _Machine:
         # The stacks that marks have put aside.
         self._aside: list[list[Any]] = []
         self._memo: dict[int, Any] = {}
+        # What lines of the pickle name: each tensor of a file names the same.
+        self._named: dict[bytes, Any] = {}
         self._containers_left = max(_MIN_CONTAINERS, len(data) // _BYTES_FOR_CONTAINER)
         self._tuple_keys = 0
         self.at = 0
@@ -140,7 +142,11 @@ class _Machine:
         return self._data[start:end]
 
     def _number(self, size: int) -> int:
-        return int.from_bytes(self._take(size), "little")
+        start, end = self.at, self.at + size
+        if end > len(self._data):
+            self._take(size)
+        self.at = end
+        return self._data[start] if size == 1 else int.from_bytes(self._data[start:end], "little")
 
     def _line(self) -> str:
         end = self._data.find(b"\n", self.at)
@@ -222,7 +228,13 @@ class _Machine:
         self._stack.append(struct.unpack(">d", self._take(8))[0])
 
     def push_string(self, size: int) -> None:
-        self._stack.append(self._take(self._number(size)).decode("utf-8", "surrogatepass"))
+        # As `_take` and `_number`, which half of a file's instructions would call.
+        begin = self.at + size
+        end = begin + int.from_bytes(self._data[self.at : begin], "little")
+        if end > len(self._data):
+            self._take(end - self.at)
+        self.at = end
+        self._stack.append(self._data[begin:end].decode("utf-8", "surrogatepass"))
 
     def push_bytes(self, size: int) -> None:
         self._stack.append(self._take(self._number(size)))
@@ -306,8 +318,15 @@ class _Machine:
         self._global(module, name)
 
     def line_global(self) -> None:
+        end = self._data.find(b"\n", self._data.find(b"\n", self.at) + 1)
+        written = self._data[self.at : end]
+        if written in self._named:
+            self.at = end + 1
+            self._stack.append(self._named[written])
+            return
         module = self._line()
         self._global(module, self._line())
+        self._named[written] = self._stack[-1]
 
     def _global(self, module: str, name: str) -> None:
         module = "builtins" if module == "__builtin__" else module
@@ -403,6 +422,10 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine], None]] = {
 }
 
 
+# What nothing lies in, and most of what lies in containers.
+_LEAVES = frozenset({str, int, float, bool, bytes, type(None)})
+
+
 def _check_nesting(document: Any, data_bytes: int, where: str) -> None:
     """Refuses what nobody can walk through: cycles, depth, and parts that are shared too often."""
     most = 16 * data_bytes + 1024
@@ -430,7 +453,11 @@ def _check_nesting(document: Any, data_bytes: int, where: str) -> None:
         elif key not in sizes and isinstance(value, (dict, list, tuple, set, frozenset)):
             open_ones.add(key)
             pending.append((value, True))
-            pending.extend((child, False) for child in children if id(child) not in sizes)
+            pending.extend(
+                (child, False)
+                for child in children
+                if type(child) not in _LEAVES and id(child) not in sizes
+            )
 
 
 def _children(value: Any) -> list[Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.plain_file import check_plain, open_plain
-from nanotron_fast.formats.torch_file.archive import Archive
+from nanotron_fast.formats.torch_file.archive import Archive, CutOff
 from nanotron_fast.formats.torch_file.pickled import unpickle
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
 from nanotron_fast.moves.files import FileState, ReadFile
@@ -135,7 +135,17 @@ def read_torch_file(
     """
     check_plain(path)
     with open_plain(path) as file:
-        archive = Archive(file, path, offset_bytes=offset_bytes, size_bytes=size_bytes)
+        try:
+            archive = Archive(file, path, offset_bytes=offset_bytes, size_bytes=size_bytes)
+        except CutOff as error:
+            beginning = error.archive
+            needed = _bytes_needed(beginning, max_pickle_bytes, callables or {}, constants or {})
+            if needed is None or needed <= beginning.size_bytes:
+                raise
+            raise beginning.error(
+                f"it was cut off: it has {beginning.size_bytes:,} bytes, and its tensors alone "
+                f"take {needed:,}"
+            ) from None
         root = archive.root
         if f"{root}/byteorder" in archive.names:
             order = archive.read(f"{root}/byteorder", at_most=64)
@@ -164,6 +174,49 @@ _CONSTANTS: Mapping[str, Any] = {
 }
 
 
+def _bytes_needed(
+    archive: Archive,
+    max_pickle_bytes: int,
+    callables: Mapping[str, Callable[..., Any]],
+    constants: Mapping[str, Any],
+) -> int | None:
+    """Bytes of the tensors of a file that was cut off: its document is the first record.
+
+    None where that is lost too. Raises OSError.
+    """
+    data = archive.first(at_most=max_pickle_bytes)
+    if data is None:
+        return None
+    sizes: dict[str, int] = {}
+
+    def named(key: Any) -> _Storage:
+        name, dtype, count = _storage_of(archive, key)
+        sizes[name] = count * SAFETENSORS_BITS[dtype] // 8
+        return _Storage(0, sizes[name], dtype)
+
+    try:
+        unpickle(
+            data,
+            where=archive.where,
+            callables={**_callables(archive), **callables},
+            constants={**_CONSTANTS, **constants},
+            persistent=named,
+        )
+    except CheckpointError:  # then it is no document of torch's, and the file is cut off anyway
+        return None
+    return sum(sizes.values())
+
+
+def _storage_of(archive: Archive, key: Any) -> tuple[str, str, int]:
+    """What a persistent id says, ("storage", type, name, device, length): name, dtype, length."""
+    if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage"):
+        raise archive.error("it refers to something that is not a storage of a tensor")
+    _, kind, name, _, count = key
+    if not (isinstance(kind, _StorageType) and isinstance(name, str) and _is_size(count)):
+        raise archive.error("it describes a storage of a tensor in an unknown way")
+    return name, kind.dtype, count
+
+
 class _Storages:
     """The records that hold tensors' elements."""
 
@@ -172,14 +225,9 @@ class _Storages:
         self._found: dict[tuple[str, str], _Storage] = {}
 
     def named(self, key: Any) -> _Storage:
-        """The storage that a persistent id names: ("storage", type, name, device, length)."""
+        """The storage that a persistent id names."""
         error = self._archive.error
-        if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage"):
-            raise error("it refers to something that is not a storage of a tensor")
-        _, kind, name, _, count = key
-        if not (isinstance(kind, _StorageType) and isinstance(name, str) and _is_size(count)):
-            raise error("it describes a storage of a tensor in an unknown way")
-        dtype = kind.dtype
+        name, dtype, count = _storage_of(self._archive, key)
         if (name, dtype) not in self._found:
             record = f"{self._root}/data/{name}"
             size = self._archive.size_of(record)

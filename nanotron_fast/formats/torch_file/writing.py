@@ -13,6 +13,7 @@ import struct
 import zlib
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from nanotron_fast.errors import CheckpointError
@@ -119,8 +120,7 @@ class _Pickler:
         elif isinstance(value, float):
             add(b"G" + struct.pack(">d", value))
         elif isinstance(value, str):
-            raw = value.encode("utf-8", "surrogatepass")
-            add(b"X" + struct.pack("<L", len(raw)) + raw)
+            add(_text(value))
         elif isinstance(value, tuple):
             add(b"(")
             self._write_all(*value)
@@ -150,15 +150,29 @@ class _Pickler:
         for size in reversed(tensor.shape):
             strides.append(stride)
             stride *= max(size, 1)
-        self.parts.append(b"ctorch._utils\n_rebuild_tensor_v2\n((")
-        self.write("storage")
-        self.parts.append(b"ctorch\n" + _STORAGES[tensor.dtype] + b"\n")
-        self._write_all(name, "cpu", count)
-        self.parts.append(b"tQ")
-        self._write_all(0, tensor.shape, tuple(reversed(strides)), False)
-        self.parts.append(b"ccollections\nOrderedDict\n)RtR")
+        self.parts += (
+            b"ctorch._utils\n_rebuild_tensor_v2\n((",
+            _text("storage"),
+            b"ctorch\n" + _STORAGES[tensor.dtype] + b"\n",
+            _text(name),
+            _text("cpu"),
+            _integer(count),
+            b"tQ",
+            _integer(0),
+            *(b"(", *map(_integer, tensor.shape), b"t"),
+            *(b"(", *map(_integer, reversed(strides)), b"t"),
+            b"\x89ccollections\nOrderedDict\n)RtR",
+        )
 
 
+# The files of many ranks hold the same names and sizes.
+@lru_cache(maxsize=1 << 14)
+def _text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<L", len(raw)) + raw
+
+
+@lru_cache(maxsize=1 << 14)
 def _integer(value: int) -> bytes:
     if 0 <= value < 1 << 8:
         return b"K" + bytes([value])

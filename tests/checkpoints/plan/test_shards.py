@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nanotron_fast.checkpoints.plan.shards import Share, plan_shards
+from nanotron_fast.checkpoints.plan.shards import ShardPlanner, Share, plan_shards
 from nanotron_fast.errors import CheckpointError, UnmovableError
 from nanotron_fast.formats.nanotron.slices import SlicesPair, shard_pairs
 from nanotron_fast.moves import engine
@@ -201,6 +201,28 @@ WHOLE = np.arange(48).reshape(8, 6)
 
 def rows(tp: int, dtype: Dtype = Dtype.F32) -> list[Share]:
     return shares_of(LAYOUT, WHOLE, dtype, tp, lambda size: None)[0]
+
+
+def test_tensors_that_are_shared_out_alike_are_planned_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In other files, at other offsets: as if each were planned alone."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **choices: Any) -> Any:
+        calls.append(1)
+        return plan_shards(*args, **choices)
+
+    planner = ShardPlanner()
+    monkeypatch.setattr("nanotron_fast.checkpoints.plan.shards.plan_shards", counted)
+    stored, wanted = rows(2), rows(4)
+    for number in range(3):
+        here = [replace(each, file=7 - each.file, offset_bytes=number) for each in stored]
+        there = [replace(each, file=each.file + number, offset_bytes=40) for each in wanted]
+        expected = plan_shards(here, there, place="here")
+        assert planner.plan(here, there, place="here") == expected
+        assert planner.plan(there, here, place="here") == plan_shards(there, here, place="here")
+    assert len(calls) == 2
 
 
 def test_shares_that_are_missing() -> None:
