@@ -163,15 +163,28 @@ def _said_of(failure: BaseException | None) -> tuple[str, bool] | None:
     return str(failure) or type(failure).__name__, puts_in_doubt(failure)
 
 
+def told_rank() -> int:
+    """This process's rank among those that the environment speaks of, which are not connected.
+
+    Raises ConfigError.
+    """
+    return _told("RANK", "0") if _told("WORLD_SIZE", "1") > 1 else 0
+
+
+def _told(name: str, default: str) -> int:
+    value = os.environ.get(name) or default
+    if not value.isdecimal():
+        raise ConfigError(f"{name} is {value!r} in the environment, and not a number")
+    return int(value)
+
+
 def connect() -> Processes:
     """The processes that the environment speaks of; torch is imported for more than one alone.
 
     Raises ConfigError, MissingPackageError.
     """
-    world_size = os.environ.get("WORLD_SIZE") or "1"
-    if not world_size.isdecimal():
-        raise ConfigError(f"WORLD_SIZE is {world_size!r} in the environment, and not a number")
-    if int(world_size) <= 1:
+    world_size = _told("WORLD_SIZE", "1")
+    if world_size <= 1:
         return Processes()
     require("kernels", f"WORLD_SIZE is {world_size}, and work shared by processes", ["torch"])
     try:

@@ -95,13 +95,15 @@ def write(
         verb: for the progress.
         plan, carry_out: what plans it from `choices`, and what does it with `options` as well.
     """
-    from nanotron_fast.checkpoints.processes import connect
+    from nanotron_fast.checkpoints.processes import connect, told_rank
     from nanotron_fast.cli import reporting
     from nanotron_fast.moves import engine
 
     num_workers = workers or engine.default_workers()
     if dry_run:
         share = _dry_share(dst, options)
+        if told_rank() > 0:
+            return  # All would plan the same, and say so.
         planned = plan(src, dst, **choices)
         if json:
             print_json({**planned.to_json(num_workers), **_share_to_json(planned, share)})

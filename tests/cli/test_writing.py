@@ -61,6 +61,30 @@ def test_a_dry_run_of_a_share(
         assert sum(each[key] for each in planned) == whole[key]
 
 
+@pytest.mark.parametrize("command", ["convert", "reshard"])
+def test_one_of_many_processes_says_what_a_dry_run_comes_to(
+    command: str,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Under torchrun the first alone, and the processes are not connected for it."""
+    src = source if command == "convert" else GOLDEN
+    words = (command, src, tmp_path / "out", "--tp", 1, "--dry-run")
+    alone = run(capsys, *words)
+    assert (alone[0], bool(alone[1])) == (0, True)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, said in (("0", alone), ("1", (0, "", "")), ("2", (0, "", ""))):
+        monkeypatch.setenv("RANK", rank)
+        code, out, err = run(capsys, *words)
+        # Memory differs from run to run.
+        assert (code, out.splitlines()[:3], err) == (said[0], said[1].splitlines()[:3], said[2])
+    monkeypatch.setenv("RANK", "first")
+    said = "error: RANK is 'first' in the environment, and not a number\n"
+    assert run(capsys, *words) == (2, "", said)
+
+
 @pytest.mark.parametrize("option", ["--resume", "--overwrite-partial", "--finish"])
 def test_a_dry_run_that_would_have_to_look_at_what_is_left(
     option: str, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
