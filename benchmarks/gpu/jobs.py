@@ -17,6 +17,7 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "glu": ("norms", ("silu", "gelu", "gelu_tanh")),
     "rope_qkv": ("rotary", ("halves", "interleaved", "partial, positions", "in place")),
     "rope_apart": ("rotary", ("keys and values", "keys, interleaved", "partial, positions")),
+    "rope_normed": ("rotary", ("halves", "interleaved", "partial, positions")),
     "attention": (
         "attention",
         tuple(
@@ -52,6 +53,7 @@ RATIO_CASES = {
     "glu": (2, 1),
     "rope_qkv": (2, 1),
     "rope_apart": (2, 1),
+    "rope_normed": (2, 1),
     "attention": (3, 1),
     "cross_entropy": (2, 1),
     "linear_cross_entropy": (2, 1),

@@ -115,6 +115,7 @@ def _operations(device_type: str) -> Iterator[Operation]:
     for name in (
         "rms_norm",
         "rope_qkv",
+        "rope_normed",
         "glu",
         "vocab_parallel_cross_entropy",
         "linear_cross_entropy",

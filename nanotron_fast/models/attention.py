@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.attention.sinks import attention_with_sinks
-from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope.apart import rope_apart
+from nanotron_fast.kernels.rope.normed import rope_normed
 from nanotron_fast.model.spec import Attention as AttentionSpec
 from nanotron_fast.models.batch import Batch
 from nanotron_fast.models.weights import Setting, Weights
@@ -97,12 +97,7 @@ class Attention(nn.Module):
         else:
             by_head = packed.view(-1, heads + 2 * kv_heads, spec.head_dim)
             q, k, v = by_head.split((heads, kv_heads, kv_heads), 1)
-        if spec.qk_norm:
-            q = self._normed(q, self.q_norm.weight)
-            k = self._normed(k, self.k_norm.weight)
-        cos, sin = setting.rotary.tables(spec, batch.max_positions, x.device)
-        q, keys = rope_apart(q, k[:, None], cos, sin, batch.position_ids, setting.interleaved)
-        k = keys[:, 0]
+        q, k = self._turned(q, k, batch)
         if batch.cu_seqlens is None:
             q, k, v = (each.unflatten(0, (batch.size, batch.length)) for each in (q, k, v))
         if batch.cache is not None:
@@ -121,12 +116,32 @@ class Attention(nn.Module):
         out = out.reshape(packed.shape[0], heads * spec.head_dim)
         return row_linear(out, self._output.weight, **parallel)
 
+    def _turned(self, q: Tensor, k: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Queries and keys (tokens, heads of this rank, head_dim), normalised where they are."""
+        spec, model = self.spec, self.setting.spec
+        cos, sin = self.setting.rotary.tables(spec, batch.max_positions, q.device)
+        if spec.qk_norm == "head":
+            return rope_normed(
+                q,
+                k,
+                self.q_norm.weight,
+                self.k_norm.weight,
+                cos,
+                sin,
+                eps=model.norm_eps,
+                position_ids=batch.position_ids,
+                interleaved=self.setting.interleaved,
+                zero_centered=model.norm_adds_one,
+            )
+        if spec.qk_norm:
+            q = self._normed(q, self.q_norm.weight)
+            k = self._normed(k, self.k_norm.weight)
+        q, keys = rope_apart(q, k[:, None], cos, sin, batch.position_ids, self.setting.interleaved)
+        return q, keys[:, 0]
+
     def _normed(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Queries or keys: (tokens, heads of this rank, head_dim)."""
+        """Queries or keys (tokens, heads of this rank, head_dim), not turned yet."""
         spec, ranks = self.setting.spec, self.setting.ranks
-        if self.spec.qk_norm == "head":
-            adds_one = spec.norm_adds_one
-            return cast(Tensor, rms_norm(x, weight, spec.norm_eps, zero_centered=adds_one))
         if self.spec.qk_norm == "apart":
             normed = F.layer_norm(x.float(), x.shape[-1:], eps=spec.norm_eps)
             return (normed * weight.float()).to(x.dtype)

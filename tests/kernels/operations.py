@@ -22,6 +22,7 @@ from nanotron_fast.kernels.pack import pack_qkv
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope import rope_qkv, rope_tables
 from nanotron_fast.kernels.rope.apart import rope_apart
+from nanotron_fast.kernels.rope.normed import rope_normed
 from nanotron_fast.parallel import (
     column_linear,
     row_linear,
@@ -104,6 +105,11 @@ OPERATIONS = (
         lambda qkv, cos, sin: rope_qkv(qkv, cos, sin, 4, 2, 16),
     ),
     Operation("rope_apart", _with_tables(16, 24, (24, 4, 16), (24, 2, 2, 16)), rope_apart),
+    Operation(
+        "rope_normed",
+        _with_tables(16, 24, (24, 4, 16), (24, 2, 16), (16,), (16,)),
+        rope_normed,
+    ),
     Operation(
         "attention",
         _random((1, 24, 4, 16), (1, 24, 2, 16), (1, 24, 2, 16)),

@@ -13,6 +13,7 @@ MODULES = {
     "glu": "elementwise",
     "rope_qkv": "rotary",
     "rope_apart": "rotary",
+    "rope_normed": "rotary",
     "attention": "products",
     "cross_entropy": "losses",
     "linear_cross_entropy": "losses",

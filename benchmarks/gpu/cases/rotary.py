@@ -63,3 +63,38 @@ def rope_apart_cases(setting: Setting) -> Iterator[Case]:
             bytes_forward=num_bytes,
             bytes_backward=num_bytes,
         )
+
+
+def rope_normed_cases(setting: Setting) -> Iterator[Case]:
+    from nanotron_fast.kernels.rms_norm import rms_norm
+    from nanotron_fast.kernels.rope.apart import rope_apart
+    from nanotron_fast.kernels.rope.normed import rope_normed, rope_normed_reference
+
+    for tokens, q_heads, kv_heads, head_dim in _rope_shapes(setting):
+        tables = rope_tables(head_dim, tokens, device=setting.device)
+        shapes = ((tokens, q_heads, head_dim), (tokens, kv_heads, head_dim))
+
+        def tensors(
+            shapes: tuple[tuple[int, ...], ...] = shapes, dim: int = head_dim
+        ) -> list[Tensor]:
+            return [setting.randn(*shape) for shape in (*shapes, (dim,), (dim,))]
+
+        def apart(q, k, q_weight, k_weight, t=tables):
+            return rope_apart(rms_norm(q, q_weight), rms_norm(k, k_weight)[:, None], *t)
+
+        elements = tokens * (q_heads + kv_heads) * head_dim * setting.dtype.itemsize
+        yield Case(
+            "rope_normed",
+            f"{tokens} tokens, {q_heads} and {kv_heads} heads of {head_dim}",
+            tensors,
+            {
+                "torch": lambda *given, t=tables: rope_normed_reference(*given, *t, 1e-6),
+                "torch.compile": setting.compile(
+                    lambda *given, t=tables: rope_normed_reference(*given, *t, 1e-6)
+                ),
+                "ours, in two": apart,
+                "ours": lambda *given, t=tables: rope_normed(*given, *t),
+            },
+            bytes_forward=2 * elements,
+            bytes_backward=3 * elements,
+        )

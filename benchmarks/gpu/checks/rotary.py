@@ -87,4 +87,26 @@ def _rope_apart(variant: str, context: Context) -> Check:
     )
 
 
-BUILDERS: dict[str, Builder] = {"rope_qkv": _rope_qkv, "rope_apart": _rope_apart}
+def _rope_normed(variant: str, context: Context) -> Check:
+    from nanotron_fast.kernels.rope.normed import rope_normed, rope_normed_reference
+
+    tokens, q_heads, kv_heads, head_dim = _sizes(context)
+    cos, sin, positions = _tables(variant, context)
+    shapes = ((tokens, q_heads, head_dim), (tokens, kv_heads, head_dim), (head_dim,), (head_dim,))
+    inputs = [
+        torch.randn(shape, device=context.device).to(context.dtype()).requires_grad_()
+        for shape in shapes
+    ]
+    options = {"eps": 1e-6, "position_ids": positions, "interleaved": "interleaved" in variant}
+    return Check(
+        inputs,
+        lambda *given: rope_normed(*given, cos, sin, **options),
+        lambda *given: rope_normed_reference(*given, cos.double(), sin.double(), **options),
+    )
+
+
+BUILDERS: dict[str, Builder] = {
+    "rope_qkv": _rope_qkv,
+    "rope_apart": _rope_apart,
+    "rope_normed": _rope_normed,
+}

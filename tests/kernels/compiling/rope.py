@@ -1,4 +1,4 @@
-"""Launches of rope_qkv and rope_apart to compile."""
+"""Launches of rope_qkv, rope_apart and rope_normed to compile."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 
 from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_backward_, rope_tables
 from nanotron_fast.kernels.rope.apart import rope_apart
+from nanotron_fast.kernels.rope.normed import rope_normed
 
-FILES = ("rope.kernels",)
+FILES = ("rope.kernels", "rope.normed")
 
 # (query heads, key heads, head_dim, share that turns): Llama-3-8B, SmolLM, Phi-2, Gemma, odd ones.
 SHAPES = [
@@ -54,6 +55,21 @@ def _apart(dtype: torch.dtype, heads: tuple[int, int, int, float], num_beside: i
         sum(x.sum() for x in rope_apart(q, kv, cos, sin)[which]).backward()
 
 
+def _normed(
+    dtype: torch.dtype,
+    heads: tuple[int, int, int, float],
+    interleaved: bool,
+    has_positions: bool = True,
+) -> None:
+    num_q_heads, num_kv_heads, head_dim, share = heads
+    cos, sin = rope_tables(head_dim, 64, partial_rotary_factor=share)
+    shapes = ((64, num_q_heads, head_dim), (64, num_kv_heads, head_dim), (head_dim,), (head_dim,))
+    given = [torch.empty(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+    positions = torch.zeros(64, dtype=torch.int64) if has_positions else None
+    outs = rope_normed(*given, cos, sin, position_ids=positions, interleaved=interleaved)
+    sum(x.sum() for x in outs).backward()
+
+
 CASES = [
     *(partial(_step, torch.bfloat16, *case) for case in product(SHAPES, (False, True))),
     partial(_step, torch.bfloat16, SHAPES[0], False, has_positions=False),
@@ -61,4 +77,7 @@ CASES = [
     partial(_step, torch.float32, SHAPES[0], True),
     *(partial(_apart, torch.bfloat16, *case) for case in product(SHAPES[:3], (1, 2))),
     partial(_apart, torch.float32, SHAPES[0], 1),
+    *(partial(_normed, torch.bfloat16, *case) for case in product(SHAPES, (False, True))),
+    partial(_normed, torch.bfloat16, SHAPES[0], False, has_positions=False),
+    partial(_normed, torch.float32, SHAPES[0], False),
 ]
