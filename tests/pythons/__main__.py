@@ -2,8 +2,8 @@
 
     python -m tests.pythons [3.12 ...]
 
-Each gets an environment of its own, with the converter's packages and pytest alone: the oldest that
-pyproject.toml allows on Python 3.10, the newest on the others. Prints a table, and exits with 1
+Each gets an environment of its own, with the converter's packages and pytest alone: numpy 1.26
+on Python 3.10, the newest on the others. Prints a table, and exits with 1
 where one fails. A Python that is not here is left out, and said to be.
 """
 
@@ -21,20 +21,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-pythons"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-OLDEST = "3.10"
-# As pyproject.toml allows them, and what they need to be of.
-OLDEST_PACKAGES = (
-    "huggingface_hub==0.34.0",
-    "numpy==1.26.4",
-    "pyyaml==6.0.1",
-    "rich==13.0.0",
-    "typer==0.16.0",
-)
-NEWEST_PACKAGES = ("huggingface_hub", "numpy", "pyyaml", "rich", "typer<0.29")
+# Of each package the newest that pyproject.toml allows, but for numpy: its first version served too.
+PACKAGES = ("huggingface_hub", "pyyaml", "rich", "typer<0.29")
+NUMPY = {"3.10": "numpy==1.26.4"}
 # What builds, and what tests: as everywhere else.
 TOOLS = ("setuptools", "pybind11", "ninja", "pytest", "hypothesis")
-# Tests of the files below that load into memory, too.
-WITH_TORCH = ("do_not_bear_out", "direction_does_not_look_at")
+# A test of the files below that loads into memory, too.
+WITH_TORCH = ("direction_does_not_look_at",)
 # Run by its path: see there. One case of each test.
 RUN = (
     *("tests/versions/one_case_each.py", "-q", "-p", "no:cacheprovider"),
@@ -42,32 +35,19 @@ RUN = (
 )
 TESTS = (
     "tests/checkpoints/plan/test_shards.py",
-    "tests/checkpoints/test_companions.py",
     "tests/checkpoints/test_config_written.py",
-    "tests/checkpoints/test_faults.py",
     "tests/checkpoints/test_golden.py",
-    "tests/checkpoints/test_like.py",
     "tests/checkpoints/test_manifest.py",
     "tests/checkpoints/test_options.py",
     "tests/checkpoints/test_reshard.py",
-    "tests/checkpoints/test_resume.py",
     "tests/checkpoints/test_roundtrip.py",
-    "tests/checkpoints/test_roundtrip_options.py",
-    "tests/checkpoints/test_shares.py",
-    "tests/checkpoints/test_small_faults.py",
     "tests/cli/test_cli.py",
     "tests/cli/test_flags.py",
-    "tests/cli/test_writing.py",
-    "tests/families/test_config_agreement.py",
     "tests/families/test_parts.py",
     "tests/families/test_refusals.py",
-    "tests/families/test_released.py",
     "tests/formats/test_slices.py",
-    "tests/hostile/test_configs.py",
     "tests/hostile/test_headers.py",
     "tests/hostile/test_hf_folders.py",
-    "tests/hostile/test_nanotron_folders.py",
-    "tests/hostile/test_what_to_do.py",
     "tests/model/test_spec.py",
     "tests/moves/test_boxes.py",
     "tests/moves/test_cuts.py",
@@ -111,7 +91,7 @@ def make(version: str, python: Path) -> Path:
     pip = [own, "-m", "pip", "install", "-qq"]
     if not own.exists():
         subprocess.run([python, "-m", "venv", folder], check=True)
-    packages = OLDEST_PACKAGES if version == OLDEST else NEWEST_PACKAGES
+    packages = (*PACKAGES, NUMPY.get(version, "numpy"))
     subprocess.run([*pip, "-c", "constraints.txt", *TOOLS], cwd=ROOT, check=True)
     subprocess.run([*pip, "--upgrade", *packages], cwd=ROOT, check=True)
     # In place, as `make build` has it, whose objects are those of all that knows no Python.
