@@ -21,7 +21,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-pythons"
 VERSIONS = ("3.10", "3.11", "3.12", "3.13", "3.14")
-# Of each package the newest that pyproject.toml allows, but for numpy: its first version served too.
+# The newest of each that pyproject.toml allows, but for numpy, whose oldest runs on 3.10.
 PACKAGES = ("huggingface_hub", "pyyaml", "rich", "typer<0.29")
 NUMPY = {"3.10": "numpy==1.26.4"}
 # What builds, and what tests: as everywhere else.
