@@ -71,11 +71,12 @@ def with_flags(command: Callable[..., None]) -> Callable[..., None]:
     """
     import typer
 
-    hints = get_type_hints(command, include_extras=True)
     parameters: list[inspect.Parameter] = []
     expanded: dict[str, type] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint = hints[parameter.name]
+    # Not by get_type_hints: of what is None by default, Python 3.10's hides the Annotated, and what
+    # it says to typer, in an Optional.
+    for parameter in inspect.signature(command, eval_str=True).parameters.values():
+        hint = parameter.annotation
         if not is_typeddict(hint):
             parameters.append(parameter.replace(annotation=hint))
             continue
