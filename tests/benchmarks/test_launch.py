@@ -24,10 +24,9 @@ def test_calls_and_lists_stay_short(tmp_path) -> None:
     pytest.importorskip("triton")
     saved = tmp_path / "launch.json"
     done = run("--only", "glu,accumulate_", "--rounds", "1", "--save", str(saved))
-    assert done.returncode in (0, 1), done.stderr
+    assert done.returncode == 0, done.stderr
     glu, accumulate = json.loads(saved.read_text())["launch"]
     assert [json.loads(line) for line in done.stdout.splitlines()] == [glu, accumulate]
-    assert done.returncode == (0 if glu["ok"] and accumulate["ok"] else 1)
     assert (glu["launches"], glu["launches_backward"]) == (1, 1)
     # Through torch's custom_op it would be some 150 more.
     assert glu["ours calls"] <= glu["bare calls"] + 30
