@@ -233,12 +233,12 @@ class _Run:
         with processes.step():
             if self._is_first:
                 self._open(made, boots, on_plan)
-        run, adopted = processes.gather((self._destination.run, self._adopted))[0]
+        place, adopted = processes.gather((self._destination.place, self._adopted))[0]
         with processes.step():
             self._adopted = set(adopted)
             self._todo = self._part(self._adopted)
             if not self._is_first:
-                self._begin_journal(self._destination.join(run), boots)
+                self._begin_journal(self._destination.join(place), boots)
             self._deal()
 
     def _open(
@@ -401,7 +401,7 @@ class _Run:
                 remains = f"what this run wrote is given up; {remains}"
             if isinstance(error, Interrupted):
                 error.remains = remains
-            elif keeps or (in_doubt and self._finished):
+            elif keeps or self._destination.is_lost or (in_doubt and self._finished):
                 add_note(error, remains)
 
     def _count_whole(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 
 from nanotron_fast.checkpoints.io_modes import mode_for
 from nanotron_fast.checkpoints.manifest import rest_sha256
+from nanotron_fast.checkpoints.partial import between
 from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.manifest import (
@@ -103,8 +104,11 @@ def check_manifest(
             "alone: copy the checkpoint to one"
         )
     root = Path(path)
+    aside = between(root)
     if not root.is_dir():
-        raise CheckpointError(f"{path}: no such directory")
+        raise CheckpointError(f"{path}: no such directory{f': {aside}' if aside else ''}")
+    if aside is not None:
+        raise CheckpointError(f"{path}: {aside}")
     manifest = read_manifest(root)
     findings: list[Finding] = []
     wanted: list[_Wanted] = []

@@ -4,7 +4,8 @@ A run writes to a folder of its own (`partial.py`), which takes the destination'
 done: by one rename where there was nothing; by an exchange of names where a checkpoint is replaced;
 part by part, the marks of a whole checkpoint last, where the destination is an empty directory or
 a mount point, or lies in a folder that cannot be written to. That directory stays then, with its
-owner, mode and access lists. `settling.py` decides what becomes of what earlier runs have left.
+owner, mode and access lists. `claims.py` keeps other runs out, and `settling.py` decides what
+becomes of what earlier runs have left.
 """
 
 from __future__ import annotations
@@ -12,19 +13,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 from nanotron_fast.checkpoints import placing
-from nanotron_fast.checkpoints.ownership import Lock, is_beside_a_lock
+from nanotron_fast.checkpoints.claims import LOCK, Claim, Share, fits
+from nanotron_fast.checkpoints.ownership import Holder, is_beside_a_lock
 from nanotron_fast.checkpoints.partial import Leftover, Partial, leftovers, new_run, remove
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.formats.known_files import OURS, foreign_names
 from nanotron_fast.interruption import ending, held
 from nanotron_fast.moves.plan import OutputFile
-
-_LOCK = f"{OURS}lock"
 
 
 class Destination:
@@ -45,7 +44,7 @@ class Destination:
         source: Path,
         overwrite: bool,
         inputs: Iterable[Path] = (),
-        share: tuple[int, int] | None = None,
+        share: Share | None = None,
     ) -> None:
         """Checks that nothing of `source`, or of what else is read, would be lost.
 
@@ -58,21 +57,18 @@ class Destination:
         self._places = [Path(os.path.realpath(each)) for each in dict.fromkeys((source, *inputs))]
         self._check_apart(path)
         self._check_kind()
-        self.is_inside = self.path.exists() and not (overwrite and self._can_be_exchanged())
         self._run = new_run()
+        self.is_inside = self.path.exists() and not (overwrite and self._can_be_exchanged())
         self._share = share
-        self._lock: Lock | None = None
+        self._lock: Claim | None = None
         self._partial: Partial | None = None
         self._is_whole = False
+        # What has become of what this run wrote, where it is not this run's any more.
+        self._lost: str | None = None
         # The nearest folder above that was there before.
         self._oldest_parent = self.path.parent
         while not self._oldest_parent.exists():
             self._oldest_parent = self._oldest_parent.parent
-
-    @property
-    def run(self) -> str:
-        """The name of this run."""
-        return self._run
 
     @property
     def partial(self) -> Partial:
@@ -101,7 +97,8 @@ class Destination:
         """Whether another folder could take the name, and look the same from outside."""
         parent = self.path.parent
         return (
-            bool(os.listdir(self.path))
+            any(not name.startswith(OURS) for name in os.listdir(self.path))
+            and fits(self._beside.name)
             and os.access(parent, os.W_OK | os.X_OK)
             and not os.path.ismount(self.path)
             and self.path.stat().st_dev == parent.stat().st_dev
@@ -134,11 +131,11 @@ class Destination:
         """What is in the destination, but for what is this tool's for the time being."""
         if not self.path.is_dir():
             return []
-        ours = {_LOCK, *(each.path.name for each in leftovers(self.path))}
+        ours = {LOCK, *(each.path.name for each in leftovers(self.path))}
         return sorted(
             name
             for name in os.listdir(self.path)
-            if name not in ours and not name.startswith(f"{_LOCK}-") and not is_beside_a_lock(name)
+            if name not in ours and not name.startswith(f"{LOCK}-") and not is_beside_a_lock(name)
         )
 
     def lock(self) -> None:
@@ -147,10 +144,9 @@ class Destination:
         Raises DestinationError where another run has it, or where it cannot be written to.
         """
         with held():
-            folder = self.path if self.is_inside else self.path.parent
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                self._lock = Lock(self.lock_path(self._share), self.path, self._run)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._lock = Claim(self.path, self._run, self._share)
                 self._lock.acquire()
             except OSError as error:
                 self._lock = None
@@ -158,30 +154,19 @@ class Destination:
                 if isinstance(error, DestinationError):
                     raise
                 reason = f"it cannot be written: {error.strerror}"
+                name = self.path.name
+                if error.errno == errno.ENAMETOOLONG and fits(name):
+                    num_bytes = len(os.fsencode(name))
+                    reason = (
+                        f"its name of {num_bytes} bytes is too long for what is added to it while "
+                        f"it is written (.{LOCK.lstrip('.')} and .partial-ID): choose a shorter one"
+                    )
                 raise DestinationError(error.errno, reason, str(self.path)) from error
-            folders = [each for each in (self.path.parent, self.path) if each.is_dir()]
-            # Of shares, others may break each other's.
-            locks = [] if self._share else [path for path, _ in self.locks()]
-            self._lock.sweep(folders, locks)
 
-    def lock_path(self, share: tuple[int, int] | None) -> Path:
-        """The file that says who does all of it, or a share."""
-        number = f"-{share[0]}-of-{share[1]}" if share else ""
-        if self.is_inside:
-            return self.path / f"{_LOCK}{number}"
-        return self.path.with_name(f".{self.path.name}{_LOCK}{number}")
-
-    def locks(self) -> list[tuple[Path, tuple[int, int] | None]]:
-        """All files that say who does all of it, or a share, with that share."""
-        whole = self.lock_path(None)
-        pattern = re.compile(re.escape(whole.name) + r"(?:-(\d{1,9})-of-(\d{1,9}))?")
-        found: list[tuple[Path, tuple[int, int] | None]] = []
-        for name in sorted(os.listdir(whole.parent)):
-            match = pattern.fullmatch(name)
-            if match is not None:
-                share = (int(match[1]), int(match[2])) if match[1] else None
-                found.append((whole.parent / name, share))
-        return found
+    def living(self) -> list[tuple[Holder, Share | None]]:
+        """Who else writes to it, with the share that it does. Raises OSError."""
+        assert self._lock is not None
+        return self._lock.living()
 
     def others(self) -> list[Leftover]:
         """What other runs have here. Raises DestinationError where the source lies in it."""
@@ -208,22 +193,30 @@ class Destination:
         """
         self.check(names)
         with held():
-            self._partial = Partial.create(self._partial_path(self._run))
+            self._partial = Partial.create(self._partial_path)
             if self.path.exists() and not self.is_inside:
                 placing.take_after(self.path, self._partial.content_path)
         self._check_space(list(sizes))
         return self._partial
 
-    def join(self, run: str) -> Partial:
+    @property
+    def place(self) -> tuple[str, bool]:
+        """The name of this run, and whether its folder lies within: what others `join` by."""
+        return self._run, self.is_inside
+
+    def join(self, place: tuple[str, bool]) -> Partial:
         """Opens the folder that the first process has made. Raises OSError."""
-        self._run = run
-        self._partial = Partial.join(self._partial_path(run))
+        self._run, self.is_inside = place
+        self._partial = Partial.join(self._partial_path)
         return self._partial
 
-    def _partial_path(self, run: str) -> Path:
-        if self.is_inside:
-            return self.path / f"{OURS}partial-{run}"
-        return self.path.with_name(f"{self.path.name}.partial-{run}")
+    @property
+    def _partial_path(self) -> Path:
+        return self.path / f"{OURS}partial-{self._run}" if self.is_inside else self._beside
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(f"{self.path.name}.partial-{self._run}")
 
     def _check_space(self, sizes: list[int]) -> None:
         """Compares whole blocks, which are what files take, and the number of files."""
@@ -327,19 +320,39 @@ class Destination:
         with ending():
             partial = self._partial
             if partial is not None:
-                if only is not None and keeps and self._lock is not None and not self._is_whole:
+                self._lost = None if self._is_whole else self._found_lost(partial)
+                is_mine = self._lock is not None and self._lost is None
+                if only is not None and keeps and is_mine and not self._is_whole:
                     with contextlib.suppress(OSError):
                         partial.keep_only(only)
                 partial.close()
                 # What was replaced may take its time to remove.
                 has_old = self._is_whole and partial.content_path.exists()
-                if self._lock is not None and not has_old and not (keeps and not self._is_whole):
+                if is_mine and not has_old and not (keeps and not self._is_whole):
                     with contextlib.suppress(OSError):
                         remove(partial.path)
             if self._lock is not None:
                 self._lock.release()
                 if not self._is_whole:
                     self._remove_parents()
+
+    def _found_lost(self, partial: Partial) -> str | None:
+        """What has become of what this run wrote, in words; None where it is there, and its own."""
+        with contextlib.suppress(OSError):
+            taker = None if self._lock is None else self._lock.taker()
+            if taker is not None:
+                return (
+                    f"another conversion has {self.path} now, since nothing was heard of this one: "
+                    f"{taker}; what this one wrote is that one's"
+                )
+        if partial.is_in_place():
+            return None
+        return f"something has moved or removed {partial.path}, to which this one wrote"
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether what this run wrote is not its own any more: known after `abort`."""
+        return self._lost is not None
 
     def _remove_parents(self) -> None:
         """Those that were made for this result, where nobody else has put anything into them."""
@@ -358,6 +371,8 @@ class Destination:
             number, total: output files that are whole, and all of them.
             again: what may be done with them.
         """
+        if self._lost is not None:
+            return self._lost
         if self._is_whole:
             left = self._partial is not None and self._partial.path.exists()
             more = f", and {self.partial.path} can be deleted" if left else ""

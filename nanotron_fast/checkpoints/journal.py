@@ -19,7 +19,7 @@ from typing import Any, TypeGuard
 
 from nanotron_fast.checkpoints.cut_files import are_whole
 from nanotron_fast.checkpoints.fingerprint import Made
-from nanotron_fast.checkpoints.ownership import boot_id
+from nanotron_fast.checkpoints.owners import boot_id
 from nanotron_fast.checkpoints.small_files import naming, write_all
 from nanotron_fast.interruption import held
 from nanotron_fast.moves.files import Folder

@@ -3,7 +3,7 @@
 The lock is a file that appears with its contents, by link(2), which is atomic on the file systems
 of clusters too. It says whose it is, and its holder touches it every few seconds. On the same
 machine a holder is alive as long as its process; seen from another one, as long as the file was
-touched lately, by the clock of the file system.
+touched lately, by the clock of the file system. `claims.py` says where locks lie.
 
 No run relies on the lock for its bytes: each writes to a folder of its own.
 """
@@ -15,20 +15,16 @@ import errno
 import json
 import os
 import re
-import socket
 import threading
-import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nanotron_fast.checkpoints.owners import DEAD_AFTER_SECONDS, Owner
 from nanotron_fast.checkpoints.small_files import write_all
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.formats.known_files import OURS
 
 _BEAT_SECONDS = 5.0
-# How long a holder on another machine may be silent.
-DEAD_AFTER_SECONDS = 30.0
 # How long what is beside a lock for a moment may be there, where nothing says that its run is dead.
 LITTER_SECONDS = 3600.0
 # Beside a lock while it is made: the file that gets its name, and the one that had it.
@@ -36,103 +32,6 @@ _NEW, _BROKEN = "new", "broken"
 _BESIDE = re.compile(rf"{re.escape(OURS)}([0-9a-f]{{8}})\.({_NEW}|{_BROKEN})")
 _MAX_BYTES = 1 << 16
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES)
-
-
-def boot_id() -> str:
-    """What this system calls the time since it was started; "" where it has no name for that."""
-    return _read("/proc/sys/kernel/random/boot_id").strip()
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:  # not Linux
-        return ""
-
-
-def _namespace() -> str:
-    try:
-        return os.readlink("/proc/self/ns/pid")
-    except OSError:
-        return ""
-
-
-def _ticks_at_start(pid: int) -> int | None:
-    """When a process was started, in ticks since the boot; None where there is no such process."""
-    text = _read(f"/proc/{pid}/stat")
-    # The name of the program, in brackets, may hold anything.
-    fields = text.rpartition(")")[2].split()
-    if len(fields) < 20 or fields[0] in ("Z", "X"):
-        return None
-    return int(fields[19])
-
-
-@dataclass(frozen=True, slots=True)
-class Owner:
-    """A process that writes to a destination.
-
-    Args:
-        run: the name of its run.
-        host, boot, namespace: the machine, what it calls the time since its start, and the
-            namespace in which `pid` counts.
-        pid, ticks: the process, and when it was started.
-        since: seconds since 1970.
-    """
-
-    run: str
-    host: str
-    boot: str
-    namespace: str
-    pid: int
-    ticks: int
-    since: float
-
-    @classmethod
-    def this(cls, run: str) -> Owner:
-        """The process that calls."""
-        pid = os.getpid()
-        return cls(
-            run,
-            socket.gethostname(),
-            boot_id(),
-            _namespace(),
-            pid,
-            _ticks_at_start(pid) or 0,
-            time.time(),
-        )
-
-    @classmethod
-    def parse(cls, text: bytes) -> Owner | None:
-        """What a lock says; None where it says nothing of the kind."""
-        try:
-            found = json.loads(text)
-            owner = cls(**found)
-        except (ValueError, TypeError, RecursionError):
-            return None
-        kinds = (str, str, str, str, int, int, float)
-        values = asdict(owner).values()
-        are_right = all(isinstance(value, kind) for value, kind in zip(values, kinds, strict=True))
-        return owner if are_right else None
-
-    @property
-    def is_of_this_machine(self) -> bool:
-        """Whether its number counts here, and since this start of the machine."""
-        here = (boot_id(), _namespace())
-        return all(here) and here == (self.boot, self.namespace)
-
-    def is_alive(self, silent_seconds: float) -> bool:
-        """Whether it lives, as far as can be known here."""
-        if self.is_of_this_machine:
-            return _ticks_at_start(self.pid) == self.ticks
-        return silent_seconds < DEAD_AFTER_SECONDS
-
-    def __str__(self) -> str:
-        try:
-            since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.since))
-        except (ValueError, OverflowError, OSError):  # no year that can be told
-            since = f"{self.since:g}"
-        return f"process {self.pid} on {self.host}, since {since}"
 
 
 class Lock:
@@ -191,71 +90,82 @@ class Lock:
 
     def _break(self, beside: Path) -> None:
         """Removes the lock of a dead owner. Raises DestinationError where it is alive."""
-        os.utime(beside)
-        holder = holder_of(self.path, now=beside.stat().st_mtime)
+        holder = holder_of(self.path, now=touched(beside))
         if holder is None:
             return
         if holder.is_alive:
             raise DestinationError(holder.refusal(self._destination))
-        self._remove(self.path, holder)
+        self.remove(holder)
 
-    def _remove(self, path: Path, holder: Holder) -> None:
-        """Removes a lock, if it is still the one that was looked at."""
-        taken = self.path.with_name(f"{OURS}{self._owner.run}.{_BROKEN}")
+    def remove(self, holder: Holder) -> None:
+        """Removes a lock, this one's place or another, if it is still the one that was looked at.
+
+        Raises OSError.
+        """
+        taken = holder.path.with_name(f"{OURS}{self._owner.run}.{_BROKEN}")
         try:
-            path.rename(taken)
+            holder.path.rename(taken)
         except FileNotFoundError:
             return
         if _text_of(taken) != holder.text:
             # Somebody else was faster, and has it now: what was taken is given back.
             with contextlib.suppress(OSError):  # else that one notices before it ends
-                os.link(taken, path)
+                os.link(taken, holder.path)
         taken.unlink(missing_ok=True)
 
-    def sweep(self, folders: Iterable[Path], locks: Iterable[Path]) -> None:
-        """Removes what dead runs have left: what lay beside a lock in the making, and locks.
-
-        Args:
-            folders: that a lock of this destination may lie in.
-            locks: of this destination, its shares' too. That of this run stays.
-
-        What cannot be removed stays: it is in nobody's way.
-        """
-        with contextlib.suppress(OSError):
-            now = self.path.stat().st_mtime
-            for path in locks:
-                holder = holder_of(path, now=now)
-                if path != self.path and holder is not None and not holder.is_alive:
-                    self._remove(path, holder)
-            for folder in folders:
-                _sweep_beside(folder, now)
+    def now(self, folder: Path) -> float:
+        """The time by the clock of the file system that a folder lies on. Raises OSError."""
+        if folder != self.path.parent:
+            beside = folder / f"{OURS}{self._owner.run}.{_NEW}"
+            # Where nothing can be made there, this lock's file system is the best that is known.
+            with contextlib.suppress(OSError):
+                beside.write_bytes(self._text)
+                try:
+                    return touched(beside)
+                finally:
+                    beside.unlink(missing_ok=True)
+        return touched(self.path)
 
     def _beat(self) -> None:
         while not self._is_over.wait(_BEAT_SECONDS):
-            with contextlib.suppress(OSError):  # told by `check`
-                if self._is_ours():
+            with contextlib.suppress(OSError):  # told by `is_ours`
+                if self.is_ours():
                     os.utime(self.path)
 
-    def _is_ours(self) -> bool:
-        try:
-            return _text_of(self.path) == self._text
-        except FileNotFoundError:
-            return False
+    def is_ours(self) -> bool:
+        """Whether it is there, and this run's. Raises OSError."""
+        return _text_or_none(self.path) == self._text
 
-    def check(self) -> None:
-        """Raises DestinationError where another run has taken it, as from a dead owner."""
-        if not self._is_ours():
-            raise DestinationError(
-                f"{self._destination}: another conversion has taken the lock {self.path}, since "
-                "nothing was heard of this one; this one ends"
-            )
+    def taker(self) -> str | None:
+        """Who else has it now, in words; None where nobody has. Raises OSError."""
+        text = _text_or_none(self.path)
+        if text in (None, self._text):
+            return None
+        return str(Owner.parse(text or b"") or f"whoever wrote {self.path}")
 
     def release(self) -> None:
-        """Gives it up. May be called again, and where it was never taken."""
+        """Gives it up. May be called again, and where it was never taken. Raises OSError."""
         self._is_over.set()
-        if self._is_taken and self._is_ours():
+        if self._is_taken and self.is_ours():
             self.path.unlink(missing_ok=True)
         self._is_taken = False
+
+
+def touched(path: Path) -> float:
+    """The time by the clock of the file system that a file of ours lies on, which is touched.
+
+    Every age of a lock is told by it: the clocks of two machines may differ by more than a holder
+    may be silent. Raises OSError.
+    """
+    os.utime(path)
+    return path.stat().st_mtime
+
+
+def _text_or_none(path: Path) -> bytes | None:
+    try:
+        return _text_of(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _text_of(path: Path) -> bytes:
@@ -297,19 +207,18 @@ class Holder:
         return f"{destination}: another conversion is writing to it: {who}"
 
 
-def holder_of(path: Path, *, now: float | None = None) -> Holder | None:
-    """Who has a lock; None where there is none.
+def holder_of(path: Path, *, now: float) -> Holder | None:
+    """Who has a lock; None where there is none. Raises OSError.
 
     Args:
-        now: by the clock of the file system; by default that of this machine.
+        now: by the clock of the file system: see `touched`.
     """
     try:
         status = path.lstat()
         text = _text_of(path)
     except FileNotFoundError:
         return None
-    silent = (time.time() if now is None else now) - status.st_mtime
-    return Holder(path, Owner.parse(text), text, silent)
+    return Holder(path, Owner.parse(text), text, now - status.st_mtime)
 
 
 def is_beside_a_lock(name: str) -> bool:
@@ -317,8 +226,11 @@ def is_beside_a_lock(name: str) -> bool:
     return _BESIDE.fullmatch(name) is not None
 
 
-def _sweep_beside(folder: Path, now: float) -> None:
-    """Removes what is beside locks and surely of no living run, of any destination."""
+def sweep_beside(folder: Path, now: float) -> None:
+    """Removes what is beside locks and surely of no living run, of any destination.
+
+    Raises OSError.
+    """
     found = [match for match in map(_BESIDE.fullmatch, os.listdir(folder)) if match is not None]
     dead: set[str] = set()
     for match in found:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.claims import LOCK
 from nanotron_fast.checkpoints.journal import Entry, Journal, Record, read_record
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.formats.plain_file import is_file_name, read_small
@@ -165,6 +167,9 @@ class Leftover:
                 (self.destination / name).rename(content / name)
         if not self.commit["parts"] and replaced.exists() and not self.destination.exists():
             replaced.rename(self.destination)
+            for name in os.listdir(self.destination):
+                if name.startswith(LOCK):  # that of the run that moved it aside
+                    (self.destination / name).unlink()
         for name in self.commit["before"]:
             if os.path.lexists(replaced / name):
                 (replaced / name).rename(self.destination / name)
@@ -248,6 +253,33 @@ def leftovers(destination: Path) -> list[Leftover]:
                 if leftover is not None:
                     found.append(leftover)
     return found
+
+
+def between(destination: Path) -> str | None:
+    """Where a checkpoint lies that a run was replacing when it ended, and how it comes back.
+
+    None where no run has ended so, as far as can be seen.
+    """
+    try:
+        found = [each for each in leftovers(Path(os.path.realpath(destination))) if each.is_between]
+    except OSError:
+        return None
+    for leftover in found:
+        replaced = leftover.path / REPLACED
+        again = "the next conversion to it, as one with --overwrite --resume, which then goes on"
+        if leftover.commit is not None and leftover.commit["parts"]:
+            where = f"; what was in it before lies in {replaced}" if replaced.is_dir() else ""
+            return (
+                f"a conversion ended while its files took their places in {destination}{where}: "
+                f"{again}, first puts all back"
+            )
+        if replaced.is_dir() and not destination.exists():
+            return (
+                f"a conversion ended while its result took this name, and the checkpoint that had "
+                f"it lies in {replaced}: mv {shlex.quote(str(replaced))} "
+                f"{shlex.quote(str(leftover.destination))} gives it back, and so does {again}"
+            )
+    return None
 
 
 def _is_made_by_a_run(folder: Folder, names: set[str], commit: Mapping[str, Any] | None) -> bool:

@@ -7,13 +7,14 @@ work lies about.
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from nanotron_fast.checkpoints.claims import Share
 from nanotron_fast.checkpoints.destination import Destination
 from nanotron_fast.checkpoints.fingerprint import Made
 from nanotron_fast.checkpoints.journal import Journal
-from nanotron_fast.checkpoints.ownership import Holder, holder_of
+from nanotron_fast.checkpoints.ownership import Holder
 from nanotron_fast.checkpoints.partial import Leftover, Partial, whole_outputs
 from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
 from nanotron_fast.interruption import held
@@ -68,9 +69,9 @@ def settle(
         # In this order: a run claims the destination before it makes its folder. What is of none
         # that goes on now has ended, and its journals are read after that.
         known = {each.run for each in destination.others()}
-        living = _living(destination)
+        living = destination.living()
         _refuse_living(destination, living, wishes)
-        dead = known - set(living)
+        dead = known - {holder.owner.run for holder, _ in living if holder.owner is not None}
         for leftover in destination.others():
             if leftover.run in dead:
                 leftover.undo()
@@ -101,24 +102,10 @@ def settle(
     return fitting
 
 
-def _living(destination: Destination) -> dict[str, tuple[Holder, tuple[int, int] | None]]:
-    """Other runs that go on, by name: who has their lock, and which share they do."""
-    found: dict[str, tuple[Holder, tuple[int, int] | None]] = {}
-    for path, share in destination.locks():
-        holder = holder_of(path)
-        if holder is None or holder.owner is None or not holder.is_alive:
-            continue
-        if holder.owner.run != destination.run:
-            found[holder.owner.run] = holder, share
-    return found
-
-
 def _refuse_living(
-    destination: Destination,
-    living: Mapping[str, tuple[Holder, tuple[int, int] | None]],
-    wishes: Wishes,
+    destination: Destination, living: Sequence[tuple[Holder, Share | None]], wishes: Wishes
 ) -> None:
-    for holder, share in living.values():
+    for holder, share in living:
         if wishes.share and share and share[1] == wishes.share[1]:
             continue
         number = f" (share {share[0]} of {share[1]})" if share else ""

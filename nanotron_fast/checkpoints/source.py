@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.partial import between
 from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
 from nanotron_fast.checkpoints.remote.store import as_path, is_url
 from nanotron_fast.errors import CheckpointError
@@ -56,10 +57,18 @@ def resolve(source: str | Path, *, takes_urls: bool = False) -> Path:
             f"{source}: not a directory; name the one that holds the checkpoint, such as "
             f"{path.parent}"
         )
+    _check_not_between(path)
     text = str(source)
     if not isinstance(source, str) or not _HUB_ID.fullmatch(text):
         raise CheckpointError(f"{source}: no such directory")
     return _fetch(text, [_CONSOLIDATED])
+
+
+def _check_not_between(path: Path) -> None:
+    """Raises CheckpointError where a checkpoint lies aside, since a run ended on its last step."""
+    found = between(path)
+    if found is not None:
+        raise CheckpointError(f"{path}: no such directory: {found}")
 
 
 def resolve_companions(source: str | Path) -> Path:
@@ -72,6 +81,7 @@ def resolve_companions(source: str | Path) -> Path:
         return mirror(str(source), with_tensors=False)
     if Path(source).is_dir():
         return resolve_latest(Path(source))
+    _check_not_between(Path(source))
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such directory")
     return _fetch(str(source), ["*.safetensors", "*.index.json"])
@@ -110,6 +120,16 @@ def read(
     `like` has the configuration of a model in a folder of torch.distributed.checkpoint, which is
     read as one of Hugging Face's. `takes_part` is for `read_nanotron`.
     """
+    try:
+        return _read(root, like, takes_part=takes_part)
+    except CheckpointError as error:
+        found = between(root)
+        if found is not None:
+            raise CheckpointError(f"{error}; {found}") from error
+        raise
+
+
+def _read(root: Path, like: Path | None, *, takes_part: bool) -> HfCheckpoint | NanotronCheckpoint:
     if is_nanotron_checkpoint(root):
         return read_nanotron(root, takes_part=takes_part)
     # Whose .metadata is beside weights that transformers loads, is not asked.

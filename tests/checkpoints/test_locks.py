@@ -14,7 +14,7 @@ import pytest
 import nanotron_fast as nf
 from nanotron_fast.checkpoints import ownership
 from nanotron_fast.checkpoints.destination import Destination
-from nanotron_fast.checkpoints.ownership import Owner
+from nanotron_fast.checkpoints.owners import Owner
 from nanotron_fast.checkpoints.reshard import reshard
 from tests.modelzoo import make
 

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.checkpoints import checking, fingerprint, ownership
-from nanotron_fast.checkpoints.ownership import Owner
+from nanotron_fast.checkpoints import checking, fingerprint, owners
+from nanotron_fast.checkpoints.owners import Owner
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.errors import (
     CheckpointError,
@@ -192,7 +192,7 @@ def test_what_was_not_synced_before_a_crash_is_written_again(
     """The machine was started anew: what it had in memory is gone."""
     stopped(source, tmp_path / "a", 5)
     stopped(source, tmp_path / "b", 5, fsync=True)
-    for module in ("ownership", "journal", "checking"):
+    for module in ("owners", "journal", "checking"):
         monkeypatch.setattr(f"nanotron_fast.checkpoints.{module}.boot_id", lambda: "another")
     for name, whole in (("a", 0), ("b", 5)):
         report = nf.convert(source, tmp_path / name, topology=TP2, resume=True)
@@ -267,7 +267,7 @@ def test_locks_of_other_machines(source: Path, tmp_path: Path) -> None:
     elsewhere(lock, 10)
     with pytest.raises(DestinationError, match="process 1 on node7, since 2023"):
         nf.convert(source, tmp_path / "out")
-    elsewhere(lock, ownership.DEAD_AFTER_SECONDS + 1)
+    elsewhere(lock, owners.DEAD_AFTER_SECONDS + 1)
     nf.convert(source, tmp_path / "out")
     assert names(tmp_path) == ["out", "source"]
 
