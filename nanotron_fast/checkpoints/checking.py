@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 from nanotron_fast.checkpoints.fingerprint import Made
-from nanotron_fast.checkpoints.ownership import boot_id
+from nanotron_fast.checkpoints.owners import boot_id
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import running
+from nanotron_fast.checkpoints.remote.mirror import mirror_of
+from nanotron_fast.checkpoints.remote.store import at_once
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.formats.plain_file import digest_whole
 from nanotron_fast.moves.files import FileState, ReadFile
 
 
@@ -34,14 +38,34 @@ def check_same(processes: Processes, made: Made) -> Collection[str]:
 
 
 def check_unchanged(states: Mapping[Path, ReadFile]) -> None:
-    """Raises CheckpointError where a source is not any more what it was; OSError."""
+    """Raises CheckpointError where a source is not any more what it was; OSError.
+
+    A small file that was written anew with the same contents is what it was. Files of tensors in a
+    store are compared when they are read.
+    """
+    in_stores: list[Callable[[], int]] = []
     for path, read in states.items():
-        found = FileState.of(os.stat(path))
-        if found != read.state:
+        mirrored = mirror_of(path)
+        if mirrored is not None and read.is_whole:
+            mirror, name = mirrored
+            in_stores.append(partial(mirror.check_whole, name))
+            continue
+        try:
+            found = FileState.of(os.stat(path))
+            is_same = found == read.state or (
+                read.is_whole and digest_whole(path).header_digest == read.header_digest
+            )
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{path}: it has been removed while it was read: what was written may be a "
+                "mixture, and is given up"
+            ) from None
+        if not is_same:
             raise CheckpointError(
                 f"{path}: it has changed while it was read ({read.state.size_bytes:,} bytes then, "
                 f"{found.size_bytes:,} now): what was written may be a mixture, and is given up"
             )
+    at_once(in_stores)
 
 
 def check_source(ready: Plan, workers: int) -> None:

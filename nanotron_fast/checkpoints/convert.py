@@ -26,6 +26,7 @@ from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.patterns import unmatched
+from nanotron_fast.formats.plain_file import noting
 from nanotron_fast.moves.engine import ProgressCallback
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ def plan(
     dst = as_path(dst)
     if not str(dst):
         raise ConfigError("the destination has no name")
+    with noting() as noted:
+        ready = _plan(src, dst, options)
+    return replace(ready, sources_read={**noted, **ready.sources_read})
+
+
+def _plan(src: str | Path, dst: str | Path, options: Options) -> Plan:
     # What a direction does not need is not even imported: it counts in the time to start.
     whole = read(resolve(src, takes_urls=True), like=options.like)
     if options.master_weights and mirror_of(whole.root) is not None:

@@ -13,13 +13,17 @@ from typing import Any
 
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.remote.mirror import shown
+from nanotron_fast.formats.plain_file import digest_whole
 from nanotron_fast.moves.files import FileState, ReadFile
 from nanotron_fast.moves.move import scales_of, table_of
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file that is read: its bytes, when it was written in ns since 1970, its header's digest."""
+    """A file that is read: its bytes, when it was written in ns since 1970, its header's digest.
+
+    Of a small file the digest is of all of it, and the time, which says no more, is 0.
+    """
 
     size: int
     mtime_ns: int
@@ -86,6 +90,8 @@ class Made:
                     f"{path} was written at {_time(a.mtime_ns)} {mine}, and at "
                     f"{_time(b.mtime_ns)} {others}"
                 )
+            if a.header != b.header and a.mtime_ns == 0:
+                return f"{path} holds something else {mine} than {others}"
             if a.header != b.header:
                 return f"{path} has another header {mine} than {others}"
         for key in {**self.choices, **other.choices}:
@@ -106,14 +112,18 @@ def _time(mtime_ns: int) -> str:
 
 
 def states_of(plan: Plan) -> dict[Path, ReadFile]:
-    """What each source was when its header was read, or is now where that was not noted.
+    """What all that a plan is made from was when it was read, or is now where that was not noted.
 
-    Raises OSError.
+    Those are the files of tensors, the small ones beside them, and what is copied as it is. Raises
+    CheckpointError, OSError.
     """
-    found: dict[Path, ReadFile] = {}
+    found = dict(plan.sources_read)
     for path in plan.transfer.sources:
-        read = plan.sources_read.get(path)
-        found[path] = read or ReadFile(FileState.of(os.stat(path)), "")
+        if path not in found:
+            found[path] = ReadFile(FileState.of(os.stat(path)), "")
+    for path in plan.copies.values():
+        if path not in found:
+            found[path] = digest_whole(path)
     return found
 
 
@@ -132,7 +142,11 @@ def made_by(plan: Plan, states: Mapping[Path, ReadFile]) -> Made:
     for table in (table_of(plan.transfer.moves), scales_of(plan.transfer.moves)):
         layout.update(memoryview(table).cast("B"))
     sources = {
-        shown(path): Source(read.state.size_bytes, read.state.mtime_ns, read.header_digest)
+        shown(path): Source(
+            read.state.size_bytes,
+            0 if read.is_whole else read.state.mtime_ns,
+            read.header_digest,
+        )
         for path, read in states.items()
     }
     return Made(layout.hexdigest(), _choices(plan), sources)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from nanotron_fast.checkpoints.carrying_out import Report, carry_out
@@ -27,7 +28,7 @@ from nanotron_fast.formats.nanotron.checkpoint import (
     read_nanotron,
 )
 from nanotron_fast.formats.nanotron.optimizer import MAX_RANKS
-from nanotron_fast.formats.plain_file import read_small
+from nanotron_fast.formats.plain_file import noting, read_small
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.engine import ProgressCallback
 
@@ -66,6 +67,20 @@ def plan(
         raise ConfigError(f"--dp {dp!r}: a group has at least one rank, and at most {MAX_RANKS}")
     if zero_stage not in (None, 0, 1):
         raise ConfigError(f"--zero-stage {zero_stage!r}: choose 0 or 1")
+    with noting() as noted:
+        ready = _plan(src, dst, Training(dp, zero_stage), tp=tp, pp=pp, ep=ep)
+    return replace(ready, sources_read={**noted, **ready.sources_read})
+
+
+def _plan(
+    src: str | Path,
+    dst: str | Path,
+    training: Training,
+    *,
+    tp: int | None,
+    pp: int | None,
+    ep: int | None,
+) -> Plan:
     root = resolve(src)
     if not is_nanotron_checkpoint(root):
         raise CheckpointError(
@@ -79,7 +94,7 @@ def plan(
     )
     options = Options(topology=topology)
     with keeping_objects():
-        return plan_reshard(source, Path(os.path.realpath(dst)), options, Training(dp, zero_stage))
+        return plan_reshard(source, Path(os.path.realpath(dst)), options, training)
 
 
 def reshard(

@@ -243,7 +243,7 @@ class TrainingStates:
             path = next(
                 path for place, path in sorted(files.items()) if (place.pp, place.tp) == (stage, 0)
             )
-            document = mapping(read_torch_file(path), path)
+            document = mapping(read_torch_file(path, read=self.read_files), path)
             names = self.first_of(stage).names
             for key, value in document.items():
                 if isinstance(value, list) and len(value) != len(names):

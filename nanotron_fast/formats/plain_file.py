@@ -7,15 +7,21 @@ that it holds.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import BinaryIO, TypeGuard
 
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.moves.files import FileState, ReadFile
 
 # The index of the largest model there is takes some megabytes.
 MAX_SMALL_BYTES = 256 << 20
+_BLOCK_BYTES = 1 << 20
 _KERNEL_FOLDERS = ("/proc", "/sys", "/dev")
 _KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -24,6 +30,18 @@ _KINDS = {
     stat.S_IFSOCK: "a socket",
     stat.S_IFDIR: "a directory",
 }
+_notes: ContextVar[dict[Path, ReadFile] | None] = ContextVar("_notes", default=None)
+
+
+@contextmanager
+def noting() -> Iterator[dict[Path, ReadFile]]:
+    """Notes each small file that is read meanwhile: what it was when it was read first."""
+    notes: dict[Path, ReadFile] = {}
+    token = _notes.set(notes)
+    try:
+        yield notes
+    finally:
+        _notes.reset(token)
 
 
 def is_file_name(name: object) -> TypeGuard[str]:
@@ -65,11 +83,15 @@ def check_plain(path: Path) -> None:
         raise CheckpointError(f"{path}: it is {real}, which the kernel makes up, not a plain file")
 
 
-def read_small(path: Path) -> bytes:
-    """The whole of a file of some megabytes at most. Raises CheckpointError, OSError."""
+def read_small(path: Path, *, is_noted: bool = True) -> bytes:
+    """The whole of a file of some megabytes at most. Raises CheckpointError, OSError.
+
+    `is_noted`: for whoever is `noting`. What may well change meanwhile is not.
+    """
     check_plain(path)
     with open_plain(path) as file:
-        size = os.fstat(file.fileno()).st_size
+        state = FileState.of(os.fstat(file.fileno()))
+        size = state.size_bytes
         if size > MAX_SMALL_BYTES:
             raise CheckpointError(
                 f"{path}: {size:,} bytes are over the limit of {MAX_SMALL_BYTES:,} for such a file"
@@ -82,4 +104,19 @@ def read_small(path: Path) -> bytes:
                 break
             blocks.append(block)
             left -= len(block)
-        return b"".join(blocks)
+    data = b"".join(blocks)
+    notes = _notes.get()
+    if notes is not None and is_noted:
+        digest = hashlib.sha256(data).hexdigest()
+        notes.setdefault(path, ReadFile(state, digest, is_whole=True))
+    return data
+
+
+def digest_whole(path: Path) -> ReadFile:
+    """What a file is, with a digest of all of it. Raises CheckpointError, OSError."""
+    digest = hashlib.sha256()
+    with open_plain(path) as file:
+        state = FileState.of(os.fstat(file.fileno()))
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return ReadFile(state, digest.hexdigest(), is_whole=True)

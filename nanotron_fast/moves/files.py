@@ -29,10 +29,14 @@ class FileState(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReadFile:
-    """What a file was when its header was read, and a digest of that header; maybe none: ""."""
+    """What a file was when its header was read, and a digest of that header; maybe none: "".
+
+    `is_whole`: it is a small file, and the digest is of all of it.
+    """
 
     state: FileState
     header_digest: str
+    is_whole: bool = False
 
 
 @dataclass(slots=True)

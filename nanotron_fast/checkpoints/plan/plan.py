@@ -50,7 +50,8 @@ class Plan:
     left_behind: tuple[str, ...] = ()
     # Compares what the source holds twice, and raises CheckpointError where it differs.
     check_source: Callable[[], None] | None = None
-    # What the sources were when their headers were read, where that was noted.
+    # What the sources were when their headers were read, where that was noted, and what the small
+    # files were that the plan was made from.
     sources_read: Mapping[Path, ReadFile] = field(default_factory=dict)
 
     def for_ranks(self, ranks: Ranks | None, files: Sequence[tuple[int, int | None]]) -> Plan:

@@ -86,7 +86,8 @@ def resolve_latest(root: Path) -> Path:
     latest = root / LATEST
     if is_nanotron_checkpoint(root) or not latest.is_file():
         return root
-    step = read_small(latest).decode("utf-8", errors="replace").strip()
+    # A training that goes on writes it anew.
+    step = read_small(latest, is_noted=False).decode("utf-8", errors="replace").strip()
     # No name is longer; a longer one would make this message as long as the file.
     if not step.isdecimal() or len(step) > 255 or not (root / step).is_dir():
         raise CheckpointError(
