@@ -63,17 +63,20 @@ _FOLDERS = {
 }
 
 
-def foreign_names(root: Path, found: Iterable[str], own: Collection[str]) -> list[str]:
+def foreign_names(
+    root: Path, found: Iterable[str], own: Collection[str], *, is_unfinished: bool = False
+) -> list[str]:
     """Of the names in a directory, those that no checkpoint has; all, where it is none.
 
     A checkpoint has what only checkpoints have, what its configurations name, and what a conversion
     to Nanotron's format has noted that it carried. `own` are paths of a new checkpoint, which
-    takes the place of its like.
+    takes the place of its like. `is_unfinished`: it is known that a checkpoint was being written
+    there, what marks one may be missing.
     """
     names = list(found)
     if all(name.startswith(OURS) for name in names):
         return []
-    if not _is_checkpoint(root, names):
+    if not is_unfinished and not _is_checkpoint(root, names):
         return names
     known = {*own, *_carried(root), *named_files(root, _document(root / "config.json"))}
     return [name for name in names if not _is_known(root, name, known)]

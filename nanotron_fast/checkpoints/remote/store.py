@@ -77,6 +77,20 @@ class Version(NamedTuple):
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 3
 
     @property
+    def seconds(self) -> float | None:
+        """When it was written, in seconds since 1970 by the store's clock; None where it is mum."""
+        for key in _TIMES:
+            text = self.marks.get(key)
+            if text is None:
+                continue
+            try:
+                return float(text)
+            except ValueError:
+                with contextlib.suppress(ValueError):
+                    return datetime.fromisoformat(text.replace("Z", "+00:00")).timestamp()
+        return None
+
+    @property
     def has_tag(self) -> bool:
         """Whether there is more than times, which listings may give less exactly."""
         return any(key in self.marks for key in _TAGS)
@@ -225,40 +239,41 @@ class Store:
 
         return self._again(f"bytes {begin:,} to {end:,} cannot be read", got, name)
 
-    def upload(self, path: Path, name: str) -> None:
-        """Writes a whole file. Raises OSError."""
+    def upload(self, path: Path, name: str) -> Version:
+        """Writes a whole file, and returns what it is then. Raises OSError."""
         size = path.stat().st_size
 
-        def put() -> None:
+        def put() -> Version:
             # s3fs would hold ten parts of 50 MB in memory.
             more = {"max_concurrency": 2} if "s3" in _protocols(self._fs) else {}
             self._make_folder(name)
             self._fs.put_file(str(path), f"{self._root}/{name}", **more)
-            self._check_size(name, size)
+            return self._check_size(name, size)
 
-        self._again("it cannot be written", put, name)
+        return self._again("it cannot be written", put, name)
 
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a small file. Raises OSError."""
+    def write(self, name: str, data: bytes) -> Version:
+        """Writes a small file, and returns what it is then. Raises OSError."""
 
-        def put() -> None:
+        def put() -> Version:
             self._make_folder(name)
             self._fs.pipe_file(f"{self._root}/{name}", data)
-            self._check_size(name, len(data))
+            return self._check_size(name, len(data))
 
-        self._again("it cannot be written", put, name)
+        return self._again("it cannot be written", put, name)
 
     def _make_folder(self, name: str) -> None:
         # Where folders are none, this does nothing.
         if not _protocols(self._fs) & {"s3", "s3a", "gs", "gcs", "hf"}:
             self._fs.makedirs(self._fs._parent(f"{self._root}/{name}"), exist_ok=True)
 
-    def _check_size(self, name: str, size: int) -> None:
+    def _check_size(self, name: str, size: int) -> Version:
         path = f"{self._root}/{name}"
         self._fs.invalidate_cache(self._fs._parent(path))
-        found = self._fs.info(path)["size"]
-        if found != size:
-            raise OSError(f"{size:,} bytes were sent, and {found:,} are there")
+        found = _version_of(self._fs.info(path))
+        if found.size_bytes != size:
+            raise OSError(f"{size:,} bytes were sent, and {found.size_bytes:,} are there")
+        return found
 
     def remove(self, name: str) -> None:
         """Removes a file, or nothing. Raises OSError."""

@@ -2,28 +2,32 @@
 
 A store has no folder that could be renamed. So tensor files are made in a temporary folder, group
 by group, and uploaded; then come the small files, and last the one by which readers know a whole
-checkpoint. What was uploaded is removed when something fails.
+checkpoint. What was uploaded is removed when something fails. `claim.py` keeps other runs out.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+from nanotron_fast.checkpoints.checking import check_same, check_unchanged
+from nanotron_fast.checkpoints.fingerprint import made_by, states_of
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import running
+from nanotron_fast.checkpoints.remote.claim import StoreClaim, is_claim
 from nanotron_fast.checkpoints.remote.mirror import Mirror
-from nanotron_fast.checkpoints.remote.store import Store, at_once
+from nanotron_fast.checkpoints.remote.store import Store, Version, at_once
 from nanotron_fast.errors import DestinationError, NanotronFastError
 from nanotron_fast.formats.known_files import foreign_names
 from nanotron_fast.interruption import Interrupted, ending
 from nanotron_fast.moves.engine import ProgressCallback
+from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.groups import groups_of
 from nanotron_fast.moves.plan import MovePlan
 
@@ -49,50 +53,68 @@ class Upload:
         """Raises ConfigError, OSError."""
         self.store = Store.at(url)
         self._overwrite = overwrite
+        # The first process's.
+        self._claim = StoreClaim(self.store)
+        self._before: dict[str, Version] = {}
+        # What this process has begun to write, and what that was once it was written.
         self._begun: set[str] = set()
+        self.written: dict[str, Version] = {}
         self._is_whole = False
         self._has_removed = False
 
-    def check(self, ready: Plan) -> None:
-        """Raises DestinationError where something is in the way."""
-        names = set(self.store.files())
+    def check(self, ready: Plan, *, is_unfinished: bool | None = None) -> dict[str, Version]:
+        """Raises DestinationError where something is in the way, and returns what is there.
+
+        Args:
+            is_unfinished: a run that has died was writing there; by default, whoever was writing
+                there is asked later whether it lives.
+        """
+        found = self.store.files()
+        names = {name: each for name, each in found.items() if not is_claim(name)}
+        if is_unfinished is None:
+            is_unfinished = len(names) < len(found)
+            if is_unfinished and not self._overwrite:
+                return names
         if not names:
-            return
+            return names
         if not self._overwrite:
             raise DestinationError(
                 f"{self.store.url}: it is not empty; --overwrite replaces what is there"
             )
         if self.store.url == _url_of(ready):
             raise DestinationError(f"{self.store.url}: the destination is the source")
-        foreign = self._foreign(_small(ready))
+        foreign = self._foreign(_known(ready), is_unfinished)
         if foreign:
-            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
             raise DestinationError(
                 f"{self.store.url}: --overwrite replaces a checkpoint, and there is more in it: "
-                f"{', '.join(foreign[:5])}{more}; move that away, or choose another destination"
+                f"{_some(foreign)}; move that away, or choose another destination"
             )
+        return names
 
-    def _foreign(self, own: Collection[str]) -> list[str]:
+    def _foreign(self, own: Collection[str], is_unfinished: bool) -> list[str]:
         seen = Mirror(self.store, with_tensors=False)
         try:
-            return foreign_names(seen.root, sorted(os.listdir(seen.root)), own)
+            names = sorted(os.listdir(seen.root))
+            return foreign_names(seen.root, names, own, is_unfinished=is_unfinished)
         finally:
             seen.close()
 
-    def begin(self) -> None:
-        """From here on what was there is no checkpoint any more, so that nobody takes it for one.
+    def begin(self, ready: Plan) -> None:
+        """Claims the folder. From here on what was there is no checkpoint any more.
 
-        Raises OSError.
+        So nobody takes it for one. Raises DestinationError where another run writes there, OSError.
         """
-        found = self.store.files(in_folders=False)
+        self._claim.acquire()
+        self._before = self.check(ready, is_unfinished=self._claim.has_dead())
         for name in reversed(MARKERS):
-            if name in found:
+            if self._before.pop(name, None) is not None:
                 self._has_removed = True
                 self.store.remove(name)
 
     def write_tensors(
         self,
         share: MovePlan,
+        states: Mapping[Path, ReadFile],
         *,
         workers: int,
         on_progress: ProgressCallback | None = None,
@@ -105,7 +127,12 @@ class Upload:
         for group in groups_of(share, running.GROUP_BYTES, counts_outputs=True):
             with tempfile.TemporaryDirectory(prefix="nanotron_fast-upload-") as folder:
                 running.check_room(Path(folder), group.plan.bytes_written)
-                running.execute(group.plan, Path(folder), workers=workers)
+                running.execute(
+                    group.plan,
+                    Path(folder),
+                    workers=workers,
+                    states={path: read.state for path, read in states.items()},
+                )
                 at_once(
                     (
                         partial(self._upload, Path(folder, each.path), each.path)
@@ -117,44 +144,136 @@ class Upload:
 
     def _upload(self, path: Path, name: str) -> int:
         self._begun.add(name)
-        self.store.upload(path, name)
+        self.written[name] = self.store.upload(path, name)
         return path.stat().st_size
 
-    def finish(self, ready: Plan) -> None:
+    def finish(
+        self, ready: Plan, written: Mapping[str, Version], states: Mapping[Path, ReadFile]
+    ) -> None:
         """Writes the small files, the markers last, and removes what was there before.
 
-        Raises OSError.
+        Args:
+            written: what the files of all processes were once they were written.
+            states: what the sources were.
+
+        Raises DestinationError where something else is there; CheckpointError where a source has
+        changed; OSError.
         """
-        own = _small(ready)
-        for name in sorted(own, key=_order):
-            self._begun.add(name)
-            if name in ready.documents:
-                self.store.write(name, ready.documents[name]())
-            else:
-                self.store.upload(ready.copies[name], name)
+        own = sorted(_small(ready), key=_order)
+        for name in own:
+            if name not in MARKERS:
+                self._write(ready, name)
+        check_unchanged(states)
+        stale = self._check_own(ready, {**written, **self.written})
+        for name in own:
+            if name in MARKERS:
+                self._write(ready, name)
         self._is_whole = True
-        if self._overwrite:
-            known = own | {each.path for each in ready.transfer.outputs}
-            stale = [name for name in self.store.files() if name not in known]
-            at_once(partial(_removed, self.store, name) for name in stale)
+        at_once(partial(_removed, self.store, name) for name in stale)
+        self._claim.sweep()
+        self._claim.release()
+
+    def _write(self, ready: Plan, name: str) -> None:
+        self._begun.add(name)
+        if name in ready.documents:
+            self.written[name] = self.store.write(name, ready.documents[name]())
+        else:
+            self.written[name] = self.store.upload(ready.copies[name], name)
+
+    def _check_own(self, ready: Plan, written: Mapping[str, Version]) -> list[str]:
+        """Proves that all is there as this run wrote it, and else only what was there before.
+
+        Returns the names of what was there before. Raises DestinationError, OSError.
+        """
+        self._claim.check()
+        found = {name: each for name, each in self.store.files().items() if not is_claim(name)}
+        wanted = {each.path for each in ready.transfer.outputs} | (_small(ready) - set(MARKERS))
+        missing = sorted(wanted - set(found))
+        if missing:
+            raise DestinationError(
+                f"{self.store.url}: {_some(missing)} of this run is not there any more: something "
+                "else has removed it"
+            )
+        others = [name for name in found if name not in wanted]
+        known = {name: written[name] for name in wanted}
+        known |= {name: self._before[name] for name in others if name in self._before}
+        changed = [name for name in found if name not in known]
+        changed += self._changed(known, found)
+        if changed:
+            raise DestinationError(
+                f"{self.store.url}: {_some(sorted(changed))} was written by something else while "
+                "this run wrote there"
+            )
+        return others
+
+    def _changed(self, known: Mapping[str, Version], found: Mapping[str, Version]) -> list[str]:
+        """The names of what is another version by now."""
+        changed: list[str] = []
+
+        def ask(name: str) -> int:
+            # Listings may give times less exactly.
+            now = found[name] if known[name].has_tag else self.store.version(name)
+            if known[name].is_other(now):
+                changed.append(name)
+            return 0
+
+        at_once(partial(ask, name) for name in known)
+        return changed
 
     def abort(self) -> str | None:
         """Removes what this process has uploaded, and says what is left."""
         with ending():
             if self._is_whole:
+                self._end(is_clean=True)
                 return f"{self.store.url} is whole"
-            left: list[str] = []
-            for name in sorted(self._begun, key=_order, reverse=True):
-                try:
-                    self.store.remove(name)
-                except OSError:
-                    left.append(name)
+            left = [
+                name
+                for name in sorted(self._begun, key=_order, reverse=True)
+                if not self._takes_back(name)
+            ]
+            self._end(is_clean=not left and not self._has_removed)
             if left:
-                more = f" and {len(left) - 5} more" if len(left) > 5 else ""
-                return f"in {self.store.url} these are left: {', '.join(left[:5])}{more}"
+                return (
+                    f"in {self.store.url} these are left: {_some(left)}; --overwrite replaces what "
+                    "a conversion has left"
+                )
             if self._has_removed:
                 return f"the checkpoint that was in {self.store.url} is not whole any more"
             return None
+
+    def _takes_back(self, name: str) -> bool:
+        """Removes a file if this run wrote it. Returns whether nothing of this run is left."""
+        try:
+            now = self.store.version(name)
+            wrote, before = self.written.get(name), self._before.get(name)
+            if wrote is None:
+                # The write has failed: nobody knows whose that is which is there all the same.
+                return before is not None and not before.is_other(now)
+            if wrote.is_other(now):
+                return True  # somebody else has replaced it
+            self.store.remove(name)
+        except FileNotFoundError:
+            return True
+        except OSError:
+            return False
+        return True
+
+    def _end(self, *, is_clean: bool) -> None:
+        """Gives the claim up; where useless files lie there, the next run is to know that."""
+        with contextlib.suppress(OSError):  # nothing is heard of it from now on
+            if is_clean:
+                self._claim.release()
+            else:
+                self._claim.leave()
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"
+
+
+def _known(ready: Plan) -> set[str]:
+    return _small(ready) | {each.path for each in ready.transfer.outputs}
 
 
 def _small(ready: Plan) -> set[str]:
@@ -211,26 +330,34 @@ def upload(
         with processes.step():
             ready = make_plan()
             target = Upload(url, overwrite=overwrite)
+            states = states_of(ready)
+            made = made_by(ready, states)
+        with processes.step():
+            check_same(processes, made)
+        with processes.step():
             if processes.rank == 0:
                 target.check(ready)
                 check(ready)
                 if on_plan is not None:
                     on_plan(ready)
-                target.begin()
+                target.begin(ready)
         started = time.perf_counter()
         with processes.step():
             share = ready.transfer.share(processes.rank, processes.world_size)
             if on_total is not None:
                 on_total(share.bytes_written)
-            target.write_tensors(share, workers=workers, on_progress=on_progress)
+            target.write_tensors(share, states, workers=workers, on_progress=on_progress)
         seconds = time.perf_counter() - started
+        written: dict[str, Version] = {}
+        for each in processes.gather(target.written):
+            written |= each
         with processes.step():
             if processes.rank == 0:
-                target.finish(ready)
+                target.finish(ready, written, states)
     return ready, target.store.url, seconds
 
 
-@contextmanager
+@contextlib.contextmanager
 def _telling(abort: Callable[[], str | None]) -> Iterator[None]:
     """Cleans up after an error or a signal, and says with it what is left in the store."""
     try:

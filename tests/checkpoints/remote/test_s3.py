@@ -14,7 +14,8 @@ import pytest
 
 import nanotron_fast as nf
 from nanotron_fast.checkpoints.remote import mirror, store
-from nanotron_fast.errors import CheckpointError
+from nanotron_fast.checkpoints.remote.upload import Upload
+from nanotron_fast.errors import CheckpointError, DestinationError
 from tests.checkpoints.remote.stores import contents, put
 from tests.modelzoo import make
 
@@ -203,6 +204,23 @@ def test_an_object_that_is_replaced_meanwhile_is_an_error(s3, model, tmp_path):
         nf.convert(SRC, tmp_path / "out")
     assert is_replaced
     assert not (tmp_path / "out").exists()
+
+
+def test_a_second_upload_is_refused(s3, model, tmp_path, monkeypatch):
+    upload, refusals = Upload._upload, []
+
+    def late(self, path, name):
+        if "lm_head" in name and not refusals:
+            refusals.append(name)
+            with pytest.raises(DestinationError, match="another conversion is writing to it: proc"):
+                nf.convert(model, DST, overwrite=True)
+        return upload(self, path, name)
+
+    monkeypatch.setattr(Upload, "_upload", late)
+    nf.convert(model, DST)
+    assert refusals
+    assert nf.verify(DST, model).equal
+    assert not [name for name in contents(DST) if "lock-" in name]
 
 
 def test_a_bucket_that_is_not_there_is_said(s3, tmp_path):
