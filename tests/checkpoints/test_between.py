@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -17,48 +19,43 @@ from nanotron_fast.errors import CheckpointError
 from tests.checkpoints.test_resume import MODEL, TP2, names
 
 
-class Killed(BaseException):
-    """SIGKILL: nothing is done any more."""
-
-
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
     return MODEL.save(tmp_path / "source")
 
 
-def killed(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, num_renames: int) -> None:
-    rename, done = Path.rename, []
+def killed(source: Path, out: Path, num_renames: int) -> None:
+    """A run in a child, killed at the rename after so many, where names are not exchanged."""
+    child = os.fork()
+    if child == 0:
+        rename, done = Path.rename, []
 
-    def stop(self: Path, target: Path) -> Path:
-        if len(done) == num_renames:
-            raise Killed
-        done.append(self)
-        return rename(self, target)
+        def stop(self: Path, target: Path) -> Path:
+            if len(done) == num_renames:
+                os.kill(os.getpid(), signal.SIGKILL)
+            done.append(self)
+            return rename(self, target)
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Path, "rename", stop)
-        patched.setattr(placing, "exchange", lambda *_: False)
-        patched.setattr(
-            "nanotron_fast.checkpoints.placing.reversed", lambda done: [], raising=False
-        )
-        patched.setattr(Destination, "abort", lambda self, **_: self._lock.release())
-        with pytest.raises(Killed):
-            nf.convert(source, out, topology=TP2, overwrite=True)
+        try:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(Path, "rename", stop)
+                patched.setattr(placing, "exchange", lambda *_: False)
+                nf.convert(source, out, topology=TP2, overwrite=True)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
 
 @pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("way", ["mv", "convert"])
-def test_between_two_names(
-    way: str, link: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_between_two_names(way: str, link: bool, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "it's out"
     nf.convert(source, out)
     name: Any = out
     if link:
         name = tmp_path / "link"
         name.symlink_to(out.name)
-    # Nothing is put back, either: that is a rename as well.
-    killed(source, name, monkeypatch, 1)
+    killed(source, name, 1)
     (partial,) = tmp_path.glob("it's out.partial-*")
     command = f"mv {shlex.quote(f'{partial}/replaced')} {shlex.quote(str(out))}"
     for read in (
@@ -67,7 +64,7 @@ def test_between_two_names(
         lambda: nf.verify(source, name),
         lambda: nf.convert(name, tmp_path / "back"),
         lambda: nf.convert(source, tmp_path / "back", tokenizer=name),
-        lambda: load_into(None, name),
+        lambda: load_into({}, name, topology=nf.Topology(), rank=0),
     ):
         with pytest.raises(CheckpointError, match="had it lies in") as caught:
             read()
@@ -91,7 +88,7 @@ def test_between_two_sets_of_files(
     out = tmp_path / "out"
     nf.convert(source, out)
     monkeypatch.setattr(Destination, "_can_be_exchanged", lambda self: False)
-    killed(source, out, monkeypatch, num_renames)
+    killed(source, out, num_renames)
     (partial,) = out.glob(".nanotron_fast.partial-*")
     message = f"took their places in {out}; what was in it before lies in {partial}/replaced: the "
     with pytest.raises(CheckpointError) as caught:

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -335,7 +336,8 @@ def test_processes_that_see_different_things(source: Path, tmp_path: Path) -> No
     states = fingerprint.states_of(plan)
     made = fingerprint.made_by(plan, states)
     path = source / "model.safetensors"
-    other = {path: type(states[path])(states[path].state._replace(mtime_ns=7), "x")}
+    other = {**states, path: replace(states[path], header_digest="x")}
+    other[path] = replace(other[path], state=states[path].state._replace(mtime_ns=7))
 
     class Two(Processes):
         world_size = 2
