@@ -22,7 +22,7 @@ from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelErr
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
-from nanotron_fast.kernels.runtime.collectives import Group, Ranks, all_gather
+from nanotron_fast.kernels.runtime.collectives import Group
 from nanotron_fast.model.spec import Dense
 from nanotron_fast.model.spec import Layer as LayerSpec
 from nanotron_fast.model.topology import Topology
@@ -40,6 +40,7 @@ from nanotron_fast.models.rotary import Rotary
 from nanotron_fast.models.weights import Setting, Weights, place
 from nanotron_fast.parallel import column_linear
 from nanotron_fast.parallel.communication import check_mode
+from nanotron_fast.parallel.whole import GatheredWhole
 
 # A label that counts for nothing.
 IGNORED = -100
@@ -129,19 +130,6 @@ def _entered(norm: Norm | None, x: Tensor, residual: Tensor | None) -> tuple[Ten
 
 def _left(norm: Norm | None, x: Tensor) -> Tensor:
     return x if norm is None else norm.of(x)
-
-
-class _Gather(torch.autograd.Function):
-    """All ranks' tokens. The gradient is whole on every rank, and each takes its tokens' of it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
-        ctx.ranks = ranks
-        return all_gather(x, ranks).flatten(0, 1)
-
-    @staticmethod
-    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
-        return dx.chunk(ctx.ranks.size)[ctx.ranks.rank].contiguous(), None
 
 
 class Decoder(nn.Module):
@@ -360,7 +348,7 @@ class Decoder(nn.Module):
             loss = _mean(vocab_parallel_cross_entropy(rows, target, group, **options), target)
         else:
             if self.setting.is_scattered:
-                x = _Gather.apply(x, self.setting.ranks)
+                x = GatheredWhole.apply(x, self.setting.ranks)
             x = self._before_head(x)
             loss = linear_cross_entropy(x, self.head_weight, target, group, **options)
         # With a z-loss its part comes along, to be looked at.

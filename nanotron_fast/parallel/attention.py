@@ -9,8 +9,9 @@ attention reads q, k and v as views of it: they are never copied apart.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -48,6 +49,7 @@ class _Layout:
     scale: float | None
     softcap: float | None
     interleaved: bool
+    sequence_first: bool
 
     @property
     def turning(self) -> dict[str, Any]:
@@ -66,12 +68,24 @@ class _Layout:
     def split(self, packed: Tensor, is_varlen: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Views of packed (tokens, (H+2K)*d) as attention takes them."""
         q_heads, kv_heads = self.num_q_heads, self.num_kv_heads
-        shape: tuple[int, ...] = (packed.shape[0],)
-        if not is_varlen:
-            shape = (self.batch, packed.shape[0] // self.batch)
-        views = packed.view(*shape, q_heads + 2 * kv_heads, self.head_dim)
+        views = self.by_sequence(packed, q_heads + 2 * kv_heads, is_varlen)
         q, k, v = views.split([q_heads, kv_heads, kv_heads], dim=-2)
         return q, k, v
+
+    def by_sequence(self, rows: Tensor, num_heads: int, is_varlen: bool) -> Tensor:
+        """A view of rows (tokens, heads * d): (batch, seq, heads, d), or (tokens, heads, d)."""
+        if is_varlen:
+            return rows.view(rows.shape[0], num_heads, self.head_dim)
+        seq = rows.shape[0] // self.batch
+        if self.sequence_first:
+            return rows.view(seq, self.batch, num_heads, self.head_dim).transpose(0, 1)
+        return rows.view(self.batch, seq, num_heads, self.head_dim)
+
+    def as_rows(self, out: Tensor) -> Tensor:
+        """The way back, a copy where the sequence comes first: (tokens, heads * d)."""
+        if out.dim() == 4 and self.sequence_first:
+            out = out.transpose(0, 1)
+        return out.reshape(-1, out.shape[-2] * out.shape[-1])
 
     def options(self, cu_seqlens: Tensor | None) -> dict[str, Any]:
         """Those of `kernels.attention`."""
@@ -135,7 +149,7 @@ class _Attention(torch.autograd.Function):
         cu_seqlens: Tensor | None,
         layout: _Layout,
         recompute: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         rotary = _Rotary(cos, sin, position_ids)
         packed, _ = _qkv(x, qkv_weight, qkv_bias, rotary, layout, keeps_gathered=False)
         q, k, v = layout.split(packed, cu_seqlens is not None)
@@ -146,12 +160,12 @@ class _Attention(torch.autograd.Function):
         )
         ctx.main_grads = main_gradients(qkv_weight, qkv_bias, o_weight)
         ctx.layout = layout
-        rows = out.reshape(packed.shape[0], -1)
+        ctx.mark_non_differentiable(lse)
         product = linear_scatter if layout.scatters else linear_all_reduce
-        return product(rows, o_weight, None, layout.ranks)
+        return product(layout.as_rows(out), o_weight, None, layout.ranks), lse
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, o_weight, cos, sin, position_ids, cu_seqlens, packed, out, lse = (
             ctx.saved_tensors
         )
@@ -172,9 +186,8 @@ class _Attention(torch.autograd.Function):
         q, k, v = layout.split(packed, is_varlen)
         d_packed = torch.empty_like(packed)
         targets = layout.split(d_packed, is_varlen)
-        gradients = attention_backward(
-            d_out.view(out.shape), q, k, v, out, lse, **layout.options(cu_seqlens)
-        )
+        d_out = layout.by_sequence(d_out, layout.num_q_heads, is_varlen)
+        gradients = attention_backward(d_out, q, k, v, out, lse, **layout.options(cu_seqlens))
         for target, gradient in zip(targets, gradients, strict=True):
             target.copy_(gradient)
         del packed, q, k, v, gradients
@@ -184,7 +197,7 @@ class _Attention(torch.autograd.Function):
         dx = input_gradient(d_packed, weight, layout.mode, layout.ranks) if needs_x else None
         d_o = None
         if needs_o:
-            d_o = weight_gradient(dy, out.reshape(dy.shape[0], -1), ctx.main_grads[2])
+            d_o = weight_gradient(dy, layout.as_rows(out), ctx.main_grads[2])
         x = x if gathering is None else gathering.wait()
         d_weight = weight_gradient(d_packed, x, ctx.main_grads[0]) if needs_qkv else None
         d_bias = bias_gradient(d_packed, ctx.main_grads[1]) if needs_bias else None
@@ -214,6 +227,18 @@ def heads_of_rank(num_heads: int, num_kv_heads: int, size: int) -> tuple[int, in
     return num_heads // size, 1
 
 
+def _positions(
+    x: Tensor, cu_seqlens: Tensor | None, num_tokens: int, batch: int, sequence_first: bool
+) -> Tensor | None:
+    """Each token's place in its sequence or document; None where that is 0, 1, 2, ..."""
+    if cu_seqlens is not None:
+        return _document_positions(cu_seqlens, num_tokens)
+    if batch == 1:
+        return None
+    row = torch.arange(num_tokens // batch, device=x.device)
+    return row.repeat_interleave(batch) if sequence_first else row.repeat(batch)
+
+
 def tensor_parallel_attention(
     x: Tensor,
     qkv_weight: Tensor,
@@ -234,13 +259,17 @@ def tensor_parallel_attention(
     scale: float | None = None,
     softcap: float | None = None,
     interleaved: bool = False,
+    position_ids: Tensor | None = None,
+    sequence_first: bool = False,
     recompute: bool = True,
+    lse_to: Callable[[Tensor], object] | None = None,
 ) -> Tensor:
     """Causal self-attention with rotary embedding, its heads split over a group.
 
     Args:
         x: (tokens, hidden), the same on every rank; with mode "reduce_scatter" (tokens / size,
-            hidden), this rank's tokens. Tokens are batch-major: batch x sequence.
+            hidden), this rank's tokens. Tokens are batch-major (batch x sequence) unless
+            `sequence_first`.
         qkv_weight: ((H + 2K) * d / size, hidden), this rank's rows packed [q | k | v]. Where a
             size that K divides is larger than K: (H * d / size + 2d, hidden), rank r with a copy of
             key-value head r * K // size. Its gradient is of this rank's queries alone: that of the
@@ -252,7 +281,7 @@ def tensor_parallel_attention(
         head_dim: d.
         batch: sequences of equal length in x; 1 with `cu_seqlens`.
         cu_seqlens: (documents + 1,) int32, where documents start and end among all tokens.
-            Positions start again in each of them.
+            Positions start again in each of them, unless `position_ids` says otherwise.
         max_seqlen: the longest document's length, if known.
         qkv_bias: as many as qkv_weight has rows.
         group: a ProcessGroup, a DeviceMesh of one dimension, or None for a rank alone.
@@ -261,7 +290,12 @@ def tensor_parallel_attention(
         scale: of the scores; head_dim ** -0.5 by default.
         softcap: softcap * tanh(s / softcap) in place of the scores s.
         interleaved: rotary pairs are neighbours (2i, 2i + 1), not halves.
+        position_ids: (tokens,) of any integer dtype, each token's row in the tables, on every
+            rank for all tokens; None: counted from the start of its sequence.
+        sequence_first: tokens are sequence x batch, as Nanotron's Llama has them.
         recompute: save x alone and compute QKV again in backward.
+        lse_to: is called with the logarithm of each query's sum of weights: fp32 without a
+            gradient, (batch, H / size, seq), or (H / size, tokens) with `cu_seqlens`.
 
     Returns:
         x's shape and dtype; autocast's dtype where it is on.
@@ -288,11 +322,13 @@ def tensor_parallel_attention(
             f"tensor_parallel_attention: batch {batch} for {num_tokens} tokens"
             + (" and cu_seqlens, which takes batch 1" if cu_seqlens is not None else "")
         )
-    position_ids = None
-    if cu_seqlens is not None:
-        position_ids = _document_positions(cu_seqlens, num_tokens)
-    elif batch > 1:
-        position_ids = torch.arange(num_tokens // batch, device=x.device).repeat(batch)
+    if position_ids is None:
+        position_ids = _positions(x, cu_seqlens, num_tokens, batch, sequence_first)
+    elif position_ids.shape != (num_tokens,):
+        raise ValueError(
+            f"tensor_parallel_attention: position_ids {tuple(position_ids.shape)} for {num_tokens} "
+            "tokens"
+        )
     layout = _Layout(
         ranks=ranks,
         mode=mode,
@@ -305,6 +341,10 @@ def tensor_parallel_attention(
         scale=scale,
         softcap=softcap,
         interleaved=interleaved,
+        sequence_first=sequence_first,
     )
     operands = as_autocast(x, qkv_weight, qkv_bias, o_weight)
-    return _Attention.apply(*operands, cos, sin, position_ids, cu_seqlens, layout, recompute)
+    y, lse = _Attention.apply(*operands, cos, sin, position_ids, cu_seqlens, layout, recompute)
+    if lse_to is not None:
+        lse_to(lse)
+    return cast(Tensor, y)

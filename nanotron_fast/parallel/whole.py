@@ -44,6 +44,22 @@ class _Gathered(torch.autograd.Function):
         return reduce_scatter(dx.contiguous(), ctx.ranks), None
 
 
+class GatheredWhole(torch.autograd.Function):
+    """All ranks' tokens, for work whose gradient is whole on every rank: each takes its own of it.
+
+    `apply(x, ranks)`: (tokens / size, ...) of each rank -> (tokens, ...).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return all_gather(x, ranks).flatten(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
+        return dx.chunk(ctx.ranks.size)[ctx.ranks.rank].contiguous(), None
+
+
 def for_all_ranks(x: Tensor, *, group: Group, mode: str) -> Tensor:
     """A value of every token, for work that is split over ranks, as a column linear takes it.
 

@@ -138,6 +138,56 @@ def plain_attention(x, weight, o_weight, cos, sin, edges, interleaved, bias=None
 
 
 @pytest.mark.parametrize("recompute", [False, True])
+def test_attention_over_tokens_that_are_sequence_first(path, recompute) -> None:
+    """The same rows in another order, there and back."""
+    x, weight, o_weight = attention_tensors(torch.float32)
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
+    options = {**HEADS, "batch": 3, "recompute": recompute}
+    y = tensor_parallel_attention(x, weight, o_weight, cos, sin, **options)
+    dy = torch.randn_like(y)
+    expected = torch.autograd.grad(y, (x, weight, o_weight), dy)
+
+    def turned(rows: torch.Tensor) -> torch.Tensor:
+        return rows.unflatten(0, (3, TOKENS // 3)).transpose(0, 1).flatten(0, 1)
+
+    ours = tensor_parallel_attention(
+        turned(x), weight, o_weight, cos, sin, **options, sequence_first=True
+    )
+    torch.testing.assert_close(ours, turned(y))
+    gradients = torch.autograd.grad(ours, (x, weight, o_weight), turned(dy))
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_positions_that_are_given_pass_over_documents(path) -> None:
+    x, weight, o_weight = attention_tensors(torch.float32)
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
+    cu_seqlens = torch.tensor([0, 5, TOKENS], dtype=torch.int32, device=DEVICE)
+    options = {**HEADS, "cu_seqlens": cu_seqlens}
+    counted = torch.cat((torch.arange(5), torch.arange(TOKENS - 5))).to(DEVICE)
+    arguments = (x, weight, o_weight, cos, sin)
+    expected = tensor_parallel_attention(*arguments, **options)
+    given = tensor_parallel_attention(*arguments, **options, position_ids=counted)
+    torch.testing.assert_close(given, expected, rtol=0, atol=0)
+    found: list[torch.Tensor] = []
+    y = tensor_parallel_attention(*arguments, **options, lse_to=found.append)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0)
+    [lse] = found
+    assert lse.shape == (4, TOKENS)
+    assert not lse.requires_grad
+    # Rotary embedding is relative: a document whose positions all move by the same is the same.
+    moved = tensor_parallel_attention(
+        *arguments, **options, position_ids=torch.arange(TOKENS, device=DEVICE)
+    )
+    torch.testing.assert_close(moved, expected, rtol=1e-4, atol=1e-5)
+    backwards = counted.flip(0)
+    turned = tensor_parallel_attention(*arguments, **options, position_ids=backwards)
+    assert (turned - expected).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"position_ids \(3,\) for 24 tokens"):
+        tensor_parallel_attention(*arguments, **options, position_ids=counted[:3])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
 def test_what_attention_saves(path, recompute) -> None:
     """x, attention's output, its log-sum-exp in fp32; QKV where it is not computed again."""
     x, weight, o_weight = attention_tensors(torch.float16)
