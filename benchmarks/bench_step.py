@@ -27,7 +27,7 @@ from bench_convert import RESULTS, environment
 import nanotron_fast as nf
 from nanotron_fast.patch.cpu import cpu_mode
 from nanotron_fast.patch.importing import import_nanotron
-from nanotron_fast.patch.nanotron.targets import OPS, installed_version
+from nanotron_fast.patch.nanotron.targets import FUSED, OPS, installed_version
 from nanotron_fast.patch.stand_ins import is_stand_in
 
 SHAPE = {
@@ -54,6 +54,7 @@ VARIANTS = {
     **{op: (op,) for op in OPS if op not in CHECKPOINTS and op != "residual"},
     "rms_norm, residual": ("rms_norm", "residual"),
     "all": tuple(op for op in OPS if op not in CHECKPOINTS),
+    "all, fused": tuple(op for op in (*OPS, *FUSED) if op not in CHECKPOINTS),
 }
 
 

@@ -28,6 +28,9 @@ def run(
     z_loss: Annotated[
         str, typer.Option(metavar="nanotron|correct", help="How z-loss takes its log-sum-exp.")
     ] = "nanotron",
+    fused: Annotated[
+        bool, typer.Option("--fused", help="Whole blocks as single functions, too.")
+    ] = False,
 ) -> None:
     """Run a script of Nanotron's with our kernels under it; what follows SCRIPT is its own."""
     interruption.restore()
@@ -42,6 +45,7 @@ def run(
             ops=requested_ops() if ops is None else {each.strip() for each in ops.split(",")},
             rope_scaling=rope_scaling,
             z_loss_mode=z_loss,
+            fused=fused,
         )
     except NanotronFastError as error:
         typer.echo(f"error: {one_line(error)}", err=True)

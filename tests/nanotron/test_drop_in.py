@@ -112,3 +112,8 @@ def test_tolerances_are_not_vacuous(results: Any) -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_options_faults_and_identity(size: int) -> None:
     run_ranks("tests.nanotron.drop_in_ranks", size, str(free_port()))
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_whole_blocks_as_one_function(size: int) -> None:
+    run_ranks("tests.nanotron.fused_ranks", size, str(free_port()))

@@ -14,7 +14,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -22,7 +22,10 @@ import torch
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.patch.importing import import_nanotron
 from nanotron_fast.patch.lock import one_at_a_time
+from nanotron_fast.patch.nanotron.fallbacks import reasons_of
+from nanotron_fast.patch.nanotron.origin import replaced_by
 from nanotron_fast.patch.nanotron.targets import (
+    FUSED,
     ON_DISABLE,
     OPS,
     TARGETS,
@@ -87,13 +90,13 @@ def enable(
     in this and in `disable`.
 
     Args:
-        ops: names of `patch.nanotron.targets.OPS`, or "all".
+        ops: names of `patch.nanotron.targets.OPS` and `FUSED`, or "all", which is all of OPS.
         model: a model that exists already. Its modules have the replaced methods anyway; this
             reaches functions that its modules have bound to themselves, and tells its attention
             which `rope_scaling` it has.
         force: replace what somebody else has replaced before us, too.
         options: fields of `patch.nanotron.targets.DropInOptions`: z_loss_mode, ignore_index,
-            rope_scaling, padding_idx, assume_full_masks.
+            rope_scaling, padding_idx, assume_full_masks, fused.
 
     Returns:
         The status of every target that the installed Nanotron has.
@@ -103,7 +106,8 @@ def enable(
             operation "rope", which honours it.
         ImportError: Nanotron, or what it needs, is not installed.
     """
-    asked = (_checked_ops(ops), _checked_options(options), force)
+    checked = _checked_options(options)
+    asked = (_checked_ops(ops) | frozenset(FUSED if checked.fused else ()), checked, force)
     if asked[1].rope_scaling and "rope" not in asked[0]:
         raise ConfigError('rope_scaling=True needs the operation "rope" among ops')
     if _state.asked != asked:
@@ -157,8 +161,16 @@ def requested_ops() -> frozenset[str]:
 
 @one_at_a_time
 def status() -> tuple[Status, ...]:
-    """The status of every target of the installed Nanotron; nothing while the drop-in is off."""
-    return _state.status
+    """The status of every target of the installed Nanotron; nothing while the drop-in is off.
+
+    A fused operation that is on, and has left some of its calls to Nanotron, has the reasons.
+    """
+    return tuple(_with_fallbacks(each) for each in _state.status)
+
+
+def _with_fallbacks(status: Status) -> Status:
+    reasons = reasons_of(status.target)
+    return replace(status, reason=f"left to Nanotron: {reasons}") if reasons else status
 
 
 @one_at_a_time
@@ -173,9 +185,11 @@ def _checked_ops(ops: Iterable[str]) -> frozenset[str]:
     if isinstance(ops, str):
         raise ConfigError(f'ops is {ops!r}: give a set of names, or "all"')
     wanted = frozenset(ops)
-    unknown = sorted(map(str, wanted - set(OPS)))
+    known = (*OPS, *FUSED)
+    unknown = sorted(map(str, wanted - set(known)))
     if unknown:
-        raise ConfigError(f"unknown operations {', '.join(unknown)}: choose from {', '.join(OPS)}")
+        names = ", ".join(known)
+        raise ConfigError(f"unknown operations {', '.join(unknown)}: choose from {names}")
     return wanted
 
 
@@ -188,35 +202,53 @@ def _checked_options(options: dict[str, Any]) -> DropInOptions:
     for name, allowed in choices.items():
         if options.get(name, allowed[0]) not in allowed:
             raise ConfigError(f"{name} is {options[name]!r}: choose from {', '.join(allowed)}")
+    if not isinstance(options.get("fused", False), bool):
+        raise ConfigError(f"fused is {options['fused']!r}: choose from True, False")
     return DropInOptions(**options)
 
 
 def _replace_all(ops: frozenset[str], options: DropInOptions, force: bool) -> Iterator[Status]:
     version = installed_version()
+    left_out: set[str] = set()  # operations of which a target is there, and is not replaced
     for target in TARGETS:
-        if version not in target.versions:
-            continue
-        if target.op not in ops:
-            yield Status(target, "off", f"{target.op} was not asked for")
-            continue
-        found = _find(target)
-        if found is None:
-            yield Status(target, "missing", "is not in the installed Nanotron")
-            continue
-        owner, name, original = found
-        culprit = _replaced_by(target, original)
-        if culprit and not force:
-            yield Status(
-                target, "refused", f"was replaced by {culprit} before: force=True replaces it too"
-            )
-            continue
-        replacement = _make(target, original, options)
-        _put(owner, name, original, replacement)
-        _state.functions[id(original)] = replacement
-        if isinstance(owner, types.ModuleType):
-            _state.homes[id(replacement)] = (replacement, original)
-        yield Status(target, "on")
+        if version in target.versions:
+            status = _replace(target, ops, options, force, left_out)
+            if status.state in ("off", "refused"):
+                left_out.add(target.op)
+            yield status
     _replace_where_bound()
+
+
+def _replace(
+    target: Target,
+    ops: frozenset[str],
+    options: DropInOptions,
+    force: bool,
+    left_out: set[str],
+) -> Status:
+    """Replaces one target, if it may be."""
+    if target.op not in ops:
+        hint = ": enable(fused=True) asks for it" if target.op in FUSED else ""
+        return Status(target, "off", f"{target.op} was not asked for{hint}")
+    missing = [op for op in target.needs if op in left_out]
+    if missing:
+        return Status(target, "refused", f"needs all of {' and '.join(missing)} replaced")
+    found = _find(target)
+    if found is None:
+        return Status(target, "missing", "is not in the installed Nanotron")
+    owner, name, original = found
+    # A fused operation may stand on top of a single one, which it falls back to.
+    is_ours = any(original is each.replacement for each in _state.replaced)
+    culprit = "" if is_ours else replaced_by(original, target.module)
+    if culprit and not force:
+        reason = f"was replaced by {culprit} before: force=True replaces it too"
+        return Status(target, "refused", reason)
+    replacement = _make(target, original, options)
+    _put(owner, name, original, replacement)
+    _state.functions[id(original)] = replacement
+    if isinstance(owner, types.ModuleType):
+        _state.homes[id(replacement)] = (replacement, original)
+    return Status(target, "on")
 
 
 def _find(target: Target) -> tuple[Any, str, Callable[..., Any]] | None:
@@ -232,30 +264,6 @@ def _find(target: Target) -> tuple[Any, str, Callable[..., Any]] | None:
         owner = getattr(owner, part, None)
     original = getattr(owner, "__dict__", {}).get(name)
     return None if original is None else (owner, name, original)
-
-
-def _replaced_by(target: Target, found: Callable[..., Any]) -> str:
-    """The module of whoever replaced it; empty where it is Nanotron's own.
-
-    Nanotron decorates some functions, with its own decorators and torch's.
-    """
-    code = getattr(found, "__code__", None)
-    if code is None:
-        return type(found).__module__
-    package = os.path.dirname(str(sys.modules["nanotron"].__file__)) + os.sep
-    is_own = code.co_filename.startswith(package) or code.co_filename in _torch_decorators()
-    if is_own and found.__module__ == target.module:
-        return ""
-    return f"{found.__module__} ({code.co_filename})"
-
-
-def _torch_decorators() -> Iterator[str]:
-    """The files that torch's context managers wrap functions in, as decorators."""
-    for decorated in (
-        torch.no_grad()(_torch_decorators),
-        torch.profiler.record_function("")(_find),
-    ):
-        yield decorated.__code__.co_filename
 
 
 def _make(
@@ -290,12 +298,20 @@ def _replace_where_bound() -> None:
             _put(module, name, value, replacements[id(value)])
 
 
+def _last_replacement(function: Any) -> Callable[..., Any] | None:
+    """What stands in its place now, on top of whatever else does; None where nothing does."""
+    found = None
+    while (above := _state.functions.get(id(function))) is not None:
+        found = function = above
+    return found
+
+
 def _reach(model: torch.nn.Module) -> None:
     """Replaces functions that modules of a model hold themselves, and marks their rope scaling."""
     for module in model.modules():
         for name, value in [*vars(module).items()]:
             function = value.__func__ if inspect.ismethod(value) else value
-            replacement = _state.functions.get(id(function))
+            replacement = _last_replacement(function)
             if replacement is None:
                 continue
             bound = (

@@ -31,7 +31,9 @@ class DropInOptions:
         padding_idx: "nanotron" takes the padding token's id for a row of every rank's shard;
             "global" for a row of the whole embedding. They differ at tp > 1 alone.
         assume_full_masks: take every sequence mask of Llama's for all true, as they are in
-            pretraining, and save the look at the device that each new one costs.
+            pretraining, and never wait for the device to say so. One that was not is reported
+            once the device has come that far.
+        fused: whole blocks as single functions besides, the operations of FUSED.
     """
 
     z_loss_mode: Literal["nanotron", "correct"] = "nanotron"
@@ -39,6 +41,12 @@ class DropInOptions:
     rope_scaling: bool = False
     padding_idx: Literal["nanotron", "global"] = "nanotron"
     assume_full_masks: bool = False
+    fused: bool = False
+
+
+# Whole blocks in one function each, which nobody has measured yet: only who asks has them. Where a
+# block has hooks, or is not what Nanotron defines, the single operations run: `status` says why.
+FUSED = ("fused_loss", "fused_mlp", "fused_attention", "main_grad")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +59,7 @@ class Target:
         attribute: its name there; `Class.method` for a method.
         factory: `module.function` in `patch.replacements`.
         versions: of Nanotron that have it.
+        needs: operations all of whose targets, as far as there are any, must be replaced before.
     """
 
     op: str
@@ -58,17 +67,23 @@ class Target:
     attribute: str
     factory: str
     versions: tuple[str, ...] = BOTH
+    needs: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """Full name, for people."""
-        return f"{self.module}.{self.attribute}"
+        """Full name, for people; a fused operation may stand on another's target."""
+        name = f"{self.module}.{self.attribute}"
+        return f"{name} ({self.op})" if self.op in FUSED else name
 
 
 _FUNCTIONAL = "nanotron.parallel.tensor_parallel.functional"
 _LLAMA, _QWEN = "nanotron.models.llama", "nanotron.models.qwen"
 _ACCUMULATOR = "nanotron.optim.gradient_accumulator"
 _FROM_ACCUMULATOR = "nanotron.optim.optimizer_from_gradient_accumulator"
+
+_LOSS_NEEDS = ("cross_entropy", "linear")
+_MLP_NEEDS = ("linear", "glu")
+_ATTENTION_NEEDS = ("linear", "rope", "attention")
 
 TARGETS = (
     Target("cross_entropy", _FUNCTIONAL, "sharded_cross_entropy", "loss.cross_entropy"),
@@ -101,8 +116,39 @@ TARGETS = (
     Target("adamw", _FROM_ACCUMULATOR, "OptimizerFromGradientAccumulator.step", "optimizer.step"),
     Target("save_weights", "nanotron.serialize.weights", "save_weights", "checkpoints.save"),
     Target("load_weights", "nanotron.serialize.weights", "load_weights", "checkpoints.load"),
+    # Last, for they stand on what is above: they fall back to it.
+    Target("fused_loss", _LLAMA, "LlamaForTraining.forward", "fused_loss.model", BOTH, _LOSS_NEEDS),
+    Target(
+        "fused_loss", _QWEN, "Qwen2ForTraining.forward", "fused_loss.model", (MAIN,), _LOSS_NEEDS
+    ),
+    Target("fused_mlp", _LLAMA, "MLP.forward", "fused_blocks.llama_mlp", BOTH, _MLP_NEEDS),
+    Target("fused_mlp", _QWEN, "Qwen2MLP.forward", "fused_blocks.qwen2_mlp", (MAIN,), _MLP_NEEDS),
+    Target(
+        "fused_attention",
+        _LLAMA,
+        "CausalSelfAttention.forward",
+        "fused_blocks.llama_attention",
+        BOTH,
+        _ATTENTION_NEEDS,
+    ),
+    Target(
+        "fused_attention",
+        _QWEN,
+        "Qwen2Attention.forward",
+        "fused_blocks.qwen2_attention",
+        (MAIN,),
+        _ATTENTION_NEEDS,
+    ),
+    Target(
+        "main_grad",
+        _ACCUMULATOR,
+        "FP32GradientAccumulator.zero_grad",
+        "main_grad.zero_grad",
+        BOTH,
+        ("accumulation",),
+    ),
 )
-OPS = tuple(dict.fromkeys(target.op for target in TARGETS))
+OPS = tuple(dict.fromkeys(target.op for target in TARGETS if target.op not in FUSED))
 
 
 def installed_version() -> str:

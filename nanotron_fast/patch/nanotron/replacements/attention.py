@@ -20,6 +20,7 @@ from nanotron_fast.kernels.rope import rope_qkv
 from nanotron_fast.kernels.rope.tables import rope_frequencies, rope_tables
 from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.attention_with_lse import attention_with_lse
+from nanotron_fast.patch.nanotron.replacements.masks import document_starts
 from nanotron_fast.patch.nanotron.targets import ON_DISABLE, DropInOptions
 
 # An attention of Llama's holds by this name `rope_scaling` and `max_position_embeddings` of its
@@ -122,13 +123,10 @@ def llama_forward(original: Callable[..., Any], options: DropInOptions) -> Calla
             return original(self, hidden_states, sequence_mask)
         qkv = self.qkv_proj(hidden_states)
         seq, batch, _ = qkv.shape
-        rotary = self.flash_rotary_embedding
-        cos, sin = _tables(
-            self.d_qk, seq, float(rotary.base), json.dumps(scaling), max_positions, qkv.device
-        )
+        cos, sin, position_ids = llama_rotary(self, seq, batch, qkv.device, options)
+        interleaved = self.flash_rotary_embedding.interleaved
         sizes = (self.n_local_q_heads, self.n_local_kv_heads, self.d_qk)
-        position_ids = None if batch == 1 else _positions(seq, batch, 0, qkv.device, False)
-        turned = rope_qkv(qkv.flatten(0, 1), cos, sin, *sizes, position_ids, rotary.interleaved)
+        turned = rope_qkv(qkv.flatten(0, 1), cos, sin, *sizes, position_ids, interleaved)
         q, k, v = (x.unflatten(0, (seq, batch)).transpose(0, 1) for x in turned)
         takes_batch = getattr(type(self.attention).forward, _TAKES_BATCH, False)
         if not (takes_batch and may_go_past(self.attention)):
@@ -144,6 +142,19 @@ def llama_forward(original: Callable[..., Any], options: DropInOptions) -> Calla
         return {"hidden_states": self.o_proj(out), "sequence_mask": sequence_mask}
 
     return forward
+
+
+def llama_rotary(
+    self: Any, seq: int, batch: int, device: torch.device, options: DropInOptions
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """cos and sin (seq, d / 2), and each token's row in them: (seq * batch,), or None for 0, 1, ...
+
+    Raises RuntimeError where `rope_scaling` is to be honoured and this attention does not know it.
+    """
+    scaling, max_positions = _llama_scaling(self, options)
+    theta = float(self.flash_rotary_embedding.base)
+    cos, sin = _tables(self.d_qk, seq, theta, json.dumps(scaling), max_positions, device)
+    return cos, sin, None if batch == 1 else _positions(seq, batch, 0, device, False)
 
 
 def _refuse_scaling(scaling: Mapping[str, Any] | None) -> None:
@@ -172,51 +183,6 @@ def _scale_generation(
     rotary.inv_freq.copy_(frequencies)
 
 
-class _Documents:
-    """What a mask says: documents' starts, or nothing where every token counts.
-
-    A look at the mask waits for the device, so the last answer is kept, with the mask itself: as
-    long as it is held, nothing else lies at its address.
-    """
-
-    def __init__(self) -> None:
-        self.mask: Tensor | None = None
-        self.version = -1
-        self.starts: Tensor | None = None
-
-    def of(self, mask: Tensor) -> Tensor | None:
-        """cu_seqlens (batch + 1,) int32 as Nanotron counts them: row by row, by the sums."""
-        if mask.is_inference():  # it counts no versions, so that nothing can be kept
-            return self._starts(mask)
-        held = self.mask
-        is_same = (
-            held is not None
-            and held.data_ptr() == mask.data_ptr()
-            and held.device == mask.device
-            and held.shape == mask.shape
-            and held.stride() == mask.stride()
-            and self.version == mask._version
-        )
-        if not is_same:
-            self.starts = self._starts(mask)
-            self.mask, self.version = mask.detach(), mask._version
-        return self.starts
-
-    @staticmethod
-    def _starts(mask: Tensor) -> Tensor | None:
-        if bool(mask.all()):
-            return None
-        lengths = mask.sum(-1, dtype=torch.int32)
-        return nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-
-    def forget(self) -> None:
-        self.mask = self.starts = None
-
-
-_documents = _Documents()
-ON_DISABLE.append(_documents.forget)
-
-
 def core_attention(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
     """Llama's `CoreAttention.forward`.
 
@@ -237,7 +203,7 @@ def core_attention(original: Callable[..., Any], options: DropInOptions) -> Call
             out = original(self, *flat, q_sequence_mask, kv_sequence_mask)
             return out.reshape(query_states.shape)
         batch, seq = q_sequence_mask.shape
-        starts = None if options.assume_full_masks else _documents.of(q_sequence_mask)
+        starts = document_starts(q_sequence_mask, options)
         shape = (batch, seq) if starts is None else (batch * seq,)
         q, k, v = (
             x if x.shape[:-2] == shape else x.reshape(*shape, *x.shape[-2:])
@@ -278,9 +244,8 @@ def qwen2_forward(original: Callable[..., Any], options: DropInOptions) -> Calla
         if is_watched or not isinstance(cu_seqlens, Tensor):
             return original(self, qkv, seq_length, position_ids, cu_seqlens)
         heads, kv_heads, head_dim = self.local_num_heads, self.local_num_kv_heads, self.head_dim
-        turns = config.no_rope_layer is None or (self.layer_idx + 1) % config.no_rope_layer
-        if turns:
-            cos, sin, positions = _qwen2_tables(self, qkv, seq_length, options)
+        if qwen2_turns(self):
+            cos, sin, positions = qwen2_rotary(self, seq_length, len(qkv), qkv.device, options)
             interleaved = self.rotary_emb.interleaved
             q, k, v = rope_qkv(qkv, cos, sin, heads, kv_heads, head_dim, positions, interleaved)
         else:
@@ -301,9 +266,16 @@ def qwen2_forward(original: Callable[..., Any], options: DropInOptions) -> Calla
     return forward_packed
 
 
-def _qwen2_tables(
-    self: Any, qkv: Tensor, seq: int, options: DropInOptions
+def qwen2_turns(self: Any) -> bool:
+    """Whether the layer of this attention has a rotary embedding."""
+    every = self.config.no_rope_layer
+    return every is None or bool((self.layer_idx + 1) % every)
+
+
+def qwen2_rotary(
+    self: Any, seq: int, num_tokens: int, device: torch.device, options: DropInOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin (positions, d / 2), and each token's row in them: (num_tokens,)."""
     config, rotary = self.config, self.rotary_emb
     scaling = getattr(config, "rope_scaling", None) if options.rope_scaling else None
     factor = getattr(rotary, "seq_len_interpolation_factor", None)
@@ -316,6 +288,6 @@ def _qwen2_tables(
         float(rotary.base),
         json.dumps(scaling),
         config.max_position_embeddings,
-        qkv.device,
+        device,
     )
-    return cos, sin, _positions(seq, len(qkv) // seq, first, qkv.device, True)
+    return cos, sin, _positions(seq, num_tokens // seq, first, device, True)

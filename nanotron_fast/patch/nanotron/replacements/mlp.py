@@ -19,7 +19,8 @@ _ACTIVATIONS = {
 }
 
 
-def _activation(act: Any) -> str | None:
+def activation_of(act: Any) -> str | None:
+    """Our name of an activation of Nanotron's; None where it is not ours, or is watched."""
     if not may_go_past(act):
         return None
     if type(act).__name__ == "GELUActivation":
@@ -33,7 +34,7 @@ def glu_activation(original: Callable[..., Any], options: DropInOptions) -> Call
     """
 
     def forward(self: Any, merged_states: Tensor) -> Tensor:
-        activation = _activation(self.act)
+        activation = activation_of(self.act)
         if activation is None:
             return original(self, merged_states)
         return glu(merged_states, activation)
@@ -45,7 +46,7 @@ def qwen2_mlp(original: Callable[..., Any], options: DropInOptions) -> Callable[
     """`Qwen2MLP.forward`."""
 
     def forward(self: Any, hidden_states: Tensor) -> dict[str, Tensor]:
-        activation = _activation(self.act)
+        activation = activation_of(self.act)
         if activation is None:
             return original(self, hidden_states)
         merged = self.gate_up_proj(hidden_states)

@@ -20,32 +20,46 @@ from nanotron_fast.patch.nanotron.targets import ON_DISABLE, DropInOptions
 logger = logging.getLogger(__name__)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def has_own_memory(tensor: Tensor) -> bool:
     """A tensor with memory of its own: the slices of Nanotron's ZeRO only look like one."""
     return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 # --- Accumulation
 
+# A backward that knows parameters whose gradients are in their `main_grad` already has this.
+_TAKES_MAIN_GRADS = "__nanotron_fast_main_grads__"
+
+
+def takes_main_grads(kind: type) -> bool:
+    """Whether the backward of a class of accumulators is ours."""
+    return getattr(getattr(kind, "backward", None), _TAKES_MAIN_GRADS, False)
+
 
 def backward(original: Callable[..., Any], options: DropInOptions) -> Callable[..., Any]:
-    """`FP32GradientAccumulator.backward`: all gradients are added in one launch."""
+    """`FP32GradientAccumulator.backward`: all gradients are added in one launch.
+
+    A parameter whose `main_grad` is its buffer may have no gradient beside that.
+    """
 
     def replacement(self: Any, loss: Tensor) -> Any:
         result = loss.backward()
         gradients, buffers = [], []
         for name, element in self.fp32_grad_buffers.items():
-            parameter = element["half"]
-            assert parameter.grad is not None, f"Expected param {name} to have gradient."
-            if self._is_accumulation_sync_step is False:  # else the hook of DDP has added it
+            parameter, buffer = element["half"], element["fp32_grad"]
+            if parameter.grad is None:
+                is_added = getattr(parameter, "main_grad", None) is buffer
+                assert is_added, f"Expected param {name} to have gradient."
+            elif self._is_accumulation_sync_step is False:  # else the hook of DDP has added it
                 gradients.append(parameter.grad.contiguous())
-                buffers.append(element["fp32_grad"])
+                buffers.append(buffer)
             parameter.grad = None
-            _assign(self, name, element["fp32_grad"])
+            _assign(self, name, buffer)
         if buffers:
             accumulate_(buffers, gradients)
         return result
 
+    setattr(replacement, _TAKES_MAIN_GRADS, True)
     return replacement
 
 
@@ -76,12 +90,12 @@ def copy_back(original: Callable[..., Any], options: DropInOptions) -> Callable[
             for element in self.parameters.values()
             if id(element["fp32"]) not in written
         ]
-        plain = [pair for pair in pairs if _is_plain(pair[0])]
+        plain = [pair for pair in pairs if has_own_memory(pair[0])]
         if plain:
             halves, masters = zip(*plain, strict=True)
             torch._foreach_copy_(halves, masters)
         for half, master in pairs:
-            if not _is_plain(half):
+            if not has_own_memory(half):
                 half.copy_(master)
 
     return replacement
@@ -172,7 +186,7 @@ class FusedAdamW(AdamW):
     def _is_served(self, group: dict[str, Any]) -> bool:
         steps_beside = group["fused"] or group["capturable"]  # on the parameters' device
         return not (group["amsgrad"] or group["differentiable"]) and all(
-            _is_plain(p)
+            has_own_memory(p)
             and p.is_contiguous()
             and (steps_beside or p.device.type == "cpu")
             and (p.grad is None or (p.grad.is_contiguous() and not p.grad.is_sparse))
@@ -254,7 +268,7 @@ def step(original: Callable[..., Any], options: DropInOptions) -> Callable[..., 
         optimizer.copies = {
             id(element["fp32"]): element["half"].detach()
             for element in accumulator.parameters.values()
-            if _is_plain(element["half"]) and element["fp32"].grad is not None
+            if has_own_memory(element["half"]) and element["fp32"].grad is not None
         }
         loss = self.optimizer.step(closure=closure)
         vars(accumulator)[_WRITTEN] = frozenset(optimizer.copies)
