@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import nanotron_fast
 from nanotron_fast.patch.hooks import why_not_past
 
 
@@ -68,7 +67,7 @@ def _why_foreign(kind: type[nn.Module]) -> str:
         return f"it is a {kind.__module__}.{kind.__qualname__}, not a class of Nanotron's"
     code = getattr(kind.forward, "__code__", None)
     file = "" if code is None else code.co_filename
-    if file.startswith((_folder("nanotron"), _folder(nanotron_fast.__name__))):
+    if file.startswith((_folder("nanotron"), _folder("nanotron_fast"))):
         return ""
     if file in torch_decorators():
         return ""
@@ -76,4 +75,5 @@ def _why_foreign(kind: type[nn.Module]) -> str:
 
 
 def _folder(package: str) -> str:
+    """Of a package that has been imported."""
     return os.path.dirname(str(sys.modules[package].__file__)) + os.sep
