@@ -99,7 +99,8 @@ def _built() -> dict[str, str]:
     try:
         from nanotron_fast import _cuda
     except ImportError as error:
-        built["packer"] = f"without CUDA ({error})"
+        why = "not built" if "_cuda" in str(error) else str(error)
+        built["packer"] = f"without CUDA ({why})"
     else:
         architectures = ", ".join(f"sm_{each}" for each in _cuda.ARCHITECTURES)
         built["packer"] = f"CUDA for {architectures}"

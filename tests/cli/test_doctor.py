@@ -235,6 +235,7 @@ def test_with_a_gpu(has_compiler: bool, monkeypatch: Patch, tmp_path: Path) -> N
     )
     monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
     monkeypatch.setitem(sys.modules, "nanotron_fast._cuda", None)
+    monkeypatch.delattr("nanotron_fast._cuda", raising=False)
     monkeypatch.setattr(doctor, "find_spec", lambda _: True)
     monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}" if has_compiler else None)
     header = tmp_path / "Python.h"

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
-
 from nanotron_fast import Topology
+from tests.families.released_experts import WITH_EXPERTS
+from tests.families.released_model import GLM, Released, sizes
 
 OLMO2 = {"vocab_size": 100352, "rope_theta": 500000.0, "max_position_embeddings": 4096}
 OLMO3 = {
@@ -33,36 +31,6 @@ EXAONE4_ROPE = {
         "original_max_position_embeddings": 8192,
     },
 }
-GLM = {"head_dim": 128, "vocab_size": 151552, "attention_bias": True, "partial_rotary_factor": 0.5}
-
-
-@dataclass(frozen=True)
-class Released:
-    """One model.
-
-    Args:
-        config: of its config.json, what is not its class's default.
-        billions: of its parameters.
-        topology: that one would train it with.
-    """
-
-    config: Mapping[str, Any]
-    billions: float
-    topology: Topology
-
-
-def _sizes(
-    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
-) -> dict[str, int]:
-    return {
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-    }
-
-
 GRANITE = {
     "vocab_size": 49155,
     "tie_word_embeddings": True,
@@ -98,7 +66,7 @@ RELEASED: dict[str, Released] = {
     "AFM-4.5B": Released(
         {
             "model_type": "arcee",
-            **_sizes(2560, 18432, 36, 20, 4),
+            **sizes(2560, 18432, 36, 20, 4),
             "head_dim": 128,
             "vocab_size": 128004,
             "max_position_embeddings": 65536,
@@ -114,7 +82,7 @@ RELEASED: dict[str, Released] = {
     "Aya-23-8B": Released(
         {
             "model_type": "cohere",
-            **_sizes(4096, 14336, 32, 32, 8),
+            **sizes(4096, 14336, 32, 32, 8),
             **COHERE,
             "rope_theta": 10000.0,
             "logit_scale": 0.0625,
@@ -125,7 +93,7 @@ RELEASED: dict[str, Released] = {
     "Command-R-35B": Released(
         {
             "model_type": "cohere",
-            **_sizes(8192, 22528, 40, 64, 64),
+            **sizes(8192, 22528, 40, 64, 64),
             **COHERE,
             "rope_theta": 8000000.0,
             "logit_scale": 0.0625,
@@ -136,7 +104,7 @@ RELEASED: dict[str, Released] = {
     "Command-R7B": Released(
         {
             "model_type": "cohere2",
-            **_sizes(4096, 14336, 32, 32, 8),
+            **sizes(4096, 14336, 32, 32, 8),
             **COHERE,
             "rope_theta": 50000,
             "logit_scale": 0.25,
@@ -152,7 +120,7 @@ RELEASED: dict[str, Released] = {
     "Command-A-111B": Released(
         {
             "model_type": "cohere2",
-            **_sizes(12288, 36864, 64, 96, 8),
+            **sizes(12288, 36864, 64, 96, 8),
             **COHERE,
             "rope_theta": 50000,
             "logit_scale": 0.25,
@@ -165,7 +133,7 @@ RELEASED: dict[str, Released] = {
     "EXAONE-4.0-1.2B": Released(
         {
             "model_type": "exaone4",
-            **_sizes(2048, 4096, 30, 32, 8),
+            **sizes(2048, 4096, 30, 32, 8),
             "head_dim": 64,
             "vocab_size": 102400,
             "tie_word_embeddings": True,
@@ -181,7 +149,7 @@ RELEASED: dict[str, Released] = {
     "EXAONE-4.0-32B": Released(
         {
             "model_type": "exaone4",
-            **_sizes(5120, 27392, 64, 40, 8),
+            **sizes(5120, 27392, 64, 40, 8),
             "head_dim": 128,
             "vocab_size": 102400,
             "max_position_embeddings": 131072,
@@ -194,19 +162,19 @@ RELEASED: dict[str, Released] = {
         Topology(tp=8, pp=4),
     ),
     "Gemma-2B": Released(
-        {"model_type": "gemma", **_sizes(2048, 16384, 18, 8, 1), **GEMMA},
+        {"model_type": "gemma", **sizes(2048, 16384, 18, 8, 1), **GEMMA},
         2.51,
         Topology(tp=1, pp=1),
     ),
     "Gemma-7B": Released(
-        {"model_type": "gemma", **_sizes(3072, 24576, 28, 16, 16), **GEMMA},
+        {"model_type": "gemma", **sizes(3072, 24576, 28, 16, 16), **GEMMA},
         8.54,
         Topology(tp=4, pp=2),
     ),
     "Gemma-2-9B": Released(
         {
             "model_type": "gemma2",
-            **_sizes(3584, 14336, 42, 16, 8),
+            **sizes(3584, 14336, 42, 16, 8),
             **GEMMA2,
             "query_pre_attn_scalar": 256,
         },
@@ -216,7 +184,7 @@ RELEASED: dict[str, Released] = {
     "Gemma-2-27B": Released(
         {
             "model_type": "gemma2",
-            **_sizes(4608, 36864, 46, 32, 16),
+            **sizes(4608, 36864, 46, 32, 16),
             **GEMMA2,
             "head_dim": 128,
             "query_pre_attn_scalar": 144,
@@ -227,7 +195,7 @@ RELEASED: dict[str, Released] = {
     "Gemma-3-1B": Released(
         {
             "model_type": "gemma3_text",
-            **_sizes(1152, 6912, 26, 4, 1),
+            **sizes(1152, 6912, 26, 4, 1),
             **GEMMA3,
             "head_dim": 256,
             "query_pre_attn_scalar": 256,
@@ -241,7 +209,7 @@ RELEASED: dict[str, Released] = {
     "Gemma-3-27B, its model of text": Released(
         {
             "model_type": "gemma3_text",
-            **_sizes(5376, 21504, 62, 32, 16),
+            **sizes(5376, 21504, 62, 32, 16),
             **GEMMA3,
             "vocab_size": 262208,
             "head_dim": 128,
@@ -257,7 +225,7 @@ RELEASED: dict[str, Released] = {
     "Granite-3.1-2B": Released(
         {
             "model_type": "granite",
-            **_sizes(2048, 8192, 40, 32, 8),
+            **sizes(2048, 8192, 40, 32, 8),
             **GRANITE,
             "rope_theta": 5000000.0,
             "attention_multiplier": 0.015625,
@@ -269,7 +237,7 @@ RELEASED: dict[str, Released] = {
     "Granite-3.1-8B": Released(
         {
             "model_type": "granite",
-            **_sizes(4096, 12800, 40, 32, 8),
+            **sizes(4096, 12800, 40, 32, 8),
             **GRANITE,
             "attention_multiplier": 0.0078125,
             "logits_scaling": 16.0,
@@ -280,7 +248,7 @@ RELEASED: dict[str, Released] = {
     "ERNIE-4.5-0.3B": Released(
         {
             "model_type": "ernie4_5",
-            **_sizes(1024, 3072, 18, 16, 2),
+            **sizes(1024, 3072, 18, 16, 2),
             "head_dim": 128,
             "vocab_size": 103424,
             "tie_word_embeddings": True,
@@ -290,48 +258,22 @@ RELEASED: dict[str, Released] = {
         Topology(tp=2, pp=1),
     ),
     "GLM-4-9B-Chat": Released(
-        {"model_type": "glm", **_sizes(4096, 13696, 40, 32, 2), **GLM},
+        {"model_type": "glm", **sizes(4096, 13696, 40, 32, 2), **GLM},
         9.4,
         Topology(tp=2, pp=2),
     ),
     "GLM-4-9B-0414": Released(
-        {"model_type": "glm4", **_sizes(4096, 13696, 40, 32, 2), **GLM},
+        {"model_type": "glm4", **sizes(4096, 13696, 40, 32, 2), **GLM},
         9.4,
         Topology(tp=2, pp=2),
     ),
     "GLM-4-32B-0414": Released(
-        {"model_type": "glm4", **_sizes(6144, 23040, 61, 48, 2), **GLM, "attention_bias": False},
+        {"model_type": "glm4", **sizes(6144, 23040, 61, 48, 2), **GLM, "attention_bias": False},
         32.57,
         Topology(tp=2, pp=4),
     ),
-    "GLM-4.5-Air": Released(
-        {
-            "model_type": "glm4_moe",
-            **_sizes(4096, 10944, 46, 96, 8),
-            **GLM,
-            "rope_theta": 1000000,
-            "moe_intermediate_size": 1408,
-            "n_routed_experts": 128,
-            "num_nextn_predict_layers": 1,
-        },
-        106.0,
-        Topology(tp=8, pp=2, ep=8),
-    ),
-    "Mixtral-8x7B": Released(
-        {
-            "model_type": "mixtral",
-            **_sizes(4096, 14336, 32, 32, 8),
-            "vocab_size": 32000,
-            "max_position_embeddings": 32768,
-            "rope_theta": 1000000.0,
-            "sliding_window": None,
-            "router_aux_loss_coef": 0.02,
-        },
-        46.7,
-        Topology(tp=2, pp=2, ep=8),
-    ),
     "Apertus-8B": Released(
-        {"model_type": "apertus", **_sizes(4096, 21504, 32, 32, 8), "vocab_size": 131072},
+        {"model_type": "apertus", **sizes(4096, 21504, 32, 32, 8), "vocab_size": 131072},
         8.05,
         Topology(tp=4, pp=2),
     ),
@@ -353,7 +295,7 @@ RELEASED: dict[str, Released] = {
     "StableLM-2-1.6B": Released(
         {
             "model_type": "stablelm",
-            **_sizes(2048, 5632, 24, 32, 32),
+            **sizes(2048, 5632, 24, 32, 32),
             "vocab_size": 100352,
             "use_qkv_bias": True,
         },
@@ -363,7 +305,7 @@ RELEASED: dict[str, Released] = {
     "StableLM-2-12B": Released(
         {
             "model_type": "stablelm",
-            **_sizes(5120, 13824, 40, 32, 8),
+            **sizes(5120, 13824, 40, 32, 8),
             "vocab_size": 100352,
             "qk_layernorm": True,
             "use_parallel_residual": True,
@@ -374,7 +316,7 @@ RELEASED: dict[str, Released] = {
     "Command-R+": Released(
         {
             "model_type": "cohere",
-            **_sizes(12288, 33792, 64, 96, 8),
+            **sizes(12288, 33792, 64, 96, 8),
             "vocab_size": 256000,
             "rope_theta": 75000000.0,
             "max_position_embeddings": 131072,
@@ -385,41 +327,29 @@ RELEASED: dict[str, Released] = {
         Topology(tp=8, pp=4),
     ),
     "OLMo-2-7B": Released(
-        {"model_type": "olmo2", **_sizes(4096, 11008, 32, 32, 32), **OLMO2},
+        {"model_type": "olmo2", **sizes(4096, 11008, 32, 32, 32), **OLMO2},
         7.3,
         Topology(tp=2, pp=2),
     ),
     "OLMo-2-32B": Released(
-        {"model_type": "olmo2", **_sizes(5120, 27648, 64, 40, 8), **OLMO2},
+        {"model_type": "olmo2", **sizes(5120, 27648, 64, 40, 8), **OLMO2},
         32.2,
         Topology(tp=8, pp=2),
     ),
     "Olmo-3-7B": Released(
-        {"model_type": "olmo3", **_sizes(4096, 11008, 32, 32, 32), **OLMO3},
+        {"model_type": "olmo3", **sizes(4096, 11008, 32, 32, 32), **OLMO3},
         7.3,
         Topology(tp=2, pp=1),
     ),
     "Olmo-3-32B": Released(
-        {"model_type": "olmo3", **_sizes(5120, 27648, 64, 40, 8), **OLMO3},
+        {"model_type": "olmo3", **sizes(5120, 27648, 64, 40, 8), **OLMO3},
         32.2,
         Topology(tp=2, pp=8),
-    ),
-    "OLMoE-1B-7B": Released(
-        {
-            "model_type": "olmoe",
-            **_sizes(2048, 1024, 16, 16, 16),
-            "vocab_size": 50304,
-            "clip_qkv": None,
-            "num_experts": 64,
-            "num_experts_per_tok": 8,
-        },
-        6.92,
-        Topology(tp=2, pp=1, ep=8),
     ),
     "Phi-3-mini-4k": Released(
         {
             "model_type": "phi3",
-            **_sizes(3072, 8192, 32, 32, 32),
+            **sizes(3072, 8192, 32, 32, 32),
             "vocab_size": 32064,
             "sliding_window": 2047,
         },
@@ -429,7 +359,7 @@ RELEASED: dict[str, Released] = {
     "Phi-4": Released(
         {
             "model_type": "phi3",
-            **_sizes(5120, 17920, 40, 40, 10),
+            **sizes(5120, 17920, 40, 40, 10),
             "vocab_size": 100352,
             "max_position_embeddings": 16384,
             "original_max_position_embeddings": 16384,
@@ -441,7 +371,7 @@ RELEASED: dict[str, Released] = {
     "Phi-4-mini": Released(
         {
             "model_type": "phi3",
-            **_sizes(3072, 8192, 32, 24, 8),
+            **sizes(3072, 8192, 32, 24, 8),
             "vocab_size": 200064,
             "tie_word_embeddings": True,
             "partial_rotary_factor": 0.75,
@@ -460,7 +390,7 @@ RELEASED: dict[str, Released] = {
     "Seed-OSS-36B": Released(
         {
             "model_type": "seed_oss",
-            **_sizes(5120, 27648, 64, 80, 8),
+            **sizes(5120, 27648, 64, 80, 8),
             "head_dim": 128,
             "vocab_size": 155136,
             "rope_theta": 10000000.0,
@@ -471,7 +401,7 @@ RELEASED: dict[str, Released] = {
     "Qwen3-8B": Released(
         {
             "model_type": "qwen3",
-            **_sizes(4096, 12288, 36, 32, 8),
+            **sizes(4096, 12288, 36, 32, 8),
             "head_dim": 128,
             "vocab_size": 151936,
             "rope_theta": 1000000,
@@ -480,45 +410,11 @@ RELEASED: dict[str, Released] = {
         8.19,
         Topology(tp=8, pp=1),
     ),
-    "Qwen3-30B-A3B": Released(
-        {
-            "model_type": "qwen3_moe",
-            **_sizes(2048, 6144, 48, 32, 4),
-            "head_dim": 128,
-            "vocab_size": 151936,
-            "rope_theta": 1000000.0,
-            "norm_topk_prob": True,
-        },
-        30.53,
-        Topology(tp=4, pp=2, ep=8),
-    ),
-    "DeepSeek-V3": Released(
-        {
-            "model_type": "deepseek_v3",
-            **_sizes(7168, 18432, 61, 128, 128),
-            "vocab_size": 129280,
-            "max_position_embeddings": 163840,
-            "scoring_func": "sigmoid",
-            "topk_method": "noaux_tc",
-            "moe_layer_freq": 1,
-            "rope_scaling": {
-                "type": "yarn",
-                "factor": 40,
-                "mscale": 1.0,
-                "mscale_all_dim": 1.0,
-                "beta_fast": 32,
-                "beta_slow": 1,
-                "original_max_position_embeddings": 4096,
-            },
-        },
-        671.0,
-        Topology(tp=8, pp=4, ep=8),
-    ),
     **{
         f"gpt-oss-{billions}b": Released(
             {
                 "model_type": "gpt_oss",
-                **_sizes(2880, 2880, layers, 64, 8),
+                **sizes(2880, 2880, layers, 64, 8),
                 "vocab_size": 201088,
                 "num_local_experts": experts,
                 "rope_theta": 150000,
@@ -536,4 +432,5 @@ RELEASED: dict[str, Released] = {
         )
         for billions, layers, experts, exactly in ((20, 24, 32, 20.9), (120, 36, 128, 116.8))
     },
+    **WITH_EXPERTS,
 }

@@ -126,7 +126,6 @@ def test_no_layer_with_a_window_is_said_as_transformers_takes_it(name: str) -> N
             UnsupportedModelError,
             "use_bidirectional_attention is True, and no model",
         ),
-        ("cohere", {"use_qk_norm": True}, UnsupportedModelError, "use_qk_norm is True, and no mo"),
         ("cohere", {"rope_theta": ...}, ConfigError, "rope_theta is None, .* a positive number"),
         ("gemma", {"hidden_act": "gelu"}, ConfigError, "'gelu', which transformers 4 computes"),
         ("gemma", {"hidden_activation": "silu"}, ConfigError, "'silu' in hidden_activation"),

@@ -308,7 +308,7 @@ def test_what_was_reached_is_saved_when_the_data_end(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (b"", "it is not a zip file, which torch.save writes"),
+        (b"", "it is empty, and torch.save writes a zip file"),
         ({"state": {}, "names": {0: "x"}}, "there are no states of the names 0"),
         ({"state": {0: 3}, "names": {0: "x"}}, "not laid out .* AttributeError"),
         ({"state": {}}, "it lacks names"),

@@ -153,7 +153,12 @@ def _bytes(values: torch.Tensor) -> bytes:
             UnsupportedModelError,
             "F8_E8M0, U8.*which is not read",
         ),
-        (f"{DOWN}_scales", None, CheckpointError, "experts.down_proj is missing"),
+        (
+            f"{DOWN}_scales",
+            None,
+            CheckpointError,
+            "down_proj_scales is missing: mxfp4 takes both",
+        ),
     ],
     ids=["shape", "dtype", "missing"],
 )

@@ -7,9 +7,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +21,7 @@ import nanotron_fast as nf
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import mirror, running
 from nanotron_fast.errors import ConfigError, DestinationError
-from tests.checkpoints.remote.stores import contents, put
+from tests.checkpoints.remote.stores import put
 from tests.modelzoo import make
 
 URL, OUT = "faulty://bucket/llama", "faulty://bucket/out"
@@ -87,24 +91,40 @@ def test_a_store_takes_a_conversion_as_a_whole(faulty, temporary, model, wish):
         nf.convert(model, OUT, **wish)
 
 
-class One(Processes):
-    """One of two processes that do not wait for each other."""
+class Together(Processes):
+    """One of two processes, each a thread here."""
 
     world_size = 2
 
-    def __init__(self, rank: int) -> None:
-        self.rank = rank
+    def __init__(self, rank: int, barrier: threading.Barrier, told: dict[int, Any]) -> None:
+        self.rank, self._barrier, self._told = rank, barrier, told
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        yield
+        self._barrier.wait(60)
+
+    def gather(self, value: Any) -> list[Any]:
+        self._told[self.rank] = value
+        self._barrier.wait(60)
+        values = [self._told[rank] for rank in range(self.world_size)]
+        self._barrier.wait(60)
+        return values
 
 
 def test_processes_upload_their_shares(faulty, temporary, model):
-    put(model, URL)
-    nf.convert(URL, OUT, processes=One(0))
-    first = set(contents(OUT))
-    nf.convert(URL, OUT, processes=One(1))
-    more = set(contents(OUT)) - first
-    assert "checkpoint_metadata.json" in first
-    assert more
-    assert all(name.endswith(".safetensors") for name in more)
+    barrier, told = threading.Barrier(2), {}
+    with ThreadPoolExecutor(2) as threads:
+        runs = [
+            threads.submit(nf.convert, model, OUT, processes=Together(rank, barrier, told))
+            for rank in range(2)
+        ]
+        for run in runs:
+            run.result()
+    first, second = (set(told[rank]) for rank in range(2))
+    assert first
+    assert second
+    assert not first & second
     assert nf.verify(OUT, model).equal
 
 

@@ -11,7 +11,7 @@ from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_backward_, 
 from nanotron_fast.kernels.rope.apart import rope_apart
 from nanotron_fast.kernels.rope.normed import rope_normed
 
-FILES = ("rope.kernels", "rope.normed")
+FILES = ("rope.kernels", "rope.normed_kernels")
 
 # (query heads, key heads, head_dim, share that turns): Llama-3-8B, SmolLM, Phi-2, Gemma, odd ones.
 SHAPES = [
