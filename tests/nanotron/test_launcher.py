@@ -104,7 +104,7 @@ def test_it_says_how_it_got_past_the_cycle(tmp_path: Path) -> None:
         "from nanotron_fast import disable, status\n"
         "from nanotron_fast.patch.nanotron.targets import FUSED\n"
         "assert 'replacements' in GLUActivation.forward.__code__.co_filename\n"
-        "off = {each.op for each in status() if each.state != 'on'}\n"
+        "off = {each.target.op for each in status() if each.state != 'on'}\n"
         "assert off == {*FUSED}, off\n"
         "disable()\n"
         "assert 'replacements' not in GLUActivation.forward.__code__.co_filename\n"
