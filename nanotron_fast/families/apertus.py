@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanotron_fast.errors import ConfigError
 from nanotron_fast.families.decoder import (
     BLOCK,
     DEFAULTS,
@@ -19,24 +18,26 @@ from nanotron_fast.families.decoder import (
     qk_norm,
 )
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.own_scaling import OwnScaling
 from nanotron_fast.families.rules import Number, Rule
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
-from nanotron_fast.formats.rope import read_rope
 from nanotron_fast.model.spec import ModelSpec
 
 _NAMES = {
     "input_layernorm": "attention_layernorm",
     "pre_feedforward_layernorm": "feedforward_layernorm",
 }
-# Of a config.json that says nothing of it.
-_SCALING = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "original_max_position_embeddings": 8192,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-}
+_SCALING = OwnScaling(
+    "llama3's by a factor of 8",
+    unsaid={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "original_max_position_embeddings": 8192,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+)
 
 
 def _number(name: str, initial: float, *, is_frozen: bool = False) -> Rule:
@@ -63,24 +64,9 @@ _ACTIVATION: tuple[Rule, ...] = (
 )
 
 
-def _rope(fields: Fields) -> tuple[float, Mapping[str, Any] | None]:
-    """See `read_rope`; where nothing is said, angles are scaled."""
-    said = {"rope_parameters", "rope_scaling"} & fields.config.keys()
-    if not said:
-        scaled = {**fields.config, "rope_scaling": _SCALING}
-        return read_rope(Fields(fields.file, scaled, fields.defaults))
-    if all(fields.config[key] is None for key in said):
-        raise ConfigError(
-            f"{fields.file}: {' and '.join(sorted(said))} is null, which transformers 4 takes for "
-            "no scaling and version 5 for llama3's by a factor of 8: say rope_scaling, with "
-            "rope_type default where there is none"
-        )
-    return read_rope(fields)
-
-
 @dataclass(frozen=True, slots=True)
 class LearnedActivation:
-    """`hidden_act: xielu`, and that angles are not scaled where they are not."""
+    """`hidden_act: xielu`, which has parameters."""
 
     keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"learned_activation"})
@@ -90,9 +76,7 @@ class LearnedActivation:
         """Nothing beside hidden_act says it."""
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Says that there is no scaling, which null does not in every version."""
-        if spec.rope_scaling is None:
-            config["rope_scaling"] = {"rope_type": "default"}
+        """Nor is anything else written."""
 
 
 FAMILY = Family(
@@ -123,7 +107,7 @@ FAMILY = Family(
     output_bias="attention_bias",
     qk_norm="head",
     has_gated_mlp=False,
-    rope=_rope,
-    quirks=(LearnedActivation(),),
+    rope=_SCALING.rope,
+    quirks=(LearnedActivation(), _SCALING),
     extras=("attention_dropout",),
 )

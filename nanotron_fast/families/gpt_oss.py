@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanotron_fast.errors import ConfigError
 from nanotron_fast.families.decoder import ATTENTION, BLOCK, DEFAULTS, EMBEDDINGS, LAYER
 from nanotron_fast.families.expert_rules import InterleavedExperts
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.moe import ExpertLayers
+from nanotron_fast.families.own_scaling import OwnScaling
 from nanotron_fast.families.rules import Copy, Rule
-from nanotron_fast.families.windows import Windows
+from nanotron_fast.families.windows import EVERY_OTHER
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.model.spec import Experts, Layer, ModelSpec
 
 _HF, _OURS = f"{LAYER}mlp.", f"{BLOCK}mlp."
+_SCALING = OwnScaling("its own YaRN")
 
 RULES: tuple[Rule, ...] = (
     *EMBEDDINGS,
@@ -83,12 +84,7 @@ class _Oddities:
     aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """Changes every layer. Raises ConfigError."""
-        if not {"rope_scaling", "rope_parameters"} & reader.config.keys():
-            raise ConfigError(
-                "config.json: neither rope_scaling nor rope_parameters: transformers takes its own "
-                "YaRN then; say which the model was trained with (null: none)"
-            )
+        """Changes every layer."""
         glu = reader.number("swiglu_alpha"), reader.number("swiglu_limit")
 
         def changed(layer: Layer) -> Layer:
@@ -105,10 +101,6 @@ class _Oddities:
         """Adds its keys."""
         if spec.moe is not None and spec.moe.clamped_glu is not None:
             config["swiglu_alpha"], config["swiglu_limit"] = spec.moe.clamped_glu
-
-
-def _every_other(reader: Fields, layers: Sequence[Layer]) -> list[bool]:
-    return [layer % 2 == 0 for layer in range(len(layers))]
 
 
 FAMILY = Family(
@@ -137,7 +129,7 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     quirks=(
-        Windows(older=_every_other, has_switch=False, keys=frozenset({"sliding_window"})),
+        EVERY_OTHER,
         ExpertLayers(
             count="num_local_experts",
             size="intermediate_size",
@@ -146,6 +138,8 @@ FAMILY = Family(
             aliases={"num_local_experts": ("num_experts",)},
         ),
         _Oddities(),
+        _SCALING,
     ),
+    rope=_SCALING.rope,
     writes_head_dim=True,
 )

@@ -55,11 +55,29 @@ class Cut(NamedTuple):
 
 class Seat(NamedTuple):
     """Of a part that is whole on one rank of an axis: it is one of `total` equal ones along the
-    dimension of the parameter that the axis cuts, in order of the ranks."""
+    dimension of the parameter that the axis cuts, in order of the ranks.
+
+    `heads` says that they are key-value heads of which several ranks may have copies.
+    """
 
     number: int
     total: int
     unit: str = "experts"
+    heads: Heads | None = None
+
+    def copies(self, size: int) -> int:
+        """How many of `size` ranks have the same."""
+        return 1 if self.heads is None else self.heads.copies(size)
+
+    def is_of(self, rank: int, size: int) -> bool:
+        """Whether a rank has the part."""
+        copies = self.copies(size)
+        return self.number * size // self.total == rank // copies * copies
+
+    def start(self, rank: int, size: int) -> int:
+        """The number of the first part that a rank has."""
+        copies = self.copies(size)
+        return rank // copies * max(self.total // size, 1)
 
 
 class Share(NamedTuple):
@@ -182,8 +200,7 @@ class Param:
     def has(self, part: Part, sizes: Sizes, ranks: Sizes) -> bool:
         """Whether a rank's shard has something of a part."""
         return all(
-            seat.number * sizes.get(axis, 1) // seat.total == ranks.get(axis, 0)
-            for axis, seat in part.seats.items()
+            seat.is_of(ranks.get(axis, 0), sizes.get(axis, 1)) for axis, seat in part.seats.items()
         )
 
     def local_shape(self, sizes: Sizes) -> tuple[int, ...]:
@@ -193,10 +210,10 @@ class Param:
             size = sizes.get(axis, 1)
             for part in self.parts:
                 if axis in part.seats:
-                    count, unit = part.seats[axis].total, part.seats[axis].unit
-                    if count % size:
+                    seat = part.seats[axis]
+                    if seat.copies(size) == 1 and seat.total % size:
                         raise TopologyError(
-                            f"{self.name}: {count} {unit} do not split over {axis}={size}"
+                            f"{self.name}: {seat.total} {seat.unit} do not split over {axis}={size}"
                         )
                     break
                 cut = part.cuts[axis]
@@ -233,6 +250,10 @@ class Param:
             copies = cut.copies(sizes.get(axis, 1))
             if copies > 1 and not self._is_divided(part, axis, cut):
                 return ranks.get(axis, 0) % copies
+        for axis, seat in part.seats.items():
+            copies = seat.copies(sizes.get(axis, 1))
+            if copies > 1:
+                return ranks.get(axis, 0) % copies
         return 0
 
     def _is_divided(self, part: Part, axis: str, cut: Cut) -> bool:
@@ -254,7 +275,7 @@ class Param:
             # A shard's chunk starts 1/size as far into it as the chunk into the parameter.
             start[self.cuts[axis]] -= cut.chunk_start - cut.chunk_start // size
         for axis, seat in part.seats.items():
-            start[self.cuts[axis]] -= ranks.get(axis, 0) * (seat.total // sizes.get(axis, 1))
+            start[self.cuts[axis]] -= seat.start(ranks.get(axis, 0), sizes.get(axis, 1))
         return _share(_box(low), _box(high), part.param, tuple(start), strides)
 
     def _place(

@@ -59,6 +59,7 @@ class WeightsOfHeads:
     def expand(self, name: str, context: Context) -> Param:
         heads, length = context.size(self.heads), context.size("head_dim")
         shape, unit = (heads, length), self.heads.replace("_", " ")
+        copied = context.heads((self.heads, "head_dim"))
         parts: list[Part] = []
         for run in runs(name, context, self.rotary, length):
             first, steps = run.param.first, (1, run.param.step, 0)
@@ -72,7 +73,7 @@ class WeightsOfHeads:
                 )
                 param = Address(name, shape, (0, first), (0, 1, 1), steps)
                 sizes = (heads, run.length, 1)
-                parts.append(Part((tensor,), param, sizes, cuts={"tp": Cut(0, unit)}))
+                parts.append(Part((tensor,), param, sizes, cuts={"tp": Cut(0, unit, heads=copied)}))
                 continue
             for head in range(heads):
                 tensor = Address(
@@ -83,9 +84,10 @@ class WeightsOfHeads:
                     (0, run.tensor.step, 0),
                 )
                 param = Address(name, shape, (head, first), (0, 1, 1), steps)
-                seat = Seat(head, heads, unit)
+                seat = Seat(head, heads, unit, copied)
                 parts.append(Part((tensor,), param, (1, run.length, 1), seats={"tp": seat}))
-        return Param(name, shape, tuple(parts), context.layer, cuts={"tp": 0})
+        of_all = () if copied is None else (copied,)
+        return Param(name, shape, tuple(parts), context.layer, cuts={"tp": 0}, heads=of_all)
 
 
 def norms_of_heads(query: str, key: str) -> tuple[Rule, ...]:

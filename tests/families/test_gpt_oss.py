@@ -14,7 +14,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import nanotron_fast as nf
 from nanotron_fast import Topology
-from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tests.families import zoo
 from tests.refusals import refused
 
@@ -104,3 +104,24 @@ def test_blocks_and_scales_that_do_not_go_together_are_refused(
         tensors[f"{_STACK}_{name}"] = change(found).contiguous()
     save_file(tensors, path, metadata={"format": "pt"})
     refused(models[0], tmp_path, error, message)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rope_parameters": ...}, "neither rope_parameters nor rope_scaling: transformers takes"),
+        ({"rope_parameters": None}, "rope_parameters is null, which transformers 4 takes for no"),
+        (
+            {"rope_parameters": ..., "rope_scaling": None},
+            "rope_scaling is null, which transformers 4 takes for no scaling and version 5 for its",
+        ),
+    ],
+)
+def test_scaling_that_versions_read_otherwise_is_refused(
+    change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    source = zoo.save("gpt_oss", tmp_path / "hf", torch.bfloat16)
+    path = source / "config.json"
+    config = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not ...}))
+    refused(source, tmp_path, ConfigError, message)

@@ -19,6 +19,9 @@ from tests.families import zoo
 from tests.modelzoo import make, read_tensors
 
 TP = 4
+# Each head has a norm of its own: one tensor for all of them, or one for each.
+COHERE = "cohere, norms of queries and keys"
+STABLELM = "stablelm, one norm a layer, norms of queries and keys, biases, tied"
 LAYER = "model/model/decoder/0/pp_block/attn"
 
 
@@ -53,6 +56,8 @@ def contents(root: Path) -> dict[str, bytes]:
         ("olmo2, tied, biases", 1),
         ("phi3", 1),
         ("gpt_oss", 2),
+        (COHERE, 2),
+        (STABLELM, 1),
     ],
 )
 def test_there_and_back(name: str, kv_heads: int, tmp_path: Path) -> None:

@@ -60,3 +60,11 @@ def _target(source: Path) -> str | None:
     """Families that no class of Nanotron's can load need no word."""
     kind = json.loads((source / "config.json").read_text())["model_type"]
     return "nanotron-fast" if kind in ("mistral", "qwen2", "qwen2_moe") else None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_correction_bias_comes_back_in_its_own_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    source = save("deepseek_v3", tmp_path / "hf", dtype, correction_bias=dtype)
+    nf.convert(source, tmp_path / "there", topology=Topology(tp=2, pp=2))
+    nf.convert(tmp_path / "there", tmp_path / "back")
+    assert read_tensors(tmp_path / "back") == read_tensors(source)

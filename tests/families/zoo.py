@@ -423,6 +423,14 @@ _GPT_OSS = {
     "sliding_window": 7,
 }
 ZOO["gpt_oss"] = Entry("GptOss", _GPT_OSS, 1e-5)
+ZOO["gpt_oss, no scaling, no windows"] = Entry(
+    "GptOss",
+    {**_GPT_OSS, "rope_scaling": PLAIN_ROPE, "layer_types": ["full_attention"] * 4},
+    1e-5,
+)
+ZOO["gpt_oss, windows on all layers"] = Entry(
+    "GptOss", {**_GPT_OSS, "layer_types": ["sliding_attention"] * 4}, 1e-5
+)
 ZOO["gpt_oss, a lower limit"] = Entry("GptOss", {**_GPT_OSS, "swiglu_limit": 1.5}, 1e-5, since=5)
 
 
@@ -443,8 +451,18 @@ def cases() -> list[Any]:
     ]
 
 
-def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:
-    """The entry's model with norms and biases that show. Skips where transformers lacks it."""
+def save(
+    name: str,
+    root: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    correction_bias: torch.dtype = torch.float32,
+    **changes: Any,
+) -> Path:
+    """The entry's model with norms and biases that show. Skips where transformers lacks it.
+
+    Released models have a `correction_bias` of fp32 in any dtype.
+    """
     import transformers
 
     entry = ZOO[name]
@@ -460,8 +478,8 @@ def save(name: str, root: Path, dtype: torch.dtype = torch.float32, **changes: A
     sizes = {key: value for key, value in sizes.items() if value is not ...}
     model = model_class(config_class(**sizes)).to(dtype)
     for name, buffer in model.named_buffers():
-        if name.endswith("e_score_correction_bias"):  # released models have it in fp32
-            buffer.data = buffer.data.float()
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = buffer.data.to(correction_bias)
     with torch.no_grad():
         for tensor in model.state_dict().values():
             if tensor.dim() == 1 and tensor.is_floating_point():

@@ -25,10 +25,10 @@ def test_ranks_agree_with_one_process(tmp_path: Path, golden_hf: Path) -> None:
 
 @pytest.mark.slow
 def test_four_ranks_with_fewer_key_value_heads(tmp_path: Path) -> None:
-    """Of plain attention, packed by key-value head, with norms of all heads, and sinks."""
+    """Plain attention, packed by head, with a norm of all heads, with one of each, and sinks."""
     biases = {"attention_bias": True, "num_key_value_heads": 2}
     save(tmp_path / "llama", "llama", **biases)
     save(tmp_path / "starcoder2", "starcoder2", num_key_value_heads=1)
-    for name in ("olmo2", "gpt_oss"):
+    for name in ("olmo2", "gpt_oss", "cohere, norms of queries and keys"):
         zoo.save(name, tmp_path / name, num_key_value_heads=2)
     run_ranks("tests.models.decoder_ranks", 4, str(tmp_path), "copies")

@@ -197,14 +197,15 @@ def _other_dtypes(
 ) -> dict[str, str]:
     """Dtypes to restore on the way back: where it would not choose the tensor's own.
 
-    A router takes the model's dtype then, and other tensors that of their parameter, which may be
-    wider than some of those that it is made of.
+    A router that is trained takes the model's dtype then, and other tensors that of their
+    parameter, which may be wider than some of those that it is made of.
     """
     others: dict[str, str] = {}
     for param in params:
         for part in param.parts:
             dtype = reader.dtype(part)
-            expected = stored if param.is_fp32 else written[param.name]
+            is_models = param.is_fp32 and not param.is_frozen
+            expected = stored if is_models else written[param.name]
             is_cast = cast is not None and not param.is_fp32
             if dtype is not expected and not is_cast:
                 others[part.name] = dtype.name
