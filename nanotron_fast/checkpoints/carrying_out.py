@@ -22,7 +22,7 @@ from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import running
-from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
 from nanotron_fast.errors import ConfigError, add_note, puts_in_doubt
@@ -324,7 +324,7 @@ class _Run:
         for name, contents in plan.documents.items():
             write_file(Path(name), contents(), fsync=fsync, within=root)
         for name, path in plan.copies.items():
-            copy_file(path, Path(name), fsync=fsync, within=root)
+            copy_file(path, Path(name), self._states[path], fsync=fsync, within=root)
 
     def _keep(self, output: OutputFile, digests: Sequence[bytes]) -> None:
         self._digests[output.path] = [each.hex() for each in digests]

@@ -11,7 +11,7 @@ from typing import Any
 from nanotron_fast.checkpoints.io_modes import mode_for
 from nanotron_fast.checkpoints.manifest import rest_sha256
 from nanotron_fast.checkpoints.partial import between
-from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.manifest import (
     NAME,

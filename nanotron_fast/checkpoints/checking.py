@@ -15,7 +15,7 @@ from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.checkpoints.remote.mirror import mirror_of
 from nanotron_fast.checkpoints.remote.store import at_once
 from nanotron_fast.errors import CheckpointError
-from nanotron_fast.formats.plain_file import digest_whole
+from nanotron_fast.formats.plain_file import changed, digest_whole
 from nanotron_fast.moves.files import FileState, ReadFile
 
 
@@ -61,10 +61,7 @@ def check_unchanged(states: Mapping[Path, ReadFile]) -> None:
                 "mixture, and is given up"
             ) from None
         if not is_same:
-            raise CheckpointError(
-                f"{path}: it has changed while it was read ({read.state.size_bytes:,} bytes then, "
-                f"{found.size_bytes:,} now): what was written may be a mixture, and is given up"
-            )
+            raise changed(path, read.state.size_bytes, found.size_bytes)
     at_once(in_stores)
 
 

@@ -20,7 +20,7 @@ from nanotron_fast.checkpoints.remote.mirror import (
     shown_in_errors,
 )
 from nanotron_fast.checkpoints.remote.packages import require_store
-from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import CheckpointError, ConfigError

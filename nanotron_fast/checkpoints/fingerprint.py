@@ -122,7 +122,7 @@ def states_of(plan: Plan) -> dict[Path, ReadFile]:
         if path not in found:
             found[path] = ReadFile(FileState.of(os.stat(path)), "")
     for path in plan.copies.values():
-        if path not in found:
+        if path not in found or not found[path].is_whole:
             found[path] = digest_whole(path)
     return found
 

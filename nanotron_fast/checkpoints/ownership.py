@@ -69,7 +69,8 @@ class Lock:
         try:
             os.link(beside, self.path)
         except FileExistsError:
-            return False
+            # NFS asks again where an answer is lost, and what it did the first time is in its way.
+            return self.is_ours()
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise

@@ -16,6 +16,7 @@ _Value = TypeVar("_Value")
 _POLL_SECONDS = 0.1
 # How long a process that is interrupted waits for the others to hear of it.
 _FAREWELL_SECONDS = 3.0
+_GONE = "another process is gone"
 
 
 class PeerFailed(NanotronFastError):
@@ -37,6 +38,13 @@ def is_lost_peer(error: RuntimeError) -> bool:
             "remote process exited",
         )
     )
+
+
+def _peer_gone(error: RuntimeError) -> PeerGone:
+    """What is said of a collective that failed, whose own words are for who wrote it."""
+    if is_lost_peer(error):
+        return PeerGone(f"{_GONE}, without a word; what started it tells which, and how it ended")
+    return PeerGone(f"{_GONE}: {error}")
 
 
 class Processes:
@@ -100,7 +108,7 @@ class TorchProcesses(Processes):
                 _FAREWELL_SECONDS if is_interrupted else None,
             )
         except RuntimeError as error:  # a process that is gone says nothing
-            raise (failure or PeerGone(f"another process is gone: {error}")) from None
+            raise (failure or _peer_gone(error)) from error
         except BaseException as error:
             # The others have not come; a connection in use cannot be closed in order.
             self._is_abandoned = True
@@ -118,7 +126,7 @@ class TorchProcesses(Processes):
         try:
             _call_patiently(lambda: self._dist.all_gather_object(values, value, self._group))
         except RuntimeError as error:
-            raise PeerGone(f"another process is gone: {error}") from None
+            raise _peer_gone(error) from error
         except BaseException:
             self._is_abandoned = True
             raise

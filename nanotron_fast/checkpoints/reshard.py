@@ -15,7 +15,7 @@ from nanotron_fast.checkpoints.ownership import LITTER_SECONDS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
-from nanotron_fast.checkpoints.remote.store import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve

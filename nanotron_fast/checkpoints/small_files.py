@@ -5,14 +5,14 @@ The space on a disk runs out within a `write`, which knows no name.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nanotron_fast.errors import CheckpointError
-from nanotron_fast.formats.plain_file import check_plain, open_plain
-from nanotron_fast.moves.files import Folder
+from nanotron_fast.formats.plain_file import changed, check_plain, open_plain
+from nanotron_fast.moves.files import Folder, ReadFile
 
 _BLOCK_BYTES = 1 << 20
 
@@ -62,19 +62,29 @@ def write_file(path: Path, data: bytes, *, fsync: bool, within: Folder | None = 
 
 
 def copy_file(
-    source: Path, destination: Path, *, fsync: bool, within: Folder | None = None
+    source: Path,
+    destination: Path,
+    then: ReadFile,
+    *,
+    fsync: bool,
+    within: Folder | None = None,
 ) -> None:
-    """Copies as many bytes as a plain file says that it holds; see `write_file`.
+    """Copies a plain file; see `write_file`.
 
-    Raises CheckpointError where it holds fewer or is not one, and OSError.
+    `then` is what it was when the plan was made. What has been copied must be that: the file may be
+    written anew meanwhile, and hold the same before and after.
+
+    Raises CheckpointError where it is not, and OSError.
     """
     check_plain(source)
     name = destination if within is None else within.path / destination
+    digest, copied = hashlib.sha256(), 0
     with open_plain(source) as reader, _writing(destination, within, fsync=fsync) as writer:
-        left = os.fstat(reader.fileno()).st_size
-        while left:
-            block = reader.read(min(left, _BLOCK_BYTES))
-            if not block:
-                raise CheckpointError(f"{source}: it ends {left} bytes before its size")
+        while block := reader.read(_BLOCK_BYTES):
+            copied += len(block)
+            if copied > then.state.size_bytes:
+                break
+            digest.update(block)
             write_all(writer, block, name)
-            left -= len(block)
+    if digest.hexdigest() != then.header_digest or copied != then.state.size_bytes:
+        raise changed(source, then.state.size_bytes, copied)

@@ -8,7 +8,7 @@ from typing import Any
 
 from nanotron_fast.checkpoints.partial import between
 from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
-from nanotron_fast.checkpoints.remote.store import as_path, is_url
+from nanotron_fast.checkpoints.remote.urls import as_path, is_url
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.hints import hint

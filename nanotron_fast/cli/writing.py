@@ -100,6 +100,8 @@ def write(
     from nanotron_fast.moves import engine
 
     num_workers = workers or engine.default_workers()
+    if dst.lower().startswith("memory:"):
+        raise ConfigError(f"{dst}: it would be gone with this command, which ends")
     if dry_run:
         share = _dry_share(dst, options)
         if told_rank() > 0:
@@ -146,7 +148,7 @@ def write(
 def _dry_share(dst: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
     """The share that is planned alone. Raises ConfigError for options that a plan cannot honour."""
     from nanotron_fast.checkpoints.carrying_out import check_choices
-    from nanotron_fast.checkpoints.remote.store import as_path
+    from nanotron_fast.checkpoints.remote.urls import as_path
     from nanotron_fast.checkpoints.settling import Wishes
 
     for name in ("resume", "overwrite_partial", "finish"):

@@ -112,6 +112,14 @@ def read_small(path: Path, *, is_noted: bool = True) -> bytes:
     return data
 
 
+def changed(path: Path, then: int, now: int) -> CheckpointError:
+    """The error for a source that is not any more what it was; its sizes in bytes."""
+    return CheckpointError(
+        f"{path}: it has changed while it was read ({then:,} bytes then, {now:,} now): what was "
+        "written may be a mixture, and is given up"
+    )
+
+
 def digest_whole(path: Path) -> ReadFile:
     """What a file is, with a digest of all of it. Raises CheckpointError, OSError."""
     digest = hashlib.sha256()

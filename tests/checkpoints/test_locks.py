@@ -8,6 +8,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,22 @@ def killed(work: Callable[[], object], monkeypatch: pytest.MonkeyPatch, call: st
         finally:
             os._exit(1)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
+
+
+def test_an_answer_to_link_that_is_lost(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client of NFS asks again, and hears that the name is taken: by itself."""
+    link = os.link
+
+    def twice(*args: Any, **given: Any) -> None:
+        link(*args, **given)
+        link(*args, **given)
+
+    monkeypatch.setattr(os, "link", twice)
+    nf.convert(source, tmp_path / "out")
+    assert left(tmp_path) == []
+    assert nf.verify(source, tmp_path / "out").equal
 
 
 @pytest.mark.parametrize("is_inside", [False, True])

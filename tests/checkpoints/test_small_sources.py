@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.checkpoints import checking
+from nanotron_fast.checkpoints import carrying_out, checking
+from nanotron_fast.checkpoints.remote import upload
 from nanotron_fast.checkpoints.reshard import reshard
 from nanotron_fast.errors import CheckpointError, DestinationError
 from nanotron_fast.moves import engine
@@ -79,6 +80,31 @@ def test_one_that_is_written_anew_as_it_was(source: Path, tmp_path: Path) -> Non
     copy()
     while_running(copy, source, out, resume=True)
     assert nf.verify(source, out).equal
+
+
+@pytest.mark.parametrize("is_in_store", [False, True], ids=["to a disk", "to a store"])
+def test_one_that_is_shorter_for_a_moment(
+    is_in_store: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before and after it holds the same: `cp` empties what it copies to."""
+    path = source / "template.jinja"
+    whole = path.read_bytes()
+    module = upload if is_in_store else carrying_out
+    copy = module.copy_file
+
+    def meanwhile(of: Path, *args: Any, **given: Any) -> None:
+        path.write_bytes(whole[:3])
+        try:
+            copy(of, *args, **given)
+        finally:
+            path.write_bytes(whole)
+
+    monkeypatch.setattr(module, "copy_file", meanwhile)
+    out = "memory://bucket/out" if is_in_store else tmp_path / "out"
+    message = rf"{path}: it has changed while it was read \(14 bytes then, 3 now\)"
+    with pytest.raises(CheckpointError, match=message):
+        nf.convert(source, out)
+    assert names(tmp_path) == ["source"]
 
 
 def test_those_of_a_share(source: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from nanotron_fast.cli.commands import app
 from tests.modelzoo import make
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training" / "llama_tied_tp2_zero0" / "2"
-STORE = "memory://bucket/out"
+STORE = "s3://bucket/out"
 
 
 @pytest.fixture

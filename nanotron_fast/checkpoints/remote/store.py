@@ -12,7 +12,6 @@ import errno
 import hashlib
 import queue
 import random
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from nanotron_fast.checkpoints.remote.packages import package_for
 from nanotron_fast.checkpoints.remote.refusal import is_refusal
+from nanotron_fast.checkpoints.remote.urls import split, without_password
 from nanotron_fast.errors import CheckpointError, ConfigError, MissingPackageError
 from nanotron_fast.interruption import ending, held
 
@@ -33,8 +33,6 @@ FIRST_PAUSE_SECONDS = 0.25
 _POLL_SECONDS = 0.1
 _PATIENCE_SECONDS = 0.5
 
-_URL = re.compile(r"(?P<protocol>[a-z][a-z0-9+.-]*)://(?P<path>.*)", re.DOTALL)
-_PASSWORD = re.compile(r"(//[^/@:]*):[^/@]*@")
 # What tells the version of a file, the most telling first. A store gives one or the other.
 _TAGS = ("ETag", "etag", "generation", "md5Hash", "content_md5", "blob_id", "sha256")
 _TIMES = ("mtime", "LastModified", "last_modified", "updated", "created")
@@ -44,23 +42,6 @@ _FINAL = (
     *(NotImplementedError, ImportError, TypeError, AttributeError),
 )
 _Result = TypeVar("_Result")
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown and written down."""
-    return _PASSWORD.sub(r"\1@", url).rstrip("/")
-
-
-def is_url(place: object) -> bool:
-    """Whether somebody names a place in a store, and not a path."""
-    return isinstance(place, str) and _URL.match(place) is not None
-
-
-def as_path(place: str | Path) -> str | Path:
-    """The path that a file:// URL stands for, which is a folder like any; all else as it is."""
-    if isinstance(place, str) and place.startswith("file://"):
-        return place.removeprefix("file://")
-    return place
 
 
 class Version(NamedTuple):
@@ -122,26 +103,23 @@ class Store:
     @classmethod
     def at(cls, url: str) -> Store:
         """Raises MissingPackageError, ConfigError for a URL that cannot be; OSError."""
-        match = _URL.match(url)
-        assert match is not None
+        protocol, path = split(url)
         shown = without_password(url)
-        if not match["path"].strip("/"):
-            raise ConfigError(f"{shown}: it names no folder")
         try:
             from fsspec.core import url_to_fs
 
-            fs, root = url_to_fs(url)
+            fs, root = url_to_fs(f"{protocol}://{path}", **_tries_once(protocol))
         except ImportError as error:
             raise MissingPackageError(
                 f"{shown}: it cannot be reached without a package that is not installed: "
-                f"pip install {package_for(match['protocol'])} ({_first_line(error)})"
+                f"pip install {package_for(protocol)} ({_first_line(error)})"
             ) from error
         except ValueError as error:
             raise ConfigError(f"{shown}: {_first_line(error)}") from error
         except Exception as error:  # what the file system itself says of a URL that it cannot take
             raise ConfigError(f"{shown}: it cannot be reached: {_first_line(error)}") from error
         store = cls(shown, fs, root.rstrip("/"))
-        if match["protocol"] == "hf":
+        if protocol == "hf":
             store._pin()
         return store
 
@@ -313,6 +291,16 @@ class Store:
         raise OSError(
             errno.EIO, f"{what}{tries}: {_first_line(last)}", self.name_of(name)
         ) from last
+
+
+def _tries_once(protocol: str) -> dict[str, Any]:
+    """Options of a client that would try again by itself, within each of our tries."""
+    if protocol not in ("s3", "s3a"):
+        return {}
+    from fsspec.config import conf
+
+    given = conf.get(protocol, {}).get("config_kwargs", {})
+    return {"config_kwargs": {"retries": {"total_max_attempts": 1}, **given}}
 
 
 def _protocols(fs: Any) -> set[str]:

@@ -18,11 +18,12 @@ from pathlib import Path
 from nanotron_fast.checkpoints.checking import check_same, check_unchanged
 from nanotron_fast.checkpoints.fingerprint import made_by, states_of
 from nanotron_fast.checkpoints.plan.plan import Plan
-from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.processes import PeerGone, Processes
 from nanotron_fast.checkpoints.remote import running
 from nanotron_fast.checkpoints.remote.claim import StoreClaim, is_claim
 from nanotron_fast.checkpoints.remote.mirror import Mirror
 from nanotron_fast.checkpoints.remote.store import Store, Version, at_once
+from nanotron_fast.checkpoints.small_files import copy_file
 from nanotron_fast.errors import DestinationError, NanotronFastError
 from nanotron_fast.formats.known_files import foreign_names
 from nanotron_fast.interruption import Interrupted, ending
@@ -56,6 +57,7 @@ class Upload:
         # The first process's.
         self._claim = StoreClaim(self.store)
         self._before: dict[str, Version] = {}
+        self._planned: Plan | None = None
         # What this process has begun to write, and what that was once it was written.
         self._begun: set[str] = set()
         self.written: dict[str, Version] = {}
@@ -105,6 +107,7 @@ class Upload:
         So nobody takes it for one. Raises DestinationError where another run writes there, OSError.
         """
         self._claim.acquire()
+        self._planned = ready
         self._before = self.check(ready, is_unfinished=self._claim.has_dead())
         for name in reversed(MARKERS):
             if self._before.pop(name, None) is not None:
@@ -162,23 +165,26 @@ class Upload:
         own = sorted(_small(ready), key=_order)
         for name in own:
             if name not in MARKERS:
-                self._write(ready, name)
+                self._write(ready, name, states)
         check_unchanged(states)
         stale = self._check_own(ready, {**written, **self.written})
         for name in own:
             if name in MARKERS:
-                self._write(ready, name)
+                self._write(ready, name, states)
         self._is_whole = True
         at_once(partial(_removed, self.store, name) for name in stale)
         self._claim.sweep()
         self._claim.release()
 
-    def _write(self, ready: Plan, name: str) -> None:
+    def _write(self, ready: Plan, name: str, states: Mapping[Path, ReadFile]) -> None:
         self._begun.add(name)
         if name in ready.documents:
             self.written[name] = self.store.write(name, ready.documents[name]())
-        else:
-            self.written[name] = self.store.upload(ready.copies[name], name)
+            return
+        with tempfile.TemporaryDirectory(prefix="nanotron_fast-upload-") as folder:
+            source, copy = ready.copies[name], Path(folder, "copy")
+            copy_file(source, copy, states[source], fsync=False)
+            self.written[name] = self.store.upload(copy, name)
 
     def _check_own(self, ready: Plan, written: Mapping[str, Version]) -> list[str]:
         """Proves that all is there as this run wrote it, and else only what was there before.
@@ -220,18 +226,25 @@ class Upload:
         at_once(partial(ask, name) for name in known)
         return changed
 
-    def abort(self) -> str | None:
-        """Removes what this process has uploaded, and says what is left."""
+    def abort(self, error: BaseException) -> str | None:
+        """Removes what this process has uploaded, and says what is left.
+
+        What a process that is gone has uploaded, it can remove no more: the first does so.
+        """
         with ending():
             if self._is_whole:
                 self._end(is_clean=True)
                 return f"{self.store.url} is whole"
+            has_lost_peer = isinstance(error, PeerGone) and self._planned is not None
+            if has_lost_peer:
+                self._adopt_all()
             left = [
                 name
                 for name in sorted(self._begun, key=_order, reverse=True)
                 if not self._takes_back(name)
             ]
-            self._end(is_clean=not left and not self._has_removed)
+            # One that is gone from here may still be writing there.
+            self._end(is_clean=not (left or self._has_removed or has_lost_peer))
             if left:
                 return (
                     f"in {self.store.url} these are left: {_some(left)}; --overwrite replaces what "
@@ -240,6 +253,16 @@ class Upload:
             if self._has_removed:
                 return f"the checkpoint that was in {self.store.url} is not whole any more"
             return None
+
+    def _adopt_all(self) -> None:
+        """Takes for this process's own what lies there of the plan, and did not before."""
+        with contextlib.suppress(OSError):  # what this process has written itself it knows
+            for name, found in self.store.files().items():
+                before = self._before.get(name)
+                is_new = before is None or before.is_other(found)
+                if self._planned is not None and name in _known(self._planned) and is_new:
+                    self._begun.add(name)
+                    self.written.setdefault(name, found)
 
     def _takes_back(self, name: str) -> bool:
         """Removes a file if this run wrote it. Returns whether nothing of this run is left."""
@@ -326,7 +349,7 @@ def upload(
         in the way; OSError where the store refuses.
     """
     target: Upload | None = None
-    with _telling(lambda: None if target is None else target.abort()):
+    with _telling(lambda error: None if target is None else target.abort(error)):
         with processes.step():
             ready = make_plan()
             target = Upload(url, overwrite=overwrite)
@@ -358,15 +381,15 @@ def upload(
 
 
 @contextlib.contextmanager
-def _telling(abort: Callable[[], str | None]) -> Iterator[None]:
+def _telling(abort: Callable[[BaseException], str | None]) -> Iterator[None]:
     """Cleans up after an error or a signal, and says with it what is left in the store."""
     try:
         yield
     except Interrupted as interruption:
-        interruption.remains = abort()
+        interruption.remains = abort(interruption)
         raise
     except BaseException as error:
-        remains = abort()
+        remains = abort(error)
         if remains is not None and isinstance(error, OSError) and error.strerror:
             error.strerror = f"{error.strerror}; {remains}"
         elif remains is not None and isinstance(error, NanotronFastError):

@@ -212,7 +212,7 @@ def test_what_something_else_replaces_or_removes_meanwhile(faulty, model):
 
 def test_a_killed_run_s_files_are_overwritten(faulty, model, monkeypatch):
     with monkeypatch.context() as patched:
-        patched.setattr(Upload, "abort", lambda self: None)
+        patched.setattr(Upload, "abort", lambda self, error: self._claim._is_over.set())
         at(faulty, "config.yaml", kill)
         with pytest.raises(Killed):
             nf.convert(model, URL, topology=nf.Topology(tp=2))

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.checkpoints.processes import Processes
+from nanotron_fast.checkpoints.processes import PeerGone, Processes
 from nanotron_fast.checkpoints.remote import mirror, running
 from nanotron_fast.errors import ConfigError, DestinationError
-from tests.checkpoints.remote.stores import put
+from tests.checkpoints.remote.stores import contents, put
 from tests.modelzoo import make
 
 URL, OUT = "faulty://bucket/llama", "faulty://bucket/out"
@@ -126,6 +126,39 @@ def test_processes_upload_their_shares(faulty, temporary, model):
     assert second
     assert not first & second
     assert nf.verify(OUT, model).equal
+
+
+class Widowed(Processes):
+    """The first of two processes, of which the other is gone once tensors are uploaded."""
+
+    world_size = 2
+
+    def gather(self, value: Any) -> list[Any]:
+        if isinstance(value, dict):
+            raise PeerGone("another process is gone")
+        return [value] * 2
+
+
+def test_what_a_process_that_is_gone_has_uploaded_is_removed(faulty, temporary, model):
+    fs = faulty()
+    head = "model/model/lm_head/pp_block/model_weight_pp-rank-0-of-1_tp-rank-0-of-1.safetensors"
+    theirs, foreign = f"{OUT}/{head}", f"{OUT}/notes.txt"
+
+    def upload_theirs(_: str) -> None:
+        faulty.on_write = None
+        fs.pipe_file(theirs, b"begun")
+        fs.pipe_file(foreign, b"somebody else's")
+
+    faulty.on_write = lambda path: upload_theirs(path) if path.endswith(".safetensors") else None
+    with pytest.raises(PeerGone, match=r"another process is gone$"):
+        nf.convert(model, OUT, processes=Widowed())
+    names = [name for name in contents(OUT) if "lock-" not in name]
+    assert names == ["notes.txt"]
+    fs.rm_file(foreign)
+    # Of one that may live on elsewhere the next run learns by what was left of the claim.
+    nf.convert(model, OUT)
+    assert nf.verify(OUT, model).equal
+    assert not [name for name in contents(OUT) if "lock-" in name]
 
 
 def test_mirrors_of_one_version_look_the_same(faulty, temporary, model):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 import nanotron_fast as nf
-from nanotron_fast.checkpoints.remote import mirror, running, store
+from nanotron_fast.checkpoints.remote import mirror, running, store, urls
 from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import (
     CheckpointError,
@@ -346,8 +346,37 @@ def test_the_package_to_install_is_named(temporary, monkeypatch):
 
 
 def test_passwords_are_not_shown():
-    assert store.without_password("sftp://me:secret@host/model/") == "sftp://me@host/model"
-    assert store.without_password("hf://org/model@v1") == "hf://org/model@v1"
+    assert urls.without_password("sftp://me:secret@host/model/") == "sftp://me@host/model"
+    assert urls.without_password("hf://org/model@v1") == "hf://org/model@v1"
+
+
+@pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}", "FILE://{}"])
+def test_all_ways_to_write_the_url_of_a_path(form, tmp_path):
+    model = make("llama", num_hidden_layers=1).save(tmp_path / "model")
+    nf.convert(form.format(model), form.format(tmp_path / "out"))
+    assert nf.verify(form.format(tmp_path / "out"), model).equal
+
+
+def test_protocols_in_capital_letters(faulty, temporary, tmp_path):
+    model = make("llama", num_hidden_layers=1).save(tmp_path / "model")
+    put(model, URL)
+    assert nf.inspect(URL.replace("faulty", "Faulty")).family == "llama"
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("file://node7/model", "it names a file of the machine 'node7'; a path of this one begins"),
+        ("simplecache::s3://me:secret@b/x", "simplecache::s3://me@b/x: one protocol in front of"),
+        ("S3://", "S3:: it names no folder"),
+    ],
+)
+def test_urls_that_are_not_taken(url, message, temporary, tmp_path):
+    model = make("llama", num_hidden_layers=1).save(tmp_path / "model")
+    for work in (lambda: nf.inspect(url), lambda: nf.convert(model, url)):
+        with pytest.raises(ConfigError, match=message):
+            work()
+    assert sorted(os.listdir(tmp_path)) == ["model", "temporary"]
 
 
 def test_names_that_lead_out_are_refused(faulty, temporary):

@@ -228,6 +228,22 @@ def test_a_bucket_that_is_not_there_is_said(s3, tmp_path):
         nf.inspect("s3://absent/model")
 
 
+def test_a_request_is_tried_as_often_as_is_said(s3, tmp_path):
+    """The client has tries of its own, which would multiply them."""
+    asked = []
+
+    def fails(request: Proxy) -> bool:
+        asked.append(request.path)
+        request.send(500, [], b"<Error><Code>InternalError</Code></Error>")
+        return True
+
+    s3.fault = fails
+    with pytest.raises(OSError, match=f"in {store.NUM_TRIES} tries"):
+        nf.inspect(SRC)
+    # It asks in one way, and then in another.
+    assert len(asked) <= 2 * store.NUM_TRIES
+
+
 def test_a_key_that_is_missing_or_wrong_is_said_at_once(s3, model, tmp_path, monkeypatch):
     put(model, SRC)
     asked = []
