@@ -107,6 +107,7 @@ class NanotronForward:
             self.spec.rope_theta,
             self.scaling,
             max_position_embeddings=self.spec.max_position_embeddings,
+            seq_len=x.shape[1],
         )
         angles = torch.outer(torch.arange(x.shape[1], dtype=torch.float32), frequencies.cpu())
         cos, sin = angles.cos()[:, None] * factor, angles.sin()[:, None] * factor

@@ -16,7 +16,6 @@ from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.model_types import NEUTRAL, like_llama, refusal_of
 from nanotron_fast.model.spec import ModelSpec, differing_layer
 
-_STARCODER2 = "starcoder2"
 # What two families may read out of one config.json differently, and the key that says it.
 _COMPUTED = {
     "sliding_window": "sliding_window",
@@ -84,10 +83,6 @@ def _known_as(model_type: str, known: Mapping[str, Family]) -> Family | None:
 
 def _seen_as_relative(chosen: Family, own: Family, config: Mapping[str, Any]) -> Family:
     """For a type that has a table too: both must read the same model."""
-    if _STARCODER2 in (chosen.name, own.name):
-        raise _refused(
-            chosen, own.name, "a starcoder2 alone has biases in its norms and an MLP without a gate"
-        )
     if own.rotates_neighbours != chosen.rotates_neighbours:
         # A spec does not say it: the table does, and both tables may have the same names.
         turns = {True: "neighbours in a head", False: "halves of a head"}

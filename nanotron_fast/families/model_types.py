@@ -12,6 +12,11 @@ from typing import Any
 from nanotron_fast.formats.fields import is_number
 from nanotron_fast.model.spec import ModelSpec
 
+# What to say of the second kind.
+AS_LLAMA = (
+    "it computes as a llama where its keys are neutral; --family llama, mistral or qwen2 converts "
+    "it where they are"
+)
 _NEIGHBOURS = "its rotary embedding turns neighbours in a head, where Nanotron's tables turn halves"
 _QK_NORM = "its queries and keys are normalised (qk-norm), which Nanotron does not do"
 _LAYER_NORM = "its norms are LayerNorm, and Nanotron's have neither mean nor bias"

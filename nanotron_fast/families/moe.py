@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.decoder import BLOCK, LAYER
 from nanotron_fast.families.rules import Copy, Rule, StackExperts
 from nanotron_fast.formats.fields import MAX_COUNT, Fields
@@ -92,7 +92,7 @@ class ExpertLayers:
         return frozenset({"moe", *shared})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """Gives layers their experts. Raises ConfigError."""
+        """Gives layers their experts. Raises ConfigError, UnsupportedModelError."""
         num_experts = reader.positive(self.count, MAX_COUNT)
         top_k = reader.positive(self.top_k)
         if top_k > num_experts:
@@ -116,10 +116,16 @@ class ExpertLayers:
         if self.has_dense_layers:
             step = reader.positive("decoder_sparse_step")
             dense = set(reader.indices("mlp_only_layers"))
-        fields["layers"] = [
+        fields["layers"] = layers = [
             each if layer in dense or (layer + 1) % step else replace(each, mlp=experts)
             for layer, each in enumerate(fields["layers"])
         ]
+        if not any(each.mlp is experts for each in layers):
+            raise UnsupportedModelError(
+                f"config.json: by mlp_only_layers {sorted(dense)} and decoder_sparse_step {step} "
+                f"none of {len(layers)} layers has experts: it computes as a model of a family "
+                "without them, whose model_type it should have"
+            )
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds its keys, where there are experts."""

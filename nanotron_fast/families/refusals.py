@@ -7,7 +7,7 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.model_types import like_llama, refusal_of
+from nanotron_fast.families.model_types import AS_LLAMA, like_llama, refusal_of
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.huggingface.quantization import QUANTIZATION, read_quantization
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG, NanotronClass, classes
@@ -26,8 +26,7 @@ def unknown_family(model_type: object, known: list[str]) -> UnsupportedModelErro
     """The error for a model type without a table."""
     reason = refusal_of(str(model_type))
     if reason is None and like_llama(str(model_type)) is not None:
-        reason = "it computes as a llama where its keys are neutral; --family llama, mistral or "
-        reason += "qwen2 converts it where they are"
+        reason = AS_LLAMA
     why = f": {reason}" if reason else ""
     return UnsupportedModelError(
         f"config.json: model_type {model_type!r} is not supported{why}. "

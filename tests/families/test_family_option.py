@@ -62,7 +62,7 @@ COMPUTES_OTHERWISE: dict[str, tuple[str, dict[str, Any], str, str]] = {
     ),
     "ministral": ("ministral", {"sliding_window": 8}, "llama", "its sliding_window is 8"),
     "ministral-by-default": ("ministral", {}, "llama", "its sliding_window is 4096"),
-    "starcoder2": ("starcoder2", {}, "llama", "a starcoder2 alone has biases in its norms"),
+    "starcoder2": ("starcoder2", {}, "llama", "its biases on q, k and v: True, where a llama"),
     "softcapping": ("unheard_of", {"final_logit_softcapping": 30.0}, "llama", "softcapping is 30"),
     "qk-norm": ("unheard_of", {"use_qk_norm": True}, "llama", "use_qk_norm is True"),
     "neighbours": ("unheard_of", {"rope_interleaved": True}, "llama", "rope_interleaved is True"),

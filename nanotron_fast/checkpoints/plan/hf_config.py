@@ -1,8 +1,9 @@
 """The `config.json` of a Nanotron checkpoint: the source's own, with what Nanotron computes now.
 
-What the checkpoint computes decides. A key of the source that says otherwise is changed, or taken
-out, with a warning; and what is written must read as the checkpoint's own model, or the conversion
-ends with an error.
+Where the checkpoint computes what the source did, that is the source's, key for key. What the
+checkpoint computes decides: a key of the source that says otherwise is changed, or taken out, with
+a warning; and what is written must read as the checkpoint's own model, or the conversion ends with
+an error.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ _IN_ROPE: Mapping[str, str] = {
 _BY_LAYER = "layer_types"
 # Written by families that need them alone; the others have rope_theta and rope_scaling.
 _ROPE = ("rope_parameters", "rope_local_base_freq")
+_SAYS_ROPE = (*_ROPE, "rope_theta", "rope_scaling", *_IN_ROPE)
 
 
 def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[str]]:
@@ -53,30 +55,49 @@ def hf_config(model: NanotronModel, dtype: Dtype) -> tuple[dict[str, Any], list[
     except NanotronFastError as error:
         raise CheckpointError(f"{where}: the source's {error}") from None
     config = dict(side.config)
-    for key in ("dtype", "torch_dtype", *_ROPE, UNKNOWN_FIELDS):
-        config.pop(key, None)
+    config.pop(UNKNOWN_FIELDS, None)
     config.update(unknown)
-    config["torch_dtype"] = dtype.torch_name
+    _say_dtype(config, dtype, side.dtype)
     for key in ("architectures", "model_type"):
         if config.get(key) is None:
             config[key] = written[key]
     kept = _as_nanotron_keeps(original, model)
     was = write_config(model.family, kept, dtype)
+    if any(was.get(key) != written.get(key) for key in _SAYS_ROPE):
+        _say_rope(config, was, model, original.rope_theta)
+    warnings = _update(config, was, written, model)
+    _check(config, model, _expected(original, kept, model))
+    return config, warnings
+
+
+def _say_dtype(config: dict[str, Any], dtype: Dtype, was: str | None) -> None:
+    """Says it by the key that the source has; by none where it has none, and is still right."""
+    said = [key for key in ("dtype", "torch_dtype") if config.get(key) is not None]
+    if not said and dtype.short_name != was:
+        said = ["torch_dtype"]
+    for key in said:
+        if str(config.get(key)).removeprefix("torch.") != dtype.torch_name:
+            config[key] = dtype.torch_name
+
+
+def _say_rope(
+    config: dict[str, Any], was: Mapping[str, Any], model: NanotronModel, rope_theta: float
+) -> None:
+    """Says what the source does of the rotary embedding by keys that all versions read."""
+    within = config.get("rope_parameters") or {}
+    for key in _ROPE:
+        config.pop(key, None)
     if "rope_theta" in was:
-        config["rope_theta"] = original.rope_theta
+        config["rope_theta"] = rope_theta
     if was.get("rope_scaling") is not None or "rope_scaling" in config:
         config["rope_scaling"] = was.get("rope_scaling")
     # As the source has it: what is computed may be said by several numbers.
-    within = side.config.get("rope_parameters") or {}
     for key, inner in _IN_ROPE.items():
         said = within.get(inner)
         is_told = key in was and said not in (None, model.family.defaults.get(inner))
         if is_told and config.get(key) is None:
             config[key] = said
     config.update({key: was[key] for key in _ROPE if key in was})
-    warnings = _update(config, was, written, model)
-    _check(config, model, _expected(original, kept, model))
-    return config, warnings
 
 
 def _update(
