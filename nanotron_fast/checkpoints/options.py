@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from nanotron_fast.checkpoints import option_values
+from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.topology import Topology, topology_wanted
@@ -304,7 +305,7 @@ class Options:
     )
     tokenizer: Path | None = _option(
         None,
-        "Take the tokenizer from this directory or Hub id, not from SRC.",
+        "Take the tokenizer from this directory, Hub id or URL, not from SRC.",
         check=_folder,
         metavar="DIR_OR_ID",
     )
@@ -338,7 +339,8 @@ class Options:
     def of(cls, given: Mapping[str, object], among: type = Choices) -> Options:
         """Checks what a caller gives for the options `among`; None stands for the default.
 
-        Raises ConfigError, CheckpointError; TypeError where an option is not among them.
+        Raises ConfigError, CheckpointError; MissingPackageError for a URL that cannot be reached,
+        whatever the other options are; TypeError where an option is not among them.
         """
         known = described(among)
         for name in given:
@@ -346,6 +348,7 @@ class Options:
                 raise TypeError(
                     f"unexpected keyword argument {name!r}: the options are {', '.join(known)}"
                 )
+        require_store(*(value for name, value in given.items() if known[name].check is _folder))
         return cls(
             **{
                 name: known[name].check(spelled(name), value)

@@ -52,6 +52,14 @@ TRANSFORMERS = (
     # Of each family one model, there and back, with its logits and gradients.
     (*ONE_CASE_EACH, "tests/families/test_zoo.py", "tests/models/test_against_transformers.py"),
 )
+TYPER = (
+    *ONE_CASE_EACH,
+    "tests/cli/test_cli.py",
+    "tests/cli/test_usage.py",
+    "tests/cli/test_help.py",
+    "tests/cli/test_flags.py",
+    "tests/cli/test_completion.py",
+)
 
 
 @dataclass(frozen=True)
@@ -87,8 +95,8 @@ TABLE = (
     Line("transformers newest", ("transformers",), TRANSFORMERS),
     Line("numpy 1.26", ("numpy==1.26.4",), (CONVERTER,), needs_below=(3, 13)),
     Line("numpy newest", ("numpy",), (CONVERTER,)),
-    Line("typer 0.16", ("typer==0.16.0",), ((*ONE_CASE_EACH, "tests/cli/test_cli.py"),)),
-    Line("typer newest", ("typer<0.29",), ((*ONE_CASE_EACH, "tests/cli/test_cli.py"),)),
+    Line("typer 0.26", ("typer==0.26.0",), (TYPER,)),
+    Line("typer newest", ("typer<0.29",), (TYPER,)),
 )
 
 
