@@ -76,9 +76,13 @@ class Line:
         return FOLDER / self.name.replace(" ", "-")
 
 
+NUMPY_BEFORE_2_4 = (
+    "numpy==2.2.6; python_version < '3.14'",
+    "numpy==2.3.5; python_version >= '3.14'",
+)
 TABLE = (
     # Its interpreter makes numbers of arrays of one element, which numpy refuses from 2.4 on.
-    Line("triton 3.6", ("triton==3.6.0", "numpy==2.2.6"), KERNELS),
+    Line("triton 3.6", ("triton==3.6.0", *NUMPY_BEFORE_2_4), KERNELS),
     Line("triton 3.7", ("triton==3.7.1",), KERNELS),
     Line("triton 3.8", ("triton==3.8.0",), KERNELS),
     Line("triton 3.9", ("triton==3.9.0",), KERNELS),
