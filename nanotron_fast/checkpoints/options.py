@@ -14,7 +14,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
 
 from nanotron_fast.checkpoints import option_values
-from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.topology import Topology, topology_wanted
@@ -342,6 +341,8 @@ class Options:
         Raises ConfigError, CheckpointError; MissingPackageError for a URL that cannot be reached,
         whatever the other options are; TypeError where an option is not among them.
         """
+        from nanotron_fast.checkpoints.remote.packages import require_store
+
         known = described(among)
         for name in given:
             if name not in known:
