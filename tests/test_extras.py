@@ -32,6 +32,16 @@ COMMANDS: list[tuple[list[str], str, tuple[str, ...]]] = [
     (["convert", "hf://a/b", "b", "--dry-run"], "s3", ("fsspec",)),
     (["verify", "no-such", "s3a://bucket/b"], "s3", EXTRAS["s3"]),
     (["inspect", "s3://bucket/b"], "s3", EXTRAS["s3"]),
+    *(
+        ([*command, *options, "--family", "nonsense"], "s3", EXTRAS["s3"])
+        for command, options in (
+            (["convert", "no-such", "b"], ["--tokenizer", "s3://bucket/a"]),
+            (["convert", "no-such", "b"], ["--like=S3A://bucket/a"]),
+            (["verify", "no-such", "no-such"], ["--like", "s3://bucket/a"]),
+            (["inspect", "no-such"], ["--like", "s3://bucket/a"]),
+        )
+    ),
+    (["convert", "no-such", "b", "--tokenizer", "hf://a/b"], "s3", ("fsspec",)),
 ]
 STATEMENTS: list[tuple[str, str, tuple[str, ...]]] = [
     *(
@@ -45,6 +55,10 @@ STATEMENTS: list[tuple[str, str, tuple[str, ...]]] = [
     ("from nanotron_fast.models import build", "kernels", EXTRAS["kernels"]),
     ("from nanotron_fast.train import Trainer", "train", EXTRAS["kernels"]),
     ("import nanotron_fast as nf; nf.verify('a', 'b', logits=True)", "logits", EXTRAS["logits"]),
+    (
+        "from nanotron_fast.checkpoints.remote.store import Store; Store.at('s3://bucket/a')",
+        *("s3", EXTRAS["s3"]),
+    ),
 ]
 # In children of one process, which starts once: what each says and how it ends.
 RUN = """

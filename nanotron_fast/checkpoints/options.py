@@ -304,7 +304,7 @@ class Options:
     )
     tokenizer: Path | None = _option(
         None,
-        "Take the tokenizer from this directory or Hub id, not from SRC.",
+        "Take the tokenizer from this directory, Hub id or URL, not from SRC.",
         check=_folder,
         metavar="DIR_OR_ID",
     )
@@ -338,14 +338,18 @@ class Options:
     def of(cls, given: Mapping[str, object], among: type = Choices) -> Options:
         """Checks what a caller gives for the options `among`; None stands for the default.
 
-        Raises ConfigError, CheckpointError; TypeError where an option is not among them.
+        Raises ConfigError, CheckpointError; MissingPackageError for a URL that cannot be reached,
+        whatever the other options are; TypeError where an option is not among them.
         """
+        from nanotron_fast.checkpoints.remote.packages import require_store
+
         known = described(among)
         for name in given:
             if name not in known:
                 raise TypeError(
                     f"unexpected keyword argument {name!r}: the options are {', '.join(known)}"
                 )
+        require_store(*(value for name, value in given.items() if known[name].check is _folder))
         return cls(
             **{
                 name: known[name].check(spelled(name), value)

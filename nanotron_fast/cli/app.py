@@ -17,7 +17,7 @@ from nanotron_fast.cli.entry import EXIT_BAD_INPUT
 from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.errors import ConfigError, NanotronFastError, notes_of, one_line
 
-# Typer has a copy of click in some versions, and asks for click itself in others.
+# Of typer's own copy of click, whose name is none that typer promises.
 _UsageError = import_module(typer.BadParameter.__module__).UsageError
 
 CHECKPOINTS, TRAINING, UNDER_NANOTRON, HERE = (

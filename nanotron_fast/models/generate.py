@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.checkpoints.source import read, resolve, resolve_companions
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.extras import require
@@ -143,14 +144,16 @@ def generate(
         path: a folder, or the id of a model on the Hub.
         prompt: text, as the tokenizer takes it: with the special tokens that it adds, and without
             a chat template.
-        tokenizer: a folder or an id; by default the checkpoint's own.
+        tokenizer: a folder, an id or a URL; by default the checkpoint's own.
         group: of tensor parallelism: each rank reads its shards alone.
         device: to compute on.
         dtype: to compute in; by default fp32 on a CPU, and on a GPU what most of the weights have.
 
     Raises:
-        CheckpointError, ConfigError, UnsupportedModelError, TopologyError, OSError.
+        CheckpointError, ConfigError, UnsupportedModelError, TopologyError, OSError;
+        MissingPackageError: what reads tokenizers, or from a store, is not installed.
     """
+    require_store(tokenizer)
     root = resolve(path)
     sampling = sampling or Sampling()
     words = _tokenizer(root, tokenizer)

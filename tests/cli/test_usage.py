@@ -62,6 +62,22 @@ def test_one_line_says_it(words: str, line: str, capsys: pytest.CaptureFixture[s
     assert (ended.value.code, *capsys.readouterr()) == (2, "", f"error: {line}\n")
 
 
+def test_every_command_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    """Some versions of typer hand None to the command instead, with some of click."""
+    asked = 0
+    for name, command in GROUP.commands.items():
+        required = [each for each in command.params if each.required]
+        if not required:
+            continue
+        with pytest.raises(SystemExit) as ended:
+            GROUP.main([name], prog_name="nanotron-fast")
+        out, err = capsys.readouterr()
+        assert (ended.value.code, out) == (2, ""), name
+        assert ": it is missing; usage: nanotron-fast " in err, (name, err)
+        asked += 1
+    assert asked >= 5
+
+
 def test_a_word_of_others_stays_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["con\nver\x1b[1m"], ["inspect", "a", "--b\nc"], ["inspect", "a", "b\nc\x1b[1m"]):
         with pytest.raises(SystemExit) as ended:

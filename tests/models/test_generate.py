@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 
 import nanotron_fast as nf
 from nanotron_fast.cli.commands import app
-from nanotron_fast.errors import ConfigError, TopologyError
+from nanotron_fast.errors import ConfigError, MissingPackageError, TopologyError
 from nanotron_fast.models import build
 from nanotron_fast.models.generate import Sampling, generate, generate_ids
 from tests.families import zoo
@@ -104,6 +105,14 @@ def test_sampling_draws_by_the_probabilities_that_are_left() -> None:
         Sampling(temperature=-1)
     with pytest.raises(ConfigError, match="--top-p 0: it should be above 0"):
         Sampling(temperature=1.0, top_p=0)
+
+
+def test_a_missing_package_is_named_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(MissingPackageError, match=r"needs s3fs, .*'nanotron_fast\[s3\]'"):
+        generate("no-such", "a", tokenizer="s3://bucket/a")
 
 
 def test_what_cannot_be_continued_is_said(tmp_path: Path, golden_hf: Path) -> None:

@@ -14,9 +14,11 @@ import os
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Lock
+
+from tests.side_by_side import Steps, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-pythons"
@@ -26,6 +28,9 @@ PACKAGES = ("huggingface_hub", "pyyaml", "rich", "typer<0.29")
 NUMPY = {"3.10": "numpy==1.26.4"}
 # What builds, and what tests: as everywhere else.
 TOOLS = ("setuptools", "pybind11", "ninja", "pytest", "hypothesis")
+CUDA = os.environ.get("NANOTRON_FAST_CUDA", "0")
+# Builds share the objects of what knows no Python, and what ninja notes of them.
+BUILDING = Lock()
 # A test of the files below that loads into memory, too.
 WITH_TORCH = ("direction_does_not_look_at",)
 # Run by its path: see there. One case of each test.
@@ -84,33 +89,37 @@ def find(version: str) -> Path | None:
     return None
 
 
-def make(version: str, python: Path) -> Path:
+def make(version: str, python: Path, steps: Steps) -> Path | None:
     """Gives the interpreter of a version's environment, with this tree built into it."""
     folder = FOLDER / version
     own = folder / "bin" / "python"
-    pip = [own, "-m", "pip", "install", "-qq"]
-    if not own.exists():
-        subprocess.run([python, "-m", "venv", folder], check=True)
+    if not own.exists() and not steps.passes(python, "-m", "venv", "--without-pip", folder):
+        return None
+    # Of our own pip. --no-compile: most modules of what is installed are never imported.
+    pip = (sys.executable, "-m", "pip", "--python", own)
+    install = (*pip, "install", "-qq", "--no-compile")
     packages = (*PACKAGES, NUMPY.get(version, "numpy"))
-    subprocess.run([*pip, "-c", "constraints.txt", *TOOLS], cwd=ROOT, check=True)
-    subprocess.run([*pip, "--upgrade", *packages], cwd=ROOT, check=True)
     # In place, as `make build` has it, whose objects are those of all that knows no Python.
-    here = ["--no-build-isolation", "--no-deps", "-e", "."]
-    environment = {"NANOTRON_FAST_CUDA": "0", **os.environ}
-    subprocess.run([*pip, *here], cwd=ROOT, env=environment, check=True)
-    subprocess.run([own, "-m", "pip", "check"], check=True, stdout=subprocess.DEVNULL)
-    return own
+    here = ("--no-build-isolation", "--no-deps", "-e", ".")
+    if not (
+        steps.passes(*install, "-c", "constraints.txt", *TOOLS)
+        and steps.passes(*install, "--upgrade", *packages)
+    ):
+        return None
+    with BUILDING:
+        if not steps.passes(*install, *here, NANOTRON_FAST_CUDA=CUDA):
+            return None
+    return own if steps.passes(*pip, "check") else None
 
 
-def passes(version: str, python: Path) -> bool:
+def job(version: str, python: Path) -> Callable[[Steps], bool]:
     """Builds, and runs the tests."""
-    try:
-        own = make(version, python)
-    except subprocess.CalledProcessError as error:
-        print(f"Python {version}: {error}", file=sys.stderr)
-        return False
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    return subprocess.run([own, *RUN, *TESTS], cwd=ROOT, env=environment).returncode == 0
+
+    def passes(steps: Steps) -> bool:
+        own = make(version, python, steps)
+        return own is not None and steps.passes(own, *RUN, *TESTS)
+
+    return passes
 
 
 def main() -> int:
@@ -122,21 +131,19 @@ def main() -> int:
     unknown = set(wanted) - set(VERSIONS)
     if unknown:
         parser.error(f"no such versions: {', '.join(sorted(unknown))}")
-    rows = []
-    for version in wanted:
-        python = find(version)
+    found = {version: find(version) for version in wanted}
+    jobs = {
+        f"Python {version}": job(version, python)
+        for version, python in found.items()
+        if python is not None
+    }
+    verdicts = run(jobs)
+    for each in verdicts:
+        print(f"{each.name:<12} {each.seconds:5.0f} s  {each.word}")
+    for version, python in found.items():
         if python is None:
-            rows.append((version, "is not here", 0.0))
-            continue
-        print(f"== Python {version}", flush=True)
-        start = time.monotonic()
-        verdict = "ok" if passes(version, python) else "FAILED"
-        rows.append((version, verdict, time.monotonic() - start))
-    print()
-    for version, verdict, seconds in rows:
-        print(f"Python {version:<6} {seconds:5.0f} s  {verdict}")
-    failures = sum(verdict == "FAILED" for _, verdict, _ in rows)
-    return 1 if failures else 0
+            print(f"Python {version} is not here")
+    return 1 if any(each.word == "FAILED" for each in verdicts) else 0
 
 
 if __name__ == "__main__":

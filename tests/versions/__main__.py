@@ -10,13 +10,13 @@ fails.
 from __future__ import annotations
 
 import argparse
-import os
 import site
-import subprocess
 import sys
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.side_by_side import Steps, run
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-versions"
@@ -52,6 +52,14 @@ TRANSFORMERS = (
     # Of each family one model, there and back, with its logits and gradients.
     (*ONE_CASE_EACH, "tests/families/test_zoo.py", "tests/models/test_against_transformers.py"),
 )
+TYPER = (
+    *ONE_CASE_EACH,
+    "tests/cli/test_cli.py",
+    "tests/cli/test_usage.py",
+    "tests/cli/test_help.py",
+    "tests/cli/test_flags.py",
+    "tests/cli/test_completion.py",
+)
 
 
 @dataclass(frozen=True)
@@ -68,9 +76,13 @@ class Line:
         return FOLDER / self.name.replace(" ", "-")
 
 
+NUMPY_BEFORE_2_4 = (
+    "numpy==2.2.6; python_version < '3.14'",
+    "numpy==2.3.5; python_version >= '3.14'",
+)
 TABLE = (
     # Its interpreter makes numbers of arrays of one element, which numpy refuses from 2.4 on.
-    Line("triton 3.6", ("triton==3.6.0", "numpy==2.2.6"), KERNELS),
+    Line("triton 3.6", ("triton==3.6.0", *NUMPY_BEFORE_2_4), KERNELS),
     Line("triton 3.7", ("triton==3.7.1",), KERNELS),
     Line("triton 3.8", ("triton==3.8.0",), KERNELS),
     Line("triton 3.9", ("triton==3.9.0",), KERNELS),
@@ -87,40 +99,39 @@ TABLE = (
     Line("transformers newest", ("transformers",), TRANSFORMERS),
     Line("numpy 1.26", ("numpy==1.26.4",), (CONVERTER,), needs_below=(3, 13)),
     Line("numpy newest", ("numpy",), (CONVERTER,)),
-    Line("typer 0.16", ("typer==0.16.0",), ((*ONE_CASE_EACH, "tests/cli/test_cli.py"),)),
-    Line("typer newest", ("typer<0.29",), ((*ONE_CASE_EACH, "tests/cli/test_cli.py"),)),
+    Line("typer 0.26", ("typer==0.26.0",), (TYPER,)),
+    Line("typer newest", ("typer<0.29",), (TYPER,)),
 )
 
 
-def make(line: Line) -> Path:
+def make(line: Line, steps: Steps) -> Path | None:
     """Gives the interpreter of a line's environment, with its packages installed."""
     python = line.folder / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", line.folder], check=True)
+    venv = (sys.executable, "-m", "venv", "--without-pip", line.folder)
+    if not python.exists() and not steps.passes(*venv):
+        return None
     own = next(line.folder.glob("lib/python3*/site-packages"))
     # Behind the environment's own packages, which come first in what modules are looked for in.
     shared = "; ".join(f"site.addsitedir({folder!r})" for folder in site.getsitepackages())
     (own / "development.pth").write_text(f"import site; {shared}\n")
     # --no-deps: the rest is there, and what must differ too is named. --no-compile: a few modules
     # of thousands are imported.
-    options = ["-qq", "--no-deps", "--no-compile", "--ignore-installed", "--upgrade"]
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", *options]
-    subprocess.run([*pip, *line.packages], check=True)
-    return python
+    options = ("-qq", "--no-deps", "--no-compile", "--ignore-installed", "--upgrade")
+    pip = (sys.executable, "-m", "pip", "--python", python, "install", *options)
+    return python if steps.passes(*pip, *line.packages) else None
 
 
-def passes(line: Line) -> bool:
+def job(line: Line) -> Callable[[Steps], bool]:
     """Sets a line's environment up and runs its tests, all of them whatever fails."""
-    try:
-        python = make(line)
-    except subprocess.CalledProcessError as error:
-        print(f"{line.name}: {error}", file=sys.stderr)
-        return False
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    codes = [
-        subprocess.run([python, *run], cwd=ROOT, env=environment).returncode for run in line.runs
-    ]
-    return not any(codes)
+
+    def passes(steps: Steps) -> bool:
+        python = make(line, steps)
+        if python is None:
+            return False
+        passed = [steps.passes(python, *each) for each in line.runs]
+        return all(passed)
+
+    return passes
 
 
 def main() -> int:
@@ -130,22 +141,22 @@ def main() -> int:
     unknown = set(names) - {line.name for line in TABLE}
     if unknown:
         parser.error(f"no such lines: {', '.join(sorted(unknown))}")
-    rows = []
-    for line in TABLE:
-        if names and line.name not in names:
-            continue
-        if line.needs_below is not None and sys.version_info >= line.needs_below:
-            rows.append((line, "skipped: no wheel for this Python", 0.0))
-            continue
-        print(f"== {line.name}", flush=True)
-        start = time.monotonic()
-        verdict = "ok" if passes(line) else "FAILED"
-        rows.append((line, verdict, time.monotonic() - start))
-    print()
-    for line, verdict, seconds in rows:
-        print(f"{line.name:<20} {' '.join(line.packages[:3]):<70} {seconds:5.0f} s  {verdict}")
-    failures = sum(verdict == "FAILED" for _, verdict, _ in rows)
-    print(f"{len(rows)} sets of versions, {failures} failures")
+    lines = {line.name: line for line in TABLE if not names or line.name in names}
+    left_out = [
+        line
+        for line in lines.values()
+        if line.needs_below is not None and sys.version_info >= line.needs_below
+    ]
+    # The longest first, so that none begins when the others have nothing left.
+    order = sorted(lines.values(), key=lambda line: line.runs != TRANSFORMERS)
+    verdicts = run({line.name: job(line) for line in order if line not in left_out})
+    for each in verdicts:
+        packages = " ".join(lines[each.name].packages[:3])
+        print(f"{each.name:<20} {packages:<70} {each.seconds:5.0f} s  {each.word}")
+    for line in left_out:
+        print(f"{line.name:<20} skipped: no wheel for this Python")
+    failures = sum(each.word == "FAILED" for each in verdicts)
+    print(f"{len(lines)} sets of versions, {failures} failures")
     return 1 if failures else 0
 
 

@@ -20,7 +20,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from nanotron_fast.checkpoints.remote.packages import package_for
+from nanotron_fast.checkpoints.remote.packages import package_for, require_store
 from nanotron_fast.checkpoints.remote.refusal import is_refusal
 from nanotron_fast.checkpoints.remote.urls import split, without_password
 from nanotron_fast.errors import CheckpointError, ConfigError, MissingPackageError
@@ -105,6 +105,7 @@ class Store:
         """Raises MissingPackageError, ConfigError for a URL that cannot be; OSError."""
         protocol, path = split(url)
         shown = without_password(url)
+        require_store(url)
         try:
             from fsspec.core import url_to_fs
 

@@ -24,6 +24,8 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     require("train", "a tokenizer", ["transformers"])
     from transformers import AutoTokenizer
 
+    if "://" in str(name):
+        raise DataError(f"tokenizer {name}: it is read from a folder or the Hub, not from a URL")
     if _is_path(str(name)) and not Path(name).is_dir():
         there = "it is no folder" if Path(name).exists() else "there is no such folder"
         raise DataError(f"tokenizer {name}: {there}")

@@ -375,6 +375,8 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_tokenizers_that_are_not_there_or_too_large(tmp_path: Path, tokenizer: Any) -> None:
     with pytest.raises(DataError, match="nothing: there is no such folder"):
         load_tokenizer(tmp_path / "nothing")
+    with pytest.raises(DataError, match="s3://bucket/a: it is read from a folder or the Hub, not"):
+        load_tokenizer("s3://bucket/a")
     with pytest.raises(DataError, match="it cannot be loaded"):
         load_tokenizer(tmp_path)
     size = len(tokenizer)
