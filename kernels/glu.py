@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2

@@ -21,7 +21,8 @@ from nanotron_fast.kernels.attention.configs import INTERPRETED
 from nanotron_fast.kernels.attention.kernels.dkv import dkv_kernel
 from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
 from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
-from nanotron_fast.kernels.runtime.backend import is_interpreting, on_grid
+from nanotron_fast.kernels.runtime.backend import is_interpreting
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
@@ -147,7 +148,7 @@ def _launch(
             if tuned is not None:  # none where launches are compiled alone
                 _blocks[key] = tuned.all_kwargs()
         else:
-            on_grid(kernel.fn, grid)(*arguments, **constants, **blocks)
+            on_grid(kernel.fn, grid(blocks))(*arguments, **constants, **blocks)
 
 
 @operator("nanotron_fast::attention_forward")

@@ -21,7 +21,8 @@ from nanotron_fast.kernels.cross_entropy.kernels import (
     gradient_kernel,
     statistics_kernel,
 )
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div
 

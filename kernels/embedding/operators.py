@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.embedding.kernels import gather_kernel, join_kernel, sum_kernel
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 

@@ -26,7 +26,7 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     takes_reference,
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator
 
 _BLOCK = 2048

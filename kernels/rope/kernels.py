@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 # Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.

@@ -1,4 +1,4 @@
-"""Every launch goes through `backend.on_grid`, and so has the options that all launches share."""
+"""Every launch goes through `launch.on_grid`, and so has the options that all launches share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # What launches or compiles a kernel, as a method of it with a grid.
@@ -54,7 +54,7 @@ def bypasses(source: str) -> list[str]:
 )
 def test_no_launch_bypasses_on_grid(path: Path) -> None:
     found = bypasses(path.read_text())
-    if path.stem == "backend":
+    if path.stem == "launch":
         calls = {line.partition(": ")[2] for line in found}
         assert calls == {"kernel[grid]", "kernel.warmup"}
     else:
