@@ -39,29 +39,25 @@ __all__ = [
 
 
 class _RopeQkv(torch.autograd.Function):
+    """`heads`: num_q_heads, num_kv_heads, head_dim."""
+
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids, interleaved):
-        named = {
-            "num_q_heads": num_q_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "interleaved": interleaved,
-        }
+    def forward(ctx, qkv, cos, sin, position_ids, heads, interleaved):
         ctx.save_for_backward(cos, sin, position_ids)
-        ctx.named = named
+        ctx.heads, ctx.interleaved = heads, interleaved
         ctx.set_materialize_grads(False)
-        return operators.forward(qkv, cos, sin, position_ids=position_ids, **named)
+        return operators.forward(qkv, cos, sin, *heads, position_ids, interleaved)
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin, position_ids = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            return (None,) * 8
-        dq, dk, dv = (
+            return (None,) * 6
+        grads = [
             grad if grad is None or grad.stride(-1) == 1 else grad.contiguous() for grad in grads
-        )
-        dqkv = operators.backward(dq, dk, dv, cos, sin, position_ids=position_ids, **ctx.named)
-        return dqkv, *(None,) * 7
+        ]
+        dqkv = operators.backward(*grads, cos, sin, *ctx.heads, position_ids, ctx.interleaved)
+        return dqkv, None, None, None, None, None
 
 
 def check_arguments(
@@ -142,16 +138,8 @@ def rope_qkv(
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     if position_ids is not None:
         position_ids = position_ids.contiguous()
-    return _RopeQkv.apply(
-        qkv,
-        cos.contiguous(),
-        sin.contiguous(),
-        num_q_heads,
-        num_kv_heads,
-        head_dim,
-        position_ids,
-        interleaved,
-    )
+    sizes = (num_q_heads, num_kv_heads, head_dim)
+    return _RopeQkv.apply(qkv, cos.contiguous(), sin.contiguous(), position_ids, sizes, interleaved)
 
 
 def _turn_in_place(
