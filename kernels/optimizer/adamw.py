@@ -38,7 +38,7 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.launch import on_grid
-from nanotron_fast.kernels.runtime.operators import on_device, operator
+from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 _BLOCK = 1024
@@ -336,7 +336,7 @@ def adamw_step_(
     if plan is not None and plan.singles is not None:
         with on_device(plan.device_index):
             _launch(plan.bundles, plan.singles, lr_tensor, grad_scale, found_inf, **numbers)
-        plan.tell_autograd(params, exp_avgs, exp_avg_sqs, copies, steps)
+        tell_autograd([*params, *exp_avgs, *exp_avg_sqs, *copies, *steps])
         return
     tensors = [tensor for tensors in lists.values() for tensor in tensors]
     if takes_reference(tensors):
