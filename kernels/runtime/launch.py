@@ -167,10 +167,14 @@ def _kind(
 ) -> tuple[Any, ...]:
     """All that Triton's choice of a binary depends on, and more: whole numbers as they are.
 
-    It is made of few steps, each of which is one of C's: this is most of what a launch costs.
+    It is made of few steps, each of which is one of C's: this is most of what a launch costs. A
+    kernel goes by its function, whose hash takes no time. Empty where an argument is neither a
+    tensor nor a number: such a launch is none of a kind.
     """
     types = tuple(map(type, arguments))
-    are_tensors, are_numbers = _selected(types)
+    are_tensors, are_numbers, are_known = _selected(types)
+    if not are_known:
+        return ()
     tensors = [*compress(arguments, are_tensors)]
     return (
         kernel.fn,
@@ -185,11 +189,12 @@ def _kind(
 
 
 @lru_cache(maxsize=1024)
-def _selected(types: tuple[type, ...]) -> tuple[list[bool], list[bool]]:
-    """Which arguments are tensors, and which have values that Triton looks at."""
+def _selected(types: tuple[type, ...]) -> tuple[list[bool], list[bool], bool]:
+    """Which arguments are tensors, which are whole numbers, and whether nothing else is there."""
     are_tensors = [issubclass(each, Tensor) for each in types]
-    are_plain = [each in (float, bool, type(None)) for each in types]
-    return are_tensors, [not (a or b) for a, b in zip(are_tensors, are_plain, strict=True)]
+    are_numbers = [each is int for each in types]
+    plain = (int, float, bool, type(None))
+    return are_tensors, are_numbers, all(issubclass(each, (Tensor, *plain)) for each in types)
 
 
 def _binary_of(
@@ -206,11 +211,12 @@ def _binary_of(
     """
     made = kernel[grid](*arguments, **constants, **_OPTIONS)
     rest = kernel.params[len(arguments) :]
-    if made is None or not all(parameter.is_constexpr for parameter in rest):
+    kind = _kind(kernel, device, arguments, constants)
+    if made is None or not kind or not all(parameter.is_constexpr for parameter in rest):
         return None
     tail = tuple(constants.get(parameter.name, parameter.default) for parameter in rest)
     if len(_binaries) >= _MOST:
         _binaries.clear()
     binary = _Binary(made.run, made.function, made.packed_metadata, tail)
-    _binaries[_kind(kernel, device, arguments, constants)] = binary
+    _binaries[kind] = binary
     return binary

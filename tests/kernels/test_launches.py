@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,8 @@ def test_a_launch_asks_for_fused_products() -> None:
 
 def test_launches_are_found_at_all() -> None:
     launches = sum(
-        isinstance(node, ast.Call) and ast.unparse(node.func).startswith("on_grid(")
+        isinstance(node, ast.Call)
+        and re.match(r"on_grid\(|.*\.launch$", ast.unparse(node.func)) is not None
         for path in KERNELS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
     )

@@ -24,6 +24,10 @@ def _sum(x_ptr, y_ptr, stride, size, scale, N: tl.constexpr, OTHER: tl.constexpr
     pass
 
 
+def _product(x_ptr, y_ptr, stride, size, scale, N: tl.constexpr, OTHER: tl.constexpr = 7):
+    pass
+
+
 class Stub:
     """A GPU on which launches are noted: the binary's kind by Triton, and what it is given."""
 
@@ -125,15 +129,24 @@ def test_it_is_what_triton_launches(stub: Stub) -> None:
 
 def test_triton_is_asked_once_for_a_kind(stub: Stub, asked) -> None:
     kernel, x = JITFunction(_sum), torch.zeros(64)
-    for stride, scale in ((32, 1.0), (48, 2.5), (160, -1.0)):
-        launch.on_grid(kernel, (stride,))(x, x, stride, 5, scale, N=2)
+    for programs, scale in ((2, 1.0), (3, 2.5), (4, -1.0)):
+        launch.on_grid(kernel, (programs,))(x, x, 32, 5, scale, N=2)
     assert asked() == 1
-    assert [launched[2] for launched in stub.launched] == [(32, 1, 1), (48, 1, 1), (160, 1, 1)]
+    assert [launched[2] for launched in stub.launched] == [(2, 1, 1), (3, 1, 1), (4, 1, 1)]
     assert [launched[-1][2:] for launched in stub.launched] == [
         (32, 5, 1.0, 2, 7),
-        (48, 5, 2.5, 2, 7),
-        (160, 5, -1.0, 2, 7),
+        (32, 5, 2.5, 2, 7),
+        (32, 5, -1.0, 2, 7),
     ]
+
+
+def test_as_many_kinds_are_kept_as_a_step_needs(stub: Stub, monkeypatch) -> None:
+    monkeypatch.setattr(launch, "_MOST", 3)
+    kernel, x = JITFunction(_sum), torch.zeros(64)
+    for stride in range(20):
+        launch.on_grid(kernel, (1,))(x, x, stride, 5, 1.0, N=2)
+        assert len(launch._binaries) <= 3
+    assert [launched[-1][2] for launched in stub.launched] == [*range(20)]
 
 
 def test_a_device_has_its_own_binary_and_stream(stub: Stub) -> None:
@@ -175,6 +188,42 @@ def test_a_number_by_name_is_never_remembered(stub: Stub, asked) -> None:
         launch.on_grid(kernel, (1,))(x, x, 1, 5, scale=scale, N=2)
     assert asked() == 2
     assert [launched[-1][4] for launched in stub.launched] == [1.0, 2.0]
+
+
+def test_a_tuple_is_never_remembered(stub: Stub, asked) -> None:
+    kernel, x = JITFunction(_sum), torch.zeros(64)
+    for _ in range(2):
+        launch.on_grid(kernel, (1,))(x, x, (2, x), 5, 1.0, N=2)
+    assert asked() == 2
+    assert len(stub.launched) == 2
+
+
+def _prepared(scale: float) -> launch.Prepared:
+    return launch.Prepared((3,), (32, 5, scale), N=2)
+
+
+def test_a_prepared_launch_is_what_triton_launches(stub: Stub) -> None:
+    kernel, other = JITFunction(_sum), JITFunction(_product)
+    prepared = _prepared(0.5)
+    for each in (kernel, other):
+        for x in VALUES["x"] * 2:
+            for y in VALUES["y"]:
+                prepared.launch(each, x, y)
+                each[(3,)](x, y, 32, 5, 0.5, N=2, enable_fp_fusion=True)
+                ours, tritons = stub.launched[-2:]
+                assert ours[:-1] == tritons[:-1]
+                assert all(a is b or a == b for a, b in zip(ours[-1], tritons[-1], strict=True))
+    assert len(prepared._binaries) == 2 * 2 * 5
+
+
+def test_a_prepared_launch_asks_triton_once(stub: Stub, asked) -> None:
+    kernel, prepared = JITFunction(_sum), _prepared(0.5)
+    for _ in range(3):
+        prepared.launch(kernel, torch.zeros(64), torch.zeros(64))
+    assert asked() == 1
+    assert [each[2] for each in stub.launched] == [(3, 1, 1)] * 3
+    launch.Prepared((2, 0), (32, 5, 1.0), N=2).launch(kernel, torch.zeros(64), torch.zeros(64))
+    assert len(stub.launched) == 3
 
 
 def test_what_only_compiles_is_not_launched_later(stub: Stub, asked, monkeypatch) -> None:
