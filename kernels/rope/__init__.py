@@ -129,17 +129,23 @@ def rope_qkv(
     Raises:
         ValueError: shapes or dtypes do not fit, or a position is outside the tables.
     """
-    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    check_arguments("rope_qkv", qkv.shape, cos, sin, position_ids=position_ids, **heads)
+    check_arguments(
+        "rope_qkv",
+        qkv.shape,
+        cos,
+        sin,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        position_ids=position_ids,
+    )
+    heads = (num_q_heads, num_kv_heads, head_dim)
     if not uses_triton(qkv) or qkv.dtype == torch.float64 or cos.dtype == torch.float64:
-        return rope_qkv_reference(
-            qkv, cos, sin, **heads, position_ids=position_ids, interleaved=interleaved
-        )
+        return rope_qkv_reference(qkv, cos, sin, *heads, position_ids, interleaved)
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     if position_ids is not None:
         position_ids = position_ids.contiguous()
-    sizes = (num_q_heads, num_kv_heads, head_dim)
-    return _RopeQkv.apply(qkv, cos.contiguous(), sin.contiguous(), position_ids, sizes, interleaved)
+    return _RopeQkv.apply(qkv, cos.contiguous(), sin.contiguous(), position_ids, heads, interleaved)
 
 
 def _turn_in_place(

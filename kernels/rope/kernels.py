@@ -156,7 +156,9 @@ def _prepared(
     table_shape: torch.Size,
     sources: tuple[tuple[int, ...] | None, ...],
     destinations: tuple[int, int],
-    **constants: bool,
+    inverse: bool,
+    interleaved: bool,
+    in_place: bool,
 ) -> Prepared:
     """The launch for strides of q, k and v, and those of tokens in q's and k's destinations."""
     num_tokens, num_q_heads, head_dim = q_shape
@@ -178,7 +180,9 @@ def _prepared(
             num_q_heads,
             num_kv_heads,
         ),
-        **constants,
+        INVERSE=inverse,
+        INTERLEAVED=interleaved,
+        IN_PLACE=in_place,
         STRIDE_UNIT=unit,
         HEAD_DIM=head_dim,
         HALF=half,
@@ -215,8 +219,8 @@ def launch(
         cos.shape,
         tuple([None if source is None else source.stride() for source in sources]),
         (q.stride(0), k.stride(0)),
-        INVERSE=inverse,
-        INTERLEAVED=interleaved,
-        IN_PLACE=in_place,
+        inverse,
+        interleaved,
+        in_place,
     )
     prepared.launch(_rope_kernel, *sources, *destinations, cos, sin, position_ids)
