@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -328,7 +329,7 @@ def adamw_step_(
     if plan is not None and plan.singles is not None:
         with on_device(plan.device_index):
             _launch(plan.bundles, plan.singles, scalars, numbers)
-        tell_autograd([*params, *exp_avgs, *exp_avg_sqs, *copies, *steps])
+        tell_autograd(chain(params, exp_avgs, exp_avg_sqs, copies, steps))
         return
     tensors = [tensor for tensors in lists.values() for tensor in tensors]
     if takes_reference(tensors):
