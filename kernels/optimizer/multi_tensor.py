@@ -22,9 +22,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 from itertools import chain
-from operator import or_
 from typing import NamedTuple
 
 import torch
@@ -109,9 +108,15 @@ def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> i
     return vector if fits and numel % vector == 0 else 1
 
 
-def are_aligned(addresses: Sequence[Sequence[int]]) -> bool:
-    """Whether all tensors allow the widest access: then groups do not depend on addresses."""
-    return not reduce(or_, chain(*addresses), 0) % _ACCESS_BYTES
+def table_of(addresses: Sequence[Sequence[int]]) -> Tensor:
+    """(lists, tensors) int64, on the CPU."""
+    table = torch.frombuffer(array("q", chain(*addresses)), dtype=torch.int64)
+    return table.view(len(addresses), -1)
+
+
+def are_aligned(table: Tensor) -> bool:
+    """Whether all addresses allow the widest access: then groups do not depend on them."""
+    return not bool((table % _ACCESS_BYTES).any())
 
 
 def grouped(
@@ -134,21 +139,20 @@ def grouped(
 
 
 def bundles_at(
-    addresses: Sequence[Sequence[int]],
+    table: Tensor,
     groups: Sequence[Group],
     segment: int,
     device: torch.device,
     stream: int,
 ) -> tuple[Bundle, ...]:
-    """What the launches take, for tensors that start at these addresses."""
+    """What the launches take, for tensors that start where the table of all lists says."""
     if is_interpreting() and device.type != "cpu":
         raise RuntimeError(f"Triton's interpreter cannot follow addresses on {device}")
     bundles = []
     for dtypes, vector, places, numels in groups:
         segment_tensors, extents = _layout(numels, places, segment, device, stream)
-        is_whole = len(places) == len(addresses[0])
-        columns = addresses if is_whole else [[column[at] for at in places] for column in addresses]
-        table = torch.frombuffer(array("q", chain(*columns)), dtype=torch.int64)
+        is_whole = len(places) == table.shape[1]
+        own = table if is_whole else table[:, list(places)]
         bundles.append(
             Bundle(
                 dtypes=dtypes,
@@ -157,7 +161,7 @@ def bundles_at(
                 num_segments=segment_tensors.numel(),
                 segment_tensors=segment_tensors,
                 extents=extents,
-                addresses=_to_device(table.view(len(addresses), -1), device),
+                addresses=_to_device(own, device),
             )
         )
     return tuple(bundles)
@@ -173,7 +177,7 @@ def _bundles(
     stream: int,
 ) -> tuple[Bundle, ...]:
     groups = grouped(addresses, dtypes, numels)
-    return bundles_at(addresses, groups, segment, device, stream)
+    return bundles_at(table_of(addresses), groups, segment, device, stream)
 
 
 @lru_cache(maxsize=_NUM_REMEMBERED)

@@ -161,12 +161,12 @@ class _Look:
         if not self.is_served:
             return Plan(False, (), None, index)
         of_lists, singles = addresses[:-1], addresses[-1]
-        groups = self.groups
-        if not multi_tensor.are_aligned(of_lists):
+        table, groups = multi_tensor.table_of(of_lists), self.groups
+        if not multi_tensor.are_aligned(table):
             groups = _groups(self.columns[:-1], of_lists)
         return Plan(
             True,
-            multi_tensor.bundles_at(of_lists, groups, segment, self.device, stream),
+            multi_tensor.bundles_at(table, groups, segment, self.device, stream),
             multi_tensor.addresses_at(singles, self.device, stream) if self.has_singles else None,
             index,
         )
