@@ -20,15 +20,17 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
-from nanotron_fast.kernels.runtime.rows import as_rows
+from nanotron_fast.kernels.runtime.rows import empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
@@ -158,27 +160,28 @@ def _backward_kernel(
 
 
 @lru_cache(maxsize=4096)
-def _launch_shape(num_rows: int, num_cols: int) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the block's constants. Short rows share a block."""
+def _prepared(shape: torch.Size, strides: tuple[int, ...], **constants: Any) -> Prepared:
+    """The launch for h of a shape, with strides of rows. Short rows share a block."""
+    num_rows, num_cols = math.prod(shape[:-1]), shape[-1]
     cols = min(next_power_of_2(num_cols), _MAX_COLS)
     rows = max(1, min(16, _MAX_COLS // cols))
-    grid = (ceil_div(num_rows, rows) * ceil_div(num_cols, cols),)
-    return grid, {"ROWS": rows, "COLS": cols, "num_warps": _NUM_WARPS}
+    return Prepared(
+        (ceil_div(num_rows, rows) * ceil_div(num_cols, cols),),
+        (*strides, num_rows, num_cols),
+        **constants,
+        ROWS=rows,
+        COLS=cols,
+        num_warps=_NUM_WARPS,
+    )
 
 
 @operator("nanotron_fast::glu_forward")
 def _forward(gate_up: Tensor, activation: str) -> Tensor:
     """h (..., inter) from gate_up (..., 2 * inter)."""
     *shape, both = gate_up.shape
-    inter = both // 2
-    h = gate_up.new_empty((*shape, inter))
-    rows = as_rows(gate_up)
-    num_rows = rows.shape[0]
-    if num_rows and inter:
-        grid, block = _launch_shape(num_rows, inter)
-        on_grid(_forward_kernel, grid)(
-            rows, h, rows.stride(0), num_rows, inter, ACTIVATION=activation, **block
-        )
+    h = gate_up.new_empty((*shape, both // 2))
+    gate_up, stride = with_stride(gate_up)
+    _prepared(h.shape, (stride,), ACTIVATION=activation).launch(_forward_kernel, gate_up, h)
     return h
 
 
@@ -192,25 +195,12 @@ def _backward(
     dy: Tensor, gate_up: Tensor, activation: str, with_output: bool
 ) -> tuple[Tensor, Tensor]:
     """d_gate_up (..., 2 * inter) and h (..., inter), which is empty where it is not asked for."""
-    d_gate_up = gate_up.new_empty(gate_up.shape)
+    d_gate_up = empty_rows(gate_up)
     h = gate_up.new_empty(dy.shape if with_output else (0,))
-    dy, gate_up = as_rows(dy), as_rows(gate_up)
-    num_rows, inter = dy.shape
-    if num_rows and inter:
-        grid, block = _launch_shape(num_rows, inter)
-        on_grid(_backward_kernel, grid)(
-            dy,
-            gate_up,
-            d_gate_up,
-            h if with_output else None,
-            dy.stride(0),
-            gate_up.stride(0),
-            num_rows,
-            inter,
-            HAS_H=with_output,
-            ACTIVATION=activation,
-            **block,
-        )
+    shape = dy.shape
+    (dy, dy_stride), (gate_up, stride) = with_stride(dy), with_stride(gate_up)
+    prepared = _prepared(shape, (dy_stride, stride), HAS_H=with_output, ACTIVATION=activation)
+    prepared.launch(_backward_kernel, dy, gate_up, d_gate_up, h if with_output else None)
     return d_gate_up, h
 
 

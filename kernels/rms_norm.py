@@ -17,7 +17,7 @@ Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 import triton
@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
-from nanotron_fast.kernels.runtime.rows import as_rows
+from nanotron_fast.kernels.runtime.rows import as_rows, empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 # A row lies in one block: past this, registers spill and the reference is used.
@@ -185,45 +186,48 @@ def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.
     return max(1, min(_MAX_STAGES, copies + 1))
 
 
+@lru_cache(maxsize=4096)
+def _prepared_forward(
+    shape: torch.Size, strides: tuple[int, int], eps: float, **constants: bool
+) -> Prepared:
+    """The launch for x of a shape, with strides of the rows of x and the residual."""
+    num_rows, hidden = math.prod(shape[:-1]), shape[-1]
+    rows, cols, num_warps = _block(hidden)
+    return Prepared(
+        (ceil_div(num_rows, rows),),
+        (*strides, num_rows, hidden, eps),
+        **constants,
+        ROWS=rows,
+        COLS=cols,
+        num_warps=num_warps,
+    )
+
+
 @operator("nanotron_fast::rms_norm_forward")
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y and h (..., hidden) in x's dtype (h is empty without a residual), rstd (rows,) fp32."""
-    y = x.new_empty(x.shape)
-    h = x.new_empty(x.shape if residual is not None else 0)
-    x = as_rows(x)
-    residual = None if residual is None else as_rows(residual)
-    num_rows, hidden = x.shape
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device)
-    rows, cols, num_warps = _block(hidden)
-    if num_rows:
-        on_grid(_forward_kernel, (ceil_div(num_rows, rows),))(
-            x,
-            residual,
-            weight,
-            y,
-            h,
-            rstd,
-            x.stride(0),
-            residual.stride(0) if residual is not None else 0,
-            num_rows,
-            hidden,
-            eps,
-            HAS_RESIDUAL=residual is not None,
-            ZERO_CENTERED=zero_centered,
-            ROWS=rows,
-            COLS=cols,
-            num_warps=num_warps,
-        )
-    return y, h, rstd
+) -> list[Tensor]:
+    """y and, with a residual, h (..., hidden) in x's dtype; and rstd (rows,) fp32."""
+    shape, y = x.shape, empty_rows(x)
+    h = None if residual is None else empty_rows(x)
+    rstd = x.new_empty(math.prod(shape[:-1]), dtype=torch.float32)
+    x, x_stride = with_stride(x)
+    residual, residual_stride = (None, 0) if residual is None else with_stride(residual)
+    prepared = _prepared_forward(
+        shape,
+        (x_stride, residual_stride),
+        eps,
+        HAS_RESIDUAL=h is not None,
+        ZERO_CENTERED=zero_centered,
+    )
+    prepared.launch(_forward_kernel, x, residual, weight, y, h, rstd)
+    return [y, rstd] if h is None else [y, h, rstd]
 
 
 @_forward.register_fake
 def _(x, residual, weight, eps, zero_centered):
-    y = x.new_empty(x.shape)
-    h = torch.empty_like(y) if residual is not None else x.new_empty(0)
-    return y, h, x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)
+    outs = [x.new_empty(x.shape) for each in (x, residual) if each is not None]
+    return [*outs, x.new_empty(math.prod(x.shape[:-1]), dtype=torch.float32)]
 
 
 @operator("nanotron_fast::rms_norm_backward")
@@ -278,11 +282,11 @@ def _(dy, dh_out, h, weight, rstd, zero_centered):
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, residual, weight, eps, zero_centered):
-        y, h, rstd = _forward(x, residual, weight, eps, zero_centered)
-        ctx.save_for_backward(x if residual is None else h, weight, rstd)
+        y, *h, rstd = _forward(x, residual, weight, eps, zero_centered)
+        ctx.save_for_backward(*(h or (x,)), weight, rstd)
         ctx.zero_centered = zero_centered
         ctx.set_materialize_grads(False)
-        return y if residual is None else (y, h)
+        return (y, *h) if h else y
 
     @staticmethod
     def backward(ctx, dy, dh_out=None):

@@ -28,7 +28,7 @@ from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.formats.huggingface.checkpoint import layout_shards
 from nanotron_fast.formats.nanotron import classes
 from nanotron_fast.formats.nanotron.classes import LLAMA_CONFIG, base
-from nanotron_fast.kernels.runtime import backend
+from nanotron_fast.kernels.runtime import launch
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.patch.nanotron import registry, replacements, targets
 from tests.kernels import operations
@@ -116,7 +116,7 @@ def test_the_environment_chooses_the_path(
     operation: ModuleType, triton_path: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launched = []
-    real = backend.on_grid
+    real = launch.on_grid
 
     def on_grid(kernel: Any, grid: Any) -> Any:
         launched.append(kernel)

@@ -8,8 +8,9 @@ does in torch beside its launches is in it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.glu import glu
 from nanotron_fast.kernels.optimizer import accumulate_, adamw_step_, clip_grad_norm_
 from nanotron_fast.kernels.optimizer.grad_norm import get_total_norm
+from nanotron_fast.kernels.optimizer.plan import NUM_PLANS
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope import rope_qkv, rope_tables
 from nanotron_fast.kernels.rope.apart import rope_apart
@@ -190,13 +192,13 @@ def lists() -> dict[str, Callable[[], object]]:
     copies, grads, step = made(BF16), made(BF16), torch.zeros(())
     norm = {"lr": 1e-3, "copies": copies}
 
-    def fresh() -> Sequence[Tensor]:
-        return [torch.empty(64, dtype=BF16) for _ in range(NUM_TENSORS)]
+    # More lists than addresses are remembered of: each call meets tensors that are new to it.
+    fresh = cycle([made(BF16) for _ in range(2 * NUM_PLANS)])
 
     return {
         "accumulate_": lambda: accumulate_(mains, grads),
         "get_total_norm": lambda: get_total_norm(mains),
         "clip_grad_norm_": lambda: clip_grad_norm_(mains, 1.0),
         "adamw_step_": lambda: adamw_step_(params, mains, averages, squares, step, **norm),
-        "accumulate_ of new gradients": lambda: accumulate_(mains, fresh()),
+        "accumulate_ of new gradients": lambda: accumulate_(mains, next(fresh)),
     }

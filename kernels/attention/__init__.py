@@ -183,6 +183,48 @@ def _checked(
     }
 
 
+# What calls of a kind have come to: the implementation, and the options with their defaults.
+_settled: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+_MOST_SETTLED = 4096
+
+
+def _settle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor | None,
+    *,
+    is_training: bool,
+    wants_lse: bool,
+    backend: str,
+    **options: Any,
+) -> tuple[str, dict[str, Any]]:
+    """The implementation that a call gets, and the options as it takes them; see _checked()."""
+
+    def settled() -> tuple[str, dict[str, Any]]:
+        checked = _checked(q, k, v, cu_seqlens=cu_seqlens, **options)
+        named = {"is_training": is_training, "wants_lse": wants_lse, "backend": backend}
+        name = _name(q, k, checked, **named)
+        del checked["cu_seqlens"]
+        return name, checked
+
+    if torch.compiler.is_compiling():  # sizes may be symbols
+        return settled()
+    key = (
+        *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device),
+        None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype),
+        *options.values(),
+        *(is_training, wants_lse, backend, requested_backend()),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    found = _settled.get(key)
+    if found is None:
+        if len(_settled) >= _MOST_SETTLED:
+            _settled.clear()
+        found = _settled[key] = settled()
+    return found
+
+
 def _lengths(q: Tensor, k: Tensor) -> str:
     if q.shape[-3] == k.shape[-3]:
         return EQUAL
@@ -260,18 +302,27 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or options do not fit, or `backend` cannot serve them.
     """
-    options = _checked(
-        q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, scale=scale, softcap=softcap
+    needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
+    name, options = _settle(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        is_training=needs_grad and torch.is_grad_enabled(),
+        wants_lse=False,
+        backend=backend,
     )
-    is_training = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
-    name = _name(q, k, options, is_training=is_training, wants_lse=False, backend=backend)
-    if name == "torch":
-        return attention_reference(q, k, v, **options)
-    if name == "sdpa_cpu":
-        return cpu.attend(q, k, v, **_for_cpu(options))
     if name == "triton":
-        return operators.attend(q, k, v, **options)
-    return library.attend(name, q, k, v, max_seqlen=max_seqlen, **options)
+        return operators.attend(q, k, v, cu_seqlens=cu_seqlens, **options)
+    if name == "torch":
+        return attention_reference(q, k, v, cu_seqlens=cu_seqlens, **options)
+    if name == "sdpa_cpu":
+        return cpu.attend(q, k, v, cu_seqlens=cu_seqlens, **_for_cpu(options))
+    return library.attend(name, q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **options)
 
 
 def attention_forward(
@@ -295,10 +346,20 @@ def attention_forward(
         out in q's shape and dtype; lse, natural logarithms in fp32, (batch, H, seq_q), or
         (H, tokens) with cu_seqlens.
     """
-    options = _checked(
-        q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, scale=scale, softcap=softcap
+    name, options = _settle(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        is_training=True,
+        wants_lse=True,
+        backend=backend,
     )
-    name = _name(q, k, options, is_training=True, wants_lse=True, backend=backend)
+    options = {"cu_seqlens": cu_seqlens, **options}
     with torch.no_grad():
         if name == "torch":
             return attention_forward_reference(q, k, v, **options)
@@ -334,15 +395,25 @@ def attention_backward(
     Raises:
         ValueError: as attention(), and where dout, out or lse do not fit q.
     """
-    options = _checked(
-        q, k, v, causal=causal, cu_seqlens=cu_seqlens, window=window, scale=scale, softcap=softcap
+    name, options = _settle(
+        q,
+        k,
+        v,
+        cu_seqlens,
+        causal=causal,
+        window=window,
+        scale=scale,
+        softcap=softcap,
+        is_training=True,
+        wants_lse=True,
+        backend=backend,
     )
+    options = {"cu_seqlens": cu_seqlens, **options}
     if not dout.shape == out.shape == q.shape or lse.shape != operators.lse_shape(q):
         raise ValueError(
             f"attention_backward: dout {tuple(dout.shape)}, out {tuple(out.shape)} and "
             f"lse {tuple(lse.shape)} for q {tuple(q.shape)}"
         )
-    name = _name(q, k, options, is_training=True, wants_lse=True, backend=backend)
     tensors = (dout, q, k, v, out, lse)
     with torch.no_grad():
         if name == "torch":

@@ -11,6 +11,8 @@ cu_seqlens (documents + 1,) q, k, v, out (tokens, heads, d); lse (H, tokens).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +23,19 @@ from nanotron_fast.kernels.attention.configs import INTERPRETED
 from nanotron_fast.kernels.attention.kernels.dkv import dkv_kernel
 from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
 from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
-from nanotron_fast.kernels.runtime.backend import is_interpreting, on_grid
+from nanotron_fast.kernels.runtime.backend import is_interpreting
+from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.rows import empty_rows
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 _LOG2_E = math.log2(math.e)
-# What a kind of launch was tuned to: Triton's own look into its table takes as long as a launch.
-_blocks: dict[tuple[Any, ...], dict[str, Any]] = {}
+# Launches by shapes, strides and options, with the blocks that their kind was tuned to: Triton's
+# own look into its table takes as long as a launch.
+_prepared: dict[tuple[Any, ...], Prepared] = {}
+_MOST_PREPARED = 4096
+# causal, window, scale, softcap
+Options = tuple[bool, int | None, float, float | None]
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -77,77 +85,114 @@ def _launch(
     kernel: Any,
     tensors: tuple[Tensor, ...],
     strided: tuple[Tensor, ...],
-    *,
+    copied: tuple[Tensor, ...],
     cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-    can_tma: bool,
-    out_scale: float | None = None,
+    options: Options,
 ) -> None:
     """One program for each block of rows of each head, of queries or (dkv) of keys.
 
     Args:
         tensors: the first arguments of the kernel.
         strided: those of `tensors`, q and k first, whose strides the kernel is given.
-        can_tma: whether the bulk copy engine can read them.
-        out_scale: what the backward kernels multiply their gradient by; forward takes none.
+        copied: what the bulk copy engine reads where it can; nothing, where it cannot.
     """
     q, k = strided[:2]
-    num_heads, head_dim = q.shape[-2:]
-    num_kv_heads = k.shape[-2]
-    batch, num_documents = (q.shape[0], 0) if cu_seqlens is None else (1, len(cu_seqlens) - 1)
-    seq_q, seq_k = q.shape[-3], k.shape[-3]
-    walks_keys = kernel is dkv_kernel
-    rows, heads = (seq_k, num_kv_heads) if walks_keys else (seq_q, num_heads)
-    if batch * heads * rows == 0:
+    key = (
+        kernel,
+        q.device,
+        q.shape,
+        k.shape,
+        None if cu_seqlens is None else cu_seqlens.shape,
+        *[tensor.dtype for tensor in strided],
+        *[tensor.stride() for tensor in strided],
+        *[tensor.storage_offset() * tensor.element_size() % 16 for tensor in copied],
+        *options,
+    )
+    prepared = _prepared.get(key)
+    if prepared is not None:
+        if prepared.constants["CAN_TMA"]:
+            triton.set_allocator(_scratch)
+        prepared.launch(kernel.fn, *tensors, cu_seqlens)
         return
+    num_documents = None if cu_seqlens is None else len(cu_seqlens) - 1
+    grid = partial(_grid, q.shape, k.shape, num_documents, kernel is dkv_kernel)
+    if 0 in grid(INTERPRETED.kwargs):
+        return
+    numbers = _numbers(strided, num_documents, options, kernel is not forward_kernel)
+    constants = _constants(q, copied, num_documents, options)
+    blocks = _tuned(kernel, grid, (*tensors, cu_seqlens, *numbers), constants)
+    if blocks is not None:
+        if len(_prepared) >= _MOST_PREPARED:
+            _prepared.clear()
+        _prepared[key] = Prepared(grid(blocks), numbers, **constants, **blocks)
 
-    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-        block = meta["BLOCK_N" if walks_keys else "BLOCK_M"]
-        # With documents, as find_block() hands the programs out.
-        is_dense = cu_seqlens is None
-        blocks = ceil_div(rows, block) if is_dense else rows // block + num_documents + 1
-        return blocks, heads, batch
 
-    arguments = (
-        *tensors,
-        cu_seqlens,
+def _tuned(
+    kernel: Any,
+    grid: Callable[[dict[str, Any]], tuple[int, int, int]],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> dict[str, Any] | None:
+    """Launches, and gives the blocks; None where launches are compiled alone."""
+    if is_interpreting():  # nothing to tune, and no clock to tune by
+        blocks = INTERPRETED.all_kwargs()
+        on_grid(kernel.fn, grid)(*arguments, **constants, **blocks)
+        return blocks
+    if constants["CAN_TMA"]:
+        triton.set_allocator(_scratch)
+    on_grid(kernel, grid)(*arguments, **constants)
+    best = getattr(kernel, "best_config", None)
+    return None if best is None else best.all_kwargs()
+
+
+def _grid(
+    q_shape: torch.Size,
+    k_shape: torch.Size,
+    num_documents: int | None,
+    walks_keys: bool,
+    blocks: dict[str, Any],
+) -> tuple[int, int, int]:
+    rows, heads, _ = (k_shape if walks_keys else q_shape)[-3:]
+    block = blocks["BLOCK_N" if walks_keys else "BLOCK_M"]
+    if num_documents is None:
+        return ceil_div(rows, block), heads, q_shape[0]
+    # As find_block() hands the programs out.
+    return rows // block + num_documents + 1 if rows else 0, heads, 1
+
+
+def _numbers(
+    strided: tuple[Tensor, ...], num_documents: int | None, options: Options, is_backward: bool
+) -> tuple[float, ...]:
+    """A kernel's arguments after its tensors."""
+    (seq_q, num_heads, _), (seq_k, num_kv_heads, _) = (t.shape[-3:] for t in strided[:2])
+    _, window, scale, softcap = options
+    longest = max(seq_q, seq_k)
+    return (
         *[stride for tensor in strided for stride in _strides(tensor)],
         seq_q,
         seq_k,
-        num_documents,
+        num_documents or 0,
         num_heads // num_kv_heads,
         window or 0,
         *_units(scale, softcap),
-        *(() if out_scale is None else (float(out_scale),)),
-        (max(seq_q, seq_k) > 1024) + (max(seq_q, seq_k) > 4096),
+        *((float(scale),) if is_backward else ()),
+        (longest > 1024) + (longest > 4096),
     )
-    constants = {
-        "HEAD_DIM": head_dim,
+
+
+def _constants(
+    q: Tensor, copied: tuple[Tensor, ...], num_documents: int | None, options: Options
+) -> dict[str, Any]:
+    causal, window, _, softcap = options
+    return {
+        "HEAD_DIM": q.shape[-1],
         "BLOCK_D": _block_d(q),
         "CAUSAL": causal,
         "HAS_WINDOW": window is not None,
         "HAS_SOFTCAP": softcap is not None,
-        "VARLEN": cu_seqlens is not None,
-        "CAN_TMA": can_tma,
+        "VARLEN": num_documents is not None,
+        "CAN_TMA": bool(copied) and _can_tma(*copied),
     }
-    dtypes = [tensor.dtype for tensor in tensors]
-    key = (kernel, q.device, arguments[-1], *dtypes, *constants.values())
-    blocks = _blocks.get(key)
-    if blocks is None and is_interpreting():  # nothing to tune, and no clock to tune by
-        on_grid(kernel.fn, grid)(*arguments, **constants, **INTERPRETED.all_kwargs())
-    else:
-        if can_tma:
-            triton.set_allocator(_scratch)
-        if blocks is None:
-            on_grid(kernel, grid)(*arguments, **constants)
-            tuned = getattr(kernel, "best_config", None)
-            if tuned is not None:  # none where launches are compiled alone
-                _blocks[key] = tuned.all_kwargs()
-        else:
-            on_grid(kernel.fn, grid)(*arguments, **constants, **blocks)
 
 
 @operator("nanotron_fast::attention_forward")
@@ -162,19 +207,9 @@ def _forward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
     """out in q's shape and dtype, contiguous, and lse in fp32."""
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty(lse_shape(q), dtype=torch.float32, device=q.device)
-    _launch(
-        forward_kernel,
-        (q, k, v, out, lse),
-        (q, k, v),
-        cu_seqlens=cu_seqlens,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        can_tma=_can_tma(q, k, v),
-    )
+    out, lse = empty_rows(q), q.new_empty(lse_shape(q), dtype=torch.float32)
+    read, options = (q, k, v), (causal, window, scale, softcap)
+    _launch(forward_kernel, (*read, out, lse), read, read, cu_seqlens, options)
     return out, lse
 
 
@@ -198,32 +233,26 @@ def _backward(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv in the shapes and dtypes of q, k, v, contiguous."""
-    dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
+    dq, dk, dv = empty_rows(q), empty_rows(k), empty_rows(v)
     shape = (*lse.shape[:-1], lse.shape[-1] + 1)
-    log2_lse, delta = (torch.empty(shape, dtype=torch.float32, device=q.device) for _ in range(2))
-    is_power_of_two = _block_d(q) == q.shape[-1]
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "causal": causal,
-        "window": window,
-        "scale": scale,
-        "softcap": softcap,
-        "out_scale": scale,
-    }
+    log2_lse, delta = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    options = (causal, window, scale, softcap)
     _launch(
         dq_kernel,
         (q, k, v, out, dout, lse, log2_lse, delta, dq),
         (q, k, v, out, dout),
-        **options,
-        can_tma=_can_tma(q, k, v),
+        (q, k, v),
+        cu_seqlens,
+        options,
     )
     _launch(
         dkv_kernel,
         (q, k, v, dout, log2_lse, delta, dk, dv),
         (q, k, v, dout),
-        **options,
         # It reads whole rows of heads: no padding between one and the next.
-        can_tma=_can_tma(q, dout) and is_power_of_two,
+        (q, dout) if _block_d(q) == q.shape[-1] else (),
+        cu_seqlens,
+        options,
     )
     return dq, dk, dv
 
@@ -291,10 +320,9 @@ def backward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, cu_seqlens, causal, window, scale, softcap):
-        options = {"causal": causal, "window": window, "scale": scale, "softcap": softcap}
+    def forward(ctx, q, k, v, cu_seqlens, options):
         q, k, v = _dense_heads(q), _dense_heads(k), _dense_heads(v)
-        out, lse = _forward(q, k, v, cu_seqlens, causal, window, scale, softcap)
+        out, lse = _forward(q, k, v, cu_seqlens, *options)
         ctx.save_for_backward(q, k, v, out, lse, cu_seqlens)
         ctx.options = options
         return out
@@ -302,10 +330,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout):
         q, k, v, out, lse, cu_seqlens = ctx.saved_tensors
-        grads = _backward(
-            _dense_heads(dout), q, k, v, out, lse, cu_seqlens=cu_seqlens, **ctx.options
-        )
-        return *grads, None, None, None, None, None
+        grads = _backward(_dense_heads(dout), q, k, v, out, lse, cu_seqlens, *ctx.options)
+        return *grads, None, None
 
 
 def attend(
@@ -320,4 +346,4 @@ def attend(
     softcap: float | None,
 ) -> Tensor:
     """out alone, for autograd, with the options of forward()."""
-    return _Attention.apply(q, k, v, cu_seqlens, causal, window, scale, softcap)
+    return _Attention.apply(q, k, v, cu_seqlens, (causal, window, scale, softcap))

@@ -45,23 +45,23 @@ Z_LOSS_MODES = ("nanotron", "correct")
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """`terms`: ignore_index, z_loss, add_maximum. Gives the loss, or (loss + z, z)."""
+
     @staticmethod
-    def forward(ctx, logits, target, ranks, ignore_index, z_loss, add_maximum, inplace):
-        num_cols = logits.shape[1]
+    def forward(ctx, logits, target, ranks, terms, inplace):
+        num_cols, (ignore_index, z_loss, _) = logits.shape[1], terms
         first_col = ranks.rank * num_cols
-        terms = {"ignore_index": ignore_index, "z_loss": z_loss, "add_maximum": add_maximum}
-        ours = statistics(logits, target, first_col=first_col, ignore_index=ignore_index)
-        of_all = all_gather(ours, ranks)
-        loss, z, maximum_and_sum = combine(of_all, target, shard_cols=num_cols, **terms)
+        of_all = all_gather(statistics(logits, target, first_col, ignore_index), ranks)
+        loss, z, maximum_and_sum = combine(of_all, target, num_cols, *terms)
         ctx.save_for_backward(logits, target, maximum_and_sum)
-        ctx.first_col, ctx.terms = first_col, terms
-        ctx.inplace = inplace
-        ctx.is_spent = False
+        ctx.terms, ctx.inplace, ctx.is_spent = (first_col, *terms), inplace, False
+        if not z_loss > 0:
+            return loss
         ctx.mark_non_differentiable(z)
         return loss, z
 
     @staticmethod
-    def backward(ctx, dloss, _):
+    def backward(ctx, dloss, *_):
         if ctx.is_spent:
             raise RuntimeError(
                 "vocab_parallel_cross_entropy: the first backward wrote the gradient over the "
@@ -69,15 +69,14 @@ class _CrossEntropy(torch.autograd.Function):
             )
         logits, target, maximum_and_sum = ctx.saved_tensors
         dloss = dloss.to(maximum_and_sum.dtype).contiguous()
-        named = {"first_col": ctx.first_col, **ctx.terms}
-        nothing = (None,) * 6
         # Under create_graph the logits may be needed once more.
         if not ctx.inplace or torch.is_grad_enabled():
-            return gradient(logits, target, maximum_and_sum, dloss, **named), *nothing
-        ctx.is_spent = True
-        logits = logits.detach()
-        gradient_(logits, target, maximum_and_sum, dloss, **named)
-        return logits, *nothing
+            dlogits = gradient(logits, target, maximum_and_sum, dloss, *ctx.terms)
+        else:
+            ctx.is_spent = True
+            dlogits = logits.detach()
+            gradient_(dlogits, target, maximum_and_sum, dloss, *ctx.terms)
+        return dlogits, None, None, None, None
 
 
 def _as_rows(logits: Tensor) -> Tensor:
@@ -150,15 +149,10 @@ def vocab_parallel_cross_entropy(
     check_target(name, target, logits.shape[:-1])
     rows = _as_rows(logits)
     inplace = inplace and not torch.compiler.is_compiling() and not _is_leaf(rows)
-    loss, z = _CrossEntropy.apply(
-        rows,
-        target.reshape(-1).contiguous(),
-        resolve(group),
-        ignore_index,
-        float(z_loss),
-        z_loss_mode == "correct",
-        inplace,
-    )
-    if target.dim() != 1:
-        loss = loss.view(target.shape)
-    return (loss, z.view(target.shape)) if z_loss > 0 else loss
+    terms = (ignore_index, float(z_loss), z_loss_mode == "correct")
+    flat = target.reshape(-1).contiguous()
+    found = _CrossEntropy.apply(rows, flat, resolve(group), terms, inplace)
+    if z_loss > 0:
+        loss, z = found
+        return loss.view(target.shape), z.view(target.shape)
+    return found if target.dim() == 1 else found.view(target.shape)

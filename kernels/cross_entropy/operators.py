@@ -11,6 +11,7 @@ fp64).
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,8 +22,10 @@ from nanotron_fast.kernels.cross_entropy.kernels import (
     gradient_kernel,
     statistics_kernel,
 )
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.rows import empty_rows
 from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 
@@ -118,37 +121,60 @@ def _gradient_torch(
         gradient.copy_(values)
 
 
+@lru_cache(maxsize=1024)
+def _prepared_statistics(
+    shape: torch.Size, stride: int, itemsize: int, first_col: int, ignore_index: int | None
+) -> Prepared:
+    num_rows, num_cols = shape
+    # 16 elements a thread: two loads of 16 bytes on their way at once.
+    vector = 16 // itemsize
+    num_warps = 8 if num_cols > 2048 else 4
+    return Prepared(
+        (num_rows,),
+        (stride, num_rows, num_cols, first_col, ignore_index or 0),
+        HAS_IGNORE=ignore_index is not None,
+        LANES=num_warps * 32 * 16 // vector,
+        VECTOR=vector,
+        num_warps=num_warps,
+    )
+
+
 @operator("nanotron_fast::cross_entropy_statistics")
 def statistics(logits: Tensor, target: Tensor, first_col: int, ignore_index: int | None) -> Tensor:
     """(3, rows), fp32: largest logit of this shard, sum over it, the target's logit or 0."""
     if not _launches(logits):
         return _statistics_torch(logits, target, first_col, ignore_index)
-    num_rows, num_cols = logits.shape
-    result = torch.empty(3, num_rows, dtype=torch.float32, device=logits.device)
-    # 16 elements a thread: two loads of 16 bytes on their way at once.
-    vector = 16 // logits.element_size()
-    num_warps = 8 if num_cols > 2048 else 4
-    if num_rows:
-        on_grid(statistics_kernel, (num_rows,))(
-            logits,
-            target,
-            result,
-            logits.stride(0),
-            num_rows,
-            num_cols,
-            first_col,
-            ignore_index or 0,
-            HAS_IGNORE=ignore_index is not None,
-            LANES=num_warps * 32 * 16 // vector,
-            VECTOR=vector,
-            num_warps=num_warps,
-        )
+    result = logits.new_empty((3, logits.shape[0]), dtype=torch.float32)
+    prepared = _prepared_statistics(
+        logits.shape, logits.stride(0), logits.element_size(), first_col, ignore_index
+    )
+    prepared.launch(statistics_kernel, logits, target, result)
     return result
 
 
 @statistics.register_fake
 def _(logits, target, first_col, ignore_index):
     return logits.new_empty(3, logits.shape[0], dtype=_wide_dtype(logits.dtype))
+
+
+@lru_cache(maxsize=1024)
+def _prepared_combine(
+    shape: torch.Size,
+    shard_cols: int,
+    ignore_index: int | None,
+    z_loss: float,
+    add_maximum: bool,
+) -> Prepared:
+    num_ranks, _, num_rows = shape
+    return Prepared(
+        (ceil_div(num_rows, 128),),
+        (num_rows, num_ranks, shard_cols, ignore_index or 0, z_loss),
+        HAS_IGNORE=ignore_index is not None,
+        HAS_Z=z_loss > 0,
+        ADD_MAXIMUM=add_maximum,
+        BLOCK=128,
+        num_warps=4,
+    )
 
 
 @operator("nanotron_fast::cross_entropy_combine")
@@ -163,28 +189,12 @@ def combine(
     """loss + z and z, both (rows,), and M and s (2, rows). z is empty without a z-loss."""
     if not _launches(of_all):
         return _combine_torch(of_all, target, shard_cols, ignore_index, z_loss, add_maximum)
-    num_ranks, _, num_rows = of_all.shape
-    loss = of_all.new_empty(num_rows)
-    z = of_all.new_empty(num_rows if z_loss > 0 else 0)
-    maximum_and_sum = of_all.new_empty(2, num_rows)
-    if num_rows:
-        on_grid(combine_kernel, (ceil_div(num_rows, 128),))(
-            of_all,
-            target,
-            loss,
-            z,
-            maximum_and_sum,
-            num_rows,
-            num_ranks,
-            shard_cols,
-            ignore_index or 0,
-            z_loss,
-            HAS_IGNORE=ignore_index is not None,
-            HAS_Z=z_loss > 0,
-            ADD_MAXIMUM=add_maximum,
-            BLOCK=128,
-            num_warps=4,
-        )
+    shape = of_all.shape
+    num_rows = shape[2]
+    loss, z = of_all.new_empty(num_rows), of_all.new_empty(num_rows if z_loss > 0 else 0)
+    maximum_and_sum = of_all.new_empty((2, num_rows))
+    prepared = _prepared_combine(shape, shard_cols, ignore_index, z_loss, add_maximum)
+    prepared.launch(combine_kernel, of_all, target, loss, z, maximum_and_sum)
     return loss, z, maximum_and_sum
 
 
@@ -193,6 +203,25 @@ def _(of_all, target, shard_cols, ignore_index, z_loss, add_maximum):
     loss = of_all.new_empty(of_all.shape[2])
     z = torch.empty_like(loss) if z_loss > 0 else of_all.new_empty(0)
     return loss, z, of_all.new_empty(2, of_all.shape[2])
+
+
+@lru_cache(maxsize=1024)
+def _prepared_gradient(shape: torch.Size, strides: tuple[int, int], terms: _Terms) -> Prepared:
+    num_rows, num_cols = shape
+    block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
+    num_blocks = ceil_div(num_cols, block)
+    return Prepared(
+        (num_rows * num_blocks,),
+        (
+            *(*strides, num_rows, num_cols, num_blocks, terms.first_col),
+            *(terms.ignore_index or 0, terms.z_loss),
+        ),
+        HAS_IGNORE=terms.ignore_index is not None,
+        HAS_Z=terms.z_loss > 0,
+        ADD_MAXIMUM=terms.add_maximum,
+        BLOCK=block,
+        num_warps=num_warps,
+    )
 
 
 def _write_gradient(
@@ -206,30 +235,8 @@ def _write_gradient(
     if not _launches(logits):
         _gradient_torch(logits, target, maximum_and_sum, dloss, terms, gradient)
         return
-    num_rows, num_cols = logits.shape
-    block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
-    num_blocks = ceil_div(num_cols, block)
-    if num_rows:
-        on_grid(gradient_kernel, (num_rows * num_blocks,))(
-            logits,
-            target,
-            maximum_and_sum,
-            dloss,
-            gradient,
-            logits.stride(0),
-            gradient.stride(0),
-            num_rows,
-            num_cols,
-            num_blocks,
-            terms.first_col,
-            terms.ignore_index or 0,
-            terms.z_loss,
-            HAS_IGNORE=terms.ignore_index is not None,
-            HAS_Z=terms.z_loss > 0,
-            ADD_MAXIMUM=terms.add_maximum,
-            BLOCK=block,
-            num_warps=num_warps,
-        )
+    prepared = _prepared_gradient(logits.shape, (logits.stride(0), gradient.stride(0)), terms)
+    prepared.launch(gradient_kernel, logits, target, maximum_and_sum, dloss, gradient)
 
 
 @operator("nanotron_fast::cross_entropy_gradient")
@@ -244,7 +251,7 @@ def gradient(
     add_maximum: bool,
 ) -> Tensor:
     """The gradient of the logits, in their dtype. dloss is (rows,), fp32."""
-    result = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    result = empty_rows(logits)
     terms = _Terms(first_col, ignore_index, z_loss, add_maximum)
     _write_gradient(logits, target, maximum_and_sum, dloss, terms, gradient=result)
     return result

@@ -5,11 +5,14 @@ Shapes: ids (tokens,); weight, dweight (rows, hidden); dy (tokens, hidden).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.embedding.kernels import gather_kernel, join_kernel, sum_kernel
-from nanotron_fast.kernels.runtime.backend import on_grid, uses_triton
+from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
@@ -35,35 +38,35 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
         raise IndexError(f"vocab_parallel_embedding: id {wrong} for a vocabulary of {vocab}")
 
 
+@lru_cache(maxsize=1024)
+def _prepared_gather(num_tokens: int, shape: torch.Size, first_row: int) -> Prepared:
+    num_rows, num_cols = shape
+    cols = min(next_power_of_2(num_cols), 4096)
+    tokens = max(4096 // cols, 1)
+    num_col_blocks = ceil_div(num_cols, cols)
+    return Prepared(
+        (ceil_div(num_tokens, tokens) * num_col_blocks,),
+        (num_tokens, num_cols, num_rows, first_row, num_col_blocks),
+        TOKENS=tokens,
+        COLS=cols,
+        num_warps=4,
+    )
+
+
 @operator("nanotron_fast::embedding_gather")
 def gather(ids: Tensor, weight: Tensor, first_row: int, vocab: int) -> Tensor:
     """(tokens,) -> (tokens, hidden), this rank's part of the sum over all ranks."""
-    num_tokens, (num_rows, num_cols) = ids.shape[0], weight.shape
     if ids.device.type == "cpu":
         _check_ids(ids, vocab)
+    num_tokens, shape = ids.shape[0], weight.shape
     if not uses_triton(weight):
+        num_rows = shape[0]
         rows = _local_rows(ids, num_rows, first_row, None)
         is_here = rows < num_rows
         values = weight[torch.where(is_here, rows, 0)]
         return values.masked_fill_(~is_here.unsqueeze(1), 0)
-    out = weight.new_empty(num_tokens, num_cols)
-    if out.numel():
-        cols = min(next_power_of_2(num_cols), 4096)
-        tokens = max(4096 // cols, 1)
-        num_col_blocks = ceil_div(num_cols, cols)
-        on_grid(gather_kernel, (ceil_div(num_tokens, tokens) * num_col_blocks,))(
-            ids,
-            weight,
-            out,
-            num_tokens,
-            num_cols,
-            num_rows,
-            first_row,
-            num_col_blocks,
-            TOKENS=tokens,
-            COLS=cols,
-            num_warps=4,
-        )
+    out = weight.new_empty((num_tokens, shape[1]))
+    _prepared_gather(num_tokens, shape, first_row).launch(gather_kernel, ids, weight, out)
     return out
 
 

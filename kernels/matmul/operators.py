@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.matmul.choice import tokens_bucket
 from nanotron_fast.kernels.matmul.kernels import GROUP, MAX_BLOCK_K, glu_kernel, rope_kernel
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div
 

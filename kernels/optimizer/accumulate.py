@@ -26,8 +26,8 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     takes_reference,
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
-from nanotron_fast.kernels.runtime.backend import on_grid
-from nanotron_fast.kernels.runtime.operators import on_device, operator
+from nanotron_fast.kernels.runtime.launch import on_grid
+from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 
 _BLOCK = 2048
 _NUM_WARPS = 4
@@ -106,7 +106,7 @@ def accumulate_(mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float =
         if plan.is_served:
             with on_device(plan.device_index):
                 _launch(plan.bundles, float(scale))
-            plan.tell_autograd(mains)
+            tell_autograd(mains)
             return
     _check(mains, grads)
     if not mains:

@@ -18,7 +18,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,8 +38,8 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     takes_reference,
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
-from nanotron_fast.kernels.runtime.backend import on_grid
-from nanotron_fast.kernels.runtime.operators import on_device, operator
+from nanotron_fast.kernels.runtime.launch import on_grid
+from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 from nanotron_fast.kernels.runtime.sizes import ceil_div
 
 _BLOCK = 1024
@@ -139,6 +140,25 @@ def _adamw_kernel(
         tl.store(copy_ptr + offsets, p.to(COPY), mask=mask)
 
 
+class _Scalars(NamedTuple):
+    """Numbers that kernels read where they are: fp32, one each, or None."""
+
+    lr: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+
+class _Numbers(NamedTuple):
+    """What kernels are given as it is; lr counts where it is not on the device."""
+
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    maximize: bool
+
+
 @operator(
     "nanotron_fast::adamw_step_",
     mutates_args=("params", "exp_avgs", "exp_avg_sqs", "steps", "copies"),
@@ -161,51 +181,29 @@ def _adamw_step(
     maximize: bool,
 ) -> None:
     """`copies` is empty where there are none; `steps` has one tensor for all or one for each."""
-    lists = _lists(params, grads, exp_avgs, exp_avg_sqs, copies)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else []))
     _launch(
         bundles_of(lists, _BLOCK),
         addresses_of(steps),
-        lr_tensor,
-        grad_scale,
-        found_inf,
-        lr=lr,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        maximize=maximize,
+        _Scalars(lr_tensor, grad_scale, found_inf),
+        _Numbers(lr, beta1, beta2, eps, weight_decay, maximize),
     )
 
 
-def _lists(*lists: list[Tensor]) -> tuple[list[Tensor], ...]:
-    """Those that a launch reads side by side: all but copies, where there are none."""
-    return lists if lists[-1] else lists[:-1]
-
-
 def _launch(
-    bundles: Sequence[Bundle],
-    step_addresses: Tensor,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool,
+    bundles: Sequence[Bundle], step_addresses: Tensor, scalars: _Scalars, numbers: _Numbers
 ) -> None:
-    num_steps = step_addresses.numel()
-    corrections = torch.empty(num_steps, 2, dtype=torch.float32, device=step_addresses.device)
+    lr, beta1, beta2, eps, weight_decay, maximize = numbers
+    num_steps = step_addresses.shape[0]
+    corrections = step_addresses.new_empty((num_steps, 2), dtype=torch.float32)
     on_grid(_count_steps_kernel, (ceil_div(num_steps, _STEPS_BLOCK),))(
         step_addresses,
-        found_inf,
+        scalars.found_inf,
         corrections,
         num_steps,
         math.log2(beta1) if beta1 else -math.inf,
         math.log2(beta2) if beta2 else -math.inf,
-        HAS_FOUND_INF=found_inf is not None,
+        HAS_FOUND_INF=scalars.found_inf is not None,
         BLOCK=_STEPS_BLOCK,
         num_warps=_NUM_WARPS,
     )
@@ -214,15 +212,8 @@ def _launch(
         on_grid(_adamw_kernel, (bundle.num_segments,))(
             *bundle.tables,
             corrections,
-            lr_tensor,
-            grad_scale,
-            found_inf,
-            lr,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            eps,
-            weight_decay,
+            *scalars,
+            *(lr, 1 - beta1, beta2, 1 - beta2, eps, weight_decay),
             PARAM=param,
             GRAD=grad,
             EXP_AVG=exp_avg,
@@ -322,21 +313,23 @@ def adamw_step_(
     if not params:
         return
     device = params[0].device
-    numbers: dict[str, Any] = {
-        "lr": 0.0 if isinstance(lr, Tensor) else float(lr),
-        "beta1": float(betas[0]),
-        "beta2": float(betas[1]),
-        "eps": float(eps),
-        "weight_decay": float(weight_decay),
-        "maximize": maximize,
-    }
-    grad_scale = _scalar("grad_scale", grad_scale, device)
-    found_inf = _scalar("found_inf", found_inf, device)
-    lr_tensor = _scalar("lr", lr, device) if isinstance(lr, Tensor) else None
+    numbers = _Numbers(
+        0.0 if isinstance(lr, Tensor) else float(lr),
+        float(betas[0]),
+        float(betas[1]),
+        float(eps),
+        float(weight_decay),
+        maximize,
+    )
+    scalars = _Scalars(
+        _scalar("lr", lr, device) if isinstance(lr, Tensor) else None,
+        _scalar("grad_scale", grad_scale, device),
+        _scalar("found_inf", found_inf, device),
+    )
     if plan is not None and plan.singles is not None:
         with on_device(plan.device_index):
-            _launch(plan.bundles, plan.singles, lr_tensor, grad_scale, found_inf, **numbers)
-        plan.tell_autograd(params, exp_avgs, exp_avg_sqs, copies, steps)
+            _launch(plan.bundles, plan.singles, scalars, numbers)
+        tell_autograd(chain(params, exp_avgs, exp_avg_sqs, copies, steps))
         return
     tensors = [tensor for tensors in lists.values() for tensor in tensors]
     if takes_reference(tensors):
@@ -349,13 +342,13 @@ def adamw_step_(
             exp_avgs,
             exp_avg_sqs,
             steps,
-            lr=lr if lr_tensor is None else lr_tensor.reshape(()),
+            lr=lr if scalars.lr is None else scalars.lr.reshape(()),
             betas=betas,
             eps=eps,
             weight_decay=weight_decay,
             copies=copies,
-            grad_scale=grad_scale,
-            found_inf=found_inf,
+            grad_scale=scalars.grad_scale,
+            found_inf=scalars.found_inf,
             maximize=maximize,
         )
         return
@@ -366,8 +359,6 @@ def adamw_step_(
         exp_avg_sqs,
         steps,
         copies,
-        lr_tensor=lr_tensor,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        **numbers,
+        *scalars,
+        *numbers,
     )

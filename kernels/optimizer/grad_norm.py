@@ -30,9 +30,9 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     takes_reference,
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
-from nanotron_fast.kernels.runtime.backend import on_grid
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
-from nanotron_fast.kernels.runtime.operators import on_device, operator
+from nanotron_fast.kernels.runtime.launch import on_grid
+from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 
 _BLOCK = 2048
 _NUM_WARPS = 4
@@ -317,7 +317,7 @@ def clip_grads_with_norm_(grads: Sequence[Tensor], max_norm: float, total_norm: 
             with on_device(plan.device_index):
                 on_gpu = total_norm.to(grads[0].device, torch.float32)
                 _launch_clip(plan.bundles, float(max_norm), on_gpu)
-            plan.tell_autograd(grads)
+            tell_autograd(grads)
             return
     check()
     if not grads:

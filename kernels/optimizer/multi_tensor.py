@@ -19,9 +19,12 @@ last, and fills none (`capture` says why): run once on the same tensors before i
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
+from typing import NamedTuple
 
 import torch
 import triton
@@ -87,6 +90,15 @@ def _layout(
     return _to_device(segment_tensors, device), _to_device(extents, device)
 
 
+class Group(NamedTuple):
+    """Tensors of one launch: what a `Bundle` is made of, apart from addresses."""
+
+    dtypes: tuple[torch.dtype, ...]
+    vector: int
+    places: tuple[int, ...]
+    numels: tuple[int, ...]
+
+
 def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> int:
     """Elements of the widest access that these tensors allow."""
     vector = _ACCESS_BYTES // max(dtype.itemsize for dtype in dtypes)
@@ -94,6 +106,65 @@ def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> i
         start % (vector * dtype.itemsize) == 0 for start, dtype in zip(starts, dtypes, strict=True)
     )
     return vector if fits and numel % vector == 0 else 1
+
+
+def table_of(addresses: Sequence[Sequence[int]]) -> Tensor:
+    """(lists, tensors) int64, on the CPU."""
+    table = torch.frombuffer(array("q", chain(*addresses)), dtype=torch.int64)
+    return table.view(len(addresses), -1)
+
+
+def are_aligned(table: Tensor) -> bool:
+    """Whether all addresses allow the widest access: then groups do not depend on them."""
+    return not bool((table % _ACCESS_BYTES).any())
+
+
+def grouped(
+    addresses: Sequence[Sequence[int]],
+    dtypes: Sequence[Sequence[torch.dtype]],
+    numels: Sequence[int],
+) -> tuple[Group, ...]:
+    """The launches that cover the lists; empty tensors are left out."""
+    members: dict[tuple[tuple[torch.dtype, ...], int], list[int]] = {}
+    for place, numel in enumerate(numels):
+        if numel:
+            combination = tuple([column[place] for column in dtypes])
+            starts = [column[place] for column in addresses]
+            vector = _vector(combination, starts, numel)
+            members.setdefault((combination, vector), []).append(place)
+    return tuple(
+        Group(*kind, tuple(places), tuple([numels[place] for place in places]))
+        for kind, places in members.items()
+    )
+
+
+def bundles_at(
+    table: Tensor,
+    groups: Sequence[Group],
+    segment: int,
+    device: torch.device,
+    stream: int,
+) -> tuple[Bundle, ...]:
+    """What the launches take, for tensors that start where the table of all lists says."""
+    if is_interpreting() and device.type != "cpu":
+        raise RuntimeError(f"Triton's interpreter cannot follow addresses on {device}")
+    bundles = []
+    for dtypes, vector, places, numels in groups:
+        segment_tensors, extents = _layout(numels, places, segment, device, stream)
+        is_whole = len(places) == table.shape[1]
+        own = table if is_whole else table[:, list(places)]
+        bundles.append(
+            Bundle(
+                dtypes=dtypes,
+                vector=vector,
+                num_tensors=len(places),
+                num_segments=segment_tensors.numel(),
+                segment_tensors=segment_tensors,
+                extents=extents,
+                addresses=_to_device(own, device),
+            )
+        )
+    return tuple(bundles)
 
 
 @lru_cache(maxsize=_NUM_REMEMBERED)
@@ -105,36 +176,13 @@ def _bundles(
     device: torch.device,
     stream: int,
 ) -> tuple[Bundle, ...]:
-    if is_interpreting() and device.type != "cpu":
-        raise RuntimeError(f"Triton's interpreter cannot follow addresses on {device}")
-    members: dict[tuple[tuple[torch.dtype, ...], int], list[int]] = {}
-    for place, numel in enumerate(numels):
-        if numel:
-            combination = tuple(column[place] for column in dtypes)
-            starts = [column[place] for column in addresses]
-            vector = _vector(combination, starts, numel)
-            members.setdefault((combination, vector), []).append(place)
-    bundles = []
-    for (combination, vector), places in members.items():
-        sizes = tuple(numels[place] for place in places)
-        segment_tensors, extents = _layout(sizes, tuple(places), segment, device, stream)
-        table = torch.tensor([[column[place] for place in places] for column in addresses])
-        bundles.append(
-            Bundle(
-                dtypes=combination,
-                vector=vector,
-                num_tensors=len(places),
-                num_segments=segment_tensors.numel(),
-                segment_tensors=segment_tensors,
-                extents=extents,
-                addresses=_to_device(table, device),
-            )
-        )
-    return tuple(bundles)
+    groups = grouped(addresses, dtypes, numels)
+    return bundles_at(table_of(addresses), groups, segment, device, stream)
 
 
 @lru_cache(maxsize=_NUM_REMEMBERED)
-def _addresses(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def addresses_at(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    """(tensors,) int64 on a device."""
     return _to_device(torch.tensor(addresses, dtype=torch.int64), device)
 
 
@@ -171,7 +219,7 @@ def bundles_of(lists: Sequence[Sequence[Tensor]], segment: int) -> tuple[Bundle,
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     """(tensors,) int64 on the device of the first."""
     device = tensors[0].device
-    return _addresses(
+    return addresses_at(
         tuple([tensor.data_ptr() for tensor in tensors]), device, stream_of_tables(device)
     )
 

@@ -1,13 +1,17 @@
 """What an operation found out about lists of tensors when it met them first.
 
-A training step goes over the same tensors every time. To check hundreds of them and to look up
-their tables takes milliseconds of Python; to see that they are the same tensors at the same
-addresses takes a tenth of one. A `Plan` is what was found: that the lists fit, the tables of the
-launches, whether autograd has to be told.
+A training step goes over the same tensors every time, or over new ones that look the same: views
+that are made anew, gradients. To check hundreds of them and to make their tables takes milliseconds
+of Python. So there are three ways through here, each shorter than the next:
 
-A plan holds no tensor alive. It is forgotten when one of its tensors is gone, so that an object of
-the same identity is the same tensor. Such a tensor may have been given other memory, by `data` or
-`set_`, and then has another address: it is looked at anew. One whose strides alone were changed in
+1. The same tensors at the same addresses: a tenth of a millisecond for some hundreds of them.
+2. Others of the same classes, dtypes, shapes and devices, contiguous like those before: lists of
+   that look fit, and nothing but addresses is new. Tables of addresses that were met are kept.
+3. All else is checked, tensor by tensor. What was found is a `_Look`.
+
+Nothing here holds a tensor alive. That objects of the same identities are the same tensors is
+believed while none of them is gone. Such a tensor may have been given other memory, by `data` or
+`set_`, and then has another address: it is looked at. One whose strides alone were changed in
 place, as `t_` does, is not noticed.
 
 A CUDA graph that captures a launch reads the plan's tables in every replay: such a plan is kept for
@@ -19,65 +23,163 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.optimizer import multi_tensor
-from nanotron_fast.kernels.optimizer.multi_tensor import TRITON_DTYPES, Bundle
+from nanotron_fast.kernels.optimizer.multi_tensor import TRITON_DTYPES, Bundle, Group
 from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import uses_triton
-from nanotron_fast.kernels.runtime.operators import (
-    OWN_DISPATCH,
-    is_watched,
-    survey,
-    tell_autograd,
-)
+from nanotron_fast.kernels.runtime.operators import OWN_DISPATCH, is_watched, survey
 
-# Plans that are remembered: a training step uses three or four for each group of parameters.
+# Looks of lists that are remembered: a training step has three or four for each group of
+# parameters. And for each of them, plans at addresses that were met.
 _NUM_REMEMBERED = 64
-_Key = tuple[str, int, tuple[int, ...], int]
+NUM_PLANS = 16
+_Addresses = tuple[int, ...]
+_Key = tuple[Any, ...]
+_look_of = attrgetter("dtype", "shape", "device")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Plan:
     """Lists of tensors as the launches of an operation take them.
 
     Args:
-        identities, addresses: of all tensors, one list after the other.
         is_served: whether a launch may take them: plain tensors of dtypes that kernels know. If
             not, there are no tables.
         bundles: what each launch takes.
         singles: addresses of the tensors beside the lists, (tensors,) int64 on the device; None
             where there are none.
         device_index: of the GPU; -1 for a CPU.
-        has_inference: whether one of them was made in inference mode, and has no version.
         is_captured: whether a graph reads the tables.
-        watchers: what forgets the plan when a tensor is gone.
     """
 
-    identities: list[int]
-    addresses: list[int]
     is_served: bool
     bundles: tuple[Bundle, ...]
     singles: Tensor | None
     device_index: int
-    has_inference: bool
     is_captured: bool = False
-    watchers: list[weakref.ref[Tensor]] = field(default_factory=list)
-
-    def tell_autograd(self, *written: list[Tensor]) -> None:
-        """Raises the versions of these of its lists."""
-        for tensors in written:
-            if self.has_inference:
-                tell_autograd(tensors)
-            elif tensors:
-                torch.autograd.graph.increment_version(tensors)
 
 
-_plans: dict[_Key, Plan] = {}
-# Those whose tables a graph reads.
+class _Known(NamedTuple):
+    """A list whose tensors are the same while its watchers have seen none of them go."""
+
+    identities: list[int]
+    addresses: _Addresses
+    watchers: list[weakref.ref[Tensor]]
+
+
+@dataclass(eq=False, slots=True)
+class _Column:
+    """One list of a look.
+
+    Args:
+        types: classes of its tensors.
+        looks: of each of them.
+        last: identities of the list that was met last, of tensors that may be gone.
+        known: lists that were met twice, by the identity of their first tensor.
+    """
+
+    types: set[type]
+    looks: list[tuple[Any, ...]]
+    last: list[int]
+    known: dict[int, _Known] = field(default_factory=dict)
+
+    def addresses(self, tensors: list[Tensor]) -> _Addresses | None:
+        """Where the tensors of a list begin; None where they do not look like this."""
+        if not tensors:
+            return ()
+        identities = list(map(id, tensors))
+        found = tuple(map(Tensor.data_ptr, tensors))
+        known = self.known.get(identities[0])
+        if known and known.identities == identities and known.addresses == found:
+            return known.addresses
+        if not self._looks_like(tensors):
+            return None
+        if identities == self.last:
+            self._watch(tensors, identities, found)
+        self.last = identities
+        return found
+
+    def _looks_like(self, tensors: list[Tensor]) -> bool:
+        return (
+            set(map(type, tensors)) == self.types
+            and list(map(_look_of, tensors)) == self.looks
+            and all(map(Tensor.is_contiguous, tensors))
+        )
+
+    def _watch(self, tensors: list[Tensor], identities: list[int], addresses: _Addresses) -> None:
+        """Knows a list until one of its tensors is gone."""
+        known, first = self.known, identities[0]
+
+        def forget(_: weakref.ref[Tensor]) -> None:
+            known.pop(first, None)
+
+        watchers = [weakref.ref(tensor, forget) for tensor in tensors]
+        known[first] = _Known(identities, addresses, watchers)
+
+
+@dataclass(eq=False, slots=True)
+class _Look:
+    """Lists that fit each other, by what they look like.
+
+    Args:
+        columns: the lists, and the tensors beside them.
+        has_singles: whether there are any beside them.
+        groups: of tensors at aligned addresses.
+        plans: by the addresses of each column.
+        last: the plan that served last, and its addresses.
+    """
+
+    columns: list[_Column]
+    has_singles: bool
+    is_served: bool
+    device: torch.device
+    groups: tuple[Group, ...]
+    plans: dict[tuple[_Addresses, ...], Plan] = field(default_factory=dict)
+    last: tuple[tuple[_Addresses, ...], Plan] | None = None
+
+    def plan_at(self, addresses: tuple[_Addresses, ...], segment: int, stream: int) -> Plan:
+        # Of known tensors these are the very objects of the last time, which are compared at once.
+        if self.last is not None and self.last[0] == addresses:
+            return self.last[1]
+        plan = self.plans.get(addresses)
+        if plan is None:
+            plan = self._made(addresses, segment, stream)
+            while len(self.plans) >= NUM_PLANS:
+                del self.plans[next(iter(self.plans))]
+            self.plans[addresses] = plan
+        self.last = addresses, plan
+        return plan
+
+    def _made(self, addresses: tuple[_Addresses, ...], segment: int, stream: int) -> Plan:
+        index = -1 if self.device.index is None else self.device.index
+        if not self.is_served:
+            return Plan(False, (), None, index)
+        of_lists, singles = addresses[:-1], addresses[-1]
+        table, groups = multi_tensor.table_of(of_lists), self.groups
+        if not multi_tensor.are_aligned(table):
+            groups = _groups(self.columns[:-1], of_lists)
+        return Plan(
+            True,
+            multi_tensor.bundles_at(table, groups, segment, self.device, stream),
+            multi_tensor.addresses_at(singles, self.device, stream) if self.has_singles else None,
+            index,
+        )
+
+
+def _groups(columns: list[_Column], addresses: Sequence[_Addresses]) -> tuple[Group, ...]:
+    dtypes = [[look[0] for look in column.looks] for column in columns]
+    numels = [look[1].numel() for look in columns[0].looks]
+    return multi_tensor.grouped(addresses, dtypes, numels)
+
+
+_looks: dict[_Key, list[_Look]] = {}
+# Plans whose tables a graph reads.
 _captured: list[Plan] = []
 
 
@@ -92,73 +194,73 @@ def plan_of(
     *,
     segment: int,
     check: Callable[[], None],
-    singles: Sequence[Tensor] = (),
+    singles: list[Tensor] | None = None,
 ) -> Plan:
-    """The plan of these very tensors, which is made where there is none.
+    """The plan of these tensors, which is made where there is none.
 
     Args:
         operation: its name; plans of different operations are different.
         lists: read side by side; the first has a tensor in it.
         segment: elements to a program.
-        check: raises where the tensors do not fit. Called where a plan is made.
+        check: raises where the tensors do not fit. Called where none looked like these before; it
+            asks for classes, dtypes, shapes, strides and devices alone.
         singles: tensors beside the lists whose addresses are wanted.
 
     Raises:
         RuntimeError: a graph is captured and tables are missing.
         Whatever `check` raises.
     """
-    tensors = [*chain(*lists), *singles]
-    identities = list(map(id, tensors))
-    device = tensors[0].device
-    key = (
-        operation,
-        identities[0],
-        tuple(map(len, (*lists, singles))),
-        multi_tensor.stream_of_tables(device),
-    )
-    plan = _plans.get(key)
-    if (
-        plan is None
-        or plan.identities != identities
-        or plan.addresses != list(map(Tensor.data_ptr, tensors))
-    ):
+    columns = (*lists, singles or [])
+    device = lists[0][0].device
+    stream = multi_tensor.stream_of_tables(device)
+    key = (operation, *map(len, columns), device, stream)
+    for look in _looks.get(key, ()):
+        addresses = _addresses(look, columns)
+        if addresses is not None:
+            plan = look.plan_at(addresses, segment, stream)
+            break
+    else:
         check()
-        plan = _made(lists, singles, segment, identities, tensors)
-        _remember(key, plan, tensors)
+        look = _seen(columns, device)
+        addresses = tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in columns)
+        plan = look.plan_at(addresses, segment, stream)
+        _remember(key, look)
     if not plan.is_captured and capture.is_capturing(device):
         plan.is_captured = True
         _captured.append(plan)
     return plan
 
 
-def _made(
-    lists: Sequence[list[Tensor]],
-    singles: Sequence[Tensor],
-    segment: int,
-    identities: list[int],
-    tensors: list[Tensor],
-) -> Plan:
-    of_lists = tensors[: len(tensors) - len(singles)]
-    is_served = survey(tensors) != OWN_DISPATCH and all(t.dtype in TRITON_DTYPES for t in of_lists)
-    return Plan(
-        identities,
-        list(map(Tensor.data_ptr, tensors)),
-        is_served,
-        multi_tensor.bundles_of(lists, segment) if is_served else (),
-        multi_tensor.addresses_of(singles) if is_served and singles else None,
-        tensors[0].get_device(),
-        any(t.is_inference() for t in tensors),
+def _addresses(look: _Look, columns: Sequence[list[Tensor]]) -> tuple[_Addresses, ...] | None:
+    """Of each list; None where one does not look like this."""
+    found = []
+    for column, tensors in zip(look.columns, columns, strict=True):
+        addresses = column.addresses(tensors)
+        if addresses is None:
+            return None
+        found.append(addresses)
+    return tuple(found)
+
+
+def _seen(columns: Sequence[list[Tensor]], device: torch.device) -> _Look:
+    """What these lists look like, which fit each other."""
+    lists = columns[:-1]
+    seen = [
+        _Column(set(map(type, each)), list(map(_look_of, each)), list(map(id, each)))
+        for each in columns
+    ]
+    is_served = survey(columns) != OWN_DISPATCH and all(
+        dtype in TRITON_DTYPES for column in seen[:-1] for dtype, _, _ in column.looks
     )
+    groups = _groups(seen[:-1], [(0,) * len(each) for each in lists]) if is_served else ()
+    return _Look(seen, bool(columns[-1]), is_served, device, groups)
 
 
-def _remember(key: _Key, plan: Plan, tensors: list[Tensor]) -> None:
-    def forget(_: weakref.ref[Tensor]) -> None:
-        if _plans.get(key) is plan_reference():
-            _plans.pop(key, None)
-
-    plan_reference = weakref.ref(plan)
-    plan.watchers = [weakref.ref(tensor, forget) for tensor in tensors]
-    _plans.pop(key, None)  # the new one stands last
-    _plans[key] = plan
-    while len(_plans) > _NUM_REMEMBERED:
-        del _plans[next(iter(_plans))]
+def _remember(key: _Key, look: _Look) -> None:
+    """The one that was met last is asked first."""
+    _looks.setdefault(key, []).insert(0, look)
+    while sum(map(len, _looks.values())) > _NUM_REMEMBERED:
+        oldest = next(iter(_looks))
+        _looks[oldest].pop()
+        if not _looks[oldest]:
+            del _looks[oldest]

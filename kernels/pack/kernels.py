@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.pack import item as layout
 from nanotron_fast.kernels.pack.table import DTYPES
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 
 _BLOCK = 1024
 _BLOCK_INNER = 64

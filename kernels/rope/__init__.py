@@ -39,29 +39,25 @@ __all__ = [
 
 
 class _RopeQkv(torch.autograd.Function):
+    """`heads`: num_q_heads, num_kv_heads, head_dim."""
+
     @staticmethod
-    def forward(ctx, qkv, cos, sin, num_q_heads, num_kv_heads, head_dim, position_ids, interleaved):
-        named = {
-            "num_q_heads": num_q_heads,
-            "num_kv_heads": num_kv_heads,
-            "head_dim": head_dim,
-            "interleaved": interleaved,
-        }
+    def forward(ctx, qkv, cos, sin, position_ids, heads, interleaved):
         ctx.save_for_backward(cos, sin, position_ids)
-        ctx.named = named
+        ctx.heads, ctx.interleaved = heads, interleaved
         ctx.set_materialize_grads(False)
-        return operators.forward(qkv, cos, sin, position_ids=position_ids, **named)
+        return operators.forward(qkv, cos, sin, *heads, position_ids, interleaved)
 
     @staticmethod
     def backward(ctx, *grads):
         cos, sin, position_ids = ctx.saved_tensors
         if all(grad is None for grad in grads):
-            return (None,) * 8
-        dq, dk, dv = (
+            return (None,) * 6
+        grads = [
             grad if grad is None or grad.stride(-1) == 1 else grad.contiguous() for grad in grads
-        )
-        dqkv = operators.backward(dq, dk, dv, cos, sin, position_ids=position_ids, **ctx.named)
-        return dqkv, *(None,) * 7
+        ]
+        dqkv = operators.backward(*grads, cos, sin, *ctx.heads, position_ids, ctx.interleaved)
+        return dqkv, None, None, None, None, None
 
 
 def check_arguments(
@@ -133,25 +129,23 @@ def rope_qkv(
     Raises:
         ValueError: shapes or dtypes do not fit, or a position is outside the tables.
     """
-    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
-    check_arguments("rope_qkv", qkv.shape, cos, sin, position_ids=position_ids, **heads)
+    check_arguments(
+        "rope_qkv",
+        qkv.shape,
+        cos,
+        sin,
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        position_ids=position_ids,
+    )
+    heads = (num_q_heads, num_kv_heads, head_dim)
     if not uses_triton(qkv) or qkv.dtype == torch.float64 or cos.dtype == torch.float64:
-        return rope_qkv_reference(
-            qkv, cos, sin, **heads, position_ids=position_ids, interleaved=interleaved
-        )
+        return rope_qkv_reference(qkv, cos, sin, *heads, position_ids, interleaved)
     qkv = qkv if qkv.stride(1) == 1 else qkv.contiguous()
     if position_ids is not None:
         position_ids = position_ids.contiguous()
-    return _RopeQkv.apply(
-        qkv,
-        cos.contiguous(),
-        sin.contiguous(),
-        num_q_heads,
-        num_kv_heads,
-        head_dim,
-        position_ids,
-        interleaved,
-    )
+    return _RopeQkv.apply(qkv, cos.contiguous(), sin.contiguous(), position_ids, heads, interleaved)
 
 
 def _turn_in_place(

@@ -51,17 +51,17 @@ def _turn(
     inverse: bool,
 ) -> tuple[Tensor, Tensor]:
     """Contiguous q and kv. One of the two is there; the other stands for zeros."""
-    q, kv = (
-        each if each is None or each.stride(-1) == 1 else each.contiguous() for each in (q, kv)
-    )
+    if q is not None and q.stride(-1) != 1:
+        q = q.contiguous()
+    if kv is not None and kv.stride(-1) != 1:
+        kv = kv.contiguous()
     given = q if q is not None else kv
     q_out, kv_out = given.new_empty(q_shape), given.new_empty(kv_shape)
-    sources = [None] * kv_shape[1] if kv is None else [*kv.unbind(1)]
-    destinations = [*kv_out.unbind(1)]
+    sources = [None] * kv_shape[1] if kv is None else kv.unbind(1)
     without_v = [None] * (2 - kv_shape[1])
     launch(
         [q, *sources, *without_v],
-        [q_out, *destinations, *without_v],
+        [q_out, *kv_out.unbind(1), *without_v],
         cos,
         sin,
         position_ids,
@@ -81,20 +81,16 @@ class _RopeApart(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, kv, cos, sin, position_ids, interleaved):
         ctx.save_for_backward(cos, sin, position_ids)
-        ctx.named = {
-            "q_shape": list(q.shape),
-            "kv_shape": list(kv.shape),
-            "interleaved": interleaved,
-        }
+        ctx.shapes, ctx.interleaved = (q.shape, kv.shape), interleaved
         ctx.set_materialize_grads(False)
-        return _turn(q, kv, cos=cos, sin=sin, position_ids=position_ids, inverse=False, **ctx.named)
+        return _turn(q, kv, *ctx.shapes, cos, sin, position_ids, interleaved, False)
 
     @staticmethod
     def backward(ctx, *grads):
         if all(grad is None for grad in grads):
             return (None,) * 6
         cos, sin, position_ids = ctx.saved_tensors
-        outs = _turn(*grads, cos=cos, sin=sin, position_ids=position_ids, inverse=True, **ctx.named)
+        outs = _turn(*grads, *ctx.shapes, cos, sin, position_ids, ctx.interleaved, True)
         return *outs, None, None, None, None
 
 
@@ -133,11 +129,12 @@ def rope_apart(
             f"rope_apart: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
             f"for head_dim {q.shape[-1]}"
         )
-    if position_ids is None and len(cos) < len(q):
+    if position_ids is None and cos.shape[0] < q.shape[0]:
         raise ValueError(f"rope_apart: {len(q)} tokens, tables for {len(cos)} positions")
-    wide = torch.promote_types(q.dtype, torch.float32)
+    is_wide = q.dtype == torch.float64
+    wide = torch.float64 if is_wide else torch.float32
     cos, sin = cos.to(wide).contiguous(), sin.to(wide).contiguous()
-    if not uses_triton(q) or wide != torch.float32:
+    if is_wide or not uses_triton(q):
         return rope_apart_reference(q, kv, cos, sin, position_ids, interleaved)
     if position_ids is not None:
         position_ids = position_ids.contiguous()

@@ -8,13 +8,15 @@ have strides of their own, so that one kernel splits, packs and works in place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 
 # Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.
@@ -148,28 +150,54 @@ def _rope_kernel(
 
 
 @lru_cache(maxsize=4096)
-def _launch_shape(
-    num_tokens: int, num_q_heads: int, num_kv_heads: int, head_dim: int, half: int
-) -> tuple[tuple[int], dict[str, int]]:
-    """The grid and the block's constants."""
+def _prepared(
+    q_shape: torch.Size,
+    num_kv_heads: int,
+    table_shape: torch.Size,
+    sources: tuple[tuple[int, ...] | None, ...],
+    destinations: tuple[int, int],
+    inverse: bool,
+    interleaved: bool,
+    in_place: bool,
+) -> Prepared:
+    """The launch for strides of q, k and v, and those of tokens in q's and k's destinations."""
+    num_tokens, num_q_heads, head_dim = q_shape
+    num_positions, half = table_shape
     head_cols = next_power_of_2(head_dim)
     q_heads, kv_heads = (min(8, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
     tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
-    return (ceil_div(num_tokens, tokens),), {
-        "HEAD_DIM": head_dim,
-        "HALF": half,
-        "TOKENS": tokens,
-        "Q_HEADS": q_heads,
-        "KV_HEADS": kv_heads,
-        "HEAD_COLS": head_cols,
-        "HALF_COLS": next_power_of_2(half),
-        "num_warps": 4,
-    }
+    of_sources = [(0, 0) if strides is None else strides[:2] for strides in sources]
+    strides = [each[dim] for dim in (0, 1) for each in of_sources] + [*destinations]
+    # Strides go to the kernel in units of 8 elements where they are such: Triton itself sees no
+    # smaller factor than 16, and without one it would read element by element.
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return Prepared(
+        (ceil_div(num_tokens, tokens),),
+        (
+            *[stride // unit for stride in strides],
+            num_tokens,
+            num_positions,
+            num_q_heads,
+            num_kv_heads,
+        ),
+        INVERSE=inverse,
+        INTERLEAVED=interleaved,
+        IN_PLACE=in_place,
+        STRIDE_UNIT=unit,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        TOKENS=tokens,
+        Q_HEADS=q_heads,
+        KV_HEADS=kv_heads,
+        HEAD_COLS=head_cols,
+        HALF_COLS=next_power_of_2(half),
+        num_warps=4,
+    )
 
 
 def launch(
-    sources: list[Tensor | None],
-    destinations: list[Tensor | None],
+    sources: Sequence[Tensor | None],
+    destinations: Sequence[Tensor | None],
     cos: Tensor,
     sin: Tensor,
     position_ids: Tensor | None,
@@ -184,37 +212,15 @@ def launch(
     tensor, or contiguous; None for v leaves v out. In place they are the sources, and v and what
     does not turn are left alone. cos, sin and position_ids are contiguous.
     """
-    num_tokens, num_q_heads, head_dim = destinations[0].shape
-    num_kv_heads, half = destinations[1].shape[1], cos.shape[1]
-    if num_tokens == 0:
-        return
-    token_strides, head_strides = [], []
-    for src in sources:
-        token_stride, head_stride = (0, 0) if src is None else src.stride()[:2]
-        token_strides.append(token_stride)
-        head_strides.append(head_stride)
-    strides = [*token_strides, *head_strides, destinations[0].stride(0), destinations[1].stride(0)]
-    # Strides go to the kernel in units of 8 elements where they are such: Triton itself sees no
-    # smaller factor than 16, and without one it would read element by element.
-    combined = 0
-    for stride in strides:
-        combined |= stride
-    unit = 1 if combined % 8 else 8
-    grid, block = _launch_shape(num_tokens, num_q_heads, num_kv_heads, head_dim, half)
-    on_grid(_rope_kernel, grid)(
-        *sources,
-        *destinations,
-        cos,
-        sin,
-        position_ids,
-        *[stride // unit for stride in strides],
-        num_tokens,
-        cos.shape[0],
-        num_q_heads,
-        num_kv_heads,
-        INVERSE=inverse,
-        INTERLEAVED=interleaved,
-        IN_PLACE=in_place,
-        STRIDE_UNIT=unit,
-        **block,
+    q, k, _ = destinations
+    prepared = _prepared(
+        q.shape,
+        k.shape[1],
+        cos.shape,
+        tuple([None if source is None else source.stride() for source in sources]),
+        (q.stride(0), k.stride(0)),
+        inverse,
+        interleaved,
+        in_place,
     )
+    prepared.launch(_rope_kernel, *sources, *destinations, cos, sin, position_ids)

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
 

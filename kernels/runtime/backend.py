@@ -10,7 +10,6 @@ The environment variable NANOTRON_FAST_BACKEND decides:
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -81,20 +80,3 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     if triton is None:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but Triton is not installed")
     return True
-
-
-# A product and the sum after it are rounded once, whatever Triton's default. Versions of Triton
-# differ in that default, and with it in the bits of a result and in the registers of a kernel.
-_OPTIONS = {"enable_fp_fusion": True}
-
-
-def on_grid(kernel: Any, grid: Any) -> Callable[..., Any]:
-    """`kernel[grid]`. Every launch goes through here, and so has the options of all launches."""
-    return functools.partial(kernel[grid], **_OPTIONS)
-
-
-def compiled(kernel: Any, *arguments: Any, **constants: Any) -> Any:
-    """The binary that such a launch would run, loaded onto the current GPU and not launched."""
-    binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
-    binary._init_handles()  # its registers are known once it is loaded
-    return binary

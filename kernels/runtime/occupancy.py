@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from nanotron_fast.kernels.runtime.backend import compiled
+from nanotron_fast.kernels.runtime.launch import compiled
 
 # Registers are handed out to a warp in units of 256, and warps lie on four schedulers.
 _REGISTER_UNIT = 256

@@ -81,9 +81,9 @@ def on_device(index: int) -> AbstractContextManager[Any]:
 def tell_autograd(written: Iterable[Tensor]) -> None:
     """Raises the versions of tensors that a kernel has written, so that autograd misses no change.
 
-    Tensors of inference mode have none.
+    Tensors of inference mode have none, and are passed over.
     """
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    torch.autograd.graph.increment_version(written)
 
 
 class Operator:

@@ -44,6 +44,8 @@ class Group:
         moments: what is kept of each.
         step: how many were taken; fp32, 0-d.
         places: of the parameters among all.
+        counters: copies of `step` that a launch counts up, where they always were: its tables have
+            their addresses.
     """
 
     peak: float
@@ -51,6 +53,13 @@ class Group:
     moments: tuple[str, ...]
     step: Tensor
     places: list[int] = field(default_factory=list)
+    counters: dict[bool, Tensor] = field(default_factory=dict)
+
+    def counter(self, has_copy: bool) -> Tensor:
+        """The count of steps, for those of its parameters that have a copy, or for the others."""
+        if has_copy not in self.counters:
+            self.counters[has_copy] = torch.empty_like(self.step)
+        return self.counters[has_copy].copy_(self.step)
 
 
 class AdamW:
@@ -166,7 +175,7 @@ class AdamW:
                 [state.master for state in states],
                 [share for _, share in members],
                 *([state.moments[key] for state in states] for key in ADAMW_MOMENTS),
-                group.step.clone(),
+                group.counter(has_copy),
                 lr=lr,
                 betas=self.betas,
                 eps=self.eps,

@@ -179,9 +179,11 @@ def fresh():
     """Forgets what is installed, before and after."""
     attention_library.missing.cache_clear()
     attention_module._decided.cache_clear()
+    attention_module._settled.clear()
     yield
     attention_library.missing.cache_clear()
     attention_module._decided.cache_clear()
+    attention_module._settled.clear()
 
 
 def install(monkeypatch, module: ModuleType) -> None:

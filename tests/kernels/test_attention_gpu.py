@@ -84,7 +84,7 @@ def test_every_configuration(monkeypatch, kernel, table, head_dim, config) -> No
         first = next(c for c in choices if is_hopper or not c.kwargs["TMA"])
         chosen = config if name == kernel else first
         monkeypatch.setattr(other, "cache", {})
-        monkeypatch.setattr(attention_triton, "_blocks", {})
+        monkeypatch.setattr(attention_triton, "_prepared", {})
         monkeypatch.setattr(other, "early_config_prune", lambda *_, _chosen=chosen, **__: [_chosen])
     for options in TABLES[table]:
         tensors, options = make(head_dim, options)

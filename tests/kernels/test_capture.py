@@ -26,9 +26,9 @@ GPU = torch.device("cuda", 7)
 @pytest.fixture
 def capturing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """From where this is undone on, nothing is captured any more."""
-    monkeypatch.setattr(plan, "_plans", {})
+    monkeypatch.setattr(plan, "_looks", {})
     monkeypatch.setattr(plan, "_captured", [])
-    for tables in (multi_tensor._bundles, multi_tensor._layout, multi_tensor._addresses):
+    for tables in (multi_tensor._bundles, multi_tensor._layout, multi_tensor.addresses_at):
         tables.cache_clear()
     patch = pytest.MonkeyPatch()
     patch.setattr(capture, "is_capturing", lambda device: True)
@@ -58,7 +58,7 @@ def test_lists_that_are_new_are_refused(triton_path, capturing) -> None:
     with pytest.raises(RuntimeError, match="captures an operation on lists of tensors"):
         accumulate_(mains, grads)
     capturing.undo()
-    assert plan._plans == {}
+    assert plan._looks == {}
     assert all(not main.any() for main in mains)
     accumulate_(mains, grads)
     assert all(main.eq(1).all() for main in mains)
@@ -66,17 +66,16 @@ def test_lists_that_are_new_are_refused(triton_path, capturing) -> None:
 
 def test_what_was_run_before_is_captured_and_kept(triton_path, capturing, monkeypatch) -> None:
     """A replay reads the tables: they stay, however many other lists come after."""
-    monkeypatch.setattr(plan, "_NUM_REMEMBERED", 1)
     tensors = [*lists(3, 1, 1, 0, 0), torch.zeros(())]
     with monkeypatch.context() as before:
         before.setattr(capture, "is_capturing", lambda device: False)
         step(*tensors)
-    monkeypatch.setattr(plan, "_NUM_REMEMBERED", 64)
     step(*tensors)
     read = [bundle.addresses for each in plan._captured for bundle in each.bundles]
     assert len(plan._captured) == len(read) == 4
     capturing.undo()
     monkeypatch.setattr(plan, "_NUM_REMEMBERED", 1)
+    monkeypatch.setattr(plan, "NUM_PLANS", 1)
     step(*lists(3, 1, 1, 0, 0), torch.zeros(()))
     assert [bundle.addresses for each in plan._captured for bundle in each.bundles] == read
     assert len(plan._captured) == 4

@@ -1,13 +1,14 @@
-"""Every launch goes through `backend.on_grid`, and so has the options that all launches share."""
+"""Every launch goes through `launch.on_grid`, and so has the options that all launches share."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 
-from nanotron_fast.kernels.runtime.backend import on_grid
+from nanotron_fast.kernels.runtime.launch import on_grid
 
 KERNELS = Path(__file__).parents[2] / "kernels"
 # What launches or compiles a kernel, as a method of it with a grid.
@@ -54,7 +55,7 @@ def bypasses(source: str) -> list[str]:
 )
 def test_no_launch_bypasses_on_grid(path: Path) -> None:
     found = bypasses(path.read_text())
-    if path.stem == "backend":
+    if path.stem == "launch":
         calls = {line.partition(": ")[2] for line in found}
         assert calls == {"kernel[grid]", "kernel.warmup"}
     else:
@@ -70,7 +71,8 @@ def test_a_launch_asks_for_fused_products() -> None:
 
 def test_launches_are_found_at_all() -> None:
     launches = sum(
-        isinstance(node, ast.Call) and ast.unparse(node.func).startswith("on_grid(")
+        isinstance(node, ast.Call)
+        and re.match(r"on_grid\(|.*\.launch$", ast.unparse(node.func)) is not None
         for path in KERNELS.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
     )

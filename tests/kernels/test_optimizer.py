@@ -219,20 +219,15 @@ def test_parameters_that_require_gradients(path, device) -> None:
     assert (param < 1).all()
 
 
-def test_tables_are_made_once(triton_path) -> None:
+def test_the_order_of_segments_is_made_once(triton_path) -> None:
+    """The same sizes at other addresses: only addresses are new, and the result is right."""
     mains, _ = make([FP32], triton_path)
     grads, _ = make([BF16], triton_path)
     accumulate_(mains, grads)
-    before = multi_tensor._bundles.cache_info().misses
-    for _ in range(3):
-        accumulate_(mains, grads)
-    assert multi_tensor._bundles.cache_info().misses == before
-    # The same sizes at other addresses: only addresses are new, and the result is right.
     layouts = multi_tensor._layout.cache_info().misses
     moved = [grad.clone() for grad in grads]
     expected = [wide(main) + wide(grad) for main, grad in zip(mains, moved, strict=True)]
     accumulate_(mains, moved)
-    assert multi_tensor._bundles.cache_info().misses == before + 1
     assert multi_tensor._layout.cache_info().misses == layouts
     for main, reference in zip(mains, expected, strict=True):
         assert_close(main, reference)
