@@ -17,7 +17,9 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.source import read
 from nanotron_fast.checkpoints.stored import NanotronModel
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.extras import require
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.huggingface.quantization import read_quantization
 from nanotron_fast.formats.nanotron.classes import class_of
 
 if TYPE_CHECKING:
@@ -115,6 +117,9 @@ def _side(root: Path, options: Options, own_forward: OwnForward | None) -> _Side
     """Raises CheckpointError, ConfigError, OSError."""
     checkpoint = read(root)
     if isinstance(checkpoint, HfCheckpoint):
+        if read_quantization(checkpoint.config) is not None:
+            what = f"--logits of {root}, whose weights are quantised,"
+            require("logits", what, ["accelerate"])
         return _hf_side(root)
     if not class_of(checkpoint.model_config).is_stock:
         return _own_side(root, NanotronModel(checkpoint, options), options, own_forward)

@@ -237,7 +237,7 @@ class Options:
         "rope_scaling, for the drop-in, and what Nanotron's classes cannot hold (a head_dim of its "
         "own, biases, windows on some layers), or not over so many ranks (copies of key-value "
         "heads where TP outnumbers them), for nanotron-fast train. "
-        "(default: nanotron)",
+        "(default: nanotron, where one of its classes holds the family)",
         check=_target,
         metavar="NAME",
         group=DETAILS,

@@ -100,8 +100,6 @@ def write(
     from nanotron_fast.moves import engine
 
     num_workers = workers or engine.default_workers()
-    if dst.lower().startswith("memory:"):
-        raise ConfigError(f"{dst}: it would be gone with this command, which ends")
     if dry_run:
         share = _dry_share(dst, options)
         if told_rank() > 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 import nanotron_fast as nf
 from nanotron_fast import Topology
 from nanotron_fast.cli.reporting import inspection_lines
-from nanotron_fast.errors import CheckpointError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, MissingPackageError, UnsupportedModelError
 from tests.checkpoints.test_loading import check_ranks, converted
 from tests.fp8 import (
     CONFIG,
@@ -66,6 +67,19 @@ def test_it_converts_as_what_it_is_once_dequantised(topology: Topology, tmp_path
         label = "A" if one == coded else "B"
         assert found.casts == (f"{label} fp8 -> bf16 (14 tensors)",)
         assert any("dequantised from fp8 (128x128 blocks)" in each for each in found.warnings)
+
+
+def test_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers loads what is quantised with a package that nothing else here needs."""
+    coded, _ = saved(tmp_path, **WHOLE)
+    nf.convert(coded, tmp_path / "out")
+    found = nf.verify(coded, tmp_path / "out", logits=True)
+    assert found.equal
+    assert found.logits is not None
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    message = r"coded, whose .* needs accelerate, .*\[logits\]"
+    with pytest.raises(MissingPackageError, match=message):
+        nf.verify(coded, tmp_path / "out", logits=True)
 
 
 def test_values_are_those_of_transformers(tmp_path: Path) -> None:

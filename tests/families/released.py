@@ -5,6 +5,7 @@ from __future__ import annotations
 from nanotron_fast import Topology
 from tests.families.released_experts import WITH_EXPERTS
 from tests.families.released_model import GLM, Released, sizes
+from tests.families.released_stock import WITH_STOCK_CLASSES
 
 OLMO2 = {"vocab_size": 100352, "rope_theta": 500000.0, "max_position_embeddings": 4096}
 OLMO3 = {
@@ -433,4 +434,5 @@ RELEASED: dict[str, Released] = {
         for billions, layers, experts, exactly in ((20, 24, 32, 20.9), (120, 36, 128, 116.8))
     },
     **WITH_EXPERTS,
+    **WITH_STOCK_CLASSES,
 }

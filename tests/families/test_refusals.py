@@ -63,6 +63,11 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "attention-bias-smollm3": ("smollm3", {"attention_bias": True}, "output projection"),
     "mlp-bias": ("llama", {"mlp_bias": True}, "mlp_bias: the MLP has biases"),
     "mlp-bias-smollm3": ("smollm3", {"mlp_bias": True}, "mlp_bias"),
+    "experts-on-no-layer": (
+        "qwen2_moe",
+        {"mlp_only_layers": [0, 1, 2, 3, 4, 5]},
+        r"by mlp_only_layers \[0, .*5\] and decoder_sparse_step 1 none of \d layers has experts",
+    ),
     "starcoder2-no-bias": ("starcoder2", {"use_bias": False}, f"use_bias.*{EXTENDED}"),
     "starcoder2-untied": ("starcoder2", {"tie_word_embeddings": False}, "tie_word_embeddings"),
     "norm-topk-prob": ("qwen2_moe", {"norm_topk_prob": True}, "norm_topk_prob"),
