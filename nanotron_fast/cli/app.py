@@ -17,8 +17,9 @@ from nanotron_fast.cli.entry import EXIT_BAD_INPUT
 from nanotron_fast.cli.flags import with_flags
 from nanotron_fast.errors import ConfigError, NanotronFastError, notes_of, one_line
 
-# Of typer's own copy of click, whose name is none that typer promises.
-_UsageError = import_module(typer.BadParameter.__module__).UsageError
+# Of typer's own copy of click, whose name is none that typer promises; before 0.26, of click.
+_errors = import_module(typer.BadParameter.__module__)
+_UsageError, _MissingParameter = _errors.UsageError, _errors.MissingParameter
 
 CHECKPOINTS, TRAINING, UNDER_NANOTRON, HERE = (
     "Checkpoints",
@@ -34,6 +35,17 @@ class Command(TyperCommand):
     def format_help(self, ctx: Any, formatter: Any) -> None:
         """Writes it in the width and the colours of the terminal."""
         helping.write(self, ctx, formatter)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Reads what stands behind the command.
+
+        Up to typer 0.17, with click 8.3 and later, what is missing arrives as None.
+        """
+        left = list(super().parse_args(ctx, args))
+        for each in self.params:
+            if each.required and not ctx.resilient_parsing and ctx.params.get(each.name) is None:
+                raise _MissingParameter(ctx=ctx, param=each)
+        return left
 
 
 class Group(TyperGroup):
