@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.rope import operators
 from nanotron_fast.kernels.rope.reference import (
+    pack_heads,
     rope_qkv_reference,
     rotate_in_place,
     rotate_reference,
@@ -31,6 +32,7 @@ __all__ = [
     "check_arguments",
     "rope_qkv",
     "rope_qkv_",
+    "rope_qkv_backward",
     "rope_qkv_backward_",
     "rope_qkv_reference",
     "rope_tables",
@@ -236,4 +238,56 @@ def rope_qkv_backward_(
         position_ids=position_ids,
         interleaved=interleaved,
         inverse=True,
+    )
+
+
+def rope_qkv_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None = None,
+    interleaved: bool = False,
+) -> Tensor:
+    """Backward of `rope_qkv_` from gradients that lie apart: packs and turns back in one pass.
+
+    4 bytes for each element of qkv, of two-byte elements; three copies into one tensor that is then
+    turned in place take 8 for q and k and 4 for v. For use within an autograd function.
+
+    Args:
+        dq: (..., H, d), of any strides; dimensions before H are the tokens in their order. Where no
+            one stride leads from token to token, it is copied first.
+        dk, dv: (..., K, d), the same of the keys and the values.
+        cos, sin, position_ids, interleaved: as of `rope_qkv`.
+
+    Returns:
+        dqkv (tokens, (H + 2K) * d), contiguous, in dq's dtype.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or a position is outside the tables.
+    """
+    name, (num_q_heads, head_dim), num_kv_heads = "rope_qkv_backward", dq.shape[-2:], dk.shape[-2]
+    is_even = dk.shape == dv.shape and dk.shape == (*dq.shape[:-2], num_kv_heads, head_dim)
+    if not is_even or dq.dim() < 3 or not dq.dtype == dk.dtype == dv.dtype:
+        raise ValueError(
+            f"{name}: dq {tuple(dq.shape)} {dq.dtype}, dk {tuple(dk.shape)} {dk.dtype}, "
+            f"dv {tuple(dv.shape)} {dv.dtype}"
+        )
+    heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    shape = torch.Size((dq.shape[:-2].numel(), (num_q_heads + 2 * num_kv_heads) * head_dim))
+    check_arguments(name, shape, cos, sin, position_ids=position_ids, **heads)
+    if not uses_triton(dq) or dq.dtype == torch.float64 or cos.dtype == torch.float64:
+        dqkv = pack_heads(dq, dk, dv)
+        return rope_qkv_backward_(
+            dqkv, cos, sin, **heads, position_ids=position_ids, interleaved=interleaved
+        )
+    rows = [each.flatten(0, -3) for each in (dq, dk, dv)]
+    return operators.backward(
+        *(each if each.stride(-1) == 1 else each.contiguous() for each in rows),
+        cos.contiguous(),
+        sin.contiguous(),
+        **heads,
+        position_ids=None if position_ids is None else position_ids.contiguous(),
+        interleaved=interleaved,
     )

@@ -14,6 +14,15 @@ def split_heads(qkv: Tensor, num_q_heads: int, num_kv_heads: int, head_dim: int)
     return list(packed.split_with_sizes(heads, dim=1))
 
 
+def pack_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q (..., H, d), k and v (..., K, d) -> (tokens, (H + 2K) * d), each copied once."""
+    heads = (q.shape[-2], k.shape[-2], v.shape[-2])
+    packed = q.new_empty(*q.shape[:-2], sum(heads), q.shape[-1])
+    for part, source in zip(packed.split_with_sizes(heads, dim=-2), (q, k, v), strict=True):
+        part.copy_(source)
+    return packed.flatten(-2).flatten(0, -2)
+
+
 def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """x (tokens, heads, head_dim), cos and sin (tokens, rotary_dim/2)."""
     wide = torch.promote_types(x.dtype, torch.float32)

@@ -3,8 +3,9 @@
     [q | k | v] = x Wqkv^T + b;  q, k rotated;  y = sum over ranks of attention(q, k, v) Wo^T
 
 Saved for backward: x's shard, attention's output and log-sum-exp, and the packed QKV after rotary
-unless it is recomputed from x. Rotary and its inverse work in place of the packed tensor, and
-attention reads q, k and v as views of it: they are never copied apart.
+unless it is recomputed from x. Rotary works in place of the packed tensor, and attention reads q, k
+and v as views of it: they are never copied apart. Their gradients are packed by the pass that turns
+them back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
 from nanotron_fast.kernels.matmul import matmul_rope, prefers_fused
-from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward_
+from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
@@ -81,10 +82,13 @@ class _Layout:
             return rows.view(seq, self.batch, num_heads, self.head_dim).transpose(0, 1)
         return rows.view(self.batch, seq, num_heads, self.head_dim)
 
+    def in_order(self, heads: Tensor) -> Tensor:
+        """A view of what attention gives, (..., heads, d), with the tokens in their order."""
+        return heads.transpose(0, 1) if heads.dim() == 4 and self.sequence_first else heads
+
     def as_rows(self, out: Tensor) -> Tensor:
         """The way back, a copy where the sequence comes first: (tokens, heads * d)."""
-        if out.dim() == 4 and self.sequence_first:
-            out = out.transpose(0, 1)
+        out = self.in_order(out)
         return out.reshape(-1, out.shape[-2] * out.shape[-1])
 
     def options(self, cu_seqlens: Tensor | None) -> dict[str, Any]:
@@ -184,16 +188,21 @@ class _Attention(torch.autograd.Function):
             d_out = dy @ o_weight
         is_varlen = cu_seqlens is not None
         q, k, v = layout.split(packed, is_varlen)
-        d_packed = torch.empty_like(packed)
-        targets = layout.split(d_packed, is_varlen)
         d_out = layout.by_sequence(d_out, layout.num_q_heads, is_varlen)
         gradients = attention_backward(d_out, q, k, v, out, lse, **layout.options(cu_seqlens))
-        for target, gradient in zip(targets, gradients, strict=True):
-            target.copy_(gradient)
-        del packed, q, k, v, gradients
-        d_packed = rope_qkv_backward_(
-            d_packed, cos, sin, position_ids=position_ids, **layout.turning
+        del packed, q, k, v
+        # The libraries' kernels write dq, dk and dv to tensors of their own. One pass packs them
+        # and turns them back: 4 bytes for each of the (H + 2K) * d elements of a token, where
+        # copies and a turn in place would take 8 of q and k. Gradients written straight to the
+        # packed tensor would save the 4 of v alone, for q and k would be turned all the same.
+        d_packed = rope_qkv_backward(
+            *(layout.in_order(gradient) for gradient in gradients),
+            cos,
+            sin,
+            position_ids=position_ids,
+            interleaved=layout.interleaved,
         )
+        del gradients
         dx = input_gradient(d_packed, weight, layout.mode, layout.ranks) if needs_x else None
         d_o = None
         if needs_o:

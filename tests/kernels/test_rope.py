@@ -10,6 +10,7 @@ from nanotron_fast.kernels.rope import (
     operators,
     rope_qkv,
     rope_qkv_,
+    rope_qkv_backward,
     rope_qkv_backward_,
     rope_qkv_reference,
     rope_tables,
@@ -147,6 +148,44 @@ def test_inputs_that_are_not_contiguous(triton_path) -> None:
         ours = run(packed, *tables[0], size[1:4], grads, tables[1], False)
         for a, b in zip(ours, expected, strict=True):
             assert_close(a, b)
+
+
+# How the gradients of (2, 6) tokens lie in memory, sequence by sequence.
+LAYOUTS = {
+    "in order": lambda grad: grad,
+    "heads first": lambda grad: grad.transpose(1, 2).contiguous().transpose(1, 2),
+    "sequence first": lambda grad: grad.transpose(0, 1).contiguous().transpose(0, 1),
+    "in one tensor": lambda grad: torch.cat((grad, grad), -2)[..., : grad.shape[-2], :],
+    "columns first": lambda grad: grad.transpose(1, 3).contiguous().transpose(1, 3),
+}
+
+
+@pytest.mark.parametrize("sequence_first", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_that_lie_apart_are_packed(path, device, dtype, layout, sequence_first) -> None:
+    torch.manual_seed(0)
+    sizes = (4, 2, 24)
+    qkv, cos, sin, grads = make(12, *sizes, 0.5, dtype, device)
+    position_ids = torch.randint(0, NUM_POSITIONS, (12,), device=device)
+    *_, expected = run(qkv, cos, sin, sizes, grads, position_ids, True)
+    given = [LAYOUTS[layout](grad.unflatten(0, (2, 6))) for grad in grads]
+    if sequence_first:
+        given = [grad.transpose(0, 1) for grad in given]
+        position_ids = position_ids.view(2, 6).t().reshape(-1)
+        expected = expected.unflatten(0, (2, 6)).transpose(0, 1).flatten(0, 1)
+    dqkv = rope_qkv_backward(*given, cos, sin, position_ids, interleaved=True)
+    assert dqkv.is_contiguous()
+    assert torch.equal(dqkv, expected)
+
+
+def test_gradients_that_do_not_fit_are_named(device) -> None:
+    _, cos, sin, (dq, dk, dv) = make(5, 4, 2, 16, 1.0, torch.float32, device)
+    for wrong in (dv[:, :1], dv[:4], dv[..., :8], dv.half()):
+        with pytest.raises(ValueError, match=r"rope_qkv_backward: dq \(5, 4, 16\) torch.float32"):
+            rope_qkv_backward(dq, dk, wrong, cos, sin)
+    with pytest.raises(ValueError, match="5 tokens, tables for 4 positions"):
+        rope_qkv_backward(dq, dk, dv, cos[:4], sin[:4])
 
 
 def test_turning_back_gives_what_was_there(triton_path) -> None:

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.rope import rope_tables
@@ -185,6 +186,36 @@ def test_positions_that_are_given_pass_over_documents(path) -> None:
     assert (turned - expected).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"position_ids \(3,\) for 24 tokens"):
         tensor_parallel_attention(*arguments, **options, position_ids=counted[:3])
+
+
+class _Copies(TorchDispatchMode):
+    """Copies of tensors of heads, (..., heads, d)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        is_copy = function in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default)
+        if is_copy and args[0].dim() > 2:
+            self.shapes.append(tuple(args[0].shape))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("documents", [None, [0, 5, TOKENS]])
+def test_no_gradient_of_heads_is_copied(monkeypatch, documents) -> None:
+    """The pass that turns dq and dk back packs all three: on a GPU nothing else moves them."""
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
+    x, weight, o_weight = attention_tensors(torch.float32)
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
+    cu_seqlens = torch.tensor(documents, dtype=torch.int32, device=DEVICE) if documents else None
+    batch = 1 if documents else 3
+    y = tensor_parallel_attention(
+        x, weight, o_weight, cos, sin, **HEADS, cu_seqlens=cu_seqlens, batch=batch
+    )
+    with _Copies() as copies:
+        y.sum().backward()
+    assert copies.shapes == []
 
 
 @pytest.mark.parametrize("recompute", [False, True])
