@@ -33,7 +33,10 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
         "losses",
         ("plain", "z-loss, ignore_index", "correct z-loss", "small vocabulary, z-loss"),
     ),
-    "linear_cross_entropy": ("losses", ("mean", "z-loss, ignore_index", "none")),
+    "linear_cross_entropy": (
+        "losses",
+        ("mean", "z-loss, ignore_index", "none", "mean, in chunks", "none, in chunks"),
+    ),
     "embedding": ("losses", ("plain", "padding_idx")),
     "adamw": ("optimizer", ("masters and copies", "low-precision state")),
     "accumulate": ("optimizer", ("bf16", "mixed")),

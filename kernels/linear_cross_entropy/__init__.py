@@ -6,20 +6,30 @@
 
 The tokens pass in chunks, each through the vendor's matrix product, the kernels of the cross
 entropy and two more products, in one buffer of (chunk_tokens, vocab/ranks) logits that their
-gradient overwrites: no more logits than that exist. 6 * tokens * hidden * vocab/ranks FLOPs. The
-memory traffic beside the products is 6 bytes a logit, and 8 bytes an element of dweight for every
-chunk but the first (4), for it is summed in fp32: that takes as long as the product it adds at some
-900 tokens on an H100. So the default is the largest chunk whose logits take 1 GiB in bf16, and half
-of the tokens at most.
+gradient overwrites: no more logits than that exist. By default a chunk is all tokens where their
+logits take 1 GiB in bf16 at most, and else an even part of them. In every way the traffic beside
+the products' own is 6 bytes a logit: 2 for the statistics, 4 for the gradient.
 
-Of a mean or a sum one number scales all gradients, so forward computes dhidden and dweight, keeps
-them instead of hidden and weight (4 bytes an element of dweight, 2 of dhidden), and backward
-multiplies, rounding dweight once, dhidden twice. With reduction "none" every token has its own
-factor: forward keeps M and s of each row, and backward computes the logits a second time
-(8 instead of 6 FLOPs). Both are exact, and both can run backward twice.
+One chunk, in eager mode: forward keeps the logits (2 bytes each; M and s, 8 bytes a token), and
+backward turns them into their gradient in place, with the factor of each token's loss in the same
+kernel. 6 * tokens * hidden * vocab/ranks FLOPs. The products write what is asked for, rounded once:
+2 bytes an element of dhidden and of dweight, or 8 of dweight where it is added to a `main_grad`. A
+second backward computes the logits again, to the same bits.
+
+Several chunks, a mean or a sum: one number scales all gradients, so forward computes dhidden and
+dweight, keeps them instead of hidden and weight (4 bytes an element of dweight, 2 of dhidden), and
+backward multiplies, rounding dweight once, dhidden twice. The same FLOPs; dweight is summed in
+fp32, 4 bytes an element for the first chunk, 8 for each other (as long as the product that it adds
+at some 900 tokens on an H100), and 6 for the scaling, or 12 into a `main_grad`. So does fp16 with
+one chunk: with the factor of a mean its gradients of logits would vanish below 6e-8.
+
+Several chunks, reduction "none": every token has its own factor. Forward keeps M and s of each row,
+and backward computes the logits a second time (8 instead of 6 FLOPs) and adds dweight to fp32, a
+`main_grad` where there is one. All ways are exact, and all can run backward twice. torch.compile
+takes those of several chunks, whatever their number.
 
 With a group, rank r holds rows r * vocab/ranks and on of the weight, hidden is the same on every
-rank, and dhidden is summed over the group here, in hidden's dtype, while the next chunk computes:
+rank, and dhidden is summed over the group here, in hidden's dtype, while the next product computes:
 the backward of Nanotron's column linear in its ALL_REDUCE mode. Besides, every chunk takes one
 all-gather of three numbers a token.
 Shapes: hidden, dhidden (tokens, hidden); weight, dweight (vocab/ranks, hidden); target, loss, z
@@ -32,11 +42,19 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy import check_options, check_target
-from nanotron_fast.kernels.linear_cross_entropy.operators import Settings, backward, forward
+from nanotron_fast.kernels.linear_cross_entropy.operators import (
+    Gradients,
+    Settings,
+    add_in_chunks,
+    backward,
+    forward,
+    is_one_chunk,
+)
 from nanotron_fast.kernels.linear_cross_entropy.reference import (
     linear_cross_entropy_reference,
     scale_sum,
 )
+from nanotron_fast.kernels.linear_cross_entropy.whole import WholeLosses
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
@@ -111,9 +129,17 @@ class _TokenLosses(torch.autograd.Function):
         hidden, weight, target, maximum_and_sum = ctx.saved_tensors
         dloss = dloss.to(maximum_and_sum.dtype).contiguous()
         of_hidden, of_weight = ctx.needed
+        low = weight.to(hidden.dtype)
+        if of_weight and ctx.main_grad is not None:
+            dhidden = hidden.new_empty(hidden.shape) if of_hidden else None
+            gradients = Gradients(
+                hidden, low, ctx.settings.ranks, dhidden, ctx.main_grad, is_added=True
+            )
+            add_in_chunks(gradients, target, maximum_and_sum, dloss, ctx.settings)
+            return dhidden, *(None,) * 5
         dhidden, dweight = backward(
             hidden,
-            weight.to(hidden.dtype),
+            low,
             target,
             maximum_and_sum,
             dloss,
@@ -121,9 +147,6 @@ class _TokenLosses(torch.autograd.Function):
             of_hidden=of_hidden,
             of_weight=of_weight,
         )
-        if of_weight and ctx.main_grad is not None:
-            ctx.main_grad.add_(dweight)
-            of_weight = False
         return (
             dhidden if of_hidden else None,
             dweight.to(weight.dtype) if of_weight else None,
@@ -143,7 +166,7 @@ def linear_cross_entropy(
     z_loss_mode: str = "nanotron",
     chunk_tokens: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The cross entropy of hidden @ weight^T, whose logits never exist whole.
+    """The cross entropy of hidden @ weight^T, whose logits exist in chunks.
 
     Args:
         hidden: (tokens, hidden), bf16, fp16 or fp32, the same on every rank of the group.
@@ -159,7 +182,8 @@ def linear_cross_entropy(
             there are none.
         z_loss: weight of the z-loss.
         z_loss_mode: "nanotron" or "correct", see `vocab_parallel_cross_entropy`.
-        chunk_tokens: tokens whose logits exist at a time. None chooses, see above.
+        chunk_tokens: tokens whose logits exist at a time. None chooses, see above. Where that is
+            all of them the logits are kept for backward: below the number of tokens it saves that.
 
     Returns:
         The loss in fp32, () or (tokens,), or, where z_loss > 0, (loss + z, z). z carries no
@@ -191,11 +215,22 @@ def linear_cross_entropy(
         add_maximum=z_loss_mode == "correct",
         chunk_tokens=chunk_tokens or 0,
     )
-    of_hidden, of_weight = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
-    function = _TokenLosses if reduction == "none" else _SummedLoss
-    loss, z = function.apply(
-        hidden, weight.contiguous(), target.contiguous(), settings, of_hidden, of_weight
-    )
+    weight, target = weight.contiguous(), target.contiguous()
+    if _keeps_logits(hidden, weight, reduction, settings.chunk_tokens):
+        loss, z = WholeLosses.apply(hidden, weight, target, settings)
+        if reduction != "none":
+            loss, z = loss.sum(), z.sum()
+    else:
+        of = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
+        function = _TokenLosses if reduction == "none" else _SummedLoss
+        loss, z = function.apply(hidden, weight, target, settings, *of)
     if reduction != "none":
         loss, z = (scale_sum(t, target, ignore_index, reduction) for t in (loss, z))
     return (loss, z) if z_loss > 0 else loss
+
+
+def _keeps_logits(hidden: Tensor, weight: Tensor, reduction: str, chunk_tokens: int) -> bool:
+    """Whether the logits wait for backward; in fp16 a sum's gradients would vanish, see above."""
+    if torch.compiler.is_compiling() or (reduction != "none" and hidden.dtype == torch.float16):
+        return False
+    return is_one_chunk(hidden.shape[0], weight.shape[0], chunk_tokens)

@@ -1,7 +1,7 @@
 """Linear layer and cross entropy chunk by chunk, as operators: `linear_cross_entropy` says why.
 
 Everything runs in one call of an operator, so that one buffer of logits serves all chunks in eager
-mode and under torch.compile alike.
+mode and under torch.compile alike. `whole` has the way where one chunk is all.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from torch import Tensor
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, statistics
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 from nanotron_fast.kernels.runtime.operators import operator
+from nanotron_fast.kernels.runtime.sizes import ceil_div
 
-# How many logits a chunk has at most: 1 GiB of bf16.
+# How many logits exist at a time by default: 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29
 
 
@@ -28,26 +29,39 @@ class Settings(NamedTuple):
     add_maximum: bool
     chunk_tokens: int
 
+    @property
+    def terms(self) -> dict[str, Any]:
+        """The arguments of the loss's own operators."""
+        return {
+            "ignore_index": self.ignore_index,
+            "z_loss": self.z_loss,
+            "add_maximum": self.add_maximum,
+        }
+
     def named(self) -> dict[str, Any]:
         """The operators' arguments of these names."""
         return {
             "group_name": self.ranks.name,
             "rank": self.ranks.rank,
             "size": self.ranks.size,
-            "ignore_index": self.ignore_index,
-            "z_loss": self.z_loss,
-            "add_maximum": self.add_maximum,
+            **self.terms,
             "chunk_tokens": self.chunk_tokens,
         }
 
 
 def default_chunk_tokens(num_tokens: int, num_cols: int) -> int:
-    """As many tokens as fill the buffer, split evenly into at least two chunks."""
+    """All tokens where their logits fit the buffer, or as many as fill it, split evenly."""
     most = max(_CHUNK_LOGITS // num_cols, 128)
-    num_chunks = max(-(-num_tokens // most), 2)
-    chunk = -(-num_tokens // num_chunks)
+    if num_tokens <= most:
+        return num_tokens
+    chunk = ceil_div(num_tokens, ceil_div(num_tokens, most))
     # Whole tiles of a matrix product, where that costs little.
-    return chunk if chunk < 1024 else -(-chunk // 128) * 128
+    return chunk if chunk < 1024 else ceil_div(chunk, 128) * 128
+
+
+def is_one_chunk(num_tokens: int, num_cols: int, chunk_tokens: int) -> bool:
+    """Whether the logits of all tokens, of which there are some, exist at a time."""
+    return 0 < num_tokens <= (chunk_tokens or default_chunk_tokens(num_tokens, num_cols))
 
 
 def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:
@@ -70,33 +84,50 @@ def _empty_gradients(
     )
 
 
-class _Gradients:
-    """dhidden and dweight of one call, chunk after chunk; empty where they are not needed."""
+class Gradients:
+    """dhidden and dweight of one call, chunk after chunk.
+
+    Args:
+        hidden, weight: of one dtype.
+        ranks: over whom dhidden is summed.
+        dhidden: what it is written to, in hidden's dtype; None where it is not needed.
+        dweight: what it is written or added to, in hidden's dtype or a wider one, or None.
+        is_added: whether the first chunk is added to what is in dweight.
+    """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, ranks: Ranks, of_hidden: bool, of_weight: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        ranks: Ranks,
+        dhidden: Tensor | None,
+        dweight: Tensor | None,
+        *,
+        is_added: bool = False,
     ) -> None:
         self.hidden, self.weight, self.ranks = hidden, weight, ranks
-        self.of_hidden, self.of_weight = of_hidden, of_weight
-        self.dhidden, self.dweight = _empty_gradients(hidden, weight, of_hidden, of_weight)
+        self.dhidden, self.dweight, self.is_added = dhidden, dweight, is_added
         self.sums: list[Any] = []
-        self.is_first = True
 
     def add(self, part: slice, dlogits: Tensor) -> None:
-        if self.of_hidden:
+        if self.dhidden is not None:
             torch.mm(dlogits, self.weight, out=self.dhidden[part])
             if self.ranks.size > 1:
                 self.sums.append(sum_in_background(self.dhidden[part], self.ranks))
-        if self.of_weight:
-            _add_product(self.dweight, dlogits, self.hidden[part], 0 if self.is_first else 1)
-        self.is_first = False
+        if self.dweight is not None:
+            _add_product(self.dweight, dlogits, self.hidden[part], int(self.is_added))
+        self.is_added = True
 
-    def finish(self) -> tuple[Tensor, Tensor]:
+    def finish(self) -> None:
         for work in self.sums:
             work.wait()
-        if self.is_first:
+        if self.dweight is not None and not self.is_added:
             self.dweight.zero_()
-        return self.dhidden, self.dweight
+
+
+def logits_buffer(hidden: Tensor, num_rows: int, num_cols: int) -> Tensor:
+    """(rows, cols) whose rows start at multiples of 128 bytes, as fast products want them."""
+    return hidden.new_empty(num_rows, ceil_div(num_cols, 64) * 64)[:, :num_cols]
 
 
 def _chunks(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[list[slice], Tensor]:
@@ -105,9 +136,21 @@ def _chunks(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[list[sli
     chunk = chunk_tokens or default_chunk_tokens(num_tokens, num_cols)
     chunk = max(min(chunk, num_tokens), 1)
     parts = [slice(at, min(at + chunk, num_tokens)) for at in range(0, num_tokens, chunk)]
-    # Every row starts at a multiple of 128 bytes, as the vendor's fastest products want it.
-    padded_cols = -(-num_cols // 64) * 64
-    return parts, hidden.new_empty(min(chunk, num_tokens), padded_cols)[:, :num_cols]
+    return parts, logits_buffer(hidden, min(chunk, num_tokens), num_cols)
+
+
+def losses_of(
+    logits: Tensor, target: Tensor, ranks: Ranks, terms: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss + z and z (rows,), and M and s (2, rows), from this rank's logits (rows, cols)."""
+    num_cols = logits.shape[1]
+    ours = statistics(
+        logits, target, first_col=ranks.rank * num_cols, ignore_index=terms["ignore_index"]
+    )
+    found: tuple[Tensor, Tensor, Tensor] = combine(
+        all_gather(ours, ranks), target, shard_cols=num_cols, **terms
+    )
+    return found
 
 
 def forward_in_chunks(
@@ -128,29 +171,30 @@ def forward_in_chunks(
 
     z is empty where there is no z-loss, and a gradient where it is not asked for. dweight is fp32.
     """
-    ranks, num_cols = Ranks(group_name, rank, size), weight.shape[0]
-    first_col = rank * num_cols
+    ranks, first_col = Ranks(group_name, rank, size), rank * weight.shape[0]
     terms = {"ignore_index": ignore_index, "z_loss": z_loss, "add_maximum": add_maximum}
     wide = torch.promote_types(hidden.dtype, torch.float32)
     loss = hidden.new_empty(hidden.shape[0], dtype=wide)
     z = torch.empty_like(loss if z_loss > 0 else loss[:0])
     maximum_and_sum = loss.new_empty(2, hidden.shape[0])
     ones = torch.ones_like(loss) if of_hidden or of_weight else None
-    gradients = _Gradients(hidden, weight, ranks, of_hidden, of_weight)
+    dhidden, dweight = _empty_gradients(hidden, weight, of_hidden, of_weight)
+    gradients = Gradients(
+        hidden, weight, ranks, dhidden if of_hidden else None, dweight if of_weight else None
+    )
     parts, buffer = _chunks(hidden, weight, chunk_tokens)
     for part in parts:
         labels = target[part]
         logits = torch.mm(hidden[part], weight.t(), out=buffer[: labels.shape[0]])
-        ours = statistics(logits, labels, first_col=first_col, ignore_index=ignore_index)
-        of_all = all_gather(ours, ranks)
-        loss[part], z_part, rows = combine(of_all, labels, shard_cols=num_cols, **terms)
+        loss[part], z_part, rows = losses_of(logits, labels, ranks, terms)
         maximum_and_sum[:, part] = rows
         if z_loss > 0:
             z[part] = z_part
         if ones is not None:
             gradient_(logits, labels, rows, ones[part], first_col=first_col, **terms)
             gradients.add(part, logits)
-    return loss, z, maximum_and_sum, *gradients.finish()
+    gradients.finish()
+    return loss, z, maximum_and_sum, dhidden, dweight
 
 
 def backward_in_chunks(
@@ -170,17 +214,34 @@ def backward_in_chunks(
     of_weight: bool,
 ) -> tuple[Tensor, Tensor]:
     """dhidden and, in fp32, dweight, with a factor dloss (tokens,) of each token's own."""
-    ranks, first_col = Ranks(group_name, rank, size), rank * weight.shape[0]
-    terms = {"ignore_index": ignore_index, "z_loss": z_loss, "add_maximum": add_maximum}
-    gradients = _Gradients(hidden, weight, ranks, of_hidden, of_weight)
-    parts, buffer = _chunks(hidden, weight, chunk_tokens)
+    ranks = Ranks(group_name, rank, size)
+    settings = Settings(ranks, ignore_index, z_loss, add_maximum, chunk_tokens)
+    dhidden, dweight = _empty_gradients(hidden, weight, of_hidden, of_weight)
+    gradients = Gradients(
+        hidden, weight, ranks, dhidden if of_hidden else None, dweight if of_weight else None
+    )
+    add_in_chunks(gradients, target, maximum_and_sum, dloss, settings)
+    return dhidden, dweight
+
+
+def add_in_chunks(
+    gradients: Gradients,
+    target: Tensor,
+    maximum_and_sum: Tensor,
+    dloss: Tensor,
+    settings: Settings,
+) -> None:
+    """The same, to where `gradients` says; no operator, for that may be a main gradient."""
+    hidden, weight = gradients.hidden, gradients.weight
+    first_col = settings.ranks.rank * weight.shape[0]
+    parts, buffer = _chunks(hidden, weight, settings.chunk_tokens)
     for part in parts:
         labels = target[part]
         logits = torch.mm(hidden[part], weight.t(), out=buffer[: labels.shape[0]])
         rows = maximum_and_sum[:, part].contiguous()
-        gradient_(logits, labels, rows, dloss[part], first_col=first_col, **terms)
+        gradient_(logits, labels, rows, dloss[part], first_col=first_col, **settings.terms)
         gradients.add(part, logits)
-    return gradients.finish()
+    gradients.finish()
 
 
 forward = operator("nanotron_fast::linear_cross_entropy_forward")(forward_in_chunks)

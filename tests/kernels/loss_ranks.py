@@ -94,12 +94,13 @@ def a_rank_without_logits(group: Group) -> None:
     assert_close(dlogits, shard(torch.autograd.grad(loss_of_all.sum(), whole)[0], group, 1))
 
 
-def linear(group: Group, **options) -> None:
-    hidden, weight = random(TOKENS, HIDDEN), random(VOCAB, HIDDEN, seed=1)
+def linear(group: Group, chunk_tokens: int | None = 3, **options) -> None:
+    # Columns beside each other; but the gradient in rows, for NCCL sums nothing else.
+    hidden, weight = random(HIDDEN, TOKENS).t(), random(VOCAB, HIDDEN, seed=1)
 
     def step(weight: Tensor, group: Group) -> tuple[Tensor, ...]:
         leaves = [t.clone().requires_grad_() for t in (hidden, weight)]
-        out = linear_cross_entropy(*leaves, targets(), group, chunk_tokens=3, **options)
+        out = linear_cross_entropy(*leaves, targets(), group, chunk_tokens=chunk_tokens, **options)
         outs = out if isinstance(out, tuple) else (out,)
         dloss = random(TOKENS, seed=2) if outs[0].dim() else torch.tensor(0.3)
         return *(t.detach() for t in outs), *torch.autograd.grad(outs[0], leaves, dloss)
@@ -109,6 +110,7 @@ def linear(group: Group, **options) -> None:
     *losses_of_all, dhidden_of_all, dweight_of_all = whole
     for a, b in zip(losses, losses_of_all, strict=True):
         assert_close(a, b)
+    assert dhidden.is_contiguous()
     # Summed in another order: over ranks, and in products of other sizes.
     assert_close(dhidden, dhidden_of_all, factor=2)
     assert_close(dweight, shard(dweight_of_all, group, 0), factor=2)
@@ -183,6 +185,8 @@ CASES: dict[str, Callable[[Group], None]] = {
     "linear, mean": partial(linear, ignore_index=-100),
     "linear, sum": partial(linear, reduction="sum", z_loss_mode="correct", **Z_LOSS),
     "linear, none": partial(linear, reduction="none", z_loss=0.1),
+    "linear, one chunk": partial(linear, chunk_tokens=None, **Z_LOSS),
+    "linear, none, one chunk": partial(linear, chunk_tokens=None, reduction="none"),
     "embedding": partial(embedding, mode="all_reduce", dtype=torch.bfloat16, padding_idx=None),
     "embedding, scattered": partial(
         embedding, mode="reduce_scatter", dtype=torch.float32, padding_idx=39

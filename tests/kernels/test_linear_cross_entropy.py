@@ -15,6 +15,8 @@ from nanotron_fast.kernels.linear_cross_entropy import operators as operators
 from tests.kernels.checks import assert_close, wide
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# In several chunks, or in one, whose logits wait for backward.
+both_ways = pytest.mark.parametrize("chunk_tokens", [4, None])
 
 
 def make(tokens=11, hidden=24, vocab=101, dtype=torch.float32, device="cpu"):
@@ -58,9 +60,10 @@ def test_matches_reference(path, device, dtype, reduction, chunk_tokens) -> None
     check(x, weight, target, dloss, reduction=reduction, chunk_tokens=chunk_tokens)
 
 
+@both_ways
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("mode", ["nanotron", "correct"])
-def test_z_loss_and_ignored_tokens(path, device, mode, reduction) -> None:
+def test_z_loss_and_ignored_tokens(path, device, mode, reduction, chunk_tokens) -> None:
     x, weight, target = make(device=device)
     target[::3] = -100
     _, z, dx, _ = check(
@@ -71,7 +74,7 @@ def test_z_loss_and_ignored_tokens(path, device, mode, reduction) -> None:
         reduction=reduction,
         z_loss=0.1,
         z_loss_mode=mode,
-        chunk_tokens=4,
+        chunk_tokens=chunk_tokens,
     )
     assert not z.requires_grad
     assert dx[::3].count_nonzero() == 0
@@ -90,13 +93,15 @@ def test_no_token_counts(path, device, reduction) -> None:
         assert out[3].shape == weight.shape
 
 
-def test_only_what_is_needed_is_computed(path, device) -> None:
+@both_ways
+def test_only_what_is_needed_is_computed(path, device, chunk_tokens) -> None:
     x, weight, target = make(device=device)
     for reduction in ("mean", "none"):
-        both = run(linear_cross_entropy, x, weight, target, reduction=reduction)
+        options = {"reduction": reduction, "chunk_tokens": chunk_tokens}
+        both = run(linear_cross_entropy, x, weight, target, **options)
         for frozen, trained, expected in ((x, weight, both[3]), (weight, x, both[2])):
             frozen.requires_grad_(False)
-            loss = linear_cross_entropy(x, weight, target, reduction=reduction)
+            loss = linear_cross_entropy(x, weight, target, **options)
             (ours,) = torch.autograd.grad(loss, trained, torch.full_like(loss, 0.7))
             torch.testing.assert_close(ours, expected)
             frozen.requires_grad_(True)
@@ -104,14 +109,16 @@ def test_only_what_is_needed_is_computed(path, device) -> None:
         assert not linear_cross_entropy(x, weight, target).requires_grad
 
 
+@both_ways
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_adds_to_a_main_gradient(path, device, dtype, reduction) -> None:
+def test_adds_to_a_main_gradient(path, device, dtype, reduction, chunk_tokens) -> None:
     """In fp32, whatever the weight's dtype; twice, as two micro-batches do."""
     x, weight, target = make(dtype=dtype, device=device)
     weight.main_grad = torch.ones(weight.shape, device=device)
+    options = {"reduction": reduction, "chunk_tokens": chunk_tokens}
     for _ in range(2):
-        (0.3 * linear_cross_entropy(x, weight, target, reduction=reduction)).sum().backward()
+        (0.3 * linear_cross_entropy(x, weight, target, **options)).sum().backward()
     assert weight.grad is None
     weight64 = wide(weight, True)
     loss = linear_cross_entropy_reference(wide(x), weight64, target, reduction=reduction)
@@ -120,27 +127,75 @@ def test_adds_to_a_main_gradient(path, device, dtype, reduction) -> None:
     assert_close(weight.main_grad - 1, 0.6 * dweight, factor=3, dtype=dtype)
 
 
-def test_backward_runs_twice(path, device) -> None:
+@both_ways
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_backward_runs_twice(path, device, dtype, reduction, chunk_tokens) -> None:
+    """To the same bits, though the first wrote over the logits; into a main gradient too."""
+    x, weight, target = make(dtype=dtype, device=device)
+    options = {"reduction": reduction, "chunk_tokens": chunk_tokens}
+    loss = linear_cross_entropy(x, weight, target, **options).sum()
+    first, *others = (
+        torch.autograd.grad(factor * loss, (x, weight), retain_graph=True)
+        for factor in (1.0, 1.0, 2.0)
+    )
+    for gradients, factor in zip(others, (1, 2), strict=True):
+        for a, b in zip(first, gradients, strict=True):
+            assert torch.equal(factor * a, b)
+    weight.main_grad = torch.zeros(weight.shape, device=device)
+    loss = linear_cross_entropy(x, weight, target, **options).sum()
+    loss.backward(retain_graph=True)
+    once = weight.main_grad.clone()
+    loss.backward()
+    torch.testing.assert_close(weight.main_grad, 2 * once)
+
+
+def test_saved_logits_may_be_kept_elsewhere(path, device) -> None:
+    """As offloading to the CPU does it: every look at them gives a copy, without the padding."""
     x, weight, target = make(device=device)
-    for reduction in ("mean", "none"):
-        loss = linear_cross_entropy(x, weight, target, reduction=reduction).sum()
-        first = torch.autograd.grad(loss, (x, weight), retain_graph=True)
-        for a, b in zip(first, torch.autograd.grad(2 * loss, (x, weight)), strict=True):
-            torch.testing.assert_close(2 * a, b)
+    expected = run(linear_cross_entropy, x, weight, target)[2:]
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t.clone()):
+        loss = linear_cross_entropy(x, weight, target)
+        for _ in range(2):
+            dloss = torch.tensor(0.7, device=device)
+            found = torch.autograd.grad(loss, (x, weight), dloss, retain_graph=True)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)
 
 
-def test_a_small_factor_does_not_round_the_gradient_to_it(path, device) -> None:
+def test_a_gradient_of_the_gradient_is_refused(path, device) -> None:
+    x, weight, target = make(device=device)
+    loss = linear_cross_entropy(x, weight, target)
+    (dx,) = torch.autograd.grad(loss.square(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        dx.sum().backward()
+
+
+@both_ways
+def test_a_small_factor_does_not_round_the_gradient_to_it(path, device, chunk_tokens) -> None:
     """1/3 in bf16 is off by 0.2%: the factor has to meet the gradient in fp32.
 
     A GPU rounds a tensor of no dimensions to the other's dtype first; the CPU does not.
     """
     x, weight, target = make(dtype=torch.bfloat16, device=device)
-    loss = linear_cross_entropy(x, weight, target, reduction="sum")
+    loss = linear_cross_entropy(x, weight, target, reduction="sum", chunk_tokens=chunk_tokens)
     one = torch.autograd.grad(loss, (x, weight), retain_graph=True)
     third = torch.autograd.grad(loss / 3, (x, weight))
     for whole, part in zip(one, third, strict=True):
         ratio = (part.float().norm() / whole.float().norm()).item()
         assert abs(ratio * 3 - 1) < 5e-4
+
+
+def test_a_small_factor_does_not_make_gradients_of_logits_vanish_in_fp16(path, device) -> None:
+    """They are rounded before the factor: 2^-16 of them alone would be 0 in fp16."""
+    x, weight, target = make(dtype=torch.float16, device=device)
+    weight.main_grad = torch.zeros(weight.shape, device=device)
+    loss = linear_cross_entropy(x, weight, target, reduction="sum")
+    (loss * 2**-16).backward()
+    weight64 = wide(weight, True)
+    loss64 = linear_cross_entropy_reference(wide(x), weight64, target, reduction="sum")
+    (dweight,) = torch.autograd.grad(loss64 * 2**-16, weight64)
+    assert_close(weight.main_grad, dweight, factor=3, dtype=torch.float16)
 
 
 def test_inputs_that_are_not_contiguous(path, device) -> None:
@@ -185,9 +240,51 @@ class _Logits(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize(("chunk_tokens", "bound"), [(4, 4), (0, 10)])
-def test_the_logits_never_exist_whole(path, device, chunk_tokens, bound) -> None:
-    """One buffer of (chunk_tokens, vocab), half of the tokens at most unless it is asked for."""
+class _OfWeight(TorchDispatchMode):
+    """Operations that give a tensor of the weight's shape, views of what was there left out."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.shape == self.shape and not function.is_view:
+            self.names.append(function.name().removeprefix("aten::"))
+        return out
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("has_main_grad", [False, True])
+def test_with_one_chunk_the_product_alone_touches_dweight(
+    path, device, reduction, has_main_grad
+) -> None:
+    """No pass that clears, scales, casts or adds."""
+    x, weight, target = make(64, 24, 96, device=device)
+    if has_main_grad:
+        weight.main_grad = torch.zeros(weight.shape, device=device)
+    loss = linear_cross_entropy(x, weight, target, reduction=reduction).sum()
+    with _OfWeight(weight) as found:
+        torch.autograd.grad(loss, (x, weight), allow_unused=True)
+    if not has_main_grad:  # what a product writes; on a GPU the tests fill it with NaN
+        assert found.names.pop(0) == "empty_like"
+        found.names = [name for name in found.names if name != "fill_"]
+    assert found.names == ["addmm_"]
+
+
+def test_with_factors_of_tokens_the_products_alone_touch_a_main_gradient(path, device) -> None:
+    x, weight, target = make(64, 24, 96, device=device)
+    weight.main_grad = torch.zeros(weight.shape, device=device)
+    loss = linear_cross_entropy(x, weight, target, reduction="none", chunk_tokens=32).sum()
+    with _OfWeight(weight) as found:
+        torch.autograd.grad(loss, (x, weight), allow_unused=True)
+    assert found.names == ["addmm_", "addmm_"]
+
+
+@pytest.mark.parametrize(("chunk_tokens", "bound"), [(4, 4), (0, 20)])
+def test_the_logits_exist_once(path, device, chunk_tokens, bound) -> None:
+    """One buffer of (chunk_tokens, vocab), which their gradient overwrites."""
     x, weight, target = make(20, 32, 192, torch.float16, device)
     x, weight = x.detach(), weight.detach()
     with _Logits(weight) as logits:
@@ -222,33 +319,46 @@ def test_peak_memory_on_a_gpu(triton_path) -> None:
 
 
 def test_the_default_chunk() -> None:
-    for tokens, vocab in ((2, 1000), (100, 192), (4096, 131072), (8192, 131072), (10**6, 2**18)):
-        chunk = operators.default_chunk_tokens(tokens, vocab)
-        assert chunk < tokens
-        assert chunk * vocab <= 2**29 + 128 * vocab
-    assert operators.default_chunk_tokens(65536, 131072) == 4096
-    assert operators.default_chunk_tokens(5000, 1000) == 2560
+    """All tokens whose logits take 1 GiB in bf16, and even parts of more."""
+    for tokens, vocab in ((0, 10), (2, 1000), (5000, 1000), (4096, 131072)):
+        assert operators.default_chunk_tokens(tokens, vocab) == tokens
+        assert operators.is_one_chunk(tokens, vocab, 0) is (tokens > 0)
+    for tokens, vocab, chunk in (
+        (4097, 131072, 2176),
+        (8192, 131072, 4096),
+        (65536, 131072, 4096),
+        (600_000, 1000, 300_032),
+        (200, 2**23, 100),
+    ):
+        assert operators.default_chunk_tokens(tokens, vocab) == chunk
+        assert not operators.is_one_chunk(tokens, vocab, 0)
+    assert operators.is_one_chunk(8, 10, 8)
+    assert not operators.is_one_chunk(9, 10, 8)
 
 
-def test_saves_gradients_or_the_inputs(path, device) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "chunk_tokens"), [("mean", 4), ("none", 4), ("mean", None), ("none", None)]
+)
+def test_what_is_saved(path, device, reduction, chunk_tokens) -> None:
     x, weight, target = make(dtype=torch.bfloat16, device=device)
-    bounds = {
-        # dhidden in bf16 and dweight in fp32, instead of hidden and weight.
-        "mean": x.numel() * 2 + weight.numel() * 4,
-        # hidden, weight, targets, M and s.
-        "none": x.numel() * 2 + weight.numel() * 2 + 11 * 8 + 11 * 8,
-    }
-    for reduction, bound in bounds.items():
-        sizes = []
+    inputs = x.numel() * 2 + weight.numel() * 2 + 11 * 8  # and targets
+    of_rows = 11 * 8  # M and s
+    if chunk_tokens is None:
+        bound = inputs + of_rows + 11 * 101 * 2  # and the logits
+    elif reduction == "none":
+        bound = inputs + of_rows
+    else:  # dhidden in bf16 and dweight in fp32
+        bound = x.numel() * 2 + weight.numel() * 4
+    sizes = []
 
-        def pack(tensor, sizes=sizes):
-            sizes.append(tensor.nbytes)
-            return tensor
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        sizes.append(tensor.nbytes)
+        return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            linear_cross_entropy(x, weight, target, reduction=reduction)
-        # Outside of the op: the numbers that a mean divides by.
-        assert 0 < sum(sizes) <= bound + 16
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        linear_cross_entropy(x, weight, target, reduction=reduction, chunk_tokens=chunk_tokens)
+    # Outside of the op: the numbers that a mean divides by.
+    assert 0 < sum(sizes) <= bound + 16
 
 
 def test_operators_are_what_torch_expects(path, device) -> None:
@@ -262,13 +372,20 @@ def test_operators_are_what_torch_expects(path, device) -> None:
     torch.library.opcheck(operators.backward.overload, args)
 
 
+@both_ways
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_compiles_without_a_graph_break(path, device, reduction) -> None:
+def test_compiles_without_a_graph_break(path, device, reduction, chunk_tokens) -> None:
     x, weight, target = make(device=device)
 
     def step(x, weight):
         loss, z = linear_cross_entropy(
-            x * 1, weight, target, ignore_index=3, reduction=reduction, z_loss=0.1, chunk_tokens=4
+            x * 1,
+            weight,
+            target,
+            ignore_index=3,
+            reduction=reduction,
+            z_loss=0.1,
+            chunk_tokens=chunk_tokens,
         )
         return loss, z
 
