@@ -1,5 +1,8 @@
 """The Triton kernels of the vocabulary-parallel cross entropy; its formulas are in `cross_entropy`.
 
+A row is read and written as vectors of 16 bytes at addresses that are multiples of that, whatever
+the vocabulary. Where rows do not begin or end at such an address (50257 columns) a row has edges,
+fewer elements than a vector at either end, which one access of single elements takes.
 Shapes: logits (rows, vocab/ranks); target, loss, z (rows,); statistics (3, rows) of a rank,
 (ranks, 3, rows) of all; M and s, `maximum_and_sum`, (2, rows).
 """
@@ -8,6 +11,32 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def _vectors(row, row_stride, end, HAS_EDGES: tl.constexpr, VECTOR: tl.constexpr):
+    """Of a row's first `end` columns: the vectors.
+
+    Where they begin, in elements from the tensor's start; their first column; how many they are.
+    """
+    if HAS_EDGES:
+        start = row * row_stride
+        # The compiler has to see that it is a multiple.
+        aligned = (start + VECTOR - 1) // VECTOR * VECTOR
+        first_col = (aligned - start).to(tl.int32)
+    else:
+        aligned = row * (row_stride // VECTOR) * VECTOR
+        first_col = 0
+    return aligned, first_col, tl.maximum(end - first_col, 0) // VECTOR
+
+
+@triton.jit
+def _edges(first_col, num_vectors, end, VECTOR: tl.constexpr):
+    """The columns on either side of a row's vectors, and which of them are there."""
+    edge = tl.arange(0, 2 * VECTOR)
+    is_before = edge < VECTOR
+    cols = tl.where(is_before, edge, first_col + (num_vectors - 1) * VECTOR + edge)
+    return cols, cols < tl.where(is_before, tl.minimum(first_col, end), end)
 
 
 @triton.jit
@@ -21,6 +50,7 @@ def statistics_kernel(
     first_col,
     ignore_index,
     HAS_IGNORE: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ):
@@ -31,13 +61,15 @@ def statistics_kernel(
         end = tl.where(target == ignore_index, 0, num_cols)
     # A lane is one load of 16 bytes, and keeps a maximum and a sum of its own: nothing passes
     # between threads before the row is read.
-    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    aligned, vector_col, num_vectors = _vectors(row, row_stride, end, HAS_EDGES, VECTOR)
     maxima = tl.full((LANES,), float("-inf"), dtype=tl.float32)
     sums = tl.zeros((LANES,), dtype=tl.float32)
-    for start in tl.range(0, end, LANES * VECTOR):
-        cols = start + offsets
+    for start in tl.range(0, num_vectors, LANES):
+        vectors = start + tl.arange(0, LANES)[:, None]
         logits = tl.load(
-            logits_ptr + row * row_stride + cols, mask=cols < num_cols, other=float("-inf")
+            logits_ptr + aligned + vectors * VECTOR + tl.arange(0, VECTOR)[None, :],
+            mask=vectors < num_vectors,
+            other=float("-inf"),
         ).to(tl.float32)
         larger = tl.maximum(maxima, tl.max(logits, axis=1))
         # As long as a lane saw -inf alone, -inf - -inf would be NaN.
@@ -45,8 +77,16 @@ def statistics_kernel(
         sums = sums * tl.exp(maxima - shift) + tl.sum(tl.exp(logits - shift[:, None]), axis=1)
         maxima = larger
     maximum = tl.max(maxima, axis=0)
+    if HAS_EDGES:
+        cols, is_there = _edges(vector_col, num_vectors, end, VECTOR)
+        edges = tl.load(
+            logits_ptr + row * row_stride + cols, mask=is_there, other=float("-inf")
+        ).to(tl.float32)
+        maximum = tl.maximum(maximum, tl.max(edges, axis=0))
     shift = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.sum(sums * tl.exp(maxima - shift), axis=0)
+    if HAS_EDGES:
+        total += tl.sum(tl.exp(edges - shift), axis=0)
     col = target - first_col
     here = (col >= 0) & (col < num_cols)
     if HAS_IGNORE:
@@ -109,6 +149,12 @@ def combine_kernel(
 
 
 @triton.jit
+def _gradient_of(logits, maximum, scale, is_target, dloss):
+    gradient = tl.exp(logits - maximum) * scale
+    return tl.where(is_target, gradient - dloss, gradient)
+
+
+@triton.jit
 def gradient_kernel(
     logits_ptr,
     target_ptr,
@@ -126,14 +172,16 @@ def gradient_kernel(
     HAS_IGNORE: tl.constexpr,
     HAS_Z: tl.constexpr,
     ADD_MAXIMUM: tl.constexpr,
+    HAS_EDGES: tl.constexpr,
+    STRIDES_AGREE: tl.constexpr,
+    VECTOR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    # Neighbouring programs share a row. gradient_ptr may be logits_ptr: each element is read and
-    # written by one thread of one program.
+    # Neighbouring programs share a row. gradient_ptr may be logits_ptr: each element is written by
+    # one thread of one program, which has read it before.
     program = tl.program_id(0)
     row = (program // num_blocks).to(tl.int64)
-    cols = (program % num_blocks) * BLOCK + tl.arange(0, BLOCK)
-    mask = cols < num_cols
+    block = program % num_blocks
     target = tl.load(target_ptr + row).to(tl.int64)
     maximum = tl.load(maximum_and_sum_ptr + row)
     total = tl.load(maximum_and_sum_ptr + num_rows + row)
@@ -147,13 +195,25 @@ def gradient_kernel(
     if HAS_Z:
         log_z = tl.log(total) + maximum if ADD_MAXIMUM else tl.log(total)
         scale *= 1.0 + 2.0 * z_loss * log_z
-    logits = tl.load(
-        logits_ptr + row * logits_row_stride + cols, mask=cols < end, other=float("-inf")
-    ).to(tl.float32)
-    gradient = tl.exp(logits - maximum) * scale
-    gradient = tl.where(cols == target - first_col, gradient - dloss, gradient)
-    tl.store(
-        gradient_ptr + row * gradient_row_stride + cols,
-        gradient.to(gradient_ptr.dtype.element_ty),
-        mask=mask,
+    dtype = gradient_ptr.dtype.element_ty
+    aligned, vector_col, num_vectors = _vectors(row, logits_row_stride, num_cols, HAS_EDGES, VECTOR)
+    # Offsets within the vectors of a row; that of a column is greater by vector_col.
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    mask = at // VECTOR < num_vectors
+    logits = tl.load(logits_ptr + aligned + at, mask=mask & (end > 0), other=float("-inf"))
+    gradient = _gradient_of(
+        logits.to(tl.float32), maximum, scale, at + vector_col == target - first_col, dloss
     )
+    gradient_at = aligned if STRIDES_AGREE else row * gradient_row_stride + vector_col
+    tl.store(gradient_ptr + gradient_at + at, gradient.to(dtype), mask=mask)
+    if HAS_EDGES and block == 0:
+        cols, is_there = _edges(vector_col, num_vectors, num_cols, VECTOR)
+        edge_logits = tl.load(
+            logits_ptr + row * logits_row_stride + cols,
+            mask=is_there & (end > 0),
+            other=float("-inf"),
+        )
+        edges = _gradient_of(
+            edge_logits.to(tl.float32), maximum, scale, cols == target - first_col, dloss
+        )
+        tl.store(gradient_ptr + row * gradient_row_stride + cols, edges.to(dtype), mask=is_there)

@@ -46,6 +46,12 @@ def _launches(logits: Tensor) -> bool:
     return uses_triton(logits) and logits.dtype != torch.float64
 
 
+def _vector_of(num_cols: int, stride: int, itemsize: int) -> tuple[int, bool]:
+    """Elements of 16 bytes, and whether some rows do not begin and end at multiples of that."""
+    vector = 16 // itemsize
+    return vector, (num_cols | stride) % vector != 0
+
+
 def _where_local(target: Tensor, num_cols: int, first_col: int) -> tuple[Tensor, Tensor]:
     """Columns of the targets in this shard, 0 for others, and whether they are there."""
     col = target.long() - first_col
@@ -127,12 +133,13 @@ def _prepared_statistics(
 ) -> Prepared:
     num_rows, num_cols = shape
     # 16 elements a thread: two loads of 16 bytes on their way at once.
-    vector = 16 // itemsize
+    vector, has_edges = _vector_of(num_cols, stride, itemsize)
     num_warps = 8 if num_cols > 2048 else 4
     return Prepared(
         (num_rows,),
         (stride, num_rows, num_cols, first_col, ignore_index or 0),
         HAS_IGNORE=ignore_index is not None,
+        HAS_EDGES=has_edges,
         LANES=num_warps * 32 * 16 // vector,
         VECTOR=vector,
         num_warps=num_warps,
@@ -206,10 +213,13 @@ def _(of_all, target, shard_cols, ignore_index, z_loss, add_maximum):
 
 
 @lru_cache(maxsize=1024)
-def _prepared_gradient(shape: torch.Size, strides: tuple[int, int], terms: _Terms) -> Prepared:
+def _prepared_gradient(
+    shape: torch.Size, strides: tuple[int, int], itemsize: int, terms: _Terms
+) -> Prepared:
     num_rows, num_cols = shape
     block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
     num_blocks = ceil_div(num_cols, block)
+    vector, has_edges = _vector_of(num_cols, strides[0], itemsize)
     return Prepared(
         (num_rows * num_blocks,),
         (
@@ -219,6 +229,9 @@ def _prepared_gradient(shape: torch.Size, strides: tuple[int, int], terms: _Term
         HAS_IGNORE=terms.ignore_index is not None,
         HAS_Z=terms.z_loss > 0,
         ADD_MAXIMUM=terms.add_maximum,
+        HAS_EDGES=has_edges,
+        STRIDES_AGREE=strides[0] == strides[1],
+        VECTOR=vector,
         BLOCK=block,
         num_warps=num_warps,
     )
@@ -235,7 +248,8 @@ def _write_gradient(
     if not _launches(logits):
         _gradient_torch(logits, target, maximum_and_sum, dloss, terms, gradient)
         return
-    prepared = _prepared_gradient(logits.shape, (logits.stride(0), gradient.stride(0)), terms)
+    strides = (logits.stride(0), gradient.stride(0))
+    prepared = _prepared_gradient(logits.shape, strides, logits.element_size(), terms)
     prepared.launch(gradient_kernel, logits, target, maximum_and_sum, dloss, gradient)
 
 

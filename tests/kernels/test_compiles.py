@@ -82,6 +82,28 @@ def test_the_norm_reads_ahead(
         assert " STAGES=3," in line
 
 
+@pytest.mark.slow
+@WITHOUT_GPU
+@pytest.mark.parametrize(
+    ("module", "pattern", "accesses"),
+    [
+        # 50257 logits, whose rows begin anywhere, and the same in rows that are padded.
+        ("cross_entropy", r"statistics_kernel\[\*bf16.*HAS_EDGES=True", "2 loads"),
+        ("cross_entropy", r"gradient_kernel\[\*bf16.*HAS_EDGES=True", "4 loads, 4 stores"),
+        ("linear_cross_entropy", r"statistics_kernel\[\*bf16.*HAS_EDGES=True", "2 loads"),
+        ("linear_cross_entropy", r"gradient_kernel\[\*bf16.*HAS_EDGES=True", "4 loads, 4 stores"),
+    ],
+)
+def test_odd_widths_are_read_16_bytes_at_a_time(
+    module: str, pattern: str, accesses: str, compiled: dict[str, list[str]]
+) -> None:
+    """In instructions of a thread, of bf16."""
+    lines = [line for line in compiled[module] if re.search(pattern, line)]
+    assert lines
+    for line in lines:
+        assert f" bytes shared, {accesses} " in line
+
+
 def test_every_file_with_kernels_is_compiled() -> None:
     folder = HERE.parents[1] / "kernels"
     kernels = {

@@ -62,6 +62,28 @@ def test_matches_reference(path, device, shape, dtype) -> None:
     check(*make(shape, dtype, device))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("vocab", "beside"), [(1, 0), (7, 0), (8, 1), (9, 7), (16, 13), (23, 0), (2051, 5)]
+)
+def test_rows_that_begin_anywhere(triton_path, vocab, beside, dtype) -> None:
+    """Nine rows at every distance from an aligned address; what lies beside them stays."""
+    logits, target, dloss = make((9, vocab), dtype, triton_path)
+    loss64, _, dlogits64 = run_wide(logits, target, dloss)
+    buffer = torch.full((9, vocab + beside), 7.0, dtype=dtype, device=triton_path)
+    view = buffer[:, :vocab]
+    view.copy_(logits.detach())
+    terms = {"ignore_index": None, "z_loss": 0.0, "add_maximum": False}
+    ours = operators.statistics(view, target, first_col=0, ignore_index=None)
+    loss, _, rows = operators.combine(ours[None], target, shard_cols=vocab, **terms)
+    assert_close(loss, loss64, **LOSS)
+    apart = operators.gradient(view, target, rows, dloss, first_col=0, **terms)
+    assert_close(apart, dlogits64, factor=2)
+    operators.gradient_(view, target, rows, dloss, first_col=0, **terms)
+    assert torch.equal(view, apart)
+    assert torch.all(buffer[:, vocab:] == 7.0)
+
+
 @pytest.mark.parametrize("ignore_index", [None, -100, 3])
 @pytest.mark.parametrize("mode", ["nanotron", "correct"])
 def test_z_loss_and_ignored_tokens(path, device, mode, ignore_index) -> None:

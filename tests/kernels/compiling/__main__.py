@@ -6,10 +6,10 @@ Each module beside this one lists FILES of kernels/ that it is for, every kernel
 launch, and CASES: functions that call the public operations on CPU tensors.
 A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
 configuration where the kernel is autotuned; with --brief all of them for sm_90, and the first and
-the last of each kernel for the others. Prints a line for each binary with registers,
-spills, shared memory and asynchronous copies of 16 bytes. Exits with 1 where one does not compile,
-spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture has, or
-asks for stages and has no copies. The lines of a module follow one that begins with `==`.
+the last of each kernel for the others. Prints a line for each binary with registers, spills, shared
+memory, and loads, stores and asynchronous copies of 16 bytes. Exits with 1 where one does not
+compile, spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture
+has, or asks for stages and has no copies. The lines of a module follow one that begins with `==`.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 # A copy of 16 bytes from global to shared memory that nobody waits for.
 _LONG_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10\b")
+# An access of 16 bytes to global memory.
+_LONG_ACCESS = r"\b%s\.global[\w.:]*\.(?:v4\.[bfsu]32|v2\.[bfsu]64|v8\.[bfsu]16)\b"
 # Before what is said of each module.
 _HEADING = "== "
 _TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -195,11 +197,16 @@ def _owner(function: Any) -> str:
 
 @dataclass(frozen=True)
 class Binary:
-    """Registers and spilled bytes of a thread, shared memory of a program, 16-byte copies."""
+    """Registers and spilled bytes of a thread, shared memory of a program.
+
+    And the instructions for loads, stores and copies to shared memory of 16 bytes.
+    """
 
     registers: int
     spills: int
     shared_bytes: int
+    loads: int
+    stores: int
     copies: int
 
     def faults(self, launch: Launch, architecture: int) -> list[str]:
@@ -214,8 +221,9 @@ class Binary:
 
     def __str__(self) -> str:
         spills = f", {self.spills} bytes spilled" if self.spills else ""
-        copies = f", {self.copies} copies" if self.copies else ""
-        return f"{self.registers} registers{spills}, {self.shared_bytes} bytes shared{copies}"
+        long = {"loads": self.loads, "stores": self.stores, "copies": self.copies}
+        counted = "".join(f", {count} {name}" for name, count in long.items() if count)
+        return f"{self.registers} registers{spills}, {self.shared_bytes} bytes shared{counted}"
 
 
 def compile_for(launch: Launch, architecture: int) -> Binary:
@@ -238,6 +246,8 @@ def compile_for(launch: Launch, architecture: int) -> Binary:
         # A kernel's stack holds nothing but spills: Triton's code has no arrays of its own there.
         spills=int(re.search(r"STACK:(\d+)", usage)[1]),
         shared_bytes=int(binary.metadata.shared),
+        loads=len(re.findall(_LONG_ACCESS % "ld", binary.asm["ptx"])),
+        stores=len(re.findall(_LONG_ACCESS % "st", binary.asm["ptx"])),
         copies=len(_LONG_COPY.findall(binary.asm["ptx"])),
     )
 
