@@ -31,11 +31,13 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import empty_rows, with_stride
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
-# Columns of a block at most: eight elements a thread, so one 16-byte access of each operand.
+# Columns of a block at most: eight elements a thread, so one 16-byte access of each operand. Where
+# inter is odd gate, up and h begin at three distances from an aligned address, in every row at
+# others: there an access is of one element.
 _MAX_COLS = 1024
 _NUM_WARPS = 4
 
@@ -115,15 +117,17 @@ def _offsets(num_rows, num_cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 def _forward_kernel(
     gate_up_ptr,
     h_ptr,
-    gate_up_row_stride,
+    gate_up_row_units,
     num_rows,
-    num_cols,
+    num_units,
     ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     rows, cols, mask = _offsets(num_rows, num_cols, ROWS, COLS)
-    gate_ptrs = gate_up_ptr + rows * gate_up_row_stride + cols
+    gate_ptrs = gate_up_ptr + rows * gate_up_row_units * UNIT + cols
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + num_cols, mask=mask, other=0.0).to(tl.float32)
     h = activate(gate, ACTIVATION)[0] * up
@@ -136,20 +140,22 @@ def _backward_kernel(
     gate_up_ptr,
     d_gate_up_ptr,
     h_ptr,
-    dy_row_stride,
-    gate_up_row_stride,
+    dy_row_units,
+    gate_up_row_units,
     num_rows,
-    num_cols,
+    num_units,
     HAS_H: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     rows, cols, mask = _offsets(num_rows, num_cols, ROWS, COLS)
-    gate_ptrs = gate_up_ptr + rows * gate_up_row_stride + cols
+    gate_ptrs = gate_up_ptr + rows * gate_up_row_units * UNIT + cols
     gate = tl.load(gate_ptrs, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_ptrs + num_cols, mask=mask, other=0.0).to(tl.float32)
-    dy = tl.load(dy_ptr + rows * dy_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    dy = tl.load(dy_ptr + rows * dy_row_units * UNIT + cols, mask=mask, other=0.0).to(tl.float32)
     activated, slope = activate(gate, ACTIVATION)
     dtype: tl.constexpr = d_gate_up_ptr.dtype.element_ty
     d_gate_ptrs = d_gate_up_ptr + rows * (2 * num_cols) + cols
@@ -165,10 +171,12 @@ def _prepared(shape: torch.Size, strides: tuple[int, ...], **constants: Any) -> 
     num_rows, num_cols = math.prod(shape[:-1]), shape[-1]
     cols = min(next_power_of_2(num_cols), _MAX_COLS)
     rows = max(1, min(16, _MAX_COLS // cols))
+    unit = unit_of(*strides, num_cols)
     return Prepared(
         (ceil_div(num_rows, rows) * ceil_div(num_cols, cols),),
-        (*strides, num_rows, num_cols),
+        (*[stride // unit for stride in strides], num_rows, num_cols // unit),
         **constants,
+        UNIT=unit,
         ROWS=rows,
         COLS=cols,
         num_warps=_NUM_WARPS,

@@ -30,7 +30,7 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows, empty_rows, with_stride
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
@@ -77,23 +77,25 @@ def _forward_kernel(
     y_ptr,
     h_ptr,
     rstd_ptr,
-    x_row_stride,
-    residual_row_stride,
+    x_row_units,
+    residual_row_units,
     num_rows,
-    num_cols,
+    num_units,
     eps,
     HAS_RESIDUAL: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     cols = tl.arange(0, COLS)[None, :]
     mask = (rows < num_rows) & (cols < num_cols)
-    h = tl.load(x_ptr + rows * x_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(x_ptr + rows * x_row_units * UNIT + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
         residual = tl.load(
-            residual_ptr + rows * residual_row_stride + cols, mask=mask, other=0.0
+            residual_ptr + rows * residual_row_units * UNIT + cols, mask=mask, other=0.0
         ).to(tl.float32)
         rounded = (h + residual).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows * num_cols + cols, rounded, mask=mask)
@@ -114,18 +116,20 @@ def _backward_kernel(
     rstd_ptr,
     dx_ptr,
     partial_dw_ptr,
-    dy_row_stride,
-    dh_out_row_stride,
-    h_row_stride,
+    dy_row_units,
+    dh_out_row_units,
+    h_row_units,
     num_rows,
-    num_cols,
+    num_units,
     HAS_DH_OUT: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    UNIT: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     KEEP_WEIGHT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     cols = tl.arange(0, COLS)[None, :]
     if KEEP_WEIGHT:
         weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
@@ -135,8 +139,10 @@ def _backward_kernel(
     for start in tl.range(first, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
         rows = start + tl.arange(0, ROWS)[:, None]
         mask = (rows < num_rows) & (cols < num_cols)
-        h = tl.load(h_ptr + rows * h_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + rows * dy_row_stride + cols, mask=mask, other=0.0).to(tl.float32)
+        h = tl.load(h_ptr + rows * h_row_units * UNIT + cols, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + rows * dy_row_units * UNIT + cols, mask=mask, other=0.0).to(
+            tl.float32
+        )
         rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)
         normed = h * rstd
         dw += dy * normed
@@ -145,9 +151,8 @@ def _backward_kernel(
         g = dy * weight
         dx = (g - normed * (tl.sum(g * normed, axis=1, keep_dims=True) / num_cols)) * rstd
         if HAS_DH_OUT:
-            dx += tl.load(dh_out_ptr + rows * dh_out_row_stride + cols, mask=mask, other=0.0).to(
-                tl.float32
-            )
+            dh_out_ptrs = dh_out_ptr + rows * dh_out_row_units * UNIT + cols
+            dx += tl.load(dh_out_ptrs, mask=mask, other=0.0).to(tl.float32)
         tl.store(dx_ptr + rows * num_cols + cols, dx.to(dx_ptr.dtype.element_ty), mask=mask)
     total = tl.sum(dw, axis=0, keep_dims=True)
     tl.store(
@@ -170,17 +175,16 @@ def _block(hidden: int) -> tuple[int, int, int]:
 
 
 @cache
-def _stages(block_bytes: int, cols: int, widths: tuple[int, ...], device: torch.device) -> int:
+def _stages(block_bytes: int, cols: int, copy_bytes: int, device: torch.device) -> int:
     """Stages of the loop of the backward pass: all but one are copies under way.
 
     Args:
         block_bytes: of all that an iteration reads.
         cols: of a block. Past _MAX_KEPT all registers are taken, and its 32 warps wait in turns.
-        widths: elements from row to row, and of a row. Copies of less than 16 bytes cost more
-            registers than they save time, and Triton makes long ones of multiples of 16 alone.
+        copy_bytes: of one copy. Short ones cost more registers than they save time.
         device: whose shared memory holds the copies.
     """
-    if cols > _MAX_KEPT or any(width % 16 for width in widths):
+    if cols > _MAX_KEPT or copy_bytes < 16:
         return 1
     copies = (occupancy.shared_memory_limit(device) - _SCRATCH_BYTES) // block_bytes
     return max(1, min(_MAX_STAGES, copies + 1))
@@ -193,10 +197,12 @@ def _prepared_forward(
     """The launch for x of a shape, with strides of the rows of x and the residual."""
     num_rows, hidden = math.prod(shape[:-1]), shape[-1]
     rows, cols, num_warps = _block(hidden)
+    unit = unit_of(*strides, hidden)
     return Prepared(
         (ceil_div(num_rows, rows),),
-        (*strides, num_rows, hidden, eps),
+        (*[stride // unit for stride in strides], num_rows, hidden // unit, eps),
         **constants,
+        UNIT=unit,
         ROWS=rows,
         COLS=cols,
         num_warps=num_warps,
@@ -249,15 +255,17 @@ def _backward(
     rows, cols, num_warps = _block(hidden)
     block_bytes = (2 if dh_out is None else 3) * rows * cols * h.element_size()
     tensors = (dy, dh_out, h, weight, rstd, dx)
-    widths = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
-    numbers = (*widths, num_rows, hidden)
-    stages = _stages(block_bytes, cols, (*widths, hidden), h.device)
+    strides = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
+    unit = unit_of(*strides, hidden)
+    numbers = (*(stride // unit for stride in strides), num_rows, hidden // unit)
+    stages = _stages(block_bytes, cols, unit * h.element_size(), h.device)
     if cols <= _MAX_KEPT and stages == 1:
         # Rows that are read value by value take more registers for each.
         num_warps = max(rows * cols // 512, 4)
     constants = {
         "HAS_DH_OUT": dh_out is not None,
         "ZERO_CENTERED": zero_centered,
+        "UNIT": unit,
         "ROWS": rows,
         "COLS": cols,
         # The weight of wide rows does not fit in registers beside the rest; it stays in the cache.

@@ -17,13 +17,15 @@ def gather_kernel(
     weight_ptr,
     out_ptr,
     num_tokens,
-    num_cols,
+    num_units,
     num_rows,
     first_row,
     num_col_blocks,
+    UNIT: tl.constexpr,
     TOKENS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     program = tl.program_id(0)
     tokens = (program // num_col_blocks).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     cols = (program % num_col_blocks) * COLS + tl.arange(0, COLS)[None, :]
@@ -53,14 +55,16 @@ def sum_kernel(
     dweight_ptr,
     partial_ptr,
     num_tokens,
-    num_cols,
+    num_units,
     num_rows,
     num_col_blocks,
     IS_ADDED: tl.constexpr,
+    UNIT: tl.constexpr,
     PIECE: tl.constexpr,
     TOKENS: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     program = tl.program_id(0)
     first = program // num_col_blocks
     cols = (program % num_col_blocks) * COLS + tl.arange(0, COLS)
@@ -100,13 +104,15 @@ def join_kernel(
     partial_ptr,
     dweight_ptr,
     num_tokens,
-    num_cols,
+    num_units,
     num_rows,
     num_col_blocks,
     IS_ADDED: tl.constexpr,
+    UNIT: tl.constexpr,
     PIECE: tl.constexpr,
     COLS: tl.constexpr,
 ):
+    num_cols = num_units * UNIT
     # There is a program for every piece. It acts if the last id of its piece goes on in the next
     # one, and began in this one.
     program = tl.program_id(0)

@@ -14,7 +14,7 @@ from nanotron_fast.kernels.embedding.kernels import gather_kernel, join_kernel, 
 from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 
 # Sorted tokens that one program sums at most.
 _PIECE = 256
@@ -43,10 +43,11 @@ def _prepared_gather(num_tokens: int, shape: torch.Size, first_row: int) -> Prep
     num_rows, num_cols = shape
     cols = min(next_power_of_2(num_cols), 4096)
     tokens = max(4096 // cols, 1)
-    num_col_blocks = ceil_div(num_cols, cols)
+    num_col_blocks, unit = ceil_div(num_cols, cols), unit_of(num_cols)
     return Prepared(
         (ceil_div(num_tokens, tokens) * num_col_blocks,),
-        (num_tokens, num_cols, num_rows, first_row, num_col_blocks),
+        (num_tokens, num_cols // unit, num_rows, first_row, num_col_blocks),
+        UNIT=unit,
         TOKENS=tokens,
         COLS=cols,
         num_warps=4,
@@ -108,8 +109,9 @@ def _launch_sums(dweight: Tensor, dy: Tensor, rows: Tensor, *, is_added: bool) -
     partial = torch.empty(2 * num_pieces, num_cols, dtype=torch.float32, device=dy.device)
     cols = min(next_power_of_2(num_cols), 1024)
     num_col_blocks = ceil_div(num_cols, cols)
-    sizes = (num_tokens, num_cols, dweight.shape[0], num_col_blocks)
-    blocks = {"IS_ADDED": is_added, "PIECE": _PIECE, "COLS": cols, "num_warps": 4}
+    unit = unit_of(num_cols)
+    sizes = (num_tokens, num_cols // unit, dweight.shape[0], num_col_blocks)
+    blocks = {"IS_ADDED": is_added, "UNIT": unit, "PIECE": _PIECE, "COLS": cols, "num_warps": 4}
     on_grid(sum_kernel, (num_tokens * num_col_blocks,))(
         rows, order, dy, dweight, partial, *sizes, TOKENS=8, **blocks
     )

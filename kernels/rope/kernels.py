@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nanotron_fast.kernels.runtime.launch import Prepared
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 
 # Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.
 _BLOCK_ELEMENTS = 4096
@@ -168,9 +168,7 @@ def _prepared(
     tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
     of_sources = [(0, 0) if strides is None else strides[:2] for strides in sources]
     strides = [each[dim] for dim in (0, 1) for each in of_sources] + [*destinations]
-    # Strides go to the kernel in units of 8 elements where they are such: Triton itself sees no
-    # smaller factor than 16, and without one it would read element by element.
-    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    unit = unit_of(*strides)
     return Prepared(
         (ceil_div(num_tokens, tokens),),
         (

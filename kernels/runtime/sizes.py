@@ -11,3 +11,16 @@ def ceil_div(size: int, block: int) -> int:
 def next_power_of_2(size: int) -> int:
     """The least power of two that is not below a size of 1 or more; 1 for a size of 0."""
     return 1 << max(size - 1, 0).bit_length()
+
+
+def unit_of(*sizes: int) -> int:
+    """The largest of 8, 4, 2 and 1 that divides all sizes and strides of a launch.
+
+    A kernel is given them in this unit, which it is compiled for, and multiplies them: so it makes
+    vectors of as many elements. Of a size itself Triton sees no smaller factor than 16, and without
+    one reads element by element.
+    """
+    combined = 8
+    for size in sizes:
+        combined |= size
+    return combined & -combined

@@ -92,12 +92,24 @@ def test_the_norm_reads_ahead(
         ("cross_entropy", r"gradient_kernel\[\*bf16.*HAS_EDGES=True", "4 loads, 4 stores"),
         ("linear_cross_entropy", r"statistics_kernel\[\*bf16.*HAS_EDGES=True", "2 loads"),
         ("linear_cross_entropy", r"gradient_kernel\[\*bf16.*HAS_EDGES=True", "4 loads, 4 stores"),
+        # 1368 columns beside 14336, and 584 beside 576: multiples of 8, but not of 16.
+        ("glu", r"_forward_kernel\[\*bf16.*silu, UNIT=8, ROWS=1, COLS=1024", "2 loads, 1 stores"),
+        (
+            "glu",
+            r"kernel\[\*bf16.*HAS_H=False.*silu, UNIT=8, ROWS=1, COLS=1024",
+            "3 loads, 2 stores",
+        ),
+        (
+            "rms_norm",
+            r"forward_kernel\[\*bf16.*RESIDUAL=False.* UNIT=8, ROWS=4",
+            "2 loads, 2 stores",
+        ),
     ],
 )
 def test_odd_widths_are_read_16_bytes_at_a_time(
     module: str, pattern: str, accesses: str, compiled: dict[str, list[str]]
 ) -> None:
-    """In instructions of a thread, of bf16."""
+    """In instructions of a thread."""
     lines = [line for line in compiled[module] if re.search(pattern, line)]
     assert lines
     for line in lines:

@@ -9,6 +9,7 @@ import torch
 
 from nanotron_fast.kernels import rms_norm
 from nanotron_fast.kernels.runtime import occupancy
+from nanotron_fast.kernels.runtime.sizes import unit_of
 
 H100 = SimpleNamespace(
     major=9,
@@ -127,7 +128,9 @@ def test_shared_memory_of_a_program(monkeypatch) -> None:
         (101376, 8192, 3, 2, 3),
         (65536, 8192, 3, 4, 1),
         (232448, 16384, 2, 2, 1),
-        (232448, 4104, 2, 2, 1),
+        (232448, 4104, 2, 2, 3),
+        (232448, 4100, 2, 2, 1),  # copies of 8 bytes
+        (232448, 4100, 2, 4, 3),
     ],
 )
 def test_stages_of_the_norm_fit_in_shared_memory(
@@ -138,7 +141,7 @@ def test_stages_of_the_norm_fit_in_shared_memory(
     block_bytes = tensors * rows * cols * size
     rms_norm._stages.cache_clear()  # what it keeps is of another card, before and after
     request.addfinalizer(rms_norm._stages.cache_clear)
-    assert rms_norm._stages(block_bytes, cols, (hidden, 0, hidden), GPU) == expected
+    assert rms_norm._stages(block_bytes, cols, unit_of(hidden, 0) * size, GPU) == expected
     assert (expected - 1) * block_bytes < limit
 
 

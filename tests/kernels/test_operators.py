@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanotron_fast import kernels
 from nanotron_fast.kernels.runtime import backend, operators
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 
 # Which calls of `doubled` and `add_` have reached their functions.
 calls: list[str] = []
@@ -245,6 +245,12 @@ def test_sizes_are_those_of_triton() -> None:
             triton.cdiv(size, block) for block in (1, 7, 128)
         ]
     assert (ceil_div(0, 8), next_power_of_2(0)) == (0, 1)
+
+
+def test_the_unit_divides_every_size() -> None:
+    assert [unit_of(size) for size in (1365, 2730, 1364, 1368, 4096, 0)] == [1, 2, 4, 8, 8, 8]
+    assert unit_of(4096, 0, 4100) == 4
+    assert unit_of(4096, 4097) == 1
 
 
 @pytest.mark.gpu

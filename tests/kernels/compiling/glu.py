@@ -32,5 +32,6 @@ CASES = [
     partial(_step, torch.float16, 14336, "silu"),
     # An odd width: no access of 16 bytes.
     partial(_step, torch.bfloat16, 1365, "silu"),
+    *(partial(_step, torch.bfloat16, inter, "silu") for inter in (2730, 1364, 1368)),
     *(partial(_recompute, torch.bfloat16, 14336, name) for name in ("silu", "gelu", "gelu_tanh")),
 ]

@@ -23,6 +23,8 @@ def _step(dtype: torch.dtype, hidden: int, has_residual: bool) -> None:
 CASES = [
     partial(_step, *case)
     for case in product(
-        (torch.bfloat16, torch.float16, torch.float32), (576, 577, 4096, 8192, 16384), (False, True)
+        (torch.bfloat16, torch.float16, torch.float32),
+        (576, 577, 580, 584, 4096, 8192, 16384),
+        (False, True),
     )
 ]
