@@ -11,8 +11,12 @@ give. Where an id stands very often (padding), pieces of its tokens are summed s
 their sums are added up, in order as well.
 
 Bytes for (tokens, hidden) of two-byte elements: forward 4 an element, beside the collective;
-backward 2 an element of dy, and 2 an element of the dense dweight, or 8 an element of those rows
-of a `main_grad` alone that ids name. Saved for backward: the ids.
+backward 2 an element of dy, and 8 an element of those rows of a `main_grad` that ids name, the
+others being left alone. Without a `main_grad` the gradient is dense, for the norm, the optimizer
+and sums over ranks read all of a parameter's `grad`: 2 an element of dweight to clear it, and 2 of
+the rows that ids name. To clear the other rows alone would save no more than 2 an element of dy (an
+eighth at 16384 tokens of 128256 rows), and finding them takes more launches than that is worth.
+Saved for backward: the ids.
 Shapes: ids (...), output and dy (..., hidden), or (dim 0 / ranks, ..., hidden) where scattered;
 weight, dweight (rows, hidden) with rows = vocab/ranks.
 """

@@ -69,9 +69,12 @@ def _multiplied(x: Tensor, weight: Tensor, runs: Runs) -> Tensor:
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor, runs: Runs) -> Tensor:
     if _is_one_launch(x, weight):
         return F.grouped_mm(x.t(), dy, offs=runs.ends)
-    dw = torch.zeros_like(weight)
+    dw, with_rows = torch.empty_like(weight), set()
     for group, rows in runs:
         torch.mm(x[rows].t(), dy[rows], out=dw[group])
+        with_rows.add(group)
+    for group in {*range(len(dw))} - with_rows:  # every element is written once
+        dw[group].zero_()
     return dw
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -27,6 +29,14 @@ def tensors(counts: list[int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.
 def expected(x: torch.Tensor, weight: torch.Tensor, counts: list[int]) -> torch.Tensor:
     parts = [rows @ each for rows, each in zip(x.split(counts), weight, strict=True)]
     return torch.cat(parts)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that nobody has written holds NaN; on a CPU, where torch can do it."""
+    torch.use_deterministic_algorithms(not torch.cuda.is_available(), warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("in_one_launch", [False, True])
