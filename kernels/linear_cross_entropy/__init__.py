@@ -10,6 +10,10 @@ gradient overwrites: no more logits than that exist. By default a chunk is all t
 logits take 1 GiB in bf16 at most, and else an even part of them. In every way the traffic beside
 the products' own is 6 bytes a logit: 2 for the statistics, 4 for the gradient.
 
+For a mean or a sum with a gradient of the weight, a chunk is all tokens too where their logits take
+that and as much as the weight (8192 tokens of 4096 values over 131072 ids): chunks would keep twice
+the weight, so the peak is no higher.
+
 One chunk, in eager mode: forward keeps the logits (2 bytes each; M and s, 8 bytes a token), and
 backward turns them into their gradient in place, with the factor of each token's loss in the same
 kernel. 6 * tokens * hidden * vocab/ranks FLOPs. The products write what is asked for, rounded once:
@@ -231,6 +235,10 @@ def linear_cross_entropy(
 
 def _keeps_logits(hidden: Tensor, weight: Tensor, reduction: str, chunk_tokens: int) -> bool:
     """Whether the logits wait for backward; in fp16 a sum's gradients would vanish, see above."""
-    if torch.compiler.is_compiling() or (reduction != "none" and hidden.dtype == torch.float16):
+    is_sum = reduction != "none"
+    if torch.compiler.is_compiling() or (is_sum and hidden.dtype == torch.float16):
         return False
-    return is_one_chunk(hidden.shape[0], weight.shape[0], chunk_tokens)
+    # As many tokens have as many logits as the weight has elements.
+    is_trained = torch.is_grad_enabled() and weight.requires_grad
+    spared = hidden.shape[1] if is_sum and is_trained else 0
+    return is_one_chunk(hidden.shape[0], weight.shape[0], chunk_tokens, spared)

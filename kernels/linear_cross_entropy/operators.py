@@ -59,9 +59,15 @@ def default_chunk_tokens(num_tokens: int, num_cols: int) -> int:
     return chunk if chunk < 1024 else ceil_div(chunk, 128) * 128
 
 
-def is_one_chunk(num_tokens: int, num_cols: int, chunk_tokens: int) -> bool:
-    """Whether the logits of all tokens, of which there are some, exist at a time."""
-    return 0 < num_tokens <= (chunk_tokens or default_chunk_tokens(num_tokens, num_cols))
+def is_one_chunk(num_tokens: int, num_cols: int, chunk_tokens: int, spared_tokens: int = 0) -> bool:
+    """Whether the logits of all tokens, of which there are some, exist at a time.
+
+    `spared_tokens` do not count where the default decides.
+    """
+    if chunk_tokens or num_tokens == 0:
+        return 0 < num_tokens <= chunk_tokens
+    counted = max(num_tokens - spared_tokens, 0)
+    return counted <= default_chunk_tokens(counted, num_cols)
 
 
 def _add_product(total: Tensor, dlogits: Tensor, hidden: Tensor, beta: int) -> None:

@@ -43,8 +43,9 @@ class Memory:
         moments: the optimizer's.
         activations: of the micro batches that are under way at once, the largest layer's backward
             pass, and what a pipeline receives into.
-        logits: of one micro batch, and a rank's part of the vocabulary; where they are capped, with
-            what the cap keeps and their gradient, and else that takes their place.
+        logits: of the micro batches that are under way at once, and a rank's part of the
+            vocabulary; where they are capped, with what the cap keeps and their gradient, and else
+            that takes their place.
     """
 
     weights: int = 0
@@ -172,7 +173,8 @@ def _memory(config: TrainingConfig, model: ModelPlan, stages: Stages, rank: int)
     return replace(
         states,
         activations=_activations(config, model, stages, rank, tokens),
-        logits=copies * tokens * columns * VALUE_BYTES[config.model.dtype] if has_head else 0,
+        logits=math.ceil(_under_way(config, rank))
+        * (copies * tokens * columns * VALUE_BYTES[config.model.dtype] if has_head else 0),
     )
 
 
@@ -259,10 +261,6 @@ def _activations(
         for layer, stage in zip(model.architecture.spec.layers, stages.layers, strict=True)
         if stage % layout.pp == rank
     ]
-    count = config.tokens.batch_accumulation_per_replica
-    under_way = in_flight(
-        layout.pp_engine, rank=rank, pp=layout.pp, chunks=layout.chunks, num_micro_batches=count
-    )
     kept = sum(map(batch.kept, layers))
     if stages.of("head") % layout.pp == rank:
         kept += batch.kept_at_end()
@@ -272,8 +270,14 @@ def _activations(
     num_stages = layout.pp * layout.chunks
     own = [stage for stage in range(num_stages) if stage % layout.pp == rank]
     received = sum((stage > 0) + (stage < num_stages - 1) for stage in own)
-    return (
-        math.ceil(kept * under_way) + batch.working(layers) + received * count * batch.stream_bytes
+    received *= config.tokens.batch_accumulation_per_replica * batch.stream_bytes
+    return math.ceil(kept * _under_way(config, rank)) + batch.working(layers) + received
+
+
+def _under_way(config: TrainingConfig, rank: int) -> float:
+    layout, count = config.parallelism, config.tokens.batch_accumulation_per_replica
+    return in_flight(
+        layout.pp_engine, rank=rank, pp=layout.pp, chunks=layout.chunks, num_micro_batches=count
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nanotron_fast.kernels import linear_cross_entropy as linear
 from nanotron_fast.kernels.linear_cross_entropy import (
     REDUCTIONS,
     linear_cross_entropy,
@@ -334,6 +335,28 @@ def test_the_default_chunk() -> None:
         assert not operators.is_one_chunk(tokens, vocab, 0)
     assert operators.is_one_chunk(8, 10, 8)
     assert not operators.is_one_chunk(9, 10, 8)
+
+
+def test_logits_are_kept_where_chunks_would_not_take_less() -> None:
+    """Those of a sum keep a gradient of the weight in fp32: 2 GiB at 4096 values and 131072 ids."""
+
+    def keeps(tokens: int, reduction: str, is_trained: bool, chunk_tokens: int = 0) -> bool:
+        hidden = torch.empty(tokens, 4096, dtype=torch.bfloat16, device="meta")
+        weight = torch.empty(131072, 4096, dtype=torch.bfloat16, device="meta")
+        weight.requires_grad_(is_trained)
+        return linear._keeps_logits(hidden, weight, reduction, chunk_tokens)
+
+    assert keeps(8192, "mean", True)
+    assert keeps(1, "sum", True)
+    assert not keeps(0, "mean", True)
+    assert not keeps(8193, "mean", True)
+    assert not keeps(8192, "mean", True, 8191)
+    assert keeps(9000, "mean", True, 9000)
+    with torch.no_grad():  # nothing is kept
+        assert not keeps(8192, "mean", True)
+    for reduction, is_trained in (("none", True), ("mean", False)):
+        assert keeps(4096, reduction, is_trained)
+        assert not keeps(4097, reduction, is_trained)
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,10 @@ def test_stages_own_their_layers_and_a_tied_embedding_twice() -> None:
     first, last = found.memory_by_stage
     assert first.weights == 2 * (3 * LAYER + ROWS)
     assert last.weights == 2 * (LAYER + 64 + ROWS)
-    assert (first.logits, last.logits) == (0, 64 * 512 * 2)
+    # All forward passes come first, and each keeps its logits.
+    assert (first.logits, last.logits) == (0, 4 * 64 * 512 * 2)
+    of_1f1b = of(**layout(pp=2, pp_engine="1f1b")).memory_by_stage
+    assert [stage.logits for stage in of_1f1b] == [0, 64 * 512 * 2]
     assert found.fullest_stage == 0
     assert found.memory == first
     chunked = of(**layout(pp=2, pp_engine="interleaved"))
