@@ -1,9 +1,10 @@
 """The kernel under `rope`: turns and moves q, k and v, packed or apart, forward or backward.
 
-A program takes a few tokens. It loads their cosines and sines once and walks over the heads of q,
-then of k, then of v. Blocks are (tokens, heads, columns): with halves two blocks, one for each
-member of the pairs; interleaved one block, split in registers. Sources and destinations
-have strides of their own, so that one kernel splits, packs and works in place.
+A program takes a few tokens and a group of heads of q, of k or of v; its neighbours take the other
+groups of the same tokens, whose cosines and sines come from a cache then. Blocks are (tokens,
+heads, columns): with halves two blocks, one for each member of the pairs; interleaved one block,
+split in registers. Sources and destinations have strides of their own, so that one kernel splits,
+packs and works in place.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def _move_heads(
     src_token_stride,
     src_head_stride,
     dst_token_stride,
+    first,
     num_heads,
     tokens,
     num_tokens,
@@ -46,40 +48,39 @@ def _move_heads(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    """Takes all heads of q, k or v from src to dst; zeros where there is no src."""
+    """Takes heads of q, k or v from src to dst, from the first on; zeros where there is no src."""
     dtype = dst_ptr.dtype.element_ty
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
-    for first in range(0, num_heads, HEADS):
-        heads = first + tl.arange(0, HEADS)[None, :, None]
-        mask = (tokens < num_tokens) & (heads < num_heads)
-        dst = dst_ptr + tokens * (dst_token_stride * STRIDE_UNIT) + heads * HEAD_DIM
-        if src_ptr is None:
-            zeros = tl.zeros((TOKENS, HEADS, HEAD_COLS), dtype)
-            tl.store(dst + cols, zeros, mask=mask & (cols < HEAD_DIM))
-        else:
-            src = src_ptr + tokens * (src_token_stride * STRIDE_UNIT)
-            src += heads.to(tl.int64) * (src_head_stride * STRIDE_UNIT)
-            # In place, this program alone touches these heads, and reads a pair before it writes.
-            if TURNS and INTERLEAVED:
-                pair_cols = tl.arange(0, 2 * HALF_COLS)[None, None, :]
-                inside = mask & (pair_cols < 2 * HALF)
-                pairs = tl.load(src + pair_cols, mask=inside, other=0.0).to(tl.float32)
-                a, b = tl.split(tl.reshape(pairs, (TOKENS, HEADS, HALF_COLS, 2)))
-                turned = tl.join(a * cos - b * sin, b * cos + a * sin)
-                turned = tl.reshape(turned, (TOKENS, HEADS, 2 * HALF_COLS))
-                tl.store(dst + pair_cols, turned.to(dtype), mask=inside)
-            elif TURNS:
-                half_cols = tl.arange(0, HALF_COLS)[None, None, :]
-                inside = mask & (half_cols < HALF)
-                a = tl.load(src + half_cols, mask=inside, other=0.0).to(tl.float32)
-                b = tl.load(src + HALF + half_cols, mask=inside, other=0.0).to(tl.float32)
-                tl.store(dst + half_cols, (a * cos - b * sin).to(dtype), mask=inside)
-                tl.store(dst + HALF + half_cols, (b * cos + a * sin).to(dtype), mask=inside)
-            if not IN_PLACE and (not TURNS or 2 * HALF < HEAD_DIM):
-                inside = mask & (cols < HEAD_DIM)
-                if TURNS:
-                    inside = inside & (cols >= 2 * HALF)
-                tl.store(dst + cols, tl.load(src + cols, mask=inside, other=0.0), mask=inside)
+    heads = first + tl.arange(0, HEADS)[None, :, None]
+    mask = (tokens < num_tokens) & (heads < num_heads)
+    dst = dst_ptr + tokens * (dst_token_stride * STRIDE_UNIT) + heads * HEAD_DIM
+    if src_ptr is None:
+        zeros = tl.zeros((TOKENS, HEADS, HEAD_COLS), dtype)
+        tl.store(dst + cols, zeros, mask=mask & (cols < HEAD_DIM))
+    else:
+        src = src_ptr + tokens * (src_token_stride * STRIDE_UNIT)
+        src += heads.to(tl.int64) * (src_head_stride * STRIDE_UNIT)
+        # In place, this program alone touches these heads, and reads a pair before it writes.
+        if TURNS and INTERLEAVED:
+            pair_cols = tl.arange(0, 2 * HALF_COLS)[None, None, :]
+            inside = mask & (pair_cols < 2 * HALF)
+            pairs = tl.load(src + pair_cols, mask=inside, other=0.0).to(tl.float32)
+            a, b = tl.split(tl.reshape(pairs, (TOKENS, HEADS, HALF_COLS, 2)))
+            turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+            turned = tl.reshape(turned, (TOKENS, HEADS, 2 * HALF_COLS))
+            tl.store(dst + pair_cols, turned.to(dtype), mask=inside)
+        elif TURNS:
+            half_cols = tl.arange(0, HALF_COLS)[None, None, :]
+            inside = mask & (half_cols < HALF)
+            a = tl.load(src + half_cols, mask=inside, other=0.0).to(tl.float32)
+            b = tl.load(src + HALF + half_cols, mask=inside, other=0.0).to(tl.float32)
+            tl.store(dst + half_cols, (a * cos - b * sin).to(dtype), mask=inside)
+            tl.store(dst + HALF + half_cols, (b * cos + a * sin).to(dtype), mask=inside)
+        if not IN_PLACE and (not TURNS or 2 * HALF < HEAD_DIM):
+            inside = mask & (cols < HEAD_DIM)
+            if TURNS:
+                inside = inside & (cols >= 2 * HALF)
+            tl.store(dst + cols, tl.load(src + cols, mask=inside, other=0.0), mask=inside)
 
 
 @triton.jit
@@ -117,7 +118,14 @@ def _rope_kernel(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    num_q_groups = tl.cdiv(num_q_heads, Q_HEADS)
+    num_kv_groups = tl.cdiv(num_kv_heads, KV_HEADS)
+    num_groups = num_q_groups + num_kv_groups
+    if not IN_PLACE and v_dst_ptr is not None:
+        num_groups += num_kv_groups
+    group = tl.program_id(0) % num_groups
+    first_token = (tl.program_id(0) // num_groups).to(tl.int64) * TOKENS
+    tokens = first_token + tl.arange(0, TOKENS)[:, None, None]
     positions = tokens
     if position_ids_ptr is not None:
         positions = tl.load(position_ids_ptr + tokens, mask=tokens < num_tokens, other=0)
@@ -130,21 +138,25 @@ def _rope_kernel(
     if INVERSE:
         sin = -sin
     # fmt: off
-    _move_heads(
-        q_src_ptr, q_dst_ptr, q_src_token_stride, q_src_head_stride, q_dst_token_stride,
-        num_q_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
-        HEAD_DIM, HALF, TOKENS, Q_HEADS, HEAD_COLS, HALF_COLS,
-    )
-    _move_heads(
-        k_src_ptr, k_dst_ptr, k_src_token_stride, k_src_head_stride, kv_dst_token_stride,
-        num_kv_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
-        HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS, HALF_COLS,
-    )
-    if not IN_PLACE and v_dst_ptr is not None:
+    if group < num_q_groups:
+        _move_heads(
+            q_src_ptr, q_dst_ptr, q_src_token_stride, q_src_head_stride, q_dst_token_stride,
+            group * Q_HEADS, num_q_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE,
+            STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, Q_HEADS, HEAD_COLS, HALF_COLS,
+        )
+    elif group < num_q_groups + num_kv_groups:
+        _move_heads(
+            k_src_ptr, k_dst_ptr, k_src_token_stride, k_src_head_stride, kv_dst_token_stride,
+            (group - num_q_groups) * KV_HEADS, num_kv_heads, tokens, num_tokens, cos, sin, True,
+            INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS,
+            HALF_COLS,
+        )
+    elif not IN_PLACE and v_dst_ptr is not None:
         _move_heads(
             v_src_ptr, v_dst_ptr, v_src_token_stride, v_src_head_stride, kv_dst_token_stride,
-            num_kv_heads, tokens, num_tokens, cos, sin, False, INTERLEAVED, IN_PLACE, STRIDE_UNIT,
-            HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS, HALF_COLS,
+            (group - num_q_groups - num_kv_groups) * KV_HEADS, num_kv_heads, tokens, num_tokens,
+            cos, sin, False, INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, KV_HEADS,
+            HEAD_COLS, HALF_COLS,
         )
     # fmt: on
 
@@ -156,6 +168,7 @@ def _prepared(
     table_shape: torch.Size,
     sources: tuple[tuple[int, ...] | None, ...],
     destinations: tuple[int, int],
+    has_v: bool,
     inverse: bool,
     interleaved: bool,
     in_place: bool,
@@ -169,8 +182,10 @@ def _prepared(
     of_sources = [(0, 0) if strides is None else strides[:2] for strides in sources]
     strides = [each[dim] for dim in (0, 1) for each in of_sources] + [*destinations]
     unit = unit_of(*strides)
+    num_groups = ceil_div(num_q_heads, q_heads)
+    num_groups += (1 + has_v) * ceil_div(num_kv_heads, kv_heads)
     return Prepared(
-        (ceil_div(num_tokens, tokens),),
+        (ceil_div(num_tokens, tokens) * num_groups,),
         (
             *[stride // unit for stride in strides],
             num_tokens,
@@ -210,13 +225,14 @@ def launch(
     tensor, or contiguous; None for v leaves v out. In place they are the sources, and v and what
     does not turn are left alone. cos, sin and position_ids are contiguous.
     """
-    q, k, _ = destinations
+    q, k, v = destinations
     prepared = _prepared(
         q.shape,
         k.shape[1],
         cos.shape,
         tuple([None if source is None else source.stride() for source in sources]),
         (q.stride(0), k.stride(0)),
+        v is not None and not in_place,
         inverse,
         interleaved,
         in_place,
