@@ -105,4 +105,6 @@ def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
             "size_class",
         ],
         "prune_configs_by": {"early_config_prune": early_prune},
+        # In Triton's cache, where the next process finds it.
+        "cache_results": True,
     }

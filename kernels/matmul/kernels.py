@@ -70,7 +70,9 @@ def _prune(configs: list[triton.Config], args: dict[str, Any], **rest: Any) -> l
 
 def _autotune(kernel):
     key = ["tokens_bucket", "num_cols", "num_k"]
-    return triton.autotune(_CONFIGS, key, prune_configs_by={"early_config_prune": _prune})(kernel)
+    pruning = {"early_config_prune": _prune}
+    # In Triton's cache, where the next process finds it.
+    return triton.autotune(_CONFIGS, key, prune_configs_by=pruning, cache_results=True)(kernel)
 
 
 @triton.jit
