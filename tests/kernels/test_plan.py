@@ -16,6 +16,7 @@ from nanotron_fast.kernels.optimizer import (
     get_total_norm,
     plan,
 )
+from tests.kernels.plans import counted
 
 OPTIONS = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
 
@@ -28,21 +29,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts looks at tensors one by one, and tables that are made."""
-    counts: Counter[str] = Counter()
-
-    def counted(owner: object, name: str, what: str) -> None:
-        original = getattr(owner, name)
-
-        def function(*arguments):
-            counts[what] += 1
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, function)
-
-    counted(plan, "_seen", "looks")
-    counted(plan._Look, "_made", "tables")
-    return counts
+    return counted(monkeypatch)
 
 
 def tensors(device: torch.device, *values: float) -> list[Tensor]:

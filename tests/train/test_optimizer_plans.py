@@ -13,26 +13,13 @@ from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer import AdamW
 from nanotron_fast.train.parameters import trained_parameters
 from tests import modelzoo
+from tests.kernels.plans import counted
 
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts looks at tensors one by one, and tables that are made."""
     monkeypatch.setattr(plan, "_looks", {})
-    counts: Counter[str] = Counter()
-
-    def counted(owner: object, name: str, what: str) -> None:
-        original = getattr(owner, name)
-
-        def function(*arguments):
-            counts[what] += 1
-            return original(*arguments)
-
-        monkeypatch.setattr(owner, name, function)
-
-    counted(plan, "_seen", "looks")
-    counted(plan._Look, "_made", "tables")
-    return counts
+    return counted(monkeypatch)
 
 
 def _stepped(root, backend: str, monkeypatch: pytest.MonkeyPatch, num_steps: int) -> AdamW:
