@@ -327,6 +327,8 @@ ZOO |= {
             "original_max_position_embeddings": 16,
             "tie_word_embeddings": True,
         },
+        # In fp32 transformers' own third norm is 1.7e-6 from what it is in fp64, and ours 0.6e-6.
+        2e-6,
     ),
     "phi3, within its first context": Entry(
         "Phi3",

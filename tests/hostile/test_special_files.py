@@ -12,7 +12,8 @@ import nanotron_fast
 from nanotron_fast.checkpoints import small_files
 from nanotron_fast.checkpoints.small_files import copy_file
 from nanotron_fast.errors import CheckpointError, NanotronFastError
-from nanotron_fast.formats.plain_file import open_plain, read_small
+from nanotron_fast.formats.plain_file import digest_whole, open_plain, read_small
+from nanotron_fast.moves.files import FileState, ReadFile
 from tests.modelzoo import make
 
 MODEL = make("llama", num_hidden_layers=1)
@@ -77,8 +78,9 @@ def test_they_are_neither_read_nor_copied(
     make_special(kind, path)
     with pytest.raises(CheckpointError, match=message):
         read_small(path)
+    then = ReadFile(FileState.of(os.stat(path)), "", is_whole=True)
     with pytest.raises(CheckpointError, match=message):
-        copy_file(path, tmp_path / "copy", fsync=False)
+        copy_file(path, tmp_path / "copy", then, fsync=False)
     assert not (tmp_path / "copy").exists()
     if not kind.startswith("/proc"):
         with pytest.raises(CheckpointError, match=message):
@@ -98,8 +100,9 @@ def test_a_file_that_is_cut_while_it_is_copied(
 
     monkeypatch.setattr("nanotron_fast.checkpoints.small_files._BLOCK_BYTES", 1)
     monkeypatch.setattr("nanotron_fast.checkpoints.small_files.write_all", cut)
-    with pytest.raises(CheckpointError, match="it ends 1 bytes before its size"):
-        copy_file(path, tmp_path / "copy", fsync=True)
+    then = digest_whole(path)
+    with pytest.raises(CheckpointError, match=r"changed while it was read \(2 bytes then, 1 now\)"):
+        copy_file(path, tmp_path / "copy", then, fsync=True)
 
 
 def test_a_document_that_is_too_long(tmp_path: Path) -> None:

@@ -50,7 +50,9 @@ def agrees(root: Path, mode: str, recompute: str, auxiliary_loss: float, group) 
         if facts.copies > 1:
             sum_over_copies(grad.view(-1)[slice(*facts.copied)], facts.copies, group)
         wanted = shard_of(facts.param, grads[name], group.rank(), group.size())
-        assert_near(grad, wanted, f"gradient of {name}")
+        # That of a single number is a sum over the layer, in which much cancels.
+        relative = 1e-4 if wanted.numel() == 1 else 2e-5
+        assert_near(grad, wanted, f"gradient of {name}", relative)
 
 
 def sends_tokens_to_experts(root: Path, recompute: str, group) -> None:
