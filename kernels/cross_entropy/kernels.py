@@ -200,7 +200,8 @@ def gradient_kernel(
     # Offsets within the vectors of a row; that of a column is greater by vector_col.
     at = block * BLOCK + tl.arange(0, BLOCK)
     mask = at // VECTOR < num_vectors
-    logits = tl.load(logits_ptr + aligned + at, mask=mask & (end > 0), other=float("-inf"))
+    is_read = at // VECTOR < tl.minimum(num_vectors, end)
+    logits = tl.load(logits_ptr + aligned + at, mask=is_read, other=float("-inf"))
     gradient = _gradient_of(
         logits.to(tl.float32), maximum, scale, at + vector_col == target - first_col, dloss
     )
@@ -210,7 +211,7 @@ def gradient_kernel(
         cols, is_there = _edges(vector_col, num_vectors, num_cols, VECTOR)
         edge_logits = tl.load(
             logits_ptr + row * logits_row_stride + cols,
-            mask=is_there & (end > 0),
+            mask=is_there & (cols < end),
             other=float("-inf"),
         )
         edges = _gradient_of(
