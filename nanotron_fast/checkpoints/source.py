@@ -8,7 +8,7 @@ from typing import Any
 
 from nanotron_fast.checkpoints.partial import between
 from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
-from nanotron_fast.checkpoints.remote.urls import as_path, is_url
+from nanotron_fast.checkpoints.remote.urls import as_path, is_url, on_disk
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.dcp import is_dcp_checkpoint
 from nanotron_fast.formats.hints import hint
@@ -39,17 +39,12 @@ def resolve(source: str | Path, *, takes_urls: bool = False) -> Path:
     """The directory that a source names, fetched from the Hub where it is an id.
 
     With `takes_urls` it may be a mirror of what lies in a store: see `checkpoints.remote`.
-    Raises CheckpointError; ConfigError for a URL that cannot be reached, OSError.
+    Raises CheckpointError; ConfigError for a URL that is not taken or cannot be reached, OSError.
     """
     source = as_path(source)
-    if is_url(source):
-        if not takes_urls:
-            raise CheckpointError(
-                f"{source}: convert, verify and inspect read from URLs, and nothing else does; "
-                "copy the checkpoint to a disk first"
-            )
+    if takes_urls and is_url(source):
         return mirror(str(source))
-    path = Path(source)
+    path = on_disk(source, "the checkpoint")
     if path.is_dir():
         return resolve_latest(path)
     if path.exists():

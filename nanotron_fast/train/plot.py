@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.remote.urls import on_disk
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.extras import require
 from nanotron_fast.train.metrics import FILE, read_metrics
@@ -28,7 +29,7 @@ def plot(runs: Sequence[str | Path], *, output: str | Path | None = None) -> lis
     if not runs:
         raise ConfigError("plot: name the folder of a run")
     require("plot", "plot")
-    files = [_file_of(Path(run)) for run in runs]
+    files = [_file_of(on_disk(run, "the run")) for run in runs]
     curves = [read_metrics(path) for path in files]
     for path, lines in zip(files, curves, strict=True):
         if not lines:

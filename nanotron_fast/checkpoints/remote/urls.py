@@ -41,6 +41,21 @@ def as_path(place: str | Path) -> str | Path:
     return match["path"]
 
 
+def on_disk(place: str | Path, what: str) -> Path:
+    """A path, for what is not read from stores. Raises ConfigError for a URL of one.
+
+    Args:
+        what: is there, such as "the run".
+    """
+    place = as_path(place)
+    if is_url(place):
+        raise ConfigError(
+            f"{without_password(str(place))}: convert, verify and inspect work with URLs, and "
+            f"nothing else does; {what} must be on a disk"
+        )
+    return Path(place)
+
+
 def split(url: str) -> tuple[str, str]:
     """The protocol, in small letters, and what is behind `://`. Raises ConfigError."""
     match = _URL.match(url)

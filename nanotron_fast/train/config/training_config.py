@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.remote.urls import on_disk
 from nanotron_fast.train.config import checks, served
 from nanotron_fast.train.config.data import DataStage
 from nanotron_fast.train.config.document import override, read_document
@@ -63,7 +64,7 @@ class TrainingConfig:
         Raises ConfigError, which names the file or the option, the key and what is wanted;
         UnsupportedModelError for a model that Nanotron's classes cannot express; OSError.
         """
-        document = read_document(Path(path))
+        document = read_document(on_disk(path, "the configuration"))
         overridden = override(document, overrides)
         return cls._read(document, Place(str(path), overridden=overridden))
 

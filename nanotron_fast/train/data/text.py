@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanotron_fast.checkpoints.remote.urls import on_disk
 from nanotron_fast.errors import DataError
 from nanotron_fast.extras import require
 from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
@@ -314,6 +315,7 @@ def find_files(name: str | Path) -> tuple[Path, ...] | None:
         if not texts:
             raise DataError(f"{name}: it matches no .txt or .jsonl file")
         return tuple(texts)
+    on_disk(name, "the text")
     is_path = str(name).startswith((".", "~", "/")) or path.suffix in SUFFIXES
     if is_path or str(name).count("/") > 1:
         raise DataError(f"{name}: there is no such file or folder")

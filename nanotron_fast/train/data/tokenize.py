@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.remote.urls import on_disk
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.encode import Encoded, TextRecipe
 from nanotron_fast.train.data.text import open_source
@@ -88,7 +89,7 @@ def tokenize(
         OSError: the destination cannot be written to.
     """
     started = time.monotonic()
-    path = Path(destination)
+    path = on_disk(destination, "the folder of tokens")
     check_free(path)
     if max_tokens_per_file < 1:
         raise DataError(f"max_tokens_per_file is {max_tokens_per_file}, and should be at least 1")

@@ -389,9 +389,9 @@ def test_what_cannot_read_urls_says_so(faulty, temporary, model):
     import torch
 
     put(model, URL)
-    with pytest.raises(CheckpointError, match="copy the checkpoint to a disk first"):
+    with pytest.raises(ConfigError, match="the checkpoint must be on a disk"):
         nf.load_into({"x": torch.zeros(1)}, URL, topology=nf.Topology(), rank=0)
-    with pytest.raises(CheckpointError, match="copy the checkpoint to a disk first"):
+    with pytest.raises(ConfigError, match="the checkpoint must be on a disk"):
         nf.verify(URL, model, logits=True)
 
 
