@@ -113,6 +113,14 @@ def test_no_tokenizer_is_said(name: Any, message: str, step: Path, tmp_path: Pat
     assert "--like DIR_OR_ID" in warnings[1]
 
 
+def test_a_tokenizer_is_looked_for_in_like_too(step: Path, hf: Path, tmp_path: Path) -> None:
+    edit_yaml(step, tokenizer_name_or_path=None)
+    for name in TOKENIZER:
+        (hf / name).unlink()
+    warnings = nanotron_fast.plan(step, tmp_path / "back", like=hf).warnings
+    assert any(f"none lies in {step} and {hf}. Give it" in each for each in warnings)
+
+
 SENSELESS = {
     "a: [": "not YAML: while parsing",
     "\0": "not YAML",

@@ -68,7 +68,7 @@ def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> B
     if options.tokenizer is not None:
         tokenizer = _tokenizer_of(options.tokenizer)
     if not tokenizer:
-        tokenizer, warning = _tokenizer_of_training(source.root)
+        tokenizer, warning = _tokenizer_of_training(source.root, options.like)
         if warning:
             warnings.append(warning)
     return Beside({**others, **tokenizer}, found.left, bool(tokenizer), tuple(warnings))
@@ -90,7 +90,7 @@ def _tokenizer_of(root: Path) -> dict[str, Path]:
     return tokenizer
 
 
-def _tokenizer_of_training(root: Path) -> tuple[dict[str, Path], str | None]:
+def _tokenizer_of_training(root: Path, like: Path | None) -> tuple[dict[str, Path], str | None]:
     """The tokenizer that a training configuration names, or what to do without one."""
     document, problem = training_document(root)
     name = _at(document, "tokenizer", "tokenizer_name_or_path")
@@ -103,9 +103,11 @@ def _tokenizer_of_training(root: Path) -> tuple[dict[str, Path], str | None]:
     elif isinstance(name, str) and name:
         shown = name if len(name) <= _SHOWN else f"{name[:_SHOWN]}..."
         problem = f"{nanotron.CONFIG_YAML} names {shown}, which is no folder here"
+    looked_in = f"{root} and {like}" if like else f"{root}"
     because = f", and {problem}" if problem else ""
     return {}, (
-        f"no tokenizer is written: none lies in {root}{because}. Give it with --tokenizer DIR_OR_ID"
+        f"no tokenizer is written: none lies in {looked_in}{because}. "
+        "Give it with --tokenizer DIR_OR_ID"
     )
 
 
