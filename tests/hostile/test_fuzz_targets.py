@@ -94,7 +94,8 @@ class Bad:
 def test_the_oracle_sees(
     data: bytes, message: str, box: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.fuzz.oracle.SECONDS", 0.2)
+    if data == b"time":  # the others may wait for a busy machine
+        monkeypatch.setattr("tests.fuzz.oracle.SECONDS", 0.2)
     with tracing(), pytest.raises(Finding, match=message):
         check(Bad(), data, box, traces_memory=True)
 
