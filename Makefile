@@ -70,7 +70,8 @@ fuzz: build ## feed random input to every reader (SECONDS=300 in all, TARGET= on
 test-pythons: build ## build with each other Python that is here, and run there the tests that need no torch
 	$(BIN)/python -m tests.pythons
 
-wheel: $(READY) ## build sdist and wheel as a release has them, and try the wheel where nothing else is
+# Both build in this folder: one after the other where both are asked for.
+wheel: $(READY) | $(filter test-pythons,$(MAKECMDGOALS)) ## build sdist and wheel as a release has them, and try the wheel where nothing else is
 	$(BIN)/python -m tests.wheel
 
 test-versions: build ## a few tests with other versions of triton, transformers, numpy and typer
