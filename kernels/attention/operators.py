@@ -162,13 +162,13 @@ def _grid(
 
 def _numbers(
     strided: tuple[Tensor, ...], num_documents: int | None, options: Options, is_backward: bool
-) -> tuple[float, ...]:
+) -> tuple[Any, ...]:
     """A kernel's arguments after its tensors."""
     (seq_q, num_heads, _), (seq_k, num_kv_heads, _) = (t.shape[-3:] for t in strided[:2])
     _, window, scale, softcap = options
     longest = max(seq_q, seq_k)
     return (
-        *[stride for tensor in strided for stride in _strides(tensor)],
+        *map(_strides, strided),
         seq_q,
         seq_k,
         num_documents or 0,
