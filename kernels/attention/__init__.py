@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,21 +132,37 @@ def explain(
     )
 
 
-def _checked(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool,
-    cu_seqlens: Tensor | None,
-    window: int | None,
-    scale: float | None,
-    softcap: float | None,
-) -> dict[str, Any]:
-    """The options by their names, with the defaults filled in, as every implementation takes them.
+class _Asked(NamedTuple):
+    """What a call asks for, beside its tensors."""
 
-    A window that hides nothing is None. Raises ValueError.
+    causal: bool
+    window: int | None
+    scale: float | None
+    softcap: float | None
+    backend: str
+    is_training: bool
+    wants_lse: bool
+
+
+class _Settled(NamedTuple):
+    """What calls of a kind come to: the implementation, and its options.
+
+    They are there once more by their names, as all implementations but ours take them.
     """
+
+    name: str
+    options: operators.Options
+    named: dict[str, Any]
+
+
+def _checked(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, asked: _Asked
+) -> operators.Options:
+    """The options with the defaults filled in; ValueError where something does not fit.
+
+    A window that hides nothing is None.
+    """
+    causal, window, scale, softcap, *_ = asked
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     rank = 4 if cu_seqlens is None else 3
     if not q.dim() == k.dim() == v.dim() == rank:
@@ -174,94 +190,62 @@ def _checked(
     is_whole = window is not None and window >= k.shape[-3]
     # A graph with symbolic sizes holds for one head_dim: index() says so.
     head_dim = operator.index(q.shape[-1])
-    return {
-        "cu_seqlens": cu_seqlens,
-        "causal": causal,
-        "window": None if is_whole else window,
-        "scale": head_dim**-0.5 if scale is None else scale,
-        "softcap": softcap,
-    }
+    scale = head_dim**-0.5 if scale is None else scale
+    return operators.Options(causal, None if is_whole else window, scale, softcap)
 
 
-# What calls of a kind have come to: the implementation, and the options with their defaults.
-_settled: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
+_settled: dict[tuple[Any, ...], _Settled] = {}
 _MOST_SETTLED = 4096
 
 
-def _settle(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor | None,
-    *,
-    is_training: bool,
-    wants_lse: bool,
-    backend: str,
-    **options: Any,
-) -> tuple[str, dict[str, Any]]:
-    """The implementation that a call gets, and the options as it takes them; see _checked()."""
-
-    def settled() -> tuple[str, dict[str, Any]]:
-        checked = _checked(q, k, v, cu_seqlens=cu_seqlens, **options)
-        named = {"is_training": is_training, "wants_lse": wants_lse, "backend": backend}
-        name = _name(q, k, checked, **named)
-        del checked["cu_seqlens"]
-        return name, checked
-
+def _settle(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, asked: _Asked) -> _Settled:
+    """What a call comes to. Raises ValueError."""
     if torch.compiler.is_compiling():  # sizes may be symbols
-        return settled()
+        return _decide(q, k, v, cu_seqlens, asked)
     key = (
         *(q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, q.device),
         None if cu_seqlens is None else (cu_seqlens.shape, cu_seqlens.dtype),
-        *options.values(),
-        *(is_training, wants_lse, backend, requested_backend()),
+        *asked,
+        requested_backend(),
         torch.are_deterministic_algorithms_enabled(),
     )
     found = _settled.get(key)
     if found is None:
         if len(_settled) >= _MOST_SETTLED:
             _settled.clear()
-        found = _settled[key] = settled()
+        found = _settled[key] = _decide(q, k, v, cu_seqlens, asked)
     return found
+
+
+def _decide(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, asked: _Asked) -> _Settled:
+    """As _settle(), anew."""
+    options = _checked(q, k, v, cu_seqlens, asked)
+    causal, window, scale, softcap = options
+    name, _ = _choose(
+        device=q.device,
+        dtype=q.dtype,
+        head_dim=operator.index(q.shape[-1]),
+        causal=causal,
+        has_documents=cu_seqlens is not None,
+        has_window=window is not None,
+        has_softcap=softcap is not None,
+        lengths=_lengths(q, k),
+        is_training=asked.is_training,
+        wants_lse=asked.wants_lse,
+        backend=asked.backend,
+    )
+    # The libraries differ in what they make of no rows at all.
+    name = "torch" if q.numel() == 0 or k.numel() == 0 else name
+    named: dict[str, Any] = {"causal": causal, "window": window, "scale": scale}
+    if name != "sdpa_cpu":  # which has no word for a softcap, and is not chosen where there is one
+        named["softcap"] = softcap
+    return _Settled(name, options, named)
 
 
 def _lengths(q: Tensor, k: Tensor) -> str:
     if q.shape[-3] == k.shape[-3]:
         return EQUAL
     return FEWER_QUERIES if q.shape[-3] < k.shape[-3] else MORE_QUERIES
-
-
-def _name(
-    q: Tensor,
-    k: Tensor,
-    options: dict[str, Any],
-    *,
-    is_training: bool,
-    wants_lse: bool,
-    backend: str,
-) -> str:
-    """The implementation that a call gets."""
-    name, _ = _choose(
-        device=q.device,
-        dtype=q.dtype,
-        head_dim=operator.index(q.shape[-1]),
-        causal=options["causal"],
-        has_documents=options["cu_seqlens"] is not None,
-        has_window=options["window"] is not None,
-        has_softcap=options["softcap"] is not None,
-        lengths=_lengths(q, k),
-        is_training=is_training,
-        wants_lse=wants_lse,
-        backend=backend,
-    )
-    # The libraries differ in what they make of no rows at all.
-    is_empty = q.numel() == 0 or k.numel() == 0
-    return "torch" if is_empty else name
-
-
-def _for_cpu(options: dict[str, Any]) -> dict[str, Any]:
-    """Without a softcap: where there is one, torch's kernels for the CPU are not chosen."""
-    return {name: value for name, value in options.items() if name != "softcap"}
 
 
 def attention(
@@ -303,26 +287,16 @@ def attention(
         ValueError: shapes, dtypes or options do not fit, or `backend` cannot serve them.
     """
     needs_grad = q.requires_grad or k.requires_grad or v.requires_grad
-    name, options = _settle(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        is_training=needs_grad and torch.is_grad_enabled(),
-        wants_lse=False,
-        backend=backend,
-    )
+    is_training = needs_grad and torch.is_grad_enabled()
+    asked = _Asked(causal, window, scale, softcap, backend, is_training, wants_lse=False)
+    name, options, named = _settle(q, k, v, cu_seqlens, asked)
     if name == "triton":
-        return operators.attend(q, k, v, cu_seqlens=cu_seqlens, **options)
+        return operators.attend(q, k, v, cu_seqlens, options)
     if name == "torch":
-        return attention_reference(q, k, v, cu_seqlens=cu_seqlens, **options)
+        return attention_reference(q, k, v, cu_seqlens=cu_seqlens, **named)
     if name == "sdpa_cpu":
-        return cpu.attend(q, k, v, cu_seqlens=cu_seqlens, **_for_cpu(options))
-    return library.attend(name, q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **options)
+        return cpu.attend(q, k, v, cu_seqlens=cu_seqlens, **named)
+    return library.attend(name, q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **named)
 
 
 def attention_forward(
@@ -346,28 +320,16 @@ def attention_forward(
         out in q's shape and dtype; lse, natural logarithms in fp32, (batch, H, seq_q), or
         (H, tokens) with cu_seqlens.
     """
-    name, options = _settle(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        is_training=True,
-        wants_lse=True,
-        backend=backend,
-    )
-    options = {"cu_seqlens": cu_seqlens, **options}
+    asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
+    name, options, named = _settle(q, k, v, cu_seqlens, asked)
     with torch.no_grad():
         if name == "torch":
-            return attention_forward_reference(q, k, v, **options)
+            return attention_forward_reference(q, k, v, cu_seqlens=cu_seqlens, **named)
         if name == "sdpa_cpu":
-            return cpu.forward(q, k, v, **_for_cpu(options))
+            return cpu.forward(q, k, v, cu_seqlens=cu_seqlens, **named)
         if name == "triton":
-            return operators.forward(q, k, v, **options)
-        return library.forward(name, q, k, v, max_seqlen=max_seqlen, **options)
+            return operators.forward(q, k, v, cu_seqlens, options)
+        return library.forward(name, q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **named)
 
 
 def attention_backward(
@@ -395,20 +357,8 @@ def attention_backward(
     Raises:
         ValueError: as attention(), and where dout, out or lse do not fit q.
     """
-    name, options = _settle(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-        is_training=True,
-        wants_lse=True,
-        backend=backend,
-    )
-    options = {"cu_seqlens": cu_seqlens, **options}
+    asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
+    name, options, named = _settle(q, k, v, cu_seqlens, asked)
     if not dout.shape == out.shape == q.shape or lse.shape != operators.lse_shape(q):
         raise ValueError(
             f"attention_backward: dout {tuple(dout.shape)}, out {tuple(out.shape)} and "
@@ -417,9 +367,11 @@ def attention_backward(
     tensors = (dout, q, k, v, out, lse)
     with torch.no_grad():
         if name == "torch":
-            return attention_backward_reference(*tensors, **options)
+            return attention_backward_reference(*tensors, cu_seqlens=cu_seqlens, **named)
         if name == "sdpa_cpu":
-            return cpu.backward(*tensors, **_for_cpu(options))
+            return cpu.backward(*tensors, cu_seqlens=cu_seqlens, **named)
         if name == "triton":
-            return operators.backward(*tensors, **options)
-        return library.backward(name, *tensors, max_seqlen=max_seqlen, **options)
+            return operators.backward(*tensors, cu_seqlens, options)
+        return library.backward(
+            name, *tensors, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, **named
+        )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -34,8 +34,15 @@ _LOG2_E = math.log2(math.e)
 # own look into its table takes as long as a launch.
 _prepared: dict[tuple[Any, ...], Prepared] = {}
 _MOST_PREPARED = 4096
-# causal, window, scale, softcap
-Options = tuple[bool, int | None, float, float | None]
+
+
+class Options(NamedTuple):
+    """Those of attention(), with their defaults put in; a window that hides nothing is None."""
+
+    causal: bool
+    window: int | None
+    scale: float
+    softcap: float | None
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int]:
@@ -162,19 +169,19 @@ def _grid(
 
 def _numbers(
     strided: tuple[Tensor, ...], num_documents: int | None, options: Options, is_backward: bool
-) -> tuple[float, ...]:
+) -> tuple[Any, ...]:
     """A kernel's arguments after its tensors."""
     (seq_q, num_heads, _), (seq_k, num_kv_heads, _) = (t.shape[-3:] for t in strided[:2])
-    _, window, scale, softcap = options
+    scale = options.scale
     longest = max(seq_q, seq_k)
     return (
-        *[stride for tensor in strided for stride in _strides(tensor)],
+        *map(_strides, strided),
         seq_q,
         seq_k,
         num_documents or 0,
         num_heads // num_kv_heads,
-        window or 0,
-        *_units(scale, softcap),
+        options.window or 0,
+        *_units(scale, options.softcap),
         *((float(scale),) if is_backward else ()),
         (longest > 1024) + (longest > 4096),
     )
@@ -183,13 +190,12 @@ def _numbers(
 def _constants(
     q: Tensor, copied: tuple[Tensor, ...], num_documents: int | None, options: Options
 ) -> dict[str, Any]:
-    causal, window, _, softcap = options
     return {
         "HEAD_DIM": q.shape[-1],
         "BLOCK_D": _block_d(q),
-        "CAUSAL": causal,
-        "HAS_WINDOW": window is not None,
-        "HAS_SOFTCAP": softcap is not None,
+        "CAUSAL": options.causal,
+        "HAS_WINDOW": options.window is not None,
+        "HAS_SOFTCAP": options.softcap is not None,
         "VARLEN": num_documents is not None,
         "CAN_TMA": bool(copied) and _can_tma(*copied),
     }
@@ -208,7 +214,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """out in q's shape and dtype, contiguous, and lse in fp32."""
     out, lse = empty_rows(q), q.new_empty(lse_shape(q), dtype=torch.float32)
-    read, options = (q, k, v), (causal, window, scale, softcap)
+    read, options = (q, k, v), Options(causal, window, scale, softcap)
     _launch(forward_kernel, (*read, out, lse), read, read, cu_seqlens, options)
     return out, lse
 
@@ -236,7 +242,7 @@ def _backward(
     dq, dk, dv = empty_rows(q), empty_rows(k), empty_rows(v)
     shape = (*lse.shape[:-1], lse.shape[-1] + 1)
     log2_lse, delta = (q.new_empty(shape, dtype=torch.float32) for _ in range(2))
-    options = (causal, window, scale, softcap)
+    options = Options(causal, window, scale, softcap)
     _launch(
         dq_kernel,
         (q, k, v, out, dout, lse, log2_lse, delta, dq),
@@ -271,25 +277,10 @@ def _dense_heads(tensor: Tensor) -> Tensor:
 
 
 def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options
 ) -> tuple[Tensor, Tensor]:
-    """out and lse, with options as attention() has resolved them."""
-    return _forward(
-        *(_dense_heads(t) for t in (q, k, v)),
-        cu_seqlens=cu_seqlens,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-    )
+    """out and lse."""
+    return _forward(_dense_heads(q), _dense_heads(k), _dense_heads(v), cu_seqlens, *options)
 
 
 def backward(
@@ -299,23 +290,12 @@ def backward(
     v: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
     cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, with the options of forward()."""
-    return _backward(
-        *(_dense_heads(t) for t in (dout, q, k, v, out)),
-        lse.contiguous(),
-        cu_seqlens=cu_seqlens,
-        causal=causal,
-        window=window,
-        scale=scale,
-        softcap=softcap,
-    )
+    """dq, dk, dv."""
+    tensors = [_dense_heads(tensor) for tensor in (dout, q, k, v, out)]
+    return _backward(*tensors, lse.contiguous(), cu_seqlens, *options)
 
 
 class _Attention(torch.autograd.Function):
@@ -334,16 +314,6 @@ class _Attention(torch.autograd.Function):
         return *grads, None, None
 
 
-def attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    cu_seqlens: Tensor | None,
-    causal: bool,
-    window: int | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """out alone, for autograd, with the options of forward()."""
-    return _Attention.apply(q, k, v, cu_seqlens, (causal, window, scale, softcap))
+def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, options: Options) -> Tensor:
+    """out alone, for autograd."""
+    return _Attention.apply(q, k, v, cu_seqlens, options)

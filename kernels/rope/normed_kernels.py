@@ -103,12 +103,7 @@ def _table_rows(
 
 @triton.jit
 def _forward_heads(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    x_token_stride,
-    x_head_stride,
-    num_heads,
+    side,
     tokens,
     num_tokens,
     cos,
@@ -123,6 +118,8 @@ def _forward_heads(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
+    """Of all heads of q or of k; `side` is what is its own of each."""
+    x_ptr, y_ptr, weight_ptr, x_token_stride, x_head_stride, num_heads = side
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
     everywhere = tl.zeros((1, 1, 1), dtype=tl.int32) == 0
     wa, wb = _load_pairs(weight_ptr, everywhere, INTERLEAVED, HALF, 1, 1, HALF_COLS)
@@ -195,34 +192,24 @@ def _forward_kernel(
     cos, sin = _table_rows(
         cos_ptr, sin_ptr, position_ids_ptr, tokens, num_tokens, num_positions, HALF, HALF_COLS
     )
-    _forward_heads(
-        q_ptr, q_out_ptr, q_weight_ptr, q_token_stride, q_head_stride, num_q_heads, tokens,
-        num_tokens, cos, sin, eps, INTERLEAVED, ZERO_CENTERED, HEAD_DIM, HALF, TOKENS, Q_HEADS,
-        HEAD_COLS, HALF_COLS,
-    )
-    _forward_heads(
-        k_ptr, k_out_ptr, k_weight_ptr, k_token_stride, k_head_stride, num_k_heads, tokens,
-        num_tokens, cos, sin, eps, INTERLEAVED, ZERO_CENTERED, HEAD_DIM, HALF, TOKENS, K_HEADS,
-        HEAD_COLS, HALF_COLS,
-    )
     # fmt: on
+    sides = (
+        (q_ptr, q_out_ptr, q_weight_ptr, q_token_stride, q_head_stride, num_q_heads),
+        (k_ptr, k_out_ptr, k_weight_ptr, k_token_stride, k_head_stride, num_k_heads),
+    )
+    for side in tl.static_range(2):
+        _forward_heads(
+            sides[side], tokens, num_tokens, cos, sin, eps, INTERLEAVED, ZERO_CENTERED, HEAD_DIM,
+            HALF, TOKENS, Q_HEADS if side == 0 else K_HEADS, HEAD_COLS, HALF_COLS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _backward_heads(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    weight_ptr,
+    side,
     cos_ptr,
     sin_ptr,
     position_ids_ptr,
-    partial_dw_ptr,
-    dy_token_stride,
-    dy_head_stride,
-    x_token_stride,
-    x_head_stride,
-    num_heads,
     num_tokens,
     num_positions,
     eps,
@@ -235,7 +222,8 @@ def _backward_heads(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    """Of all heads of q or of k, of each num_programs-th block of tokens."""
+    """As _forward_heads(), of each num_programs-th block of tokens."""
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, partial_dw_ptr, dy_strides, x_strides, num_heads = side
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
     everywhere = tl.zeros((1, 1, 1), dtype=tl.int32) == 0
     wa, wb = _load_pairs(weight_ptr, everywhere, INTERLEAVED, HALF, 1, 1, HALF_COLS)
@@ -259,8 +247,8 @@ def _backward_heads(
         for first in range(0, num_heads, HEADS):
             heads = first + tl.arange(0, HEADS)[None, :, None]
             mask = (tokens < num_tokens) & (heads < num_heads)
-            src = x_ptr + tokens * x_token_stride + heads.to(tl.int64) * x_head_stride
-            grad = dy_ptr + tokens * dy_token_stride + heads.to(tl.int64) * dy_head_stride
+            src = x_ptr + tokens * x_strides[0] + heads.to(tl.int64) * x_strides[1]
+            grad = dy_ptr + tokens * dy_strides[0] + heads.to(tl.int64) * dy_strides[1]
             dst = dx_ptr + (tokens * num_heads + heads) * HEAD_DIM
             a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
             dya, dyb = _load_pairs(grad, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
@@ -345,20 +333,20 @@ def _backward_kernel(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    # fmt: off
-    _backward_heads(
-        dq_ptr, q_ptr, q_out_ptr, q_weight_ptr, cos_ptr, sin_ptr, position_ids_ptr, q_partial_ptr,
-        dq_token_stride, dq_head_stride, q_token_stride, q_head_stride, num_q_heads, num_tokens,
-        num_positions, eps, INTERLEAVED, ZERO_CENTERED, HEAD_DIM, HALF, TOKENS, Q_HEADS, HEAD_COLS,
-        HALF_COLS,
+    dq_strides = (dq_token_stride, dq_head_stride)
+    dk_strides = (dk_token_stride, dk_head_stride)
+    q_strides = (q_token_stride, q_head_stride)
+    k_strides = (k_token_stride, k_head_stride)
+    sides = (
+        (dq_ptr, q_ptr, q_out_ptr, q_weight_ptr, q_partial_ptr, dq_strides, q_strides, num_q_heads),
+        (dk_ptr, k_ptr, k_out_ptr, k_weight_ptr, k_partial_ptr, dk_strides, k_strides, num_k_heads),
     )
-    _backward_heads(
-        dk_ptr, k_ptr, k_out_ptr, k_weight_ptr, cos_ptr, sin_ptr, position_ids_ptr, k_partial_ptr,
-        dk_token_stride, dk_head_stride, k_token_stride, k_head_stride, num_k_heads, num_tokens,
-        num_positions, eps, INTERLEAVED, ZERO_CENTERED, HEAD_DIM, HALF, TOKENS, K_HEADS, HEAD_COLS,
-        HALF_COLS,
-    )
-    # fmt: on
+    for side in tl.static_range(2):
+        _backward_heads(
+            sides[side], cos_ptr, sin_ptr, position_ids_ptr, num_tokens, num_positions, eps,
+            INTERLEAVED, ZERO_CENTERED, HEAD_DIM, HALF, TOKENS,
+            Q_HEADS if side == 0 else K_HEADS, HEAD_COLS, HALF_COLS,
+        )  # fmt: skip
 
 
 def _blocks(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:

@@ -88,11 +88,11 @@ class Prepared:
 
     Args:
         grid: one to three numbers of programs; a launch without programs does nothing.
-        numbers: the kernel's arguments after its tensors.
+        numbers: the kernel's arguments after its tensors, numbers and tuples of them.
         constants: its constants and options by name.
     """
 
-    def __init__(self, grid: Sequence[int], numbers: Sequence[float], **constants: Any) -> None:
+    def __init__(self, grid: Sequence[int], numbers: Sequence[Any], **constants: Any) -> None:
         self.grid, self.numbers, self.constants = (*grid, 1, 1)[:3], tuple(numbers), constants
         self._is_empty = 0 in grid
         self._binaries: dict[tuple[Any, ...], _Binary] = {}
@@ -211,12 +211,13 @@ def _binary_of(
     """
     made = kernel[grid](*arguments, **constants, **_OPTIONS)
     rest = kernel.params[len(arguments) :]
-    kind = _kind(kernel, device, arguments, constants)
-    if made is None or not kind or not all(parameter.is_constexpr for parameter in rest):
+    if made is None or not all(parameter.is_constexpr for parameter in rest):
         return None
     tail = tuple(constants.get(parameter.name, parameter.default) for parameter in rest)
-    if len(_binaries) >= _MOST:
-        _binaries.clear()
     binary = _Binary(made.run, made.function, made.packed_metadata, tail)
-    _binaries[kind] = binary
+    kind = _kind(kernel, device, arguments, constants)
+    if kind:
+        if len(_binaries) >= _MOST:
+            _binaries.clear()
+        _binaries[kind] = binary
     return binary

@@ -226,6 +226,22 @@ def test_a_prepared_launch_asks_triton_once(stub: Stub, asked) -> None:
     assert len(stub.launched) == 3
 
 
+def test_a_prepared_launch_takes_a_tuple_of_numbers(stub: Stub, asked) -> None:
+    """As Triton does, who looks at each of them; and from then on without it."""
+    kernel, x = JITFunction(_sum), torch.zeros(64)
+    for strides in ((32, 1, 0), (33, 2, 16)):
+        prepared = launch.Prepared((3,), (strides, 5, 0.5), N=2)
+        before = asked()
+        for _ in range(2):
+            prepared.launch(kernel, x, x)
+        assert asked() - before == 2  # the launch, and this look
+        kernel[(3,)](x, x, strides, 5, 0.5, N=2, enable_fp_fusion=True)
+        first, second, tritons = stub.launched[-3:]
+        assert first[:-1] == second[:-1] == tritons[:-1]
+        assert first[-1][2:] == second[-1][2:] == tritons[-1][2:] == (strides, 5, 0.5, 2, 7)
+    assert stub.asked == 2
+
+
 def test_what_only_compiles_is_not_launched_later(stub: Stub, asked, monkeypatch) -> None:
     kernel, x = JITFunction(_sum), torch.zeros(64)
     run = JITFunction.run

@@ -17,96 +17,11 @@ from nanotron_fast.kernels.attention.kernels.tiles import (
     find_block,
     is_visible,
     load_rows,
+    offset_of,
     query_range,
     store_rows,
     tanh_of,
 )
-
-
-@triton.jit
-def _visit_queries(
-    dk,
-    dv,
-    k,
-    v,
-    q_source,
-    dout_source,
-    lse_ptr,
-    delta_ptr,
-    q_row_stride,
-    q_head_stride,
-    dout_row_stride,
-    dout_head_stride,
-    keys,
-    first,
-    last,
-    seq_q,
-    first_row,
-    num_q,
-    shift,
-    group,
-    window,
-    scale,
-    cap,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Adds to dk (but for the factor `scale`) and dv what comes from queries `first` to `last`.
-
-    The pointers are those of the first of `group` query heads; one flat loop over all of them keeps
-    the loads flowing from one head into the next. Everything with both queries and keys is
-    (keys, queries) here.
-    """
-    num_blocks = tl.cdiv(tl.maximum(last - first, 0), BLOCK_M)
-    head = first * 0
-    start = first
-    for _ in tl.range(0, num_blocks * group):
-        rows = start + tl.arange(0, BLOCK_M)
-        if TMA:
-            q = q_source.load([start, (head * q_head_stride).to(tl.int32)])
-            dout = dout_source.load([start, (head * dout_head_stride).to(tl.int32)])
-        else:
-            q_head = q_source + head.to(tl.int64) * q_head_stride
-            q = load_rows(q_head, q_row_stride, start, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
-            dout_head = dout_source + head.to(tl.int64) * dout_head_stride
-            dout = load_rows(
-                dout_head, dout_row_stride, start, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True
-            )
-        # Rows past the end read the extra row of each head, whose weights are 0.
-        at = head * (seq_q + 1) + tl.where(rows < num_q, rows, seq_q - first_row)
-        lse = tl.load(lse_ptr + at)
-        scores = tl.dot(k, tl.trans(q), input_precision="ieee")
-        if HAS_SOFTCAP:
-            capped = tanh_of(scores, scale)
-            weights = tl.exp2(capped * cap - lse[None, :])
-        else:
-            weights = tl.exp2(scores * scale - lse[None, :])
-        if MASKED:
-            queries = (rows + shift)[None, :]
-            visible = is_visible(queries, keys[:, None], 0, window, CAUSAL, HAS_WINDOW)
-            weights = tl.where(visible, weights, 0.0)
-        dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
-        if HAS_SOFTCAP:
-            weights *= 1.0 - capped * capped
-        dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
-        delta = tl.load(delta_ptr + at)
-        dscores = weights * (dweights - delta[None, :])
-        dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
-        start += BLOCK_M
-        if TMA:  # a branch takes fewer registers, but many more without the bulk copies
-            if start >= last:
-                head += 1
-                start = first
-        else:
-            head = tl.where(start < last, head, head + 1)
-            start = tl.where(start < last, start, first)
-    return dk, dv
 
 
 @triton.autotune(**tuned(DKV, DKV_DOCUMENTS, DKV_OPTIONS))
@@ -121,18 +36,10 @@ def dkv_kernel(
     dk_ptr,
     dv_ptr,
     cu_seqlens_ptr,
-    q_batch_stride,
-    q_row_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_row_stride,
-    k_head_stride,
-    v_batch_stride,
-    v_row_stride,
-    v_head_stride,
-    dout_batch_stride,
-    dout_row_stride,
-    dout_head_stride,
+    q_strides,
+    k_strides,
+    v_strides,
+    dout_strides,
     seq_q,
     seq_k,
     num_documents,
@@ -164,58 +71,81 @@ def dkv_kernel(
     num_q = tl.where(document < num_documents, num_k, 0) if VARLEN else seq_q
     first_row = start.to(tl.int64)
     num_kv_heads = tl.num_programs(1)
-    k_ptr += batch * k_batch_stride + kv_head * k_head_stride + first_row * k_row_stride
-    v_ptr += batch * v_batch_stride + kv_head * v_head_stride + first_row * v_row_stride
+    k_ptr += offset_of(k_strides, batch, first_row, kv_head)
+    v_ptr += offset_of(v_strides, batch, first_row, kv_head)
+    # The first of the query heads that share these keys.
     head = kv_head * group
-    q_ptr += batch * q_batch_stride + head * q_head_stride + first_row * q_row_stride
-    dout_ptr += batch * dout_batch_stride + head * dout_head_stride + first_row * dout_row_stride
+    q_ptr += offset_of(q_strides, batch, first_row, head)
+    dout_ptr += offset_of(dout_strides, batch, first_row, head)
     lse_ptr += (batch * num_kv_heads * group + head) * (seq_q + 1) + first_row
     delta_ptr += (batch * num_kv_heads * group + head) * (seq_q + 1) + first_row
     keys = row + tl.arange(0, BLOCK_N)
     shift = 0 if VARLEN else num_k - num_q  # the last query stands at the last key
-    first, inner, outer, last = query_range(
-        row, num_q, num_k, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW
-    )
-    k = load_rows(k_ptr, k_row_stride, row, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
-    v = load_rows(v_ptr, v_row_stride, row, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    bounds = query_range(row, num_q, num_k, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
+    k = load_rows(k_ptr, k_strides[1], row, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
+    v = load_rows(v_ptr, v_strides[1], row, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, True)
     if TMA:  # whole rows, all heads of the group side by side
         q_source = tl.make_tensor_descriptor(
             q_ptr,
-            [tl.maximum(num_q, 1), (group - 1) * q_head_stride + HEAD_DIM],
-            [q_row_stride, 1],
+            [tl.maximum(num_q, 1), (group - 1) * q_strides[2] + HEAD_DIM],
+            [q_strides[1], 1],
             [BLOCK_M, BLOCK_D],
         )
         dout_source = tl.make_tensor_descriptor(
             dout_ptr,
-            [tl.maximum(num_q, 1), (group - 1) * dout_head_stride + HEAD_DIM],
-            [dout_row_stride, 1],
+            [tl.maximum(num_q, 1), (group - 1) * dout_strides[2] + HEAD_DIM],
+            [dout_strides[1], 1],
             [BLOCK_M, BLOCK_D],
         )
-    else:
-        q_source = q_ptr
-        dout_source = dout_ptr
     dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    if CAUSAL:
-        dk, dv = _visit_queries(
-            dk, dv, k, v, q_source, dout_source, lse_ptr, delta_ptr, q_row_stride, q_head_stride,
-            dout_row_stride, dout_head_stride, keys, first, inner, seq_q, start, num_q, shift,
-            group, window, scale, cap, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, HEAD_DIM, BLOCK_D,
-            BLOCK_M, TMA,
-        )  # fmt: skip
-    dk, dv = _visit_queries(
-        dk, dv, k, v, q_source, dout_source, lse_ptr, delta_ptr, q_row_stride, q_head_stride,
-        dout_row_stride, dout_head_stride, keys, inner, outer, seq_q, start, num_q, shift,
-        group, window, scale, cap, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False, HEAD_DIM, BLOCK_D,
-        BLOCK_M, TMA,
-    )  # fmt: skip
-    if HAS_WINDOW:
-        dk, dv = _visit_queries(
-            dk, dv, k, v, q_source, dout_source, lse_ptr, delta_ptr, q_row_stride, q_head_stride,
-            dout_row_stride, dout_head_stride, keys, outer, last, seq_q, start, num_q, shift,
-            group, window, scale, cap, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True, HEAD_DIM, BLOCK_D,
-            BLOCK_M, TMA,
-        )  # fmt: skip
+    # Blocks at the first edge, in phase 1 those that need no mask, and blocks at the last edge.
+    for phase in tl.static_range(0 if CAUSAL else 1, 3 if HAS_WINDOW else 2):
+        first = bounds[phase]
+        last = bounds[phase + 1]
+        # One flat loop over all heads keeps the loads flowing from one into the next.
+        member = first * 0
+        at = first
+        for _ in tl.range(0, tl.cdiv(tl.maximum(last - first, 0), BLOCK_M) * group):
+            rows = at + tl.arange(0, BLOCK_M)
+            if TMA:
+                q = q_source.load([at, (member * q_strides[2]).to(tl.int32)])
+                dout = dout_source.load([at, (member * dout_strides[2]).to(tl.int32)])
+            else:
+                q_head_ptr = q_ptr + member.to(tl.int64) * q_strides[2]
+                q = load_rows(q_head_ptr, q_strides[1], at, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+                dout_head_ptr = dout_ptr + member.to(tl.int64) * dout_strides[2]
+                dout = load_rows(
+                    dout_head_ptr, dout_strides[1], at, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True
+                )
+            # Rows past the end read the extra row of each head, whose weights are 0.
+            places = member * (seq_q + 1) + tl.where(rows < num_q, rows, seq_q - start)
+            lse = tl.load(lse_ptr + places)
+            scores = tl.dot(k, tl.trans(q), input_precision="ieee")
+            if HAS_SOFTCAP:
+                capped = tanh_of(scores, scale)
+                weights = tl.exp2(capped * cap - lse[None, :])
+            else:
+                weights = tl.exp2(scores * scale - lse[None, :])
+            if phase != 1:
+                queries = (rows + shift)[None, :]
+                visible = is_visible(queries, keys[:, None], 0, window, CAUSAL, HAS_WINDOW)
+                weights = tl.where(visible, weights, 0.0)
+            dv = tl.dot(weights.to(dout.dtype), dout, dv, input_precision="ieee")
+            if HAS_SOFTCAP:
+                weights *= 1.0 - capped * capped
+            dweights = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            delta = tl.load(delta_ptr + places)
+            dscores = weights * (dweights - delta[None, :])
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision="ieee")
+            at += BLOCK_M
+            if TMA:  # a branch takes fewer registers, but many more without the bulk copies
+                if at >= last:
+                    member += 1
+                    at = first
+            else:
+                member = tl.where(at < last, member, member + 1)
+                at = tl.where(at < last, at, first)
     row_stride = num_kv_heads * HEAD_DIM
     offset = (batch * seq_k + first_row) * row_stride + kv_head * HEAD_DIM
     store_rows(dk_ptr + offset, row_stride, row, num_k, dk * out_scale, BLOCK_N, HEAD_DIM, BLOCK_D)

@@ -22,67 +22,10 @@ from nanotron_fast.kernels.attention.kernels.tiles import (
     is_visible,
     key_range,
     load_rows,
+    offset_of,
     store_rows,
     tanh_of,
 )
-
-
-@triton.jit
-def _visit(
-    acc,
-    total,
-    peak,
-    q,
-    k_source,
-    v_source,
-    k_row_stride,
-    v_row_stride,
-    queries,
-    first,
-    last,
-    num_k,
-    window,
-    scale,
-    cap,
-    CAUSAL: tl.constexpr,
-    HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    MASKED: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """Takes in the keys from `first` to `last`: acc (rows, d), total and peak (rows,)."""
-    for start in tl.range(first, last, BLOCK_N):
-        if TMA:
-            k = k_source.load([start, 0])
-        else:
-            k = load_rows(k_source, k_row_stride, start, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if HAS_SOFTCAP:
-            scores = tanh_of(scores, scale)
-            unit = cap
-        else:
-            unit = scale
-        if MASKED:
-            keys = start + tl.arange(0, BLOCK_N)[None, :]
-            visible = is_visible(queries[:, None], keys, num_k, window, CAUSAL, HAS_WINDOW)
-            scores = tl.where(visible, scores, float("-inf"))
-        new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
-        # A row that has seen nothing yet must not subtract -inf.
-        base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if MASKED else new_peak
-        weights = tl.exp2(scores * unit - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        if TMA:
-            v = v_source.load([start, 0])
-        else:
-            v = load_rows(v_source, v_row_stride, start, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, MASKED)
-        acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-        peak = new_peak
-    return acc, total, peak
 
 
 @triton.autotune(**tuned(FORWARD, FORWARD_DOCUMENTS, FORWARD_OPTIONS))
@@ -94,15 +37,9 @@ def forward_kernel(
     out_ptr,
     lse_ptr,
     cu_seqlens_ptr,
-    q_batch_stride,
-    q_row_stride,
-    q_head_stride,
-    k_batch_stride,
-    k_row_stride,
-    k_head_stride,
-    v_batch_stride,
-    v_row_stride,
-    v_head_stride,
+    q_strides,
+    k_strides,
+    v_strides,
     seq_q,
     seq_k,
     num_documents,
@@ -129,50 +66,64 @@ def forward_kernel(
     if row >= num_q:
         return
     head = tl.program_id(1)
+    kv_head = (head // group).to(tl.int64)
+    head = head.to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
     num_k = tl.where(document < num_documents, num_q, 0) if VARLEN else seq_k
     first_row = start.to(tl.int64)
-    kv_head = (head // group).to(tl.int64)
-    q_ptr += batch * q_batch_stride + head.to(tl.int64) * q_head_stride + first_row * q_row_stride
-    k_ptr += batch * k_batch_stride + kv_head * k_head_stride + first_row * k_row_stride
-    v_ptr += batch * v_batch_stride + kv_head * v_head_stride + first_row * v_row_stride
+    q_ptr += offset_of(q_strides, batch, first_row, head)
+    k_ptr += offset_of(k_strides, batch, first_row, kv_head)
+    v_ptr += offset_of(v_strides, batch, first_row, kv_head)
     if TMA:
         num_rows = tl.maximum(num_k, 1)
         k_source = tl.make_tensor_descriptor(
-            k_ptr, [num_rows, HEAD_DIM], [k_row_stride, 1], [BLOCK_N, BLOCK_D]
+            k_ptr, [num_rows, HEAD_DIM], [k_strides[1], 1], [BLOCK_N, BLOCK_D]
         )
         v_source = tl.make_tensor_descriptor(
-            v_ptr, [num_rows, HEAD_DIM], [v_row_stride, 1], [BLOCK_N, BLOCK_D]
+            v_ptr, [num_rows, HEAD_DIM], [v_strides[1], 1], [BLOCK_N, BLOCK_D]
         )
-    else:
-        k_source = k_ptr
-        v_source = v_ptr
     rows = row + tl.arange(0, BLOCK_M)
     queries = rows + (num_k - num_q)  # the last query stands at the last key
-    first, inner, outer, last = key_range(
-        row, num_q, num_k, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW
-    )
+    bounds = key_range(row, num_q, num_k, window, BLOCK_M, BLOCK_N, CAUSAL, HAS_WINDOW)
 
-    q = load_rows(q_ptr, q_row_stride, row, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
+    q = load_rows(q_ptr, q_strides[1], row, num_q, BLOCK_M, HEAD_DIM, BLOCK_D, True)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     peak = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-    if HAS_WINDOW:
-        acc, total, peak = _visit(
-            acc, total, peak, q, k_source, v_source, k_row_stride, v_row_stride, queries,
-            first, inner, num_k, window, scale, cap, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True,
-            HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
-        )  # fmt: skip
-    acc, total, peak = _visit(
-        acc, total, peak, q, k_source, v_source, k_row_stride, v_row_stride, queries,
-        inner, outer, num_k, window, scale, cap, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, False,
-        HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
-    )  # fmt: skip
-    acc, total, peak = _visit(
-        acc, total, peak, q, k_source, v_source, k_row_stride, v_row_stride, queries,
-        outer, last, num_k, window, scale, cap, CAUSAL, HAS_WINDOW, HAS_SOFTCAP, True,
-        HEAD_DIM, BLOCK_D, BLOCK_N, TMA,
-    )  # fmt: skip
+    # Blocks at the first edge, in phase 1 those that need no mask, and blocks at the last edge.
+    for phase in tl.static_range(0 if HAS_WINDOW else 1, 3):
+        for first in tl.range(bounds[phase], bounds[phase + 1], BLOCK_N):
+            if TMA:
+                k = k_source.load([first, 0])
+            else:
+                k = load_rows(
+                    k_ptr, k_strides[1], first, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, phase != 1
+                )
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee")
+            if HAS_SOFTCAP:
+                scores = tanh_of(scores, scale)
+                unit = cap
+            else:
+                unit = scale
+            if phase != 1:
+                keys = first + tl.arange(0, BLOCK_N)[None, :]
+                visible = is_visible(queries[:, None], keys, num_k, window, CAUSAL, HAS_WINDOW)
+                scores = tl.where(visible, scores, float("-inf"))
+            new_peak = tl.maximum(peak, tl.max(scores, 1) * unit)
+            # A row that has seen nothing yet must not subtract -inf.
+            base = tl.where(new_peak == float("-inf"), 0.0, new_peak) if phase != 1 else new_peak
+            weights = tl.exp2(scores * unit - base[:, None])
+            shrink = tl.exp2(peak - base)
+            total = total * shrink + tl.sum(weights, 1)
+            acc = acc * shrink[:, None]
+            if TMA:
+                v = v_source.load([first, 0])
+            else:
+                v = load_rows(
+                    v_ptr, v_strides[1], first, num_k, BLOCK_N, HEAD_DIM, BLOCK_D, phase != 1
+                )
+            acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
+            peak = new_peak
 
     total = tl.where(total == 0.0, 1.0, total)  # a row that saw nothing: 0, and a lse of -inf
     out = acc / total[:, None]

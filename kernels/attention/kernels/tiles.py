@@ -47,6 +47,12 @@ def find_block(
 
 
 @triton.jit
+def offset_of(strides, batch, row, head):
+    """Where a row of a head begins, in elements; the strides are those of batch, row and head."""
+    return batch * strides[0] + head * strides[2] + row * strides[1]
+
+
+@triton.jit
 def load_rows(
     base_ptr,
     row_stride,

@@ -80,9 +80,10 @@ class Launch:
 
     module: str
     kernel: str
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, Any], ...]
-    divisible: tuple[int, ...]
+    signature: tuple[tuple[str, Any], ...]
+    # By name, or by path where they lie in a tuple.
+    constants: tuple[tuple[str | tuple[int, ...], Any], ...]
+    divisible: tuple[tuple[int, ...], ...]
     options: tuple[tuple[str, Any], ...]
 
     def runs_on(self, architecture: int) -> bool:
@@ -91,7 +92,7 @@ class Launch:
 
     def __str__(self) -> str:
         shown = [f"{name}={value}" for name, value in (*self.constants, *self.options)]
-        types = ",".join(sorted({kind for _, kind in self.signature if kind.startswith("*")}))
+        types = ",".join(sorted({kind for _, kind in self.signature if str(kind)[0] == "*"}))
         return f"{self.module}.{self.kernel}[{types}]({', '.join(shown)})"
 
 
@@ -112,18 +113,24 @@ def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     options = tuple((name, kwargs[name]) for name in _OPTIONS if name in kwargs)
     values = dict(zip(function.arg_names, args, strict=False))
     values |= {name: value for name, value in kwargs.items() if name in function.arg_names}
-    signature, constants, divisible = [], [], []
-    for index, parameter in enumerate(function.params):
-        value = values.get(parameter.name, parameter.default)
-        is_one = type(value) is int and value == 1 and not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or is_one:
-            signature.append((parameter.name, "constexpr"))
-            constants.append((parameter.name, getattr(value, "value", value)))
-            continue
-        signature.append((parameter.name, _signature_type(value)))
-        multiple = type(value) is int and value % 16 == 0 and not parameter.do_not_specialize
-        if multiple or isinstance(value, torch.Tensor):
-            divisible.append(index)
+    constants, divisible = [], []
+
+    def specialised(value: Any, parameter: Any, *path: int) -> Any:
+        if type(value) is tuple:
+            return tuple(specialised(each, parameter, *path, i) for i, each in enumerate(value))
+        is_plain = type(value) is int and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_plain and value == 1):
+            name = parameter.name if len(path) == 1 else path
+            constants.append((name, getattr(value, "value", value)))
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (is_plain and value % 16 == 0):
+            divisible.append(path)
+        return _signature_type(value)
+
+    signature = [
+        (each.name, specialised(values.get(each.name, each.default), each, index))
+        for index, each in enumerate(function.params)
+    ]
     module = function.fn.__module__.removeprefix("nanotron_fast.kernels.")
     return Launch(
         module,
@@ -232,7 +239,7 @@ def compile_for(launch: Launch, architecture: int) -> Binary:
         _find(launch),
         signature=dict(launch.signature),
         constexprs=dict(launch.constants),
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+        attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
     )
     options = {name: value for name, value in launch.options if value is not None}
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
