@@ -111,6 +111,12 @@ def test_the_norm_reads_ahead(
             r"kernel\[\*bf16.*HAS_H=False.*silu, UNIT=8, ROWS=1, COLS=1024",
             "3 loads, 2 stores",
         ),
+        # Halves of heads, with three stages: gathered columns of W leave the tile side by side.
+        (
+            "matmul",
+            r"sm_90 .*rope_kernel\[\*bf16.*INTERLEAVED=False.* BLOCK_M=128, BLOCK_N=256.*ages=3",
+            "32 loads, 16 stores, 36 copies",
+        ),
         (
             "rms_norm",
             r"forward_kernel\[\*bf16.*RESIDUAL=False.* UNIT=8, ROWS=4",
