@@ -117,6 +117,12 @@ def test_the_norm_reads_ahead(
             r"sm_90 .*rope_kernel\[\*bf16.*INTERLEAVED=False.* BLOCK_M=128, BLOCK_N=256.*ages=3",
             "32 loads, 16 stores, 36 copies",
         ),
+        # Three heads of 24: strides that are multiples of 8, but not of 16.
+        (
+            "rope",
+            r"normed_kernels\._forward_kernel\[.* HEAD_DIM=24,.* Q_HEADS=4,",
+            "3 loads, 2 stores",
+        ),
         (
             "rms_norm",
             r"forward_kernel\[\*bf16.*RESIDUAL=False.* UNIT=8, ROWS=4",
