@@ -16,6 +16,9 @@ columns takes all registers of a multiprocessor, so the next row of two-byte ele
 shared memory meanwhile: 128 KB for two rows, 192 KB with the residual; where there is less (sm_80
 has 163 KB) it is read when its turn comes. Programs of a part of the columns each would need the
 sums of g * n first: h and dy would be read twice, 10 bytes an element, 12 with the residual.
+Accesses are as wide as suits all rows: 16 bytes where hidden is a multiple of 8. Within each row of
+an odd hidden there are aligned vectors too, but they begin at other columns in every row, so that
+neither the weight nor the sums of dw could stay with a thread.
 Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 """
 
