@@ -52,6 +52,10 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
         32,
         "of 64 registers two to four, with Triton 3.9 up to eight, once a row",
     ),
+    r"^rms_norm\._backward_kernel\b.*HAS_DH_OUT=True.* COLS=16384,.* STAGES=3,": (
+        96,
+        "two, and 24 with Triton 3.8 and 3.9 for sm_100, while the next row is on its way",
+    ),
 }
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 # A copy of 16 bytes from global to shared memory that nobody waits for.
