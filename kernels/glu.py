@@ -37,7 +37,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 
 # Columns of a block at most: eight elements a thread, so one 16-byte access of each operand. Where
 # inter is odd gate, up and h begin at three distances from an aligned address, in every row at
-# others: there an access is of one element.
+# others, and vectors that are aligned for one of them are not for the others: there an access is of
+# one element, so that a thread makes 16 loads and 8 stores in forward for 2 and 1. A warp's lanes
+# still lie side by side: what grows is the number of instructions, not that of bytes.
 _MAX_COLS = 1024
 _NUM_WARPS = 4
 

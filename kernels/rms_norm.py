@@ -11,6 +11,14 @@ and g = dy * w:
 
 Bytes for (rows, hidden) of two-byte elements: forward 4 an element, 8 with the residual; backward
 6, 8 with the residual. Saved for backward: h, the weight and r (4 bytes a row).
+A row is in registers as a whole, and its share of dw with it. In backward one of more than 8192
+columns takes all registers of a multiprocessor, so the next row of two-byte elements is copied to
+shared memory meanwhile: 128 KB for two rows, 192 KB with the residual; where there is less (sm_80
+has 163 KB) it is read when its turn comes. Programs of a part of the columns each would need the
+sums of g * n first: h and dy would be read twice, 10 bytes an element, 12 with the residual.
+Accesses are as wide as suits all rows: 16 bytes where hidden is a multiple of 8. Within each row of
+an odd hidden there are aligned vectors too, but they begin at other columns in every row, so that
+neither the weight nor the sums of dw could stay with a thread.
 Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 """
 
@@ -38,7 +46,7 @@ _MAX_HIDDEN = 16384
 _BLOCK_ELEMENTS = 4096
 # The widest rows whose weight stays in registers through the backward pass.
 _MAX_KEPT = 8192
-# Two blocks are on their way while one is computed.
+# A block is on its way while another is computed, and the one after it as soon as that is read.
 _MAX_STAGES = 3
 # Shared memory that the copies leave for r of the rows, and for what the warps of a sum exchange.
 _SCRATCH_BYTES = 1024
@@ -137,8 +145,14 @@ def _backward_kernel(
     # Each program walks over the rows with a stride of all programs, and sums its share of dw.
     first = tl.program_id(0).to(tl.int64) * ROWS
     for start in tl.range(first, num_rows, tl.num_programs(0) * ROWS, num_stages=STAGES):
-        rows = start + tl.arange(0, ROWS)[:, None]
-        mask = (rows < num_rows) & (cols < num_cols)
+        if KEEP_WEIGHT:
+            rows = start + tl.arange(0, ROWS)[:, None]
+            mask = (rows < num_rows) & (cols < num_cols)
+        else:
+            # A wide row is alone in its block: as a number, not a block of one, it takes no
+            # register of a thread.
+            rows = start
+            mask = cols < num_cols
         h = tl.load(h_ptr + rows * h_row_units * UNIT + cols, mask=mask, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + rows * dy_row_units * UNIT + cols, mask=mask, other=0.0).to(
             tl.float32
@@ -147,7 +161,14 @@ def _backward_kernel(
         normed = h * rstd
         dw += dy * normed
         if not KEEP_WEIGHT:
-            weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+            if STAGES == 1:
+                weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+            else:
+                # Under a condition, which always holds, it is not copied ahead as the rows are:
+                # it stays in the L1 cache, and shared memory is left to them.
+                weight = tl.zeros((1, COLS), dtype=tl.float32)
+                if start >= 0:
+                    weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
         g = dy * weight
         dx = (g - normed * (tl.sum(g * normed, axis=1, keep_dims=True) / num_cols)) * rstd
         if HAS_DH_OUT:
@@ -176,18 +197,20 @@ def _block(hidden: int) -> tuple[int, int, int]:
 
 @cache
 def _stages(block_bytes: int, cols: int, copy_bytes: int, device: torch.device) -> int:
-    """Stages of the loop of the backward pass: all but one are copies under way.
+    """Stages of the loop of the backward pass: there are copies of all blocks but one.
 
     Args:
         block_bytes: of all that an iteration reads.
-        cols: of a block. Past _MAX_KEPT all registers are taken, and its 32 warps wait in turns.
+        cols: of a block. Past _MAX_KEPT one block takes all registers of a multiprocessor, so that
+            nothing is read there while it is computed, unless the next row is on its way: that
+            takes two copies.
         copy_bytes: of one copy. Short ones cost more registers than they save time.
         device: whose shared memory holds the copies.
     """
-    if cols > _MAX_KEPT or copy_bytes < 16:
-        return 1
     copies = (occupancy.shared_memory_limit(device) - _SCRATCH_BYTES) // block_bytes
-    return max(1, min(_MAX_STAGES, copies + 1))
+    if copy_bytes < 16 or copies < (2 if cols > _MAX_KEPT else 1):
+        return 1
+    return min(_MAX_STAGES, copies + 1)
 
 
 @lru_cache(maxsize=4096)
@@ -268,7 +291,7 @@ def _backward(
         "UNIT": unit,
         "ROWS": rows,
         "COLS": cols,
-        # The weight of wide rows does not fit in registers beside the rest; it stays in the cache.
+        # The weight of wide rows does not fit in registers beside the rest: it is read with each.
         "KEEP_WEIGHT": cols <= _MAX_KEPT,
         "STAGES": stages,
         "num_warps": num_warps,

@@ -1,14 +1,13 @@
 """The kernels under `rope_normed`, and the operators around their launches.
 
-A program takes a few tokens, loads their cosines and sines once, and walks over the heads of q,
-then of k. Blocks are (tokens, heads, columns): one for each member of the pairs, and one for what
-does not turn. In backward a program walks over blocks of tokens too, and sums its share of the
-gradients of the weights.
+A program of forward takes a few tokens and a group of heads of q or of k; its neighbours take the
+other groups of the same tokens, whose cosines and sines come from a cache then. Blocks are (tokens,
+heads, columns): one for each member of the pairs, and one for what does not turn. A program of
+backward walks over blocks of tokens, and in each over the heads of q, then of k: it sums its share
+of the gradients of the weights.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 import triton
@@ -18,7 +17,7 @@ from torch import Tensor
 from nanotron_fast.kernels.runtime import occupancy
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 
 # Elements that a program holds at a time of each tensor: fewer of wide heads, and where a part of a
 # head does not turn, which lies in registers of its own.
@@ -104,6 +103,7 @@ def _table_rows(
 @triton.jit
 def _forward_heads(
     side,
+    first,
     tokens,
     num_tokens,
     cos,
@@ -111,6 +111,7 @@ def _forward_heads(
     eps,
     INTERLEAVED: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -118,7 +119,7 @@ def _forward_heads(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    """Of all heads of q or of k; `side` is what is its own of each."""
+    """Of a group of heads, from `first`, of q or of k; `side` is what is its own of each."""
     x_ptr, y_ptr, weight_ptr, x_token_stride, x_head_stride, num_heads = side
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
     everywhere = tl.zeros((1, 1, 1), dtype=tl.int32) == 0
@@ -126,35 +127,35 @@ def _forward_heads(
     if ZERO_CENTERED:
         wa += 1.0
         wb += 1.0
-    for first in range(0, num_heads, HEADS):
-        heads = first + tl.arange(0, HEADS)[None, :, None]
-        mask = (tokens < num_tokens) & (heads < num_heads)
-        src = x_ptr + tokens * x_token_stride + heads.to(tl.int64) * x_head_stride
-        dst = y_ptr + (tokens * num_heads + heads) * HEAD_DIM
-        a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
-        squares = tl.sum(a * a + b * b, axis=2, keep_dims=True)
-        if 2 * HALF < HEAD_DIM:
-            rest = _load_rest(src, mask, cols, HALF, HEAD_DIM)
-            squares += tl.sum(rest * rest, axis=2, keep_dims=True)
-        rstd = tl.rsqrt(squares / HEAD_DIM + eps)
-        a, b = a * rstd * wa, b * rstd * wb
-        _store_pairs(
-            dst,
-            a * cos - b * sin,
-            b * cos + a * sin,
-            mask,
-            INTERLEAVED,
-            HALF,
-            TOKENS,
-            HEADS,
-            HALF_COLS,
-        )
-        if 2 * HALF < HEAD_DIM:
-            w_rest = _load_rest(weight_ptr, everywhere, cols, HALF, HEAD_DIM)
-            if ZERO_CENTERED:
-                w_rest += 1.0
-            inside = mask & (cols >= 2 * HALF) & (cols < HEAD_DIM)
-            tl.store(dst + cols, (rest * rstd * w_rest).to(y_ptr.dtype.element_ty), mask=inside)
+    heads = first + tl.arange(0, HEADS)[None, :, None]
+    mask = (tokens < num_tokens) & (heads < num_heads)
+    src = x_ptr + tokens * (x_token_stride * STRIDE_UNIT)
+    src += heads.to(tl.int64) * (x_head_stride * STRIDE_UNIT)
+    dst = y_ptr + (tokens * num_heads + heads) * HEAD_DIM
+    a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
+    squares = tl.sum(a * a + b * b, axis=2, keep_dims=True)
+    if 2 * HALF < HEAD_DIM:
+        rest = _load_rest(src, mask, cols, HALF, HEAD_DIM)
+        squares += tl.sum(rest * rest, axis=2, keep_dims=True)
+    rstd = tl.rsqrt(squares / HEAD_DIM + eps)
+    a, b = a * rstd * wa, b * rstd * wb
+    _store_pairs(
+        dst,
+        a * cos - b * sin,
+        b * cos + a * sin,
+        mask,
+        INTERLEAVED,
+        HALF,
+        TOKENS,
+        HEADS,
+        HALF_COLS,
+    )
+    if 2 * HALF < HEAD_DIM:
+        w_rest = _load_rest(weight_ptr, everywhere, cols, HALF, HEAD_DIM)
+        if ZERO_CENTERED:
+            w_rest += 1.0
+        inside = mask & (cols >= 2 * HALF) & (cols < HEAD_DIM)
+        tl.store(dst + cols, (rest * rstd * w_rest).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -179,6 +180,7 @@ def _forward_kernel(
     eps,
     INTERLEAVED: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -187,21 +189,29 @@ def _forward_kernel(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)[:, None, None]
+    num_q_groups = tl.cdiv(num_q_heads, Q_HEADS)
+    num_groups = num_q_groups + tl.cdiv(num_k_heads, K_HEADS)
+    group = tl.program_id(0) % num_groups
+    first_token = (tl.program_id(0) // num_groups).to(tl.int64) * TOKENS
+    tokens = first_token + tl.arange(0, TOKENS)[:, None, None]
     # fmt: off
     cos, sin = _table_rows(
         cos_ptr, sin_ptr, position_ids_ptr, tokens, num_tokens, num_positions, HALF, HALF_COLS
     )
-    # fmt: on
-    sides = (
-        (q_ptr, q_out_ptr, q_weight_ptr, q_token_stride, q_head_stride, num_q_heads),
-        (k_ptr, k_out_ptr, k_weight_ptr, k_token_stride, k_head_stride, num_k_heads),
-    )
-    for side in tl.static_range(2):
+    q_side = (q_ptr, q_out_ptr, q_weight_ptr, q_token_stride, q_head_stride, num_q_heads)
+    k_side = (k_ptr, k_out_ptr, k_weight_ptr, k_token_stride, k_head_stride, num_k_heads)
+    if group < num_q_groups:
         _forward_heads(
-            sides[side], tokens, num_tokens, cos, sin, eps, INTERLEAVED, ZERO_CENTERED, HEAD_DIM,
-            HALF, TOKENS, Q_HEADS if side == 0 else K_HEADS, HEAD_COLS, HALF_COLS,
-        )  # fmt: skip
+            q_side, group * Q_HEADS, tokens, num_tokens, cos, sin, eps, INTERLEAVED, ZERO_CENTERED,
+            STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, Q_HEADS, HEAD_COLS, HALF_COLS,
+        )
+    else:
+        _forward_heads(
+            k_side, (group - num_q_groups) * K_HEADS, tokens, num_tokens, cos, sin, eps,
+            INTERLEAVED, ZERO_CENTERED, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, K_HEADS, HEAD_COLS,
+            HALF_COLS,
+        )
+    # fmt: on
 
 
 @triton.jit
@@ -215,6 +225,7 @@ def _backward_heads(
     eps,
     INTERLEAVED: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -247,8 +258,10 @@ def _backward_heads(
         for first in range(0, num_heads, HEADS):
             heads = first + tl.arange(0, HEADS)[None, :, None]
             mask = (tokens < num_tokens) & (heads < num_heads)
-            src = x_ptr + tokens * x_strides[0] + heads.to(tl.int64) * x_strides[1]
-            grad = dy_ptr + tokens * dy_strides[0] + heads.to(tl.int64) * dy_strides[1]
+            src = x_ptr + tokens * (x_strides[0] * STRIDE_UNIT)
+            src += heads.to(tl.int64) * (x_strides[1] * STRIDE_UNIT)
+            grad = dy_ptr + tokens * (dy_strides[0] * STRIDE_UNIT)
+            grad += heads.to(tl.int64) * (dy_strides[1] * STRIDE_UNIT)
             dst = dx_ptr + (tokens * num_heads + heads) * HEAD_DIM
             a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
             dya, dyb = _load_pairs(grad, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
@@ -325,6 +338,7 @@ def _backward_kernel(
     eps,
     INTERLEAVED: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
+    STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     TOKENS: tl.constexpr,
@@ -344,7 +358,7 @@ def _backward_kernel(
     for side in tl.static_range(2):
         _backward_heads(
             sides[side], cos_ptr, sin_ptr, position_ids_ptr, num_tokens, num_positions, eps,
-            INTERLEAVED, ZERO_CENTERED, HEAD_DIM, HALF, TOKENS,
+            INTERLEAVED, ZERO_CENTERED, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS,
             Q_HEADS if side == 0 else K_HEADS, HEAD_COLS, HALF_COLS,
         )  # fmt: skip
 
@@ -369,6 +383,13 @@ def _blocks(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
     }
 
 
+def _strides(*tensors: Tensor) -> tuple[list[int], int]:
+    """Those of tokens and heads of each tensor, in a unit, and the unit."""
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    unit = unit_of(*strides)
+    return [stride // unit for stride in strides], unit
+
+
 @operator("nanotron_fast::rope_normed_forward")
 def forward(
     q: Tensor,
@@ -386,12 +407,15 @@ def forward(
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
     if len(q):
         blocks = _blocks(q, k, cos)
-        on_grid(_forward_kernel, (ceil_div(len(q), blocks["TOKENS"]),))(
-            *(q, k, q_weight, k_weight, cos, sin, position_ids, *outs),
-            *(q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
+        strides, unit = _strides(q, k)
+        num_groups = ceil_div(q.shape[1], blocks["Q_HEADS"])
+        num_groups += ceil_div(k.shape[1], blocks["K_HEADS"])
+        on_grid(_forward_kernel, (ceil_div(len(q), blocks["TOKENS"]) * num_groups,))(
+            *(q, k, q_weight, k_weight, cos, sin, position_ids, *outs, *strides),
             *(len(q), len(cos), q.shape[1], k.shape[1], eps),
             INTERLEAVED=interleaved,
             ZERO_CENTERED=zero_centered,
+            STRIDE_UNIT=unit,
             **blocks,
         )
     return outs[0], outs[1]
@@ -424,9 +448,14 @@ def backward(
     # Twice the threads of forward: a thread holds two gradients and two sums beside the values.
     blocks = {**_blocks(q, k, cos), "num_warps": 8}
     tensors = (dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, *outs)
-    numbers: list[Any] = [x.stride(dim) for x in (dq, dk, q, k) for dim in (0, 1)]
-    numbers += [len(q), len(cos), q.shape[1], k.shape[1], eps]
-    constants = {"INTERLEAVED": interleaved, "ZERO_CENTERED": zero_centered, **blocks}
+    strides, unit = _strides(dq, dk, q, k)
+    numbers = [*strides, len(q), len(cos), q.shape[1], k.shape[1], eps]
+    constants = {
+        "INTERLEAVED": interleaved,
+        "ZERO_CENTERED": zero_centered,
+        "STRIDE_UNIT": unit,
+        **blocks,
+    }
     resident = occupancy.resident_programs(
         _backward_kernel,
         (*tensors, torch.float32, torch.float32, *numbers),

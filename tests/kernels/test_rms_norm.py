@@ -56,6 +56,27 @@ def test_matches_reference(path, device, shape, dtype, has_residual, zero_center
         assert_close(ours, reference, factor=2)
 
 
+@pytest.mark.parametrize("stages", [1, 3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_leave_no_registers_for_the_weight(
+    triton_path, monkeypatch, dtype, stages
+) -> None:
+    monkeypatch.setattr(module, "_stages", lambda *sizes: stages)
+    torch.manual_seed(0)
+    # Programs have several rows each, and the last ones fewer.
+    given = [torch.randn(7, 8232, device=triton_path).to(dtype)[:, :8225] for _ in range(4)]
+    weight = torch.randn(8225, device=triton_path).to(dtype)
+    for residual, zero_centered in ((None, True), (given[1], False)):
+        case = (given[0], weight, residual, *given[2:])
+        results = run(*case, zero_centered=zero_centered)
+        again = run(*case, zero_centered=zero_centered)
+        references = run_wide(*case, zero_centered=zero_centered)
+        for all_ours, all_again, all_references in zip(results, again, references, strict=True):
+            for ours, twice, reference in zip(all_ours, all_again, all_references, strict=True):
+                assert torch.equal(ours, twice)
+                assert_close(ours, reference, factor=2)
+
+
 def test_rows_that_are_not_contiguous(triton_path) -> None:
     torch.manual_seed(0)
     x = torch.randn(6, 40, device=triton_path)[:, ::2]

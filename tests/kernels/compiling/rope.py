@@ -78,6 +78,8 @@ CASES = [
     *(partial(_apart, torch.bfloat16, *case) for case in product(SHAPES[:3], (1, 2))),
     partial(_apart, torch.float32, SHAPES[0], 1),
     *(partial(_normed, torch.bfloat16, *case) for case in product(SHAPES, (False, True))),
+    # Strides that are multiples of 8, but not of 16.
+    partial(_normed, torch.bfloat16, (3, 1, 24, 1.0), True),
     partial(_normed, torch.bfloat16, SHAPES[0], False, has_positions=False),
     partial(_normed, torch.float32, SHAPES[0], False),
 ]
