@@ -8,6 +8,7 @@ gradients of the weights.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,40 @@ from nanotron_fast.kernels.runtime import occupancy
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
-# Elements that a program holds at a time of each tensor: fewer of wide heads, and where a part of a
-# head does not turn, which lies in registers of its own.
-_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_WIDE = 2048, 1024
+
+@dataclass(frozen=True)
+class _ForwardBlocks(Tuned, operation="rope_normed_forward"):
+    """`elements` that a program holds at a time of each tensor, of up to `heads` heads."""
+
+    elements: int
+    heads: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, head_cols: int, has_rest: int, itemsize: int) -> _ForwardBlocks:
+        # Fewer of wide heads, and where a part of a head does not turn, which lies in registers of
+        # its own.
+        return cls(1024 if head_cols > 128 or has_rest else 2048, 8, 4)
+
+    def candidates(self) -> list[_ForwardBlocks]:
+        # None with fewer than 1024: with a rest, 512 spill on sm_90.
+        twice = 2 * self.elements
+        shapes = ((1024, 8, 4), (self.elements, 4, 4), (self.elements, 8, 8), (twice, 8, 8))
+        return [type(self)(*each) for each in shapes]
+
+
+@dataclass(frozen=True)
+class _BackwardBlocks(_ForwardBlocks, operation="rope_normed_backward"):
+    @classmethod
+    def rule(cls, head_cols: int, has_rest: int, itemsize: int) -> _BackwardBlocks:
+        # Twice the threads of forward: a thread holds two gradients and two sums beside the values.
+        return cls(1024 if head_cols > 128 or has_rest else 2048, 8, 8)
+
+    def candidates(self) -> list[_BackwardBlocks]:
+        shapes = ((self.elements // 2, 8, 4), (self.elements, 4, 8), (self.elements, 8, 16))
+        return [_BackwardBlocks(*each) for each in shapes]
 
 
 @triton.jit
@@ -361,23 +392,22 @@ def _backward_kernel(
     # fmt: on
 
 
-def _blocks(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
+def _blocks(tuned: type[Tuned], q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
     """The constants that say how a program's blocks look."""
     head_dim = q.shape[2]
-    head_cols = next_power_of_2(head_dim)
-    is_wide = head_dim > 128 or 2 * cos.shape[1] < head_dim
-    elements = _BLOCK_ELEMENTS_WIDE if is_wide else _BLOCK_ELEMENTS
-    most_heads = max(1, min(8, elements // head_cols))
+    head_cols, has_rest = next_power_of_2(head_dim), int(2 * cos.shape[1] < head_dim)
+    chosen = tuned.chosen(head_cols=head_cols, has_rest=has_rest, itemsize=q.element_size())
+    most_heads = max(1, min(chosen.heads, chosen.elements // head_cols))
     q_heads, k_heads = (min(most_heads, next_power_of_2(x.shape[1])) for x in (q, k))
     return {
         "HEAD_DIM": head_dim,
         "HALF": cos.shape[1],
-        "TOKENS": max(1, min(elements // (q_heads * head_cols), 32)),
+        "TOKENS": max(1, min(chosen.elements // (q_heads * head_cols), 32)),
         "Q_HEADS": q_heads,
         "K_HEADS": k_heads,
         "HEAD_COLS": head_cols,
         "HALF_COLS": next_power_of_2(cos.shape[1]),
-        "num_warps": 4,
+        "num_warps": chosen.num_warps,
     }
 
 
@@ -397,7 +427,7 @@ def forward(
     """q and k turned, contiguous. The last dims of q and k, and all others, are contiguous."""
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
     if len(q):
-        blocks = _blocks(q, k, cos)
+        blocks = _blocks(_ForwardBlocks, q, k, cos)
         on_grid(_forward_kernel, (ceil_div(len(q), blocks["TOKENS"]),))(
             *(q, k, q_weight, k_weight, cos, sin, position_ids, *outs),
             *(q.stride(0), q.stride(1), k.stride(0), k.stride(1)),
@@ -433,8 +463,7 @@ def backward(
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
     if not len(q):
         return outs[0], outs[1], q.new_zeros(2, q.shape[2], dtype=torch.float32)
-    # Twice the threads of forward: a thread holds two gradients and two sums beside the values.
-    blocks = {**_blocks(q, k, cos), "num_warps": 8}
+    blocks = _blocks(_BackwardBlocks, q, k, cos)
     tensors = (dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, *outs)
     numbers: list[Any] = [x.stride(dim) for x in (dq, dk, q, k) for dim in (0, 1)]
     numbers += [len(q), len(cos), q.shape[1], k.shape[1], eps]
