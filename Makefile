@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again report demo sanitize run-native clean docs
+.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again tune report demo sanitize run-native clean docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -108,6 +108,12 @@ gpu: ## everything worth knowing of a GPU in 580 seconds, most valuable first (D
 
 gpu-again: ## what failed or was left out in the last `make gpu`, and ncu over PROFILE=rms_norm,glu
 	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE))
+
+# OUT is the file that is written. It goes into kernels/measured/, under the architecture's name, for
+# everybody to have.
+tune: ## time configurations of the kernels beside their rules in 580 seconds, and keep what is faster
+	$(PYTHON) benchmarks/sweep.py $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry) \
+	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(ONLY),--only $(ONLY))
 
 report: $(READY) ## turn benchmarks/results into tables and plots in docs/results
 	$(BIN)/pip install -qq -c constraints.txt -e '.[bench]' --no-build-isolation

@@ -175,7 +175,11 @@ setup(
         *(f"nanotron_fast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"nanotron_fast.kernels": "kernels"},
-    package_data={"nanotron_fast": ["py.typed", "*.pyi"]},
+    package_data={
+        "nanotron_fast": ["py.typed", "*.pyi"],
+        # What was measured on GPUs, where it was.
+        "nanotron_fast.kernels": ["measured/*.json"],
+    },
     ext_modules=[Extension("nanotron_fast._C", SOURCES, language="c++")],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -19,7 +19,7 @@ Shapes: gate_up, d_gate_up (..., 2 * inter) as [gate | up]; h, dy (..., inter).
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,16 +32,9 @@ from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
+from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
-
-# Columns of a block at most: eight elements a thread, so one 16-byte access of each operand. Where
-# inter is odd gate, up and h begin at three distances from an aligned address, in every row at
-# others, and vectors that are aligned for one of them are not for the others: there an access is of
-# one element, so that a thread makes 16 loads and 8 stores in forward for 2 and 1. A warp's lanes
-# still lie side by side: what grows is the number of instructions, not that of bytes.
-_MAX_COLS = 1024
-_NUM_WARPS = 4
 
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 
@@ -167,12 +160,44 @@ def _backward_kernel(
         tl.store(h_ptr + rows * num_cols + cols, (activated * up).to(dtype), mask=mask)
 
 
-@lru_cache(maxsize=4096)
-def _prepared(shape: torch.Size, strides: tuple[int, ...], **constants: Any) -> Prepared:
+@dataclass(frozen=True)
+class _ForwardBlocks(Tuned, operation="glu_forward"):
+    """`elements` of h to a program: a part of a row, or up to 16 short rows."""
+
+    elements: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _ForwardBlocks:
+        # Eight elements a thread, so one 16-byte access of each operand. Where inter is odd gate,
+        # up and h begin at three distances from an aligned address, in every row at others, and
+        # vectors that are aligned for one of them are not for the others: there an access is of one
+        # element, so that a thread makes 16 loads and 8 stores in forward for 2 and 1. A warp's
+        # lanes still lie side by side: what grows is the number of instructions, not of bytes.
+        return cls(1024, 4)
+
+    def candidates(self) -> list[_ForwardBlocks]:
+        return [type(self)(*each) for each in ((512, 2), (2048, 4), (2048, 8), (4096, 8))]
+
+
+class _BackwardBlocks(_ForwardBlocks, operation="glu_backward"):
+    """The same of the gradient."""
+
+
+@remembered
+def _prepared(
+    kind: type[Tuned],
+    shape: torch.Size,
+    itemsize: int,
+    strides: tuple[int, ...],
+    **constants: Any,
+) -> Prepared:
     """The launch for h of a shape, with strides of rows. Short rows share a block."""
     num_rows, num_cols = math.prod(shape[:-1]), shape[-1]
-    cols = min(next_power_of_2(num_cols), _MAX_COLS)
-    rows = max(1, min(16, _MAX_COLS // cols))
+    padded = next_power_of_2(num_cols)
+    blocks = kind.chosen(cols=padded, itemsize=itemsize)
+    cols = min(padded, blocks.elements)
+    rows = min(16, blocks.elements // cols)
     unit = unit_of(*strides, num_cols)
     return Prepared(
         (ceil_div(num_rows, rows) * ceil_div(num_cols, cols),),
@@ -181,7 +206,7 @@ def _prepared(shape: torch.Size, strides: tuple[int, ...], **constants: Any) -> 
         UNIT=unit,
         ROWS=rows,
         COLS=cols,
-        num_warps=_NUM_WARPS,
+        num_warps=blocks.num_warps,
     )
 
 
@@ -191,7 +216,9 @@ def _forward(gate_up: Tensor, activation: str) -> Tensor:
     *shape, both = gate_up.shape
     h = gate_up.new_empty((*shape, both // 2))
     gate_up, stride = with_stride(gate_up)
-    _prepared(h.shape, (stride,), ACTIVATION=activation).launch(_forward_kernel, gate_up, h)
+    itemsize = h.element_size()
+    prepared = _prepared(_ForwardBlocks, h.shape, itemsize, (stride,), ACTIVATION=activation)
+    prepared.launch(_forward_kernel, gate_up, h)
     return h
 
 
@@ -209,7 +236,14 @@ def _backward(
     h = gate_up.new_empty(dy.shape if with_output else (0,))
     shape = dy.shape
     (dy, dy_stride), (gate_up, stride) = with_stride(dy), with_stride(gate_up)
-    prepared = _prepared(shape, (dy_stride, stride), HAS_H=with_output, ACTIVATION=activation)
+    prepared = _prepared(
+        _BackwardBlocks,
+        shape,
+        dy.element_size(),
+        (dy_stride, stride),
+        HAS_H=with_output,
+        ACTIVATION=activation,
+    )
     prepared.launch(_backward_kernel, dy, gate_up, d_gate_up, h if with_output else None)
     return d_gate_up, h
 

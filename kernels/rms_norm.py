@@ -25,7 +25,8 @@ Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 from __future__ import annotations
 
 import math
-from functools import cache, lru_cache
+from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 import triton
@@ -39,6 +40,7 @@ from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows, empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
+from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
@@ -183,16 +185,44 @@ def _backward_kernel(
     )
 
 
-@cache
-def _block(hidden: int) -> tuple[int, int, int]:
-    """Rows and columns of a block, and its warps."""
-    cols = next_power_of_2(hidden)
-    rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
-    if cols > _MAX_KEPT:
-        return rows, cols, 32
-    # Where a block has several rows, a thread holds fewer values: the rows' numbers and masks take
-    # registers too.
-    return rows, cols, max(rows * cols // (512 if rows > 1 else 1024), 4)
+@dataclass(frozen=True)
+class _ForwardBlocks(Tuned, operation="rms_norm_forward"):
+    """`rows` to a program."""
+
+    rows: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _ForwardBlocks:
+        rows = max(1, min(16, _BLOCK_ELEMENTS // cols))
+        if cols > _MAX_KEPT:
+            return cls(rows, 32)
+        # Where a block has several rows, a thread holds fewer values: the rows' numbers and masks
+        # take registers too.
+        return cls(rows, max(rows * cols // (512 if rows > 1 else 1024), 4))
+
+    def candidates(self) -> list[_ForwardBlocks]:
+        # No more values to a thread than by the rule: they would spill.
+        more = replace(self, num_warps=min(2 * self.num_warps, 32))
+        if self.rows == 1:
+            return [more]
+        half = replace(self, rows=self.rows // 2)
+        return [more, half, replace(half, num_warps=max(self.num_warps // 2, 4))]
+
+
+@dataclass(frozen=True)
+class _BackwardBlocks(_ForwardBlocks, operation="rms_norm_backward"):
+    """`stages`: at most, where shared memory and the width of the accesses allow any."""
+
+    stages: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _BackwardBlocks:
+        forward = _ForwardBlocks.rule(cols, itemsize)
+        return cls(forward.rows, forward.num_warps, _MAX_STAGES)
+
+    def candidates(self) -> list[_BackwardBlocks]:
+        return [*super().candidates(), replace(self, stages=2), replace(self, stages=1)]
 
 
 @cache
@@ -213,22 +243,22 @@ def _stages(block_bytes: int, cols: int, copy_bytes: int, device: torch.device) 
     return min(_MAX_STAGES, copies + 1)
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _prepared_forward(
-    shape: torch.Size, strides: tuple[int, int], eps: float, **constants: bool
+    shape: torch.Size, itemsize: int, strides: tuple[int, int], eps: float, **constants: bool
 ) -> Prepared:
     """The launch for x of a shape, with strides of the rows of x and the residual."""
     num_rows, hidden = math.prod(shape[:-1]), shape[-1]
-    rows, cols, num_warps = _block(hidden)
-    unit = unit_of(*strides, hidden)
+    cols, unit = next_power_of_2(hidden), unit_of(*strides, hidden)
+    blocks = _ForwardBlocks.chosen(cols=cols, itemsize=itemsize)
     return Prepared(
-        (ceil_div(num_rows, rows),),
+        (ceil_div(num_rows, blocks.rows),),
         (*[stride // unit for stride in strides], num_rows, hidden // unit, eps),
         **constants,
         UNIT=unit,
-        ROWS=rows,
+        ROWS=blocks.rows,
         COLS=cols,
-        num_warps=num_warps,
+        num_warps=blocks.num_warps,
     )
 
 
@@ -244,6 +274,7 @@ def _forward(
     residual, residual_stride = (None, 0) if residual is None else with_stride(residual)
     prepared = _prepared_forward(
         shape,
+        x.element_size(),
         (x_stride, residual_stride),
         eps,
         HAS_RESIDUAL=h is not None,
@@ -275,7 +306,9 @@ def _backward(
     num_rows, hidden = h.shape
     if not num_rows:
         return dx, torch.zeros_like(weight)
-    rows, cols, num_warps = _block(hidden)
+    cols = next_power_of_2(hidden)
+    blocks = _BackwardBlocks.chosen(cols=cols, itemsize=h.element_size())
+    rows, num_warps = blocks.rows, blocks.num_warps
     block_bytes = (2 if dh_out is None else 3) * rows * cols * h.element_size()
     tensors = (dy, dh_out, h, weight, rstd, dx)
     strides = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
@@ -284,7 +317,7 @@ def _backward(
     stages = _stages(block_bytes, cols, unit * h.element_size(), h.device)
     if cols <= _MAX_KEPT and stages == 1:
         # Rows that are read value by value take more registers for each.
-        num_warps = max(rows * cols // 512, 4)
+        num_warps = max(rows * cols // 512, num_warps)
     constants = {
         "HAS_DH_OUT": dh_out is not None,
         "ZERO_CENTERED": zero_centered,
@@ -293,7 +326,7 @@ def _backward(
         "COLS": cols,
         # The weight of wide rows does not fit in registers beside the rest: it is read with each.
         "KEEP_WEIGHT": cols <= _MAX_KEPT,
-        "STAGES": stages,
+        "STAGES": min(stages, blocks.stages),
         "num_warps": num_warps,
     }
     resident = occupancy.resident_programs(

@@ -41,7 +41,7 @@ def _options() -> argparse.Namespace:
     return options
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
 
 
@@ -123,9 +123,9 @@ def main() -> int:
         if not last.exists() and options.again:
             raise SystemExit(f"run_gpu.py: no rows of a last run in {last}: `make gpu` comes first")
         phases = again(phases, read_rows(last)) if options.again else phases[:1]
-    phases = selected(phases, _words(options.only), _words(options.phases))
+    phases = selected(phases, words(options.only), words(options.phases))
     if options.profile:
-        phases.append(Phase("profile", profiles(_words(options.profile)), 1))
+        phases.append(Phase("profile", profiles(words(options.profile)), 1))
     end_with_make()
     copies = copies_of(dry=options.dry, is_whole=name == "gpu.jsonl")
     rows = RowFile(options.out / name, *copies)

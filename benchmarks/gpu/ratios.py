@@ -22,7 +22,7 @@ from benchmarks.gpu.timing import Times, Work, measure, num_sets
 Function = Callable[..., Any]
 
 
-def _disagreement(case: Case, name: str, expected: Sequence[Tensor]) -> float:
+def disagreement(case: Case, name: str, expected: Sequence[Tensor]) -> float:
     """The largest relative error of outputs and gradients, in norm."""
     torch.manual_seed(0)
     results = with_gradients(case.variants[name], case.tensors())
@@ -32,7 +32,7 @@ def _disagreement(case: Case, name: str, expected: Sequence[Tensor]) -> float:
     return max(error_of(mine.float(), reference.float()) for mine, reference in pairs)
 
 
-def _expected(case: Case) -> list[Tensor]:
+def expected_of(case: Case) -> list[Tensor]:
     torch.manual_seed(0)
     return [
         t.detach().clone()
@@ -40,8 +40,10 @@ def _expected(case: Case) -> list[Tensor]:
     ]
 
 
-def _phases(case: Case, function: Function, context: Context) -> Iterator[tuple[str, Times]]:
-    """forward and backward, or both as one, each with its times."""
+def works_of(
+    case: Case, function: Function, context: Context
+) -> dict[str, Callable[[], list[Work]]]:
+    """Phase -> what makes its calls: forward and, of what has a gradient, backward and both."""
     tensors = case.tensors()
     sets = [tensors, *(case.tensors() for _ in range(num_sets(tensors, context) - 1))]
     places = [place for place, t in enumerate(tensors) if t.requires_grad]
@@ -65,18 +67,21 @@ def _phases(case: Case, function: Function, context: Context) -> Iterator[tuple[
         outputs = [as_list(function(*inputs)) for inputs in sets]
         return [partial(gradient, outs, s, grads) for outs, s in zip(outputs, sets, strict=True)]
 
+    def boths() -> list[Work]:
+        grads = gradients()
+        return [partial(both, inputs, grads) for inputs in sets]
+
     if not places:
-        yield "forward", measure(forwards, context)
-    elif case.is_joint:
-        yield (
-            "forward + backward",
-            measure(
-                lambda: [partial(both, s, grads) for grads in [gradients()] for s in sets], context
-            ),
-        )
-    else:
-        yield "forward", measure(forwards, context)
-        yield "backward", measure(backwards, context)
+        return {"forward": forwards}
+    return {"forward": forwards, "backward": backwards, "forward + backward": boths}
+
+
+def _phases(case: Case, function: Function, context: Context) -> Iterator[tuple[str, Times]]:
+    """forward and backward, or both as one, each with its times."""
+    works = works_of(case, function, context)
+    for phase in ("forward + backward",) if case.is_joint else ("forward", "backward"):
+        if phase in works:
+            yield phase, measure(works[phase], context)
 
 
 def _floors(case: Case) -> dict[str, tuple[str, int]]:
@@ -119,7 +124,7 @@ def rows_of(case: Case, context: Context, chosen: str = "") -> Iterator[Row]:
     `chosen` is "ours" for the reference and the first of ours, "others" for all that this leaves.
     """
     about: Row = {"kind": "ratio", "operation": case.operation, "shape": case.shape}
-    expected = _expected(case)
+    expected = expected_of(case)
     first = next(iter(case.variants))
     floors, reference = _floors(case), {}
     for name, function in case.variants.items():
@@ -129,7 +134,7 @@ def rows_of(case: Case, context: Context, chosen: str = "") -> Iterator[Row]:
         row = about | {"variant": name}
         try:
             with counted() as kernels:
-                error = 0.0 if name in case.unlike else _disagreement(case, name, expected)
+                error = 0.0 if name in case.unlike else disagreement(case, name, expected)
             row["path"] = "triton" if kernels else "torch"
             if not error <= case.tolerance:
                 wrong = f"off by {error:.3g} of the norm, allowed {case.tolerance:.3g}: not timed"

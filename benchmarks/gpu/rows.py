@@ -1,7 +1,7 @@
 """The rows of a result: JSON lines, appended one whole line at a time and synced to disk.
 
-Every row has `kind` (machine, check, ratio, step or test), `operation`, `ok` (true, false, or null
-for what was left out, with a `note` that says why), and figures; a failure has `error`.
+Every row has `kind` (machine, check, ratio, step, test or tune), `operation`, `ok` (true, false, or
+null for what was left out, with a `note` that says why), and figures; a failure has `error`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-KINDS = ("machine", "check", "ratio", "step", "test")
+KINDS = ("machine", "check", "ratio", "step", "test", "tune")
 # Where a job's process writes its rows; the runner sets it.
 ROWS_VARIABLE = "NANOTRON_FAST_ROWS"
 

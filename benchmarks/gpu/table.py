@@ -53,7 +53,7 @@ def table(rows: Iterable[Row]) -> str:
     for row in rows:
         by_kind[row["kind"]].append(row)
     lines = []
-    for kind in ("machine", "ratio", "step"):
+    for kind in ("machine", "ratio", "step", "tune"):
         if by_kind[kind]:
             lines += [kind, *map(_line, by_kind[kind])]
     for kind in ("check", "test"):

@@ -14,6 +14,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,22 +95,69 @@ def _replay(graph: torch.cuda.CUDAGraph, times: int) -> list[float]:
     return [start.elapsed_time(end) for start, end in itertools.pairwise(marks)]
 
 
+def _captured(
+    work: Sequence[Work], stream: torch.cuda.Stream
+) -> tuple[torch.cuda.CUDAGraph, int, float]:
+    """A graph, the calls in it, and about how many milliseconds it takes."""
+    for call in (*work, work[0]):
+        call()
+    stream.synchronize()
+    graph = _capture(work, 1, stream)
+    took = min(_replay(graph, 4)[1:])
+    rounds = num_rounds(took, len(work))
+    if rounds > 1:
+        graph.reset()
+        graph = _capture(work, rounds, stream)
+    return graph, rounds * len(work), rounds * took
+
+
 def _replayed(work: Sequence[Work], stream: torch.cuda.Stream) -> list[float]:
     """Milliseconds of a call in each of many replays. Raises what a capture raises."""
     with torch.cuda.stream(stream):
-        for call in (*work, work[0]):
-            call()
-        stream.synchronize()
-        graph = _capture(work, 1, stream)
-        took = min(_replay(graph, 4)[1:])
-        rounds = num_rounds(took, len(work))
-        if rounds > 1:
-            graph.reset()
-            graph = _capture(work, rounds, stream)
-            took *= rounds
+        graph, num_calls, took = _captured(work, stream)
         samples = _replay(graph, num_samples(took) + 3)[3:]
         graph.reset()
-    return [sample / (rounds * len(work)) for sample in samples]
+    return [sample / num_calls for sample in samples]
+
+
+Way = Callable[[], AbstractContextManager[None]]
+
+
+def beside(
+    make: Callable[[], Sequence[Work]], ways: Sequence[Way], context: Context
+) -> list[Times]:
+    """Times of the same call made in several ways, in turns.
+
+    A way is what a call is inside of where it is captured, or on a CPU where it runs. One that
+    cannot be captured is timed by the profiler, alone.
+    """
+    if context.dry:
+        work = make()
+        samples: list[list[float]] = [[] for _ in ways]
+        for _ in range(2):
+            for way, its in zip(ways, samples, strict=True):
+                with way():
+                    its += _on_the_wall(work)
+        return [quantiles(its, "wall") for its in samples]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graphs, found = {}, {}
+    with torch.cuda.stream(stream):
+        work = make()
+        for place, way in enumerate(ways):
+            with way():
+                try:
+                    graphs[place] = _captured(work, stream)
+                except Exception as error:  # libraries fail in many ways to be captured
+                    found[place] = _by_profiler(work, error)
+        turns = num_samples(max((took for _, _, took in graphs.values()), default=0.0))
+        replayed: dict[int, list[float]] = {place: [] for place in graphs}
+        for _ in range(turns):
+            for place, (graph, num_calls, _) in graphs.items():
+                # Of two replays in a row the first finds the caches as the other way left them.
+                replayed[place].append(_replay(graph, 2)[1] / num_calls)
+    found |= {place: quantiles(its, "graph") for place, its in replayed.items()}
+    return [found[place] for place in range(len(ways))]
 
 
 def _profiled(work: Sequence[Work]) -> list[float]:
@@ -126,6 +174,13 @@ def _profiled(work: Sequence[Work]) -> list[float]:
             torch.cuda.synchronize()
         samples.append(sum(e.self_device_time_total for e in seen.key_averages()) / 1e3)
     return samples
+
+
+def _by_profiler(work: Sequence[Work], error: Exception) -> Times:
+    """Where a capture has failed with an error."""
+    torch.cuda.synchronize()
+    reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
+    return quantiles(_profiled(work), f"profiler ({reason})")
 
 
 def _on_the_wall(work: Sequence[Work]) -> list[float]:
@@ -151,6 +206,4 @@ def measure(make: Callable[[], Sequence[Work]], context: Context) -> Times:
     try:
         return quantiles(_replayed(work, stream), "graph")
     except Exception as error:  # libraries fail in many ways to be captured
-        torch.cuda.synchronize()
-        reason = str(error).splitlines()[0][:80] if str(error) else type(error).__name__
-        return quantiles(_profiled(work), f"profiler ({reason})")
+        return _by_profiler(work, error)

@@ -22,7 +22,6 @@ Shapes: q, out (batch, seq_q, H, d); k, v (batch, seq_k, K, d), K a divisor of H
 from __future__ import annotations
 
 import operator
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +45,7 @@ from nanotron_fast.kernels.runtime.backend import (
     is_interpreting,
     requested_backend,
 )
+from nanotron_fast.kernels.runtime.tuning import remembered, when_forgetting
 
 __all__ = [
     "attention",
@@ -95,7 +95,7 @@ def _choose(
     )
 
 
-@lru_cache(maxsize=1024)
+@remembered
 def _decided(*request: Any) -> tuple[str, str]:
     """The choice for the fields of a Request, in their order; what is installed does not change."""
     return choose_backend(Request(*request), library.missing)
@@ -195,6 +195,7 @@ def _checked(
 
 
 _settled: dict[tuple[Any, ...], _Settled] = {}
+when_forgetting(_settled.clear)
 _MOST_SETTLED = 4096
 
 

@@ -15,15 +15,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+from nanotron_fast.kernels.runtime.sizes import next_power_of_2
+from nanotron_fast.kernels.runtime.tuning import Tuned
+
 EQUAL, FEWER_QUERIES, MORE_QUERIES = "equal", "fewer queries", "more queries"
 
-# What "auto" tries, fastest first. The order is measured on GPUs, see benchmarks/results where
-# present; until then it is the published one, for head_dim 128 on the H100: FlashAttention 3 685
-# TFLOP/s forward, cuDNN 539, FlashAttention 2 and torch's flash kernels 350 to 400; ours last.
+# What "auto" tries, fastest first, where nothing was measured: the published order, for head_dim
+# 128 on the H100: FlashAttention 3 685 TFLOP/s forward, cuDNN 539, FlashAttention 2 and torch's
+# flash kernels 350 to 400; ours last.
 PREFERENCE = (
     "flash_attn_3",
     "sdpa_cudnn",
@@ -33,8 +36,6 @@ PREFERENCE = (
     "triton",
     "torch",
 )
-# Compute capability (major) -> the order measured there, in place of the one above.
-MEASURED: dict[int, tuple[str, ...]] = {}
 # `backend` -> what may serve it; each name of the table stands for itself too.
 GROUPS: dict[str, tuple[str, ...]] = {
     "sdpa": ("sdpa_cudnn", "sdpa_flash", "sdpa_varlen"),
@@ -130,6 +131,43 @@ class Request:
     is_interpreting: bool = False
 
 
+@dataclass(frozen=True)
+class Order(Tuned, operation="attention_order"):
+    """Each implementation's place among those that "auto" tries; the least is the first."""
+
+    flash_attn_3: int
+    sdpa_cudnn: int
+    flash_attn_2: int
+    sdpa_flash: int
+    sdpa_varlen: int
+    triton: int
+    torch: int
+
+    @classmethod
+    def rule(cls, head_cols: int, documents: int, options: int, training: int) -> Order:
+        return cls(**{name: place for place, name in enumerate(PREFERENCE, 1)})
+
+    def candidates(self) -> list[Order]:
+        """Each of them before all others, but the reference, which is the slowest by far."""
+        return [replace(self, **{each.name: 0}) for each in fields(self) if each.name != "torch"]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(PREFERENCE, key=lambda name: getattr(self, name)))
+
+
+def _order(request: Request) -> tuple[tuple[str, ...], str]:
+    """What to try in turn, and what this order is."""
+    key = {
+        "head_cols": next_power_of_2(request.head_dim),
+        "documents": int(request.has_documents),
+        "options": int(request.has_window or request.has_softcap),
+        "training": int(request.is_training),
+    }
+    order = Order.chosen(on=f"sm_{request.architecture}", **key)
+    return order.names, "published" if order == Order.rule(**key) else "measured"
+
+
 def _unfit(name: str, request: Request, on_any_device: bool = False) -> str:
     """Why an implementation cannot serve a request, installed or not; empty where it can."""
     if name == "torch":
@@ -191,9 +229,7 @@ def choose_backend(request: Request, missing: Callable[[str], str]) -> tuple[str
         what = "with a softcap, which torch's kernels have not, " if request.has_softcap else ""
         return "torch", f"{what}tensors on {request.device_type}"
     if backend == "auto":
-        measured = MEASURED.get(request.architecture // 10)
-        names = measured or PREFERENCE
-        order = "measured" if measured else "published"
+        names, order = _order(request)
     elif backend in GROUPS or backend in PREFERENCE:
         names = GROUPS.get(backend, (backend,))
     else:

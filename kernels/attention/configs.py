@@ -1,6 +1,7 @@
 """Block sizes of the attention kernels, and which of them a launch tries.
 
-The first call of a kind times the few that its GPU can run, and keeps the fastest. None of them
+The first call of a kind times the few that its GPU can run, and keeps the fastest, where no sweep
+has measured it on such a GPU before. None of them
 spills registers on sm_80, sm_90 or sm_100, which tests/kernels/compiling holds them to; those with
 TMA, the bulk copy engine, need sm_90. On the H100 a block of 64 x 128 or more keeps its matrix
 units busy from shared memory; narrower ones are here for what needs more registers.
@@ -9,12 +10,14 @@ units busy from shared memory; narrower ones are here for what needs more regist
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from triton import Config
 
 from nanotron_fast.kernels.runtime import capture
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
 
 def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -108,3 +111,62 @@ def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
         # In Triton's cache, where the next process finds it.
         "cache_results": True,
     }
+
+
+@dataclass(frozen=True)
+class ForwardBlocks(Tuned, operation="attention_forward"):
+    """What of a Config is tuned."""
+
+    block_m: int
+    block_n: int
+    tma: int
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def rule(
+        cls,
+        block_d: int,
+        causal: int,
+        options: int,
+        documents: int,
+        can_tma: int,
+        size_class: int,
+        itemsize: int,
+    ) -> None:
+        """There is none: where nothing was measured, Triton's tuner times the tables above."""
+
+    @classmethod
+    def of(cls, config: Config) -> ForwardBlocks:
+        blocks = config.kwargs
+        sizes = blocks["BLOCK_M"], blocks["BLOCK_N"], int(blocks["TMA"])
+        return cls(*sizes, config.num_warps, config.num_stages)
+
+    def config(self) -> Config:
+        blocks = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "TMA": bool(self.tma)}
+        return Config(blocks, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+class DqBlocks(ForwardBlocks, operation="attention_dq"):
+    pass
+
+
+class DkvBlocks(ForwardBlocks, operation="attention_dkv"):
+    pass
+
+
+_BLOCKS = {"forward_kernel": ForwardBlocks, "dq_kernel": DqBlocks, "dkv_kernel": DkvBlocks}
+
+
+def measured(kernel: str, constants: dict[str, Any], size_class: int, itemsize: int) -> Any:
+    """The Config that was measured for a launch of a kernel; None where none was."""
+    blocks = _BLOCKS[kernel].chosen(
+        block_d=constants["BLOCK_D"],
+        causal=int(constants["CAUSAL"]),
+        options=int(constants["HAS_WINDOW"] or constants["HAS_SOFTCAP"]),
+        documents=int(constants["VARLEN"]),
+        can_tma=int(constants["CAN_TMA"]),
+        size_class=size_class,
+        itemsize=itemsize,
+    )
+    return None if blocks is None else blocks.config()

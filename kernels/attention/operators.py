@@ -19,7 +19,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nanotron_fast.kernels.attention.configs import INTERPRETED
+from nanotron_fast.kernels.attention.configs import INTERPRETED, measured
 from nanotron_fast.kernels.attention.kernels.dkv import dkv_kernel
 from nanotron_fast.kernels.attention.kernels.dq import dq_kernel
 from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
@@ -28,11 +28,13 @@ from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import empty_rows
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.tuning import when_forgetting
 
 _LOG2_E = math.log2(math.e)
 # Launches by shapes, strides and options, with the blocks that their kind was tuned to: Triton's
 # own look into its table takes as long as a launch.
 _prepared: dict[tuple[Any, ...], Prepared] = {}
+when_forgetting(_prepared.clear)
 _MOST_PREPARED = 4096
 
 
@@ -141,12 +143,16 @@ def _tuned(
     constants: dict[str, Any],
 ) -> dict[str, Any] | None:
     """Launches, and gives the blocks; None where launches are compiled alone."""
+    q, size_class = arguments[0], arguments[-1]
+    known = measured(kernel.fn.fn.__name__, constants, size_class, q.element_size())
     if is_interpreting():  # nothing to tune, and no clock to tune by
-        blocks = INTERPRETED.all_kwargs()
-        on_grid(kernel.fn, grid)(*arguments, **constants, **blocks)
-        return blocks
+        known = known or INTERPRETED
     if constants["CAN_TMA"]:
         triton.set_allocator(_scratch)
+    if known is not None:
+        blocks = known.all_kwargs()
+        on_grid(kernel.fn, grid)(*arguments, **constants, **blocks)
+        return blocks
     on_grid(kernel, grid)(*arguments, **constants)
     best = getattr(kernel, "best_config", None)
     return None if best is None else best.all_kwargs()

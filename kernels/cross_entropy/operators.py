@@ -11,7 +11,7 @@ fp64).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,8 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import empty_rows
-from nanotron_fast.kernels.runtime.sizes import ceil_div
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
 
 
 class _Terms(NamedTuple):
@@ -127,22 +128,37 @@ def _gradient_torch(
         gradient.copy_(values)
 
 
-@lru_cache(maxsize=1024)
+@dataclass(frozen=True)
+class _StatisticsBlocks(Tuned, operation="cross_entropy_statistics"):
+    """A program takes `per_thread` logits of a row a thread at a time."""
+
+    per_thread: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _StatisticsBlocks:
+        # Two loads of 16 bytes of bf16, or four of fp32, on their way at once.
+        return cls(16, 8 if cols > 2048 else 4)
+
+    def candidates(self) -> list[_StatisticsBlocks]:
+        return [_StatisticsBlocks(*each) for each in ((16, 4), (16, 16), (32, 4), (32, 8))]
+
+
+@remembered
 def _prepared_statistics(
     shape: torch.Size, stride: int, itemsize: int, first_col: int, ignore_index: int | None
 ) -> Prepared:
     num_rows, num_cols = shape
-    # 16 elements a thread: two loads of 16 bytes on their way at once.
     vector, has_edges = _vector_of(num_cols, stride, itemsize)
-    num_warps = 8 if num_cols > 2048 else 4
+    blocks = _StatisticsBlocks.chosen(cols=next_power_of_2(num_cols), itemsize=itemsize)
     return Prepared(
         (num_rows,),
         (stride, num_rows, num_cols, first_col, ignore_index or 0),
         HAS_IGNORE=ignore_index is not None,
         HAS_EDGES=has_edges,
-        LANES=num_warps * 32 * 16 // vector,
+        LANES=blocks.num_warps * 32 * blocks.per_thread // vector,
         VECTOR=vector,
-        num_warps=num_warps,
+        num_warps=blocks.num_warps,
     )
 
 
@@ -164,7 +180,8 @@ def _(logits, target, first_col, ignore_index):
     return logits.new_empty(3, logits.shape[0], dtype=_wide_dtype(logits.dtype))
 
 
-@lru_cache(maxsize=1024)
+# A few bytes of each row: nothing is gained by tuning it.
+@remembered
 def _prepared_combine(
     shape: torch.Size,
     shard_cols: int,
@@ -212,13 +229,28 @@ def _(of_all, target, shard_cols, ignore_index, z_loss, add_maximum):
     return loss, z, of_all.new_empty(2, of_all.shape[2])
 
 
-@lru_cache(maxsize=1024)
+@dataclass(frozen=True)
+class _GradientBlocks(Tuned, operation="cross_entropy_gradient"):
+    """A program takes `block` logits of a row."""
+
+    block: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _GradientBlocks:
+        return cls(8192, 8) if cols > 4096 else cls(2048, 4)
+
+    def candidates(self) -> list[_GradientBlocks]:
+        return [_GradientBlocks(*each) for each in ((2048, 4), (4096, 4), (4096, 8), (8192, 16))]
+
+
+@remembered
 def _prepared_gradient(
     shape: torch.Size, strides: tuple[int, int], itemsize: int, terms: _Terms
 ) -> Prepared:
     num_rows, num_cols = shape
-    block, num_warps = (8192, 8) if num_cols > 4096 else (2048, 4)
-    num_blocks = ceil_div(num_cols, block)
+    blocks = _GradientBlocks.chosen(cols=next_power_of_2(num_cols), itemsize=itemsize)
+    num_blocks = ceil_div(num_cols, blocks.block)
     vector, has_edges = _vector_of(num_cols, strides[0], itemsize)
     return Prepared(
         (num_rows * num_blocks,),
@@ -232,8 +264,8 @@ def _prepared_gradient(
         HAS_EDGES=has_edges,
         STRIDES_AGREE=strides[0] == strides[1],
         VECTOR=vector,
-        BLOCK=block,
-        num_warps=num_warps,
+        BLOCK=blocks.block,
+        num_warps=blocks.num_warps,
     )
 
 

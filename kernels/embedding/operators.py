@@ -5,7 +5,7 @@ Shapes: ids (tokens,); weight, dweight (rows, hidden); dy (tokens, hidden).
 
 from __future__ import annotations
 
-from functools import lru_cache
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-
-# Sorted tokens that one program sums at most.
-_PIECE = 256
+from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
 
 
 def _local_rows(ids: Tensor, num_rows: int, first_row: int, padding_idx: int | None) -> Tensor:
@@ -38,11 +36,47 @@ def _check_ids(ids: Tensor, vocab: int) -> None:
         raise IndexError(f"vocab_parallel_embedding: id {wrong} for a vocabulary of {vocab}")
 
 
-@lru_cache(maxsize=1024)
-def _prepared_gather(num_tokens: int, shape: torch.Size, first_row: int) -> Prepared:
+@dataclass(frozen=True)
+class _GatherBlocks(Tuned, operation="embedding_gather"):
+    """`elements` to a program: a part of a row, or several rows."""
+
+    elements: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _GatherBlocks:
+        return cls(4096, 4)
+
+    def candidates(self) -> list[_GatherBlocks]:
+        return [_GatherBlocks(*each) for each in ((2048, 4), (4096, 8), (8192, 8))]
+
+
+@dataclass(frozen=True)
+class _SumBlocks(Tuned, operation="embedding_sum"):
+    """A program sums up to `piece` sorted tokens, `tokens` at a time, in `cols` columns."""
+
+    cols: int
+    piece: int
+    tokens: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _SumBlocks:
+        return cls(min(cols, 1024), 256, 8, 4)
+
+    def candidates(self) -> list[_SumBlocks]:
+        changes = ({"piece": 64}, {"tokens": 4}, {"tokens": 16, "num_warps": 8}, {"num_warps": 8})
+        narrow = replace(self, cols=min(self.cols, 512))
+        return [narrow, *(replace(self, **each) for each in changes)]
+
+
+@remembered
+def _prepared_gather(num_tokens: int, shape: torch.Size, itemsize: int, first_row: int) -> Prepared:
     num_rows, num_cols = shape
-    cols = min(next_power_of_2(num_cols), 4096)
-    tokens = max(4096 // cols, 1)
+    padded = next_power_of_2(num_cols)
+    blocks = _GatherBlocks.chosen(cols=padded, itemsize=itemsize)
+    cols = min(padded, blocks.elements)
+    tokens = blocks.elements // cols
     num_col_blocks, unit = ceil_div(num_cols, cols), unit_of(num_cols)
     return Prepared(
         (ceil_div(num_tokens, tokens) * num_col_blocks,),
@@ -50,7 +84,7 @@ def _prepared_gather(num_tokens: int, shape: torch.Size, first_row: int) -> Prep
         UNIT=unit,
         TOKENS=tokens,
         COLS=cols,
-        num_warps=4,
+        num_warps=blocks.num_warps,
     )
 
 
@@ -67,7 +101,8 @@ def gather(ids: Tensor, weight: Tensor, first_row: int, vocab: int) -> Tensor:
         values = weight[torch.where(is_here, rows, 0)]
         return values.masked_fill_(~is_here.unsqueeze(1), 0)
     out = weight.new_empty((num_tokens, shape[1]))
-    _prepared_gather(num_tokens, shape, first_row).launch(gather_kernel, ids, weight, out)
+    prepared = _prepared_gather(num_tokens, shape, weight.element_size(), first_row)
+    prepared.launch(gather_kernel, ids, weight, out)
     return out
 
 
@@ -105,15 +140,20 @@ def _launch_sums(dweight: Tensor, dy: Tensor, rows: Tensor, *, is_added: bool) -
         return
     num_tokens, num_cols = dy.shape
     rows, order = torch.sort(rows, stable=True)
-    num_pieces = ceil_div(num_tokens, _PIECE)
+    tuned = _SumBlocks.chosen(cols=next_power_of_2(num_cols), itemsize=dy.element_size())
+    num_pieces = ceil_div(num_tokens, tuned.piece)
     partial = torch.empty(2 * num_pieces, num_cols, dtype=torch.float32, device=dy.device)
-    cols = min(next_power_of_2(num_cols), 1024)
-    num_col_blocks = ceil_div(num_cols, cols)
-    unit = unit_of(num_cols)
+    num_col_blocks, unit = ceil_div(num_cols, tuned.cols), unit_of(num_cols)
     sizes = (num_tokens, num_cols // unit, dweight.shape[0], num_col_blocks)
-    blocks = {"IS_ADDED": is_added, "UNIT": unit, "PIECE": _PIECE, "COLS": cols, "num_warps": 4}
+    blocks = {
+        "IS_ADDED": is_added,
+        "UNIT": unit,
+        "PIECE": tuned.piece,
+        "COLS": tuned.cols,
+        "num_warps": tuned.num_warps,
+    }
     on_grid(sum_kernel, (num_tokens * num_col_blocks,))(
-        rows, order, dy, dweight, partial, *sizes, TOKENS=8, **blocks
+        rows, order, dy, dweight, partial, *sizes, TOKENS=tuned.tokens, **blocks
     )
     if num_pieces > 1:
         on_grid(join_kernel, (num_pieces * num_col_blocks,))(

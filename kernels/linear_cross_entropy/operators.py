@@ -6,6 +6,7 @@ mode and under torch.compile alike. `whole` has the way where one chunk is all.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,10 +15,25 @@ from torch import Tensor
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, statistics
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 from nanotron_fast.kernels.runtime.operators import operator
-from nanotron_fast.kernels.runtime.sizes import ceil_div
+from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
-# How many logits exist at a time by default: 1 GiB of bf16.
+# How many logits exist at a time by default, at most: 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29
+
+
+@dataclass(frozen=True)
+class _Chunk(Tuned, operation="linear_cross_entropy"):
+    """How many logits to a chunk, where there are several: never more than memory is counted on."""
+
+    logits: int
+
+    @classmethod
+    def rule(cls, cols: int, itemsize: int) -> _Chunk:
+        return cls(_CHUNK_LOGITS)
+
+    def candidates(self) -> list[_Chunk]:
+        return [_Chunk(self.logits // 2), _Chunk(self.logits // 4)]
 
 
 class Settings(NamedTuple):
@@ -49,9 +65,9 @@ class Settings(NamedTuple):
         }
 
 
-def default_chunk_tokens(num_tokens: int, num_cols: int) -> int:
+def default_chunk_tokens(num_tokens: int, num_cols: int, logits: int = _CHUNK_LOGITS) -> int:
     """All tokens where their logits fit the buffer, or as many as fill it, split evenly."""
-    most = max(_CHUNK_LOGITS // num_cols, 128)
+    most = max(logits // num_cols, 128)
     if num_tokens <= most:
         return num_tokens
     chunk = ceil_div(num_tokens, ceil_div(num_tokens, most))
@@ -139,7 +155,9 @@ def logits_buffer(hidden: Tensor, num_rows: int, num_cols: int) -> Tensor:
 def _chunks(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[list[slice], Tensor]:
     """Slices of the tokens, and the buffer for the logits of one."""
     num_tokens, num_cols = hidden.shape[0], weight.shape[0]
-    chunk = chunk_tokens or default_chunk_tokens(num_tokens, num_cols)
+    tuned = _Chunk.chosen(cols=next_power_of_2(num_cols), itemsize=hidden.element_size())
+    logits = min(tuned.logits, _CHUNK_LOGITS)
+    chunk = chunk_tokens or default_chunk_tokens(num_tokens, num_cols, logits)
     chunk = max(min(chunk, num_tokens), 1)
     parts = [slice(at, min(at + chunk, num_tokens)) for at in range(0, num_tokens, chunk)]
     return parts, logits_buffer(hidden, min(chunk, num_tokens), num_cols)

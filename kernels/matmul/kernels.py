@@ -7,11 +7,13 @@ tile then has one accumulator and one product as wide as the hardware takes, and
 apart in registers, because a thread already holds neighbours.
 
 Programs go over the tiles in groups of rows, so that the blocks of x and W that they share stay in
-the L2 cache. The tuner picks the tile for every shape from a few that do not spill.
+the L2 cache. The tuner picks the tile for every shape from a few that do not spill, where no sweep
+has measured it on such a GPU before.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ import triton.language as tl
 from nanotron_fast.kernels.glu import activate
 from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import is_interpreting
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
 # How many rows of blocks have programs that run side by side.
 GROUP = 8
@@ -45,6 +48,34 @@ _HALF_CONFIGS = [
 _SLOW_CONFIGS = [_config(64, 64, 16, 2, 8)]
 _INTERPRETED_CONFIGS = [_config(32, 64, 32, 1, 4)]
 _CONFIGS = _INTERPRETED_CONFIGS if is_interpreting() else [*_HALF_CONFIGS, *_SLOW_CONFIGS]
+
+
+@dataclass(frozen=True)
+class GluBlocks(Tuned, operation="matmul_glu"):
+    """What of a configuration is tuned."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, tokens_bucket: int, num_cols: int, num_k: int, itemsize: int) -> None:
+        """There is none: where nothing was measured, Triton's tuner times the lists above."""
+
+    @classmethod
+    def of(cls, config: triton.Config) -> GluBlocks:
+        blocks = (config.kwargs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+        return cls(*blocks, config.num_stages, config.num_warps)
+
+    def constants(self) -> dict[str, int]:
+        sizes = (self.block_m, self.block_n, self.block_k, self.num_stages, self.num_warps)
+        return _config(*sizes).all_kwargs()
+
+
+class RopeBlocks(GluBlocks, operation="matmul_rope"):
+    """The same before the rotary embedding."""
 
 
 def _prune(configs: list[triton.Config], args: dict[str, Any], **rest: Any) -> list[triton.Config]:

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 from torch import Tensor
 
 from nanotron_fast.kernels.matmul.choice import tokens_bucket
-from nanotron_fast.kernels.matmul.kernels import GROUP, MAX_BLOCK_K, glu_kernel, rope_kernel
+from nanotron_fast.kernels.matmul.kernels import (
+    GROUP,
+    MAX_BLOCK_K,
+    GluBlocks,
+    RopeBlocks,
+    glu_kernel,
+    rope_kernel,
+)
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div
@@ -17,6 +28,22 @@ def _grid(num_rows: int, num_pairs: int):
         return (row_blocks * ceil_div(num_pairs, constants["BLOCK_N"] // 2),)
 
     return size
+
+
+def _launch(
+    kernel: Any, kind: type[GluBlocks], x: Tensor, num_cols: int, num_pairs: int
+) -> Callable[..., None]:
+    """A function of the kernel's arguments: with the blocks that were measured, or the tuner's."""
+    grid, (num_rows, num_k) = _grid(x.shape[0], num_pairs), x.shape
+    blocks = kind.chosen(
+        tokens_bucket=tokens_bucket(num_rows),
+        num_cols=num_cols,
+        num_k=num_k,
+        itemsize=x.element_size(),
+    )
+    if blocks is None:
+        return on_grid(kernel, grid)
+    return partial(on_grid(kernel.fn, grid), **blocks.constants())
 
 
 def _is_wide(weight: Tensor) -> bool:
@@ -33,7 +60,7 @@ def glu_product(
     h = x.new_empty(num_rows, num_cols)
     gate_up = x.new_empty((num_rows, 2 * num_cols) if save_gate_up else (0,))
     if h.numel():
-        on_grid(glu_kernel, _grid(num_rows, num_cols))(
+        _launch(glu_kernel, GluBlocks, x, num_cols, num_cols)(
             x,
             gate_up_weight,
             h,
@@ -75,7 +102,7 @@ def rope_product(
     (num_rows, hidden), num_cols = x.shape, qkv_weight.shape[0]
     qkv = x.new_empty(num_rows, num_cols)
     if qkv.numel():
-        on_grid(rope_kernel, _grid(num_rows, num_cols // 2))(
+        _launch(rope_kernel, RopeBlocks, x, num_cols, num_cols // 2)(
             x,
             qkv_weight,
             bias,

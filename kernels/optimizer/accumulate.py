@@ -9,6 +9,7 @@ main. `multi_tensor` explains the tables of a launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,9 +29,22 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
-_BLOCK = 2048
-_NUM_WARPS = 4
+
+@dataclass(frozen=True)
+class _Blocks(Tuned, operation="accumulate"):
+    """`block` elements of a tensor to a program."""
+
+    block: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, grad_itemsize: int) -> _Blocks:
+        return cls(2048, 4)
+
+    def candidates(self) -> list[_Blocks]:
+        return [_Blocks(*each) for each in ((1024, 4), (2048, 8), (4096, 4), (4096, 8))]
 
 
 def accumulate_reference_(
@@ -65,18 +79,19 @@ def _accumulate_kernel(
 
 @operator("nanotron_fast::accumulate_", mutates_args=("mains",))
 def _accumulate(mains: list[Tensor], grads: list[Tensor], scale: float) -> None:
-    _launch(bundles_of((mains, grads), _BLOCK), scale)
+    blocks = _Blocks.chosen(grad_itemsize=grads[0].element_size())
+    _launch(bundles_of((mains, grads), blocks.block), blocks, scale)
 
 
-def _launch(bundles: Sequence[Bundle], scale: float) -> None:
+def _launch(bundles: Sequence[Bundle], blocks: _Blocks, scale: float) -> None:
     for bundle in bundles:
         on_grid(_accumulate_kernel, (bundle.num_segments,))(
             *bundle.tables,
             scale,
             GRAD=TRITON_DTYPES[bundle.dtypes[1]],
             VECTOR=bundle.vector,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            BLOCK=blocks.block,
+            num_warps=blocks.num_warps,
         )
 
 
@@ -100,12 +115,13 @@ def accumulate_(mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float =
         ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
     """
     mains, grads = list(mains), list(grads)
-    if takes_plan(mains):
+    if takes_plan(mains) and grads:
         check = partial(_check, mains, grads)
-        plan = plan_of("accumulate_", (mains, grads), segment=_BLOCK, check=check)
+        blocks = _Blocks.chosen(grad_itemsize=grads[0].element_size())
+        plan = plan_of("accumulate_", (mains, grads), segment=blocks.block, check=check)
         if plan.is_served:
             with on_device(plan.device_index):
-                _launch(plan.bundles, float(scale))
+                _launch(plan.bundles, blocks, float(scale))
             tell_autograd(mains)
             return
     _check(mains, grads)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
@@ -41,10 +42,30 @@ from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 from nanotron_fast.kernels.runtime.sizes import ceil_div
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
-_BLOCK = 1024
-_NUM_WARPS = 4
 _STEPS_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class _Blocks(Tuned, operation="adamw"):
+    """`block` elements of a tensor to a program."""
+
+    block: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, param_itemsize: int, grad_itemsize: int) -> _Blocks:
+        return cls(1024, 4)
+
+    def candidates(self) -> list[_Blocks]:
+        return [_Blocks(*each) for each in ((512, 4), (1024, 8), (2048, 4), (2048, 8))]
+
+
+def _blocks(params: Sequence[Tensor], grads: Sequence[Tensor]) -> _Blocks:
+    """By the first of them, for all."""
+    sizes = params[0].element_size(), grads[0].element_size()
+    return _Blocks.chosen(param_itemsize=sizes[0], grad_itemsize=sizes[1])
 
 
 @triton.jit(do_not_specialize=["num_steps"])
@@ -182,8 +203,10 @@ def _adamw_step(
 ) -> None:
     """`copies` is empty where there are none; `steps` has one tensor for all or one for each."""
     lists = (params, grads, exp_avgs, exp_avg_sqs, *([copies] if copies else []))
+    blocks = _blocks(params, grads)
     _launch(
-        bundles_of(lists, _BLOCK),
+        bundles_of(lists, blocks.block),
+        blocks,
         addresses_of(steps),
         _Scalars(lr_tensor, grad_scale, found_inf),
         _Numbers(lr, beta1, beta2, eps, weight_decay, maximize),
@@ -191,7 +214,11 @@ def _adamw_step(
 
 
 def _launch(
-    bundles: Sequence[Bundle], step_addresses: Tensor, scalars: _Scalars, numbers: _Numbers
+    bundles: Sequence[Bundle],
+    blocks: _Blocks,
+    step_addresses: Tensor,
+    scalars: _Scalars,
+    numbers: _Numbers,
 ) -> None:
     lr, beta1, beta2, eps, weight_decay, maximize = numbers
     num_steps = step_addresses.shape[0]
@@ -205,7 +232,7 @@ def _launch(
         math.log2(beta2) if beta2 else -math.inf,
         HAS_FOUND_INF=scalars.found_inf is not None,
         BLOCK=_STEPS_BLOCK,
-        num_warps=_NUM_WARPS,
+        num_warps=4,
     )
     for bundle in bundles:
         param, grad, exp_avg, exp_avg_sq, *copy = [TRITON_DTYPES[each] for each in bundle.dtypes]
@@ -222,8 +249,8 @@ def _launch(
             HAS_ONE_STEP=num_steps == 1,
             MAXIMIZE=maximize,
             VECTOR=bundle.vector,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            BLOCK=blocks.block,
+            num_warps=blocks.num_warps,
         )
 
 
@@ -305,9 +332,9 @@ def adamw_step_(
         lists["copies"] = copies
     check = partial(_check, lists, steps)
     plan = None
-    if takes_plan(params):
-        of_launch = tuple(lists.values())
-        plan = plan_of("adamw_step_", of_launch, segment=_BLOCK, check=check, singles=steps)
+    if takes_plan(params) and grads:
+        blocks, of_launch = _blocks(params, grads), tuple(lists.values())
+        plan = plan_of("adamw_step_", of_launch, segment=blocks.block, check=check, singles=steps)
     else:
         check()
     if not params:
@@ -328,7 +355,7 @@ def adamw_step_(
     )
     if plan is not None and plan.singles is not None:
         with on_device(plan.device_index):
-            _launch(plan.bundles, plan.singles, scalars, numbers)
+            _launch(plan.bundles, blocks, plan.singles, scalars, numbers)
         tell_autograd(chain(params, exp_avgs, exp_avg_sqs, copies, steps))
         return
     tensors = [tensor for tensors in lists.values() for tensor in tensors]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial, reduce
 
 import torch
@@ -33,15 +34,34 @@ from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
-_BLOCK = 2048
-_NUM_WARPS = 4
-# A program of the norm writes one number, and one that need not clip ends at once: a few programs
-# with long segments are better than many.
-_LONG_SEGMENT = 8 * _BLOCK
 _PARTIALS_BLOCK = 1024
 # Elements that plain torch sums in one go.
 _RUN = 4096
+
+
+@dataclass(frozen=True)
+class _NormBlocks(Tuned, operation="grad_norm"):
+    """`segment` elements of a tensor to a program, `block` at a time."""
+
+    segment: int
+    block: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, itemsize: int) -> _NormBlocks:
+        # A program of the norm writes one number, and one that need not clip ends at once: a few
+        # programs with long segments are better than many.
+        return cls(16384, 2048, 4)
+
+    def candidates(self) -> list[_NormBlocks]:
+        shapes = ((8192, 2048, 4), (16384, 4096, 8), (32768, 2048, 4), (32768, 4096, 8))
+        return [type(self)(*each) for each in shapes]
+
+
+class _ClipBlocks(_NormBlocks, operation="clip_grads"):
+    """The same where gradients are scaled."""
 
 
 def power_sums_reference(grads: Sequence[Tensor], norm_type: float) -> Tensor:
@@ -177,7 +197,8 @@ def _clip_kernel(
 @operator("nanotron_fast::grad_power_sums")
 def _power_sums(grads: list[Tensor], norm_type: float) -> Tensor:
     """(tensors,) fp32 sums of |g|^p, or max |g| for p = inf; 0 for an empty tensor."""
-    return _launch_sums(grads, bundles_of((grads,), _LONG_SEGMENT), norm_type)
+    blocks = _NormBlocks.chosen(itemsize=grads[0].element_size())
+    return _launch_sums(grads, bundles_of((grads,), blocks.segment), blocks, norm_type)
 
 
 @_power_sums.register_fake
@@ -185,7 +206,9 @@ def _(grads, norm_type):
     return grads[0].new_empty(len(grads), dtype=torch.float32)
 
 
-def _launch_sums(grads: Sequence[Tensor], bundles: Sequence[Bundle], norm_type: float) -> Tensor:
+def _launch_sums(
+    grads: Sequence[Tensor], bundles: Sequence[Bundle], blocks: _NormBlocks, norm_type: float
+) -> Tensor:
     sums = torch.zeros(len(grads), dtype=torch.float32, device=grads[0].device)
     norm = {1.0: "1", 2.0: "2", math.inf: "inf"}.get(norm_type, "p")
     for bundle in bundles:
@@ -197,9 +220,9 @@ def _launch_sums(grads: Sequence[Tensor], bundles: Sequence[Bundle], norm_type: 
             NORM=norm,
             GRAD=TRITON_DTYPES[bundle.dtypes[0]],
             VECTOR=bundle.vector,
-            SEGMENT=_LONG_SEGMENT,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            SEGMENT=blocks.segment,
+            BLOCK=blocks.block,
+            num_warps=blocks.num_warps,
         )
         on_grid(_reduce_kernel, (bundle.num_tensors,))(
             partials,
@@ -207,19 +230,22 @@ def _launch_sums(grads: Sequence[Tensor], bundles: Sequence[Bundle], norm_type: 
             sums,
             bundle.num_tensors,
             NORM=norm,
-            SEGMENT=_LONG_SEGMENT,
+            SEGMENT=blocks.segment,
             BLOCK=_PARTIALS_BLOCK,
-            num_warps=_NUM_WARPS,
+            num_warps=4,
         )
     return sums
 
 
 @operator("nanotron_fast::clip_grads_", mutates_args=("grads",))
 def _clip(grads: list[Tensor], max_norm: float, total_norm: Tensor) -> None:
-    _launch_clip(bundles_of((grads,), _LONG_SEGMENT), max_norm, total_norm)
+    blocks = _ClipBlocks.chosen(itemsize=grads[0].element_size())
+    _launch_clip(bundles_of((grads,), blocks.segment), blocks, max_norm, total_norm)
 
 
-def _launch_clip(bundles: Sequence[Bundle], max_norm: float, total_norm: Tensor) -> None:
+def _launch_clip(
+    bundles: Sequence[Bundle], blocks: _ClipBlocks, max_norm: float, total_norm: Tensor
+) -> None:
     for bundle in bundles:
         on_grid(_clip_kernel, (bundle.num_segments,))(
             *bundle.tables,
@@ -227,9 +253,9 @@ def _launch_clip(bundles: Sequence[Bundle], max_norm: float, total_norm: Tensor)
             max_norm,
             GRAD=TRITON_DTYPES[bundle.dtypes[0]],
             VECTOR=bundle.vector,
-            SEGMENT=_LONG_SEGMENT,
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
+            SEGMENT=blocks.segment,
+            BLOCK=blocks.block,
+            num_warps=blocks.num_warps,
         )
 
 
@@ -237,10 +263,11 @@ def _sums(grads: list[Tensor], norm_type: float) -> Tensor:
     """(tensors,) sums of |g|^p, or max |g|, by the path that the gradients take."""
     check = partial(check_lists, "get_total_norm", "grads", grads=grads)
     if takes_plan(grads):
-        plan = plan_of("get_total_norm", (grads,), segment=_LONG_SEGMENT, check=check)
+        blocks = _NormBlocks.chosen(itemsize=grads[0].element_size())
+        plan = plan_of("get_total_norm", (grads,), segment=blocks.segment, check=check)
         if plan.is_served:
             with on_device(plan.device_index):
-                return _launch_sums(grads, plan.bundles, norm_type)
+                return _launch_sums(grads, plan.bundles, blocks, norm_type)
     check()
     if takes_reference(grads):
         return power_sums_reference(grads, norm_type).float()
@@ -312,11 +339,12 @@ def clip_grads_with_norm_(grads: Sequence[Tensor], max_norm: float, total_norm: 
     grads = list(grads)
     check = partial(check_lists, "clip_grads_with_norm_", "grads", grads=grads)
     if takes_plan(grads):
-        plan = plan_of("clip_grads_with_norm_", (grads,), segment=_LONG_SEGMENT, check=check)
+        blocks = _ClipBlocks.chosen(itemsize=grads[0].element_size())
+        plan = plan_of("clip_grads_with_norm_", (grads,), segment=blocks.segment, check=check)
         if plan.is_served:
             with on_device(plan.device_index):
                 on_gpu = total_norm.to(grads[0].device, torch.float32)
-                _launch_clip(plan.bundles, float(max_norm), on_gpu)
+                _launch_clip(plan.bundles, blocks, float(max_norm), on_gpu)
             tell_autograd(grads)
             return
     check()

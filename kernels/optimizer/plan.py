@@ -213,7 +213,7 @@ def plan_of(
     columns = (*lists, singles or [])
     device = lists[0][0].device
     stream = multi_tensor.stream_of_tables(device)
-    key = (operation, *map(len, columns), device, stream)
+    key = (operation, segment, *map(len, columns), device, stream)
     for look in _looks.get(key, ()):
         addresses = _addresses(look, columns)
         if addresses is not None:

@@ -9,6 +9,8 @@ Shapes: items (num_items, NUM_COLUMNS) int64; grid (num_tiles,).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -17,11 +19,27 @@ from torch import Tensor
 from nanotron_fast.kernels.pack import item as layout
 from nanotron_fast.kernels.pack.table import DTYPES
 from nanotron_fast.kernels.runtime.launch import on_grid
+from nanotron_fast.kernels.runtime.tuning import Tuned
 
-_BLOCK = 1024
+# The columns of a tile that is transposed: csrc/core/tiles.h cuts it so.
 _BLOCK_INNER = 64
-_BLOCK_MIDDLE = 32
-_NUM_WARPS = 8
+
+
+@dataclass(frozen=True)
+class _Blocks(Tuned, operation="pack"):
+    """`block` units of a tile at a time, or `middle` rows of one that is transposed."""
+
+    block: int
+    middle: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls) -> _Blocks:
+        return cls(1024, 32, 8)
+
+    def candidates(self) -> list[_Blocks]:
+        return [_Blocks(*each) for each in ((1024, 32, 4), (2048, 32, 8), (1024, 64, 8))]
+
 
 # Triton reads global names where they are constants of its own.
 _SOURCE = tl.constexpr(layout.SOURCE)
@@ -288,12 +306,13 @@ def _pack_kernel(
 
 def launch(items: Tensor, num_tiles: int) -> None:
     """Carries out every tile of items (num_items, NUM_COLUMNS) int64, on the items' device."""
+    blocks = _Blocks.chosen()
     on_grid(_pack_kernel, (num_tiles,))(
         items,
         items.view(torch.int32),
         items.shape[0],
-        BLOCK=_BLOCK,
+        BLOCK=blocks.block,
         INNER=_BLOCK_INNER,
-        MIDDLE=_BLOCK_MIDDLE,
-        num_warps=_NUM_WARPS,
+        MIDDLE=blocks.middle,
+        num_warps=blocks.num_warps,
     )

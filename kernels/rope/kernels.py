@@ -10,7 +10,7 @@ packs and works in place.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -19,9 +19,24 @@ from torch import Tensor
 
 from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
+from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
 
-# Elements that a program holds at a time: 32 a thread, in four 16-byte loads of bf16.
-_BLOCK_ELEMENTS = 4096
+
+@dataclass(frozen=True)
+class _Blocks(Tuned, operation="rope"):
+    """`elements` to a program, of up to `heads` heads of 32 tokens at most."""
+
+    elements: int
+    heads: int
+    num_warps: int
+
+    @classmethod
+    def rule(cls, head_cols: int, itemsize: int) -> _Blocks:
+        # 32 elements a thread, in four 16-byte loads of bf16.
+        return cls(4096, 8, 4)
+
+    def candidates(self) -> list[_Blocks]:
+        return [_Blocks(*each) for each in ((2048, 8, 4), (4096, 4, 4), (4096, 8, 8), (8192, 8, 8))]
 
 
 @triton.jit
@@ -161,10 +176,11 @@ def _rope_kernel(
     # fmt: on
 
 
-@lru_cache(maxsize=4096)
+@remembered
 def _prepared(
     q_shape: torch.Size,
     num_kv_heads: int,
+    itemsize: int,
     table_shape: torch.Size,
     sources: tuple[tuple[int, ...] | None, ...],
     destinations: tuple[int, int],
@@ -177,8 +193,9 @@ def _prepared(
     num_tokens, num_q_heads, head_dim = q_shape
     num_positions, half = table_shape
     head_cols = next_power_of_2(head_dim)
-    q_heads, kv_heads = (min(8, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
-    tokens = max(1, min(_BLOCK_ELEMENTS // (q_heads * head_cols), 32))
+    blocks = _Blocks.chosen(head_cols=head_cols, itemsize=itemsize)
+    q_heads, kv_heads = (min(blocks.heads, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
+    tokens = max(1, min(blocks.elements // (q_heads * head_cols), 32))
     of_sources = [(0, 0) if strides is None else strides[:2] for strides in sources]
     strides = [each[dim] for dim in (0, 1) for each in of_sources] + [*destinations]
     unit = unit_of(*strides)
@@ -204,7 +221,7 @@ def _prepared(
         KV_HEADS=kv_heads,
         HEAD_COLS=head_cols,
         HALF_COLS=next_power_of_2(half),
-        num_warps=4,
+        num_warps=blocks.num_warps,
     )
 
 
@@ -229,6 +246,7 @@ def launch(
     prepared = _prepared(
         q.shape,
         k.shape[1],
+        q.element_size(),
         cos.shape,
         tuple([None if source is None else source.stride() for source in sources]),
         (q.stride(0), k.stride(0)),

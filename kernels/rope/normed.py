@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
-from nanotron_fast.kernels.rope.normed_kernels import backward, forward
+from nanotron_fast.kernels.rope.normed_operators import backward, forward
 from nanotron_fast.kernels.rope.reference import rotate_reference
 from nanotron_fast.kernels.runtime.backend import uses_triton
 

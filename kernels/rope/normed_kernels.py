@@ -1,4 +1,4 @@
-"""The kernels under `rope_normed`, and the operators around their launches.
+"""The kernels under `rope_normed`.
 
 A program of forward takes a few tokens and a group of heads of q or of k; its neighbours take the
 other groups of the same tokens, whose cosines and sines come from a cache then. Blocks are (tokens,
@@ -9,19 +9,8 @@ of the gradients of the weights.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.launch import on_grid
-from nanotron_fast.kernels.runtime.operators import operator
-from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-
-# Elements that a program holds at a time of each tensor: fewer of wide heads, and where a part of a
-# head does not turn, which lies in registers of its own.
-_BLOCK_ELEMENTS, _BLOCK_ELEMENTS_WIDE = 2048, 1024
 
 
 @triton.jit
@@ -159,7 +148,7 @@ def _forward_heads(
 
 
 @triton.jit
-def _forward_kernel(
+def forward_kernel(
     q_ptr,
     k_ptr,
     q_weight_ptr,
@@ -309,7 +298,7 @@ def _backward_heads(
 
 
 @triton.jit
-def _backward_kernel(
+def backward_kernel(
     dq_ptr,
     dk_ptr,
     q_ptr,
@@ -361,114 +350,3 @@ def _backward_kernel(
             INTERLEAVED, ZERO_CENTERED, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS,
             Q_HEADS if side == 0 else K_HEADS, HEAD_COLS, HALF_COLS,
         )  # fmt: skip
-
-
-def _blocks(q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
-    """The constants that say how a program's blocks look."""
-    head_dim = q.shape[2]
-    head_cols = next_power_of_2(head_dim)
-    is_wide = head_dim > 128 or 2 * cos.shape[1] < head_dim
-    elements = _BLOCK_ELEMENTS_WIDE if is_wide else _BLOCK_ELEMENTS
-    most_heads = max(1, min(8, elements // head_cols))
-    q_heads, k_heads = (min(most_heads, next_power_of_2(x.shape[1])) for x in (q, k))
-    return {
-        "HEAD_DIM": head_dim,
-        "HALF": cos.shape[1],
-        "TOKENS": max(1, min(elements // (q_heads * head_cols), 32)),
-        "Q_HEADS": q_heads,
-        "K_HEADS": k_heads,
-        "HEAD_COLS": head_cols,
-        "HALF_COLS": next_power_of_2(cos.shape[1]),
-        "num_warps": 4,
-    }
-
-
-def _strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """Those of tokens and heads of each tensor, in a unit, and the unit."""
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
-    unit = unit_of(*strides)
-    return [stride // unit for stride in strides], unit
-
-
-@operator("nanotron_fast::rope_normed_forward")
-def forward(
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    eps: float,
-    interleaved: bool,
-    zero_centered: bool,
-) -> tuple[Tensor, Tensor]:
-    """q and k turned, contiguous. The last dims of q and k, and all others, are contiguous."""
-    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
-    if len(q):
-        blocks = _blocks(q, k, cos)
-        strides, unit = _strides(q, k)
-        num_groups = ceil_div(q.shape[1], blocks["Q_HEADS"])
-        num_groups += ceil_div(k.shape[1], blocks["K_HEADS"])
-        on_grid(_forward_kernel, (ceil_div(len(q), blocks["TOKENS"]) * num_groups,))(
-            *(q, k, q_weight, k_weight, cos, sin, position_ids, *outs, *strides),
-            *(len(q), len(cos), q.shape[1], k.shape[1], eps),
-            INTERLEAVED=interleaved,
-            ZERO_CENTERED=zero_centered,
-            STRIDE_UNIT=unit,
-            **blocks,
-        )
-    return outs[0], outs[1]
-
-
-@forward.register_fake
-def _(q, k, q_weight, k_weight, cos, sin, position_ids, eps, interleaved, zero_centered):
-    return q.new_empty(q.shape), k.new_empty(k.shape)
-
-
-@operator("nanotron_fast::rope_normed_backward")
-def backward(
-    dq: Tensor,
-    dk: Tensor,
-    q: Tensor,
-    k: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    eps: float,
-    interleaved: bool,
-    zero_centered: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q and k, and of both weights in fp32 (2, d), from those of the results."""
-    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
-    if not len(q):
-        return outs[0], outs[1], q.new_zeros(2, q.shape[2], dtype=torch.float32)
-    # Twice the threads of forward: a thread holds two gradients and two sums beside the values.
-    blocks = {**_blocks(q, k, cos), "num_warps": 8}
-    tensors = (dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, *outs)
-    strides, unit = _strides(dq, dk, q, k)
-    numbers = [*strides, len(q), len(cos), q.shape[1], k.shape[1], eps]
-    constants = {
-        "INTERLEAVED": interleaved,
-        "ZERO_CENTERED": zero_centered,
-        "STRIDE_UNIT": unit,
-        **blocks,
-    }
-    resident = occupancy.resident_programs(
-        _backward_kernel,
-        (*tensors, torch.float32, torch.float32, *numbers),
-        constants,
-        q.device,
-    )
-    num_programs = min(ceil_div(len(q), blocks["TOKENS"]), resident)
-    partial = torch.empty(2, num_programs, q.shape[2], dtype=torch.float32, device=q.device)
-    on_grid(_backward_kernel, (num_programs,))(*tensors, *partial, *numbers, **constants)
-    return outs[0], outs[1], partial.sum(1)
-
-
-@backward.register_fake
-def _(dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, eps, interleaved, zero_centered):
-    dw = q.new_empty(2, q.shape[2], dtype=torch.float32)
-    return q.new_empty(q.shape), k.new_empty(k.shape), dw

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nanotron_fast.kernels import attention as attention_module
 from nanotron_fast.kernels.attention import attention, explain
-from nanotron_fast.kernels.attention import choice as attention_choice
 from nanotron_fast.kernels.attention import library as attention_library
 from nanotron_fast.kernels.attention.choice import (
     FEWER_QUERIES,
@@ -112,12 +111,6 @@ def test_the_reason_names_what_was_passed_over() -> None:
     name, reason = choose_backend(Request(), lambda name: "is away" if "flash" in name else "")
     assert name == "sdpa_cudnn"
     assert reason == "first of the published order (flash_attn_3 is away)"
-
-
-def test_a_measured_order_goes_first(monkeypatch) -> None:
-    monkeypatch.setitem(attention_choice.MEASURED, 9, ("triton", "torch"))
-    assert choose() == "triton"
-    assert choose(architecture=80) == "flash_attn_2"
 
 
 def test_explain_follows_the_environment(monkeypatch) -> None:

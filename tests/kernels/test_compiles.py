@@ -60,6 +60,25 @@ def test_compiles_without_spills(module: str, compiled: dict[str, list[str]]) ->
 
 @pytest.mark.slow
 @WITHOUT_GPU
+def test_candidates_compile_without_spills(request: pytest.FixtureRequest) -> None:
+    """What a sweep times beside the rules: several binaries for each of theirs."""
+    if not request.config.getoption("--every-binary"):
+        pytest.skip("compiles hundreds of kernels: with --every-binary, which `make compile` gives")
+    result = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.compiling", "--candidates", "--arch", "90"],
+        cwd=HERE.parents[1],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
+        capture_output=True,
+        text=True,
+    )
+    failures = [line for line in result.stdout.splitlines() if line[:3] not in ("ok ", "== ")]
+    failures = [line for line in failures if not line.endswith(" 0 failures")]
+    assert result.returncode == 0, "\n".join(failures) + result.stderr
+    assert re.search(r"^ok sm_90 .*gather_kernel.* COLS=2048,", result.stdout, re.M)
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
 @pytest.mark.parametrize(
     ("cols", "tensors", "copies"), [(4096, 2, 24), (4096, 3, 36), (16384, 2, 12), (16384, 3, 18)]
 )
@@ -120,7 +139,7 @@ def test_the_norm_reads_ahead(
         # Three heads of 24: strides that are multiples of 8, but not of 16.
         (
             "rope",
-            r"normed_kernels\._forward_kernel\[.* HEAD_DIM=24,.* Q_HEADS=4,",
+            r"normed_kernels\.forward_kernel\[.* HEAD_DIM=24,.* Q_HEADS=4,",
             "3 loads, 2 stores",
         ),
         (

@@ -11,6 +11,7 @@ from nanotron_fast.kernels.embedding import (
     vocab_parallel_embedding,
     vocab_parallel_embedding_reference,
 )
+from nanotron_fast.kernels.runtime import tuning
 from tests.kernels.checks import assert_close, wide
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -47,6 +48,13 @@ def test_any_whole_numbers(path, device, dtype) -> None:
     check(ids.to(dtype), weight, dy)
 
 
+@pytest.fixture
+def pieces_of_8():
+    blocks = operators._SumBlocks(cols=16, piece=8, tokens=8, num_warps=4)
+    with tuning.picking(lambda kind, key: blocks if kind is operators._SumBlocks else None):
+        yield
+
+
 @pytest.mark.parametrize(
     "ids",
     [
@@ -58,9 +66,8 @@ def test_any_whole_numbers(path, device, dtype) -> None:
     ],
     ids=str,
 )
-def test_ids_that_stand_often(triton_path, monkeypatch, ids) -> None:
-    """Pieces of 8 tokens: every way in which an id can lie over them."""
-    monkeypatch.setattr(operators, "_PIECE", 8)
+def test_ids_that_stand_often(triton_path, pieces_of_8, ids) -> None:
+    """Every way in which an id can lie over pieces."""
     torch.manual_seed(0)
     ids = torch.tensor(ids, device=triton_path)
     _, weight, dy = make(ids.shape, 5, 12, device=triton_path)

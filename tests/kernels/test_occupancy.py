@@ -9,7 +9,7 @@ import torch
 
 from nanotron_fast.kernels import rms_norm
 from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.sizes import unit_of
+from nanotron_fast.kernels.runtime.sizes import next_power_of_2, unit_of
 
 H100 = SimpleNamespace(
     major=9,
@@ -140,7 +140,8 @@ def test_stages_of_the_norm_fit_in_shared_memory(
     monkeypatch, request, limit, hidden, tensors, size, expected
 ) -> None:
     monkeypatch.setattr(occupancy, "shared_memory_limit", lambda device: limit)
-    rows, cols, _ = rms_norm._block(hidden)
+    cols = next_power_of_2(hidden)
+    rows = rms_norm._BackwardBlocks.rule(cols, size).rows
     block_bytes = tensors * rows * cols * size
     rms_norm._stages.cache_clear()  # what it keeps is of another card, before and after
     request.addfinalizer(rms_norm._stages.cache_clear)

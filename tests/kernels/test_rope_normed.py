@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nanotron_fast.kernels.rope import normed_kernels as module
+from nanotron_fast.kernels.rope import normed_operators as module
 from nanotron_fast.kernels.rope import rope_tables
 from nanotron_fast.kernels.rope.normed import rope_normed, rope_normed_reference
 from tests.kernels.checks import assert_close, wide

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks.gpu.context import Context
 
 T = TypeVar("T")
-SIZES = ("real", "tiny", "cpu")
+SIZES = ("real", "tiny", "cpu", "swept")
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,13 @@ class Setting:
         fp32 = torch.float32
         return cls(torch.device("cpu"), fp32, fp32, "cpu", {"backend": "aot_eager"})
 
-    def pick(self, real: T, tiny: T, cpu: T) -> T:
-        return {"real": real, "tiny": tiny, "cpu": cpu}[self.size]
+    def to_sweep(self) -> Setting:
+        return replace(self, size="swept")
+
+    def pick(self, real: T, tiny: T, cpu: T, swept: T | None = None) -> T:
+        """Of a sweep's sizes, those of a real run where there are no others."""
+        sizes = {"real": real, "tiny": tiny, "cpu": cpu, "swept": swept or real}
+        return sizes[self.size]
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
         # A backward that is timed runs more than once over the same forward.

@@ -15,7 +15,12 @@ _LIGER = "liger_kernel.transformers.functional"
 def rms_norm_cases(setting: Setting) -> Iterator[Case]:
     from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
 
-    shapes = setting.pick([(32768, 4096), (32768, 8192), (16384, 16384)], [(4, 96)], [(512, 1024)])
+    shapes = setting.pick(
+        [(32768, 4096), (32768, 8192), (16384, 16384)],
+        [(4, 96)],
+        [(512, 1024)],
+        [(1 << 27 >> power, 1 << power) for power in (12, 11, 13, 10, 14)],
+    )
     for rows, hidden in shapes:
         item = setting.dtype.itemsize
 
@@ -66,7 +71,10 @@ def rms_norm_cases(setting: Setting) -> Iterator[Case]:
 def glu_cases(setting: Setting) -> Iterator[Case]:
     from nanotron_fast.kernels.glu import glu, glu_reference
 
-    for rows, inter in setting.pick([(8192, 16384), (8192, 14336)], [(4, 72)], [(512, 1024)]):
+    shapes = setting.pick(
+        [(8192, 16384), (8192, 14336)], [(4, 72)], [(512, 1024)], [(8192, 14336), (8192, 8192)]
+    )
+    for rows, inter in shapes:
 
         def tensors(rows: int = rows, inter: int = inter) -> list[Tensor]:
             return [setting.randn(rows, 2 * inter)]

@@ -66,7 +66,9 @@ def linear_cross_entropy_cases(setting: Setting) -> Iterator[Case]:
     from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 
     real = [(4096, 4096, 131072), (8192, 4096, 32000)]
-    for tokens, hidden, vocab in setting.pick(real, [(4, 16, 200)], [(256, 256, 4096)]):
+    # So many tokens that they are taken in chunks.
+    swept = [(16384, 4096, 131072)]
+    for tokens, hidden, vocab in setting.pick(real, [(4, 16, 200)], [(256, 256, 4096)], swept):
         target = torch.randint(0, vocab, (tokens,), device=setting.device)
 
         def tensors(tokens: int = tokens, hidden: int = hidden, vocab: int = vocab) -> list[Tensor]:
@@ -104,7 +106,8 @@ def embedding_cases(setting: Setting) -> Iterator[Case]:
     from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 
     real = [(16384, 128256, 4096), (16384, 32000, 4096)]
-    for tokens, vocab, hidden in setting.pick(real, [(6, 30, 24)], [(512, 4096, 256)]):
+    swept = [(16384, 32000, hidden) for hidden in (4096, 2048, 8192)]
+    for tokens, vocab, hidden in setting.pick(real, [(6, 30, 24)], [(512, 4096, 256)], swept):
         ids = torch.randint(0, vocab, (tokens,), device=setting.device)
 
         def tensors(vocab: int = vocab, hidden: int = hidden) -> list[Tensor]:

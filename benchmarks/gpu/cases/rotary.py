@@ -12,7 +12,8 @@ from nanotron_fast.kernels.rope import rope_qkv, rope_qkv_reference, rope_tables
 
 def _rope_shapes(setting: Setting) -> list[tuple[int, int, int, int]]:
     real = [(8192, 32, 8, 128), (8192, 32, 32, 128)]
-    return setting.pick(real, [(6, 4, 2, 16)], [(512, 8, 2, 64)])
+    swept = [(8192, 32, 8, 128), (8192, 32, 4, 64)]
+    return setting.pick(real, [(6, 4, 2, 16)], [(512, 8, 2, 64)], swept)
 
 
 def rope_qkv_cases(setting: Setting) -> Iterator[Case]:

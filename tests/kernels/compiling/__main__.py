@@ -1,15 +1,17 @@
 """Compiles every kernel launch of the cases beside it for each GPU architecture, without a GPU.
 
-    python -m tests.kernels.compiling [--arch 80 90 100] [--brief] [module ...]
+    python -m tests.kernels.compiling [--arch 80 90 100] [--brief] [--candidates] [module ...]
 
 Each module beside this one lists FILES of kernels/ that it is for, every kernel of which it must
 launch, and CASES: functions that call the public operations on CPU tensors.
 A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
 configuration where the kernel is autotuned; with --brief all of them for sm_90, and the first and
-the last of each kernel for the others. Prints a line for each binary with registers, spills, shared
-memory, and loads, stores and asynchronous copies of 16 bytes. Exits with 1 where one does not
-compile, spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture
-has, or asks for stages and has no copies. The lines of a module follow one that begins with `==`.
+the last of each kernel for the others; with --candidates by the configurations that a sweep times
+beside those of the rules, and by those alone. Prints a line for each binary with registers, spills,
+shared memory, and loads, stores and asynchronous copies of 16 bytes. Exits with 1 where one does
+not compile, spills without standing in ALLOWED_SPILLS, wants more shared memory than the
+architecture has, or asks for stages and has no copies. The lines of a module follow one that begins
+with `==`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from triton.runtime.autotuner import Autotuner, Heuristics
 from triton.runtime.jit import JITFunction
 
 from nanotron_fast.kernels import rms_norm
-from nanotron_fast.kernels.runtime import occupancy
+from nanotron_fast.kernels.runtime import occupancy, tuning
 
 ARCHITECTURES = (80, 90, 100)
 # For which every launch is compiled even with --brief.
@@ -57,6 +59,8 @@ ALLOWED_SPILLS: dict[str, tuple[int, str]] = {
         "two, and 24 with Triton 3.8 and 3.9 for sm_100, while the next row is on its way",
     ),
 }
+# Of one operation for one shape.
+_MOST_CANDIDATES = 6
 _OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 # A copy of 16 bytes from global to shared memory that nobody waits for.
 _LONG_COPY = re.compile(r"cp\.async\.c[ag]\.shared\.global \[[^\]]*\], \[[^\]]*\], 0x10\b")
@@ -276,6 +280,25 @@ def _call(module: ModuleType, launches: Mapping[Launch, None]) -> Iterator[str]:
         yield f"no case launches {kernel}"
 
 
+def _call_candidates(module: ModuleType, launches: dict[Launch, None]) -> Iterator[str]:
+    """Leaves in `launches` those of candidates alone."""
+    yield from _call(module, launches)
+    by_rule = set(launches)
+    for place in range(_MOST_CANDIDATES):
+
+        def pick(
+            kind: type[tuning.Tuned], key: dict[str, int], place: int = place
+        ) -> tuning.Tuned | None:
+            candidates = kind.candidates_for(key)
+            assert len(candidates) <= _MOST_CANDIDATES, kind
+            return candidates[place] if place < len(candidates) else None
+
+        with tuning.picking(pick):
+            yield from _call(module, launches)
+    for launch in by_rule:
+        del launches[launch]
+
+
 def _ends(launches: Iterable[Launch]) -> Iterator[Launch]:
     """The first and the last launch of each kernel."""
     by_kernel: dict[tuple[str, str], list[Launch]] = {}
@@ -311,7 +334,9 @@ def main() -> int:
     parser.add_argument("modules", nargs="*")
     parser.add_argument("--arch", type=int, nargs="+", default=ARCHITECTURES)
     parser.add_argument("--brief", action="store_true")
+    parser.add_argument("--candidates", action="store_true")
     options = parser.parse_args()
+    call = _call_candidates if options.candidates else _call
     names = [info.name for info in pkgutil.iter_modules([str(Path(__file__).parent)])]
     names = options.modules or [name for name in names if name != "__main__"]
     modules = {name: importlib.import_module(f"tests.kernels.compiling.{name}") for name in names}
@@ -323,7 +348,7 @@ def main() -> int:
         _pretend(architecture)
         for name, module in modules.items():
             launches.clear()
-            problems[name] |= dict.fromkeys(_call(module, launches))
+            problems[name] |= dict.fromkeys(call(module, launches))
             found = [each for each in launches if each.runs_on(architecture)]
             if options.brief and architecture != _MAIN_ARCHITECTURE:
                 found = [*_ends(found)]

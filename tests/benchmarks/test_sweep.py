@@ -1,0 +1,195 @@
+"""What a sweep times, what it takes for faster, and the file that it writes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu import sweep
+from benchmarks.gpu.cases.case import Setting
+from benchmarks.gpu.cases.registry import MODULES, cases_of
+from benchmarks.gpu.rows import ROWS_VARIABLE, read_rows
+from nanotron_fast.kernels.embedding.operators import _GatherBlocks
+from nanotron_fast.kernels.runtime import tuning
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_every_tuned_operation_is_swept_in_the_order_of_its_worth() -> None:
+    assert tuple(sweep.SWEPT) == tuning.OPERATIONS
+    assert {case for case, _, _ in sweep.SWEPT.values()} <= set(MODULES)
+    (_, _, tuned) = sweep.phases([], dry=False, cpus=4)
+    assert [job.operation for job in tuned.jobs] == list(tuning.OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", sweep.SWEPT)
+def test_a_case_has_the_variant_that_is_swept(operation: str) -> None:
+    name, phase, variant = sweep.SWEPT[operation]
+    fields = (torch.device("meta"), torch.bfloat16, torch.bfloat16, "real", {})
+    swept = Setting(*fields).to_sweep()
+    found = [case for case in cases_of(name, swept) if {variant} & {*case.variants, *case.absent}]
+    assert found
+    assert phase in ("forward", "backward", "forward + backward")
+
+
+def test_an_operation_that_is_none_is_refused() -> None:
+    with pytest.raises(SystemExit, match="--only glue: choose of attention_order, "):
+        sweep.phases(["glue"], dry=True, cpus=1)
+
+
+def test_the_sweeper_imports_neither_torch_nor_triton() -> None:
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); import benchmarks.gpu.sweep\n"
+        "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
+
+
+def test_faster_is_by_more_than_noise() -> None:
+    from benchmarks.gpu.timing import Times
+    from benchmarks.gpu.tune import _entries, is_faster
+
+    def times(p50: float, spread: float = 0.0) -> Times:
+        return Times(p50 - spread / 2, p50, p50 + spread / 2, "graph")
+
+    assert is_faster(times(0.97), times(1.0))
+    assert not is_faster(times(0.99), times(1.0))
+    assert not is_faster(times(0.97), times(1.0, spread=0.1))
+    rule, better, mixed = _GatherBlocks(4096, 4), _GatherBlocks(2048, 4), _GatherBlocks(8192, 8)
+    of_cases = [
+        {rule: times(1.0), better: times(0.9), mixed: times(0.5)},
+        {rule: times(2.0), better: times(1.9), mixed: times(2.1)},
+    ]
+    key = {"cols": 1, "itemsize": 2}
+    assert [*_entries(key, of_cases, is_certain=False)] == [
+        {"key": key, "config": {"elements": 2048, "num_warps": 4}, "times_as_fast": 1.053}
+    ]
+    assert [*_entries(key, [{rule: times(1.0), better: times(0.99)}], is_certain=False)] == []
+
+
+def test_ways_take_turns_and_what_cannot_be_captured_is_profiled(monkeypatch) -> None:
+    """Where there is no GPU its stream, captures and replays are stand-ins."""
+    from benchmarks.gpu import timing
+    from benchmarks.gpu.context import Context
+
+    way, replayed = [""], []
+
+    def captured(work: Any, stream: Any) -> tuple[str, int, float]:
+        if way[0] == "library":
+            raise RuntimeError("no graph of this")
+        return way[0], 2, 100.0
+
+    def replay(graph: str, times: int) -> list[float]:
+        replayed.append(graph)
+        return [9.0, {"rule": 4.0, "candidate": 2.0}[graph]]
+
+    @contextmanager
+    def inside(name: str) -> Iterator[None]:
+        way[0] = name
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: SimpleNamespace(wait_stream=lambda _: None))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(timing, "_captured", captured)
+    monkeypatch.setattr(timing, "_replay", replay)
+    monkeypatch.setattr(timing, "_profiled", lambda work: [3.0])
+    names = ("rule", "library", "candidate")
+    found = timing.beside(lambda: [print], [partial(inside, name) for name in names], Context())
+    assert [times.p50_ms for times in found] == [2.0, 3.0, 1.0]
+    assert [times.method for times in found] == ["graph", "profiler (no graph of this)", "graph"]
+    assert replayed == ["rule", "candidate"] * 8
+
+
+MACHINE = {
+    "kind": "machine",
+    "operation": "versions",
+    "ok": True,
+    "capability": "9.0",
+    **dict.fromkeys(("gpu", "date", "commit", "torch", "triton"), "x"),
+}
+
+
+def _swept(operation: str, *entries: Any) -> dict[str, Any]:
+    return {"kind": "tune", "operation": operation, "ok": True, "entries": [*entries]}
+
+
+def test_a_file_keeps_what_another_sweep_of_the_machine_found() -> None:
+    first = sweep.document_of([MACHINE, _swept("rope", 1), _swept("adamw", 2)], {}, dry=False)
+    assert first["architecture"] == "sm_90"
+    assert first["entries"] == {"adamw": [2], "rope": [1]}
+    second = sweep.document_of([MACHINE, _swept("rope"), _swept("pack", 3)], first, dry=False)
+    assert second["entries"] == {"adamw": [2], "pack": [3]}
+    assert [run["operations"] for run in second["runs"]] == [["rope", "adamw"], ["rope", "pack"]]
+    other = MACHINE | {"capability": "8.0"}
+    assert sweep.document_of([other, _swept("pack", 4)], first, dry=False)["entries"] == {
+        "pack": [4]
+    }
+    assert "dry" not in first
+    assert sweep.document_of([MACHINE], first, dry=True)["entries"] == {}
+
+
+@pytest.fixture
+def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv(ROWS_VARIABLE, str(tmp_path / "rows.jsonl"))
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
+    yield tmp_path / "rows.jsonl"
+    tuning.forget()
+
+
+def test_a_candidate_that_is_wrong_gets_no_time(rows: Path, monkeypatch) -> None:
+    """Planted: the wrong one is refused by the check of results, the others are timed."""
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+
+    disagreement, wrong = tune.disagreement, _GatherBlocks(2048, 4)
+
+    def planted(*given: Any) -> float:
+        error = disagreement(*given)
+        return 1.0 if _GatherBlocks.chosen(cols=32, itemsize=2) == wrong else error
+
+    monkeypatch.setattr(tune, "disagreement", planted)
+    tune.run("embedding_gather", "", Context(dry=True))
+    *timed, last = read_rows(rows)
+    failed = [row for row in timed if not row["ok"]]
+    assert [row["error"] for row in failed] == [f"{wrong} is off by 1 of the norm"]
+    configs = [row["config"] for row in timed if row["ok"]]
+    assert configs == [str(_GatherBlocks(*each)) for each in ((4096, 4), (4096, 8), (8192, 8))]
+    assert last["operation"] == "embedding_gather"
+    assert len(last["entries"]) <= 1
+
+
+@pytest.mark.slow
+def test_a_dry_sweep_writes_a_file_that_is_refused(tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "tuned.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "sweep.py"), "--dry", "--out", str(out)]
+    done = subprocess.run(
+        [*command, "--only", "accumulate,embedding_gather,attention_dq"],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr + done.stdout
+    document = json.loads(out.read_text())
+    assert document["dry"] is True
+    assert document["runs"][0]["operations"] == ["attention_dq", "accumulate", "embedding_gather"]
+    assert "accumulate" in done.stdout
+    rows = read_rows(out.with_suffix(".jsonl"))
+    assert sum(row["kind"] == "tune" and "config" in row for row in rows) == 9
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(out))
+    tuning.forget()
+    with pytest.raises(ValueError, match=r"tuned\.json: is of a dry run"):
+        _GatherBlocks.chosen(cols=32, itemsize=2)
+    monkeypatch.undo()
+    tuning.forget()

@@ -1,0 +1,294 @@
+"""What a launch is tuned by: rules, measured entries, and what is wrong with a file of them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nanotron_fast.kernels
+from nanotron_fast.kernels.attention.choice import Order, Request, choose_backend
+from nanotron_fast.kernels.cross_entropy.operators import _GradientBlocks
+from nanotron_fast.kernels.embedding import operators as embedding
+from nanotron_fast.kernels.runtime import launch, tuning
+from nanotron_fast.kernels.runtime.tuning import Tuned
+from tests.kernels.checks import assert_close
+from tests.kernels.operations import OPERATIONS, run
+
+BY_NAME = {operation.name: operation for operation in OPERATIONS}
+
+
+def _subclasses(kind: type) -> list[type[Tuned]]:
+    return [each for sub in kind.__subclasses__() for each in (sub, *_subclasses(sub))]
+
+
+def every_class() -> dict[str, type[Tuned]]:
+    package = nanotron_fast.kernels
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)
+    return {each.operation: each for each in _subclasses(Tuned)}
+
+
+@pytest.fixture
+def measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Writes a file of measured entries, and has it count."""
+
+    def write(entries: Any, **others: Any) -> Path:
+        path = tmp_path / "measured.json"
+        document = {"architecture": tuning.architecture(), "entries": entries, **others}
+        path.write_text(json.dumps(document))
+        monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, str(path))
+        tuning.forget()
+        return path
+
+    yield write
+    monkeypatch.undo()
+    tuning.forget()
+
+
+def entry(key: dict[str, int], **config: int) -> dict[str, Any]:
+    return {"key": key, "config": config}
+
+
+def test_every_operation_has_one_class() -> None:
+    assert every_class().keys() == set(tuning.OPERATIONS)
+    assert len(_subclasses(Tuned)) == len(tuning.OPERATIONS)
+
+
+KEY = {"cols": 1024, "itemsize": 2}
+
+
+def test_an_entry_counts_for_its_key_and_the_rule_for_others(measured) -> None:
+    rule = _GradientBlocks.chosen(**KEY)
+    assert rule == _GradientBlocks.rule(**KEY)
+    measured({"cross_entropy_gradient": [entry(KEY, block=512, num_warps=2)]})
+    assert _GradientBlocks.chosen(**KEY) == _GradientBlocks(512, 2)
+    assert _GradientBlocks.chosen(itemsize=2, cols=1024) == _GradientBlocks(512, 2)
+    assert _GradientBlocks.chosen(**KEY | {"itemsize": 4}) == rule
+    assert embedding._GatherBlocks.chosen(**KEY) == embedding._GatherBlocks.rule(**KEY)
+
+
+def test_measured_entries_are_turned_off(measured, monkeypatch) -> None:
+    measured({"cross_entropy_gradient": [entry(KEY, block=512, num_warps=2)]})
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "off")
+    tuning.forget()
+    assert _GradientBlocks.chosen(**KEY) == _GradientBlocks.rule(**KEY)
+
+
+def test_the_package_has_a_file_for_an_architecture(measured, monkeypatch) -> None:
+    path = measured({"cross_entropy_gradient": [entry(KEY, block=512, num_warps=2)]})
+    monkeypatch.delenv(tuning.ENVIRONMENT_VARIABLE)
+    monkeypatch.setattr(tuning, "FOLDER", path.parent)
+    tuning.forget()
+    assert _GradientBlocks.chosen(**KEY) == _GradientBlocks.rule(**KEY)
+    path.rename(path.parent / f"{tuning.architecture()}.json")
+    tuning.forget()
+    assert _GradientBlocks.chosen(**KEY) == _GradientBlocks(512, 2)
+
+
+def test_what_was_chosen_is_looked_up_once(measured, monkeypatch) -> None:
+    monkeypatch.setattr(_GradientBlocks, "rule", classmethod(lambda cls, **key: asked.append(key)))
+    asked: list[Any] = []
+    tuning.forget()
+    for _ in range(3):
+        _GradientBlocks.chosen(**KEY)
+    assert asked == [KEY]
+
+
+MALFORMED: list[tuple[Any, str]] = [
+    ([], "measured entries are an object with `entries`, by operation"),
+    ({"rms_norms": []}, "rms_norms: choose "),
+    ({"cross_entropy_gradient": {}}, "cross_entropy_gradient is no list of entries"),
+    ({"cross_entropy_gradient": [{}]}, r"gradient\[0\]: has no `key` of cols, itemsize"),
+    ({"cross_entropy_gradient": [{"key": KEY}]}, r"\[0\]: has no `config` of block, num_warps"),
+    (
+        {"cross_entropy_gradient": [entry(KEY, block=512, num_warps=2, stages=3)]},
+        r"cross_entropy_gradient\[0\]: unknown field 'stages' of `config`: block, num_warps",
+    ),
+    (
+        {"cross_entropy_gradient": [entry({"cols": 1024}, block=512, num_warps=2)]},
+        r"cross_entropy_gradient\[0\]: field 'itemsize' of `key` is None, no whole number",
+    ),
+    (
+        {"cross_entropy_gradient": [entry(KEY, block=512.0, num_warps=2)]},
+        r"cross_entropy_gradient\[0\]: field 'block' of `config` is 512.0, no whole number",
+    ),
+]
+
+
+@pytest.mark.parametrize(("entries", "message"), MALFORMED, ids=range(len(MALFORMED)))
+def test_a_malformed_file_is_refused(measured, entries, message) -> None:
+    measured(entries)
+    with pytest.raises(ValueError, match=rf"measured\.json: .*{message}"):
+        _GradientBlocks.chosen(**KEY)
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        ({"dry": True}, "is of a dry run"),
+        ({"architecture": "sm_37"}, "was measured on sm_37, and this is"),
+    ],
+)
+def test_another_machine_s_file_is_refused(measured, others, message) -> None:
+    measured({}, **others)
+    with pytest.raises(ValueError, match=message):
+        _GradientBlocks.chosen(**KEY)
+
+
+def test_a_file_that_is_none_is_refused(measured, monkeypatch) -> None:
+    path = measured({})
+    path.write_text("{")
+    with pytest.raises(ValueError, match="measured entries cannot be read: Expecting"):
+        _GradientBlocks.chosen(**KEY)
+    monkeypatch.setenv(tuning.ENVIRONMENT_VARIABLE, "/nowhere.json")
+    with pytest.raises(ValueError, match=r"/nowhere\.json: measured entries cannot be read"):
+        _GradientBlocks.chosen(**KEY)
+
+
+# Operation -> a key that its small case asks for, a configuration that its candidates do not have,
+# and what its launches are given then.
+CHANGED: dict[str, tuple[str, dict[str, int], dict[str, int], dict[str, int]]] = {
+    "cross_entropy": (
+        "cross_entropy_statistics",
+        {"cols": 128, "itemsize": 4},
+        {"per_thread": 8, "num_warps": 1},
+        {"LANES": 64, "num_warps": 1},
+    ),
+    "embedding": (
+        "embedding_sum",
+        {"cols": 32, "itemsize": 4},
+        {"cols": 16, "piece": 8, "tokens": 2, "num_warps": 2},
+        {"COLS": 16, "PIECE": 8, "num_warps": 2},
+    ),
+    "rope_qkv": (
+        "rope",
+        {"head_cols": 16, "itemsize": 4},
+        {"elements": 64, "heads": 2, "num_warps": 2},
+        {"Q_HEADS": 2, "TOKENS": 2, "num_warps": 2},
+    ),
+    "rope_normed": (
+        "rope_normed_backward",
+        {"head_cols": 16, "has_rest": 0, "itemsize": 4},
+        {"elements": 64, "heads": 2, "num_warps": 2},
+        {"Q_HEADS": 2, "TOKENS": 2, "num_warps": 2},
+    ),
+    "rms_norm": (
+        "rms_norm_backward",
+        {"cols": 128, "itemsize": 4},
+        {"rows": 2, "num_warps": 2, "stages": 1},
+        {"ROWS": 2, "STAGES": 1, "num_warps": 2},
+    ),
+    "glu": (
+        "glu_forward",
+        {"cols": 64, "itemsize": 4},
+        {"elements": 32, "num_warps": 1},
+        {"ROWS": 1, "COLS": 32, "num_warps": 1},
+    ),
+    "attention": (
+        "attention_dq",
+        {"block_d": 16, "causal": 1, "options": 1, "documents": 0, "can_tma": 1}
+        | {"size_class": 0, "itemsize": 4},
+        {"block_m": 16, "block_n": 32, "tma": 0, "num_warps": 2, "num_stages": 2},
+        {"BLOCK_M": 16, "BLOCK_N": 32, "num_warps": 2, "num_stages": 2},
+    ),
+    "adamw": (
+        "adamw",
+        {"param_itemsize": 4, "grad_itemsize": 4},
+        {"block": 256, "num_warps": 2},
+        {"BLOCK": 256, "num_warps": 2},
+    ),
+    "clip": (
+        "clip_grads",
+        {"itemsize": 4},
+        {"segment": 512, "block": 128, "num_warps": 2},
+        {"SEGMENT": 512, "BLOCK": 128, "num_warps": 2},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_an_entry_changes_launches_and_no_result(
+    name: str, triton_path, measured, monkeypatch
+) -> None:
+    operation, key, config, constants = CHANGED[name]
+    case = BY_NAME[name]
+    expected = run(case.call, case.make(triton_path))
+    launched = launches_of(monkeypatch)
+    measured({operation: [entry(key, **config)]})
+    results = run(case.call, case.make(triton_path))
+    assert any(constants.items() <= each.items() for each in launched)
+    for mine, other in zip(results, expected, strict=True):
+        assert_close(mine, other, factor=2)  # each rounds once
+
+
+def test_an_entry_spares_a_product_the_tuner(triton_path, measured, monkeypatch) -> None:
+    from nanotron_fast.kernels.matmul import matmul_glu
+
+    x, weight = torch.randn(20, 48, device=triton_path), torch.randn(64, 48, device=triton_path)
+    expected, launched = matmul_glu(x, weight), launches_of(monkeypatch)
+    key = {"tokens_bucket": 32, "num_cols": 32, "num_k": 48, "itemsize": 4}
+    blocks = {"block_m": 16, "block_n": 32, "block_k": 16, "num_stages": 2, "num_warps": 2}
+    measured({"matmul_glu": [entry(key, **blocks)]})
+    assert_close(matmul_glu(x, weight), expected, factor=2)  # each rounds once
+    assert [(each["BLOCK_M"], each["num_stages"]) for each in launched] == [(16, 2)]
+
+
+def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The constants of launches, as they come."""
+    launched: list[dict[str, Any]] = []
+    on_grid: Callable[..., Any] = launch._launch
+
+    def noted(kernel: Any, grid: Any, /, *arguments: Any, **constants: Any) -> None:
+        launched.append(constants)
+        on_grid(kernel, grid, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "_launch", noted)
+    return launched
+
+
+def test_chunks_may_be_smaller_and_never_larger(triton_path, measured) -> None:
+    from nanotron_fast.kernels.linear_cross_entropy import operators
+
+    hidden, weight = torch.empty(4096, 8), torch.empty(1024, 8)
+    key = {"cols": 1024, "itemsize": 4}
+    for logits, expected in ((2**20, 1024), (2**40, 4096)):
+        measured({"linear_cross_entropy": [entry(key, logits=logits)]})
+        parts, buffer = operators._chunks(hidden, weight, 0)
+        assert parts[0] == slice(0, expected)
+        assert buffer.shape == (expected, 1024)
+        assert operators.is_one_chunk(4096, 1024, 0)
+
+
+def test_the_measured_order_of_attention_goes_first(measured) -> None:
+    names = [field.name for field in fields(Order)]
+    ranks = {name: place for place, name in enumerate(reversed(names))}
+    key = {"head_cols": 128, "documents": 0, "options": 0, "training": 1}
+    measured({"attention_order": [entry(key, **ranks | {"triton": 0})]}, architecture="sm_90")
+
+    def chosen(**request: Any) -> tuple[str, str]:
+        return choose_backend(Request(**request), lambda name: "")
+
+    assert chosen() == ("triton", "first of the measured order")
+    assert chosen(head_dim=96)[0] == "triton"
+    assert chosen(head_dim=64) == ("flash_attn_3", "first of the published order")
+    assert chosen(is_training=False) == ("flash_attn_3", "first of the published order")
+    with pytest.raises(ValueError, match="was measured on sm_90, and this is sm_80"):
+        chosen(architecture=80)
+
+
+def test_candidates_are_others_than_the_rule() -> None:
+    for operation, kind in every_class().items():
+        names = kind.rule.__code__.co_varnames[1 : kind.rule.__code__.co_argcount]
+        key = dict.fromkeys(names, 64)
+        candidates = kind.candidates_for(key)
+        # Where there is no rule, Triton's own tuner times what stands in a table.
+        assert bool(candidates) == (kind.rule(**key) is not None), operation
+        assert all(type(each) is kind for each in candidates), operation
