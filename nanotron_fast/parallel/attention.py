@@ -24,6 +24,7 @@ from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.parallel.chunks import AS_THEY_ARE, Order
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     bias_gradient,
@@ -119,12 +120,14 @@ def _qkv(
     layout: _Layout,
     *,
     keeps_gathered: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """Packed QKV after rotary, and the gathered x if it is to be kept."""
+) -> tuple[Tensor, Tensor | None, Order]:
+    """Packed QKV after rotary, the gathered x if it is to be kept, and its rows' order."""
     turning: dict[str, Any] = {**layout.turning, "position_ids": rotary.position_ids}
     if layout.scatters:
         # All ranks must communicate alike, and each measures the fused product for itself.
-        packed, whole = gather_linear(x, weight, bias, layout.ranks, keeps_gathered=keeps_gathered)
+        packed, whole, order = gather_linear(
+            x, weight, bias, layout.ranks, keeps_gathered=keeps_gathered
+        )
     elif prefers_fused(
         "rope",
         tokens=x.shape[0],
@@ -133,10 +136,11 @@ def _qkv(
         dtype=x.dtype,
         device=x.device,
     ):
-        return matmul_rope(x, weight, bias, rotary.cos, rotary.sin, **turning), x
+        packed = matmul_rope(x, weight, bias, rotary.cos, rotary.sin, **turning)
+        return packed, x, AS_THEY_ARE
     else:
-        packed, whole = torch.nn.functional.linear(x, weight, bias), x
-    return rope_qkv_(packed, rotary.cos, rotary.sin, **turning), whole
+        packed, whole, order = torch.nn.functional.linear(x, weight, bias), x, AS_THEY_ARE
+    return rope_qkv_(packed, rotary.cos, rotary.sin, **turning), whole, order
 
 
 class _Attention(torch.autograd.Function):
@@ -155,7 +159,7 @@ class _Attention(torch.autograd.Function):
         recompute: bool,
     ) -> tuple[Tensor, Tensor]:
         rotary = _Rotary(cos, sin, position_ids)
-        packed, _ = _qkv(x, qkv_weight, qkv_bias, rotary, layout, keeps_gathered=False)
+        packed, _, _ = _qkv(x, qkv_weight, qkv_bias, rotary, layout, keeps_gathered=False)
         q, k, v = layout.split(packed, cu_seqlens is not None)
         out, lse = attention_forward(q, k, v, **layout.options(cu_seqlens))
         ctx.save_for_backward(
@@ -177,13 +181,17 @@ class _Attention(torch.autograd.Function):
         needs_x, needs_qkv, needs_bias, needs_o = ctx.needs_input_grad[:4]
         rotary = _Rotary(cos, sin, position_ids)
         dy = dy.contiguous()
-        gathering = None
+        gathering, x_order, dy_order = None, AS_THEY_ARE, AS_THEY_ARE
+        regathers = layout.scatters and packed is not None and needs_qkv
         if packed is None:
-            packed, x = _qkv(x, weight, bias, rotary, layout, keeps_gathered=True)
-        elif layout.scatters:
-            gathering = start_all_gather(x, layout.ranks)
+            packed, x, x_order = _qkv(x, weight, bias, rotary, layout, keeps_gathered=needs_qkv)
         if layout.scatters:
-            d_out, dy = gather_linear(dy, o_weight.t(), None, layout.ranks)
+            d_out, dy, dy_order = gather_linear(
+                dy, o_weight.t(), None, layout.ranks, keeps_gathered=needs_o
+            )
+            # Behind dy, which is needed first: beside attention's backward.
+            if regathers:
+                gathering = start_all_gather(x, layout.ranks)
         else:
             d_out = dy @ o_weight
         is_varlen = cu_seqlens is not None
@@ -203,13 +211,21 @@ class _Attention(torch.autograd.Function):
             interleaved=layout.interleaved,
         )
         del gradients
-        dx = input_gradient(d_packed, weight, layout.mode, layout.ranks) if needs_x else None
-        d_o = None
+        dx = d_weight = d_bias = d_o = None
+        if needs_x:
+            dx = input_gradient(
+                *(d_packed, weight, layout.mode, layout.ranks),
+                is_early=gathering is None,
+                is_last=not (needs_o or needs_qkv),
+            )
         if needs_o:
-            d_o = weight_gradient(dy, layout.as_rows(out), ctx.main_grads[2])
-        x = x if gathering is None else gathering.wait()
-        d_weight = weight_gradient(d_packed, x, ctx.main_grads[0]) if needs_qkv else None
-        d_bias = bias_gradient(d_packed, ctx.main_grads[1]) if needs_bias else None
+            rows = dy_order.arranged(layout.as_rows(out))
+            d_o = weight_gradient(dy, rows, ctx.main_grads[2])
+        if needs_bias:
+            d_bias = bias_gradient(d_packed, ctx.main_grads[1])
+        if needs_qkv:
+            x = x if gathering is None else gathering.wait()
+            d_weight = weight_gradient(x_order.arranged(d_packed), x, ctx.main_grads[0])
         dx = None if dx is None else dx.wait()
         return dx, d_weight, d_bias, d_o, None, None, None, None, None, None
 

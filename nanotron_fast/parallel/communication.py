@@ -41,6 +41,17 @@ class Pending:
 
 
 @dataclass
+class Together:
+    """Several tensors' ways, as the work of one `Pending`."""
+
+    pending: Sequence[Pending]
+
+    def wait(self) -> None:
+        for each in self.pending:
+            each.wait()
+
+
+@dataclass
 class PendingTensors:
     """Tensors that are on their way together."""
 
@@ -62,8 +73,12 @@ def start_all_reduce(tensor: Tensor, ranks: Ranks) -> Pending:
     return Pending(tensor, dist.all_reduce(tensor, group=_group(ranks), async_op=True))
 
 
-def start_all_gather(tensor: Tensor, ranks: Ranks) -> Pending:
-    """(rows, ...) -> (size * rows, ...), the ranks' rows one after another."""
+def start_all_gather(tensor: Tensor, ranks: Ranks, *, out: Tensor | None = None) -> Pending:
+    """(rows, ...) -> (size * rows, ...), the ranks' rows one after another.
+
+    Args:
+        out: where they go to, contiguous, if that is there already. Not to be traced.
+    """
     if ranks.size == 1:
         return Pending(tensor)
     tensor = tensor.contiguous()
@@ -72,12 +87,15 @@ def start_all_gather(tensor: Tensor, ranks: Ranks) -> Pending:
         return Pending(collectives.all_gather(tensor, ranks).view(shape))
     # Renamed in torch 2.13.
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    out = tensor.new_empty(shape)
+    out = tensor.new_empty(shape) if out is None else out
     return Pending(out, gather(out, tensor, group=_group(ranks), async_op=True))
 
 
-def start_reduce_scatter(tensor: Tensor, ranks: Ranks) -> Pending:
+def start_reduce_scatter(tensor: Tensor, ranks: Ranks, *, out: Tensor | None = None) -> Pending:
     """(size * rows, ...) -> (rows, ...), summed over ranks.
+
+    Args:
+        out: where the sum goes to, contiguous, if that is there already. Not to be traced.
 
     Raises TopologyError where the rows do not divide.
     """
@@ -89,7 +107,8 @@ def start_reduce_scatter(tensor: Tensor, ranks: Ranks) -> Pending:
     if torch.compiler.is_compiling():
         return Pending(collectives.reduce_scatter(tensor, ranks))
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    out = tensor.new_empty((tensor.shape[0] // ranks.size, *tensor.shape[1:]))
+    if out is None:
+        out = tensor.new_empty((tensor.shape[0] // ranks.size, *tensor.shape[1:]))
     return Pending(out, scatter(out, tensor, group=_group(ranks), async_op=True))
 
 

@@ -21,6 +21,7 @@ from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.parallel.chunks import AS_THEY_ARE
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     bias_gradient,
@@ -28,6 +29,7 @@ from nanotron_fast.parallel.products import (
     input_gradient,
     linear_all_reduce,
     linear_scatter,
+    row_gradients,
     weight_gradient,
 )
 
@@ -49,15 +51,18 @@ class _ColumnLinear(torch.autograd.Function):
         mode: str,
         recompute_allgather: bool,
     ) -> Tensor:
-        gathers = mode == "reduce_scatter"
-        if gathers:
-            y, gathered = gather_linear(
+        ctx.regathers = mode == "reduce_scatter" and recompute_allgather
+        ctx.order = AS_THEY_ARE
+        kept: Tensor | None = x
+        if mode == "reduce_scatter":
+            y, gathered, order = gather_linear(
                 x, weight, bias, ranks, keeps_gathered=not recompute_allgather
             )
+            if not recompute_allgather:
+                kept, ctx.order = gathered, order
         else:
-            y, gathered = torch.nn.functional.linear(x, weight, bias), x
-        ctx.regathers = gathers and recompute_allgather
-        ctx.save_for_backward(x if ctx.regathers else gathered, weight)
+            y = torch.nn.functional.linear(x, weight, bias)
+        ctx.save_for_backward(kept, weight)
         ctx.main_grads = main_gradients(weight, bias)
         ctx.ranks, ctx.mode = ranks, mode
         return y
@@ -67,14 +72,20 @@ class _ColumnLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = dy.contiguous()
+        # x travels behind the product for dx, and dx behind that for dw.
         gathering = start_all_gather(x, ctx.ranks) if ctx.regathers and needs_weight else None
-        dx = input_gradient(dy, weight, ctx.mode, ctx.ranks) if needs_x else None
-        dw = db = None
-        if needs_weight:
-            x = x if gathering is None else gathering.wait()
-            dw = weight_gradient(dy, x, ctx.main_grads[0])
+        dx = dw = db = None
+        if needs_x:
+            dx = input_gradient(
+                *(dy, weight, ctx.mode, ctx.ranks),
+                is_early=gathering is None,
+                is_last=not needs_weight,
+            )
         if needs_bias:
             db = bias_gradient(dy, ctx.main_grads[1])
+        if needs_weight:
+            x = x if gathering is None else gathering.wait()
+            dw = weight_gradient(ctx.order.arranged(dy), x, ctx.main_grads[0])
         return None if dx is None else dx.wait(), dw, db, None, None, None
 
 
@@ -103,16 +114,17 @@ class _RowLinear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = dy.contiguous()
         dx = dw = db = None
-        if ctx.mode == "reduce_scatter":
-            if needs_x:
-                # Gathered in chunks, each multiplied as it arrives.
-                dx, dy = gather_linear(dy, weight.t(), None, ctx.ranks)
-            else:
+        if ctx.mode == "reduce_scatter" and needs_x:
+            dx, dw, dy = row_gradients(
+                dy, x, weight, ctx.main_grads[0], ctx.ranks, is_asked=needs_weight
+            )
+        else:
+            if ctx.mode == "reduce_scatter":
                 dy = start_all_gather(dy, ctx.ranks).wait()
-        elif needs_x:
-            dx = dy @ weight
-        if needs_weight:
-            dw = weight_gradient(dy, x, ctx.main_grads[0])
+            elif needs_x:
+                dx = dy @ weight
+            if needs_weight:
+                dw = weight_gradient(dy, x, ctx.main_grads[0])
         if needs_bias:
             db = bias_gradient(dy, ctx.main_grads[1])
         return dx, dw, db, None, None

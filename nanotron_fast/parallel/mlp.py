@@ -19,6 +19,7 @@ from nanotron_fast.kernels.matmul import matmul_glu, prefers_fused
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.parallel.chunks import AS_THEY_ARE
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
     gather_linear,
@@ -58,7 +59,7 @@ class _Mlp(torch.autograd.Function):
                 h, gate_up = h
         else:
             if scatters:
-                gate_up, _ = gather_linear(x, gate_up_weight, None, ranks, keeps_gathered=False)
+                gate_up, _, _ = gather_linear(x, gate_up_weight, None, ranks, keeps_gathered=False)
             else:
                 gate_up = torch.nn.functional.linear(x, gate_up_weight)
             h = glu_forward(gate_up, activation)
@@ -71,25 +72,39 @@ class _Mlp(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up_weight, down_weight, gate_up = ctx.saved_tensors
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]
-        ranks = ctx.ranks
+        ranks, scatters = ctx.ranks, ctx.mode == "reduce_scatter"
         dy = dy.contiguous()
-        gathering = None
-        if ctx.mode == "reduce_scatter":
+        gathering, x_order, dy_order = None, AS_THEY_ARE, AS_THEY_ARE
+        if scatters:
+            regathers = gate_up is not None
             if gate_up is None:
-                gate_up, x = gather_linear(x, gate_up_weight, None, ranks)
-            else:
+                gate_up, x, x_order = gather_linear(
+                    x, gate_up_weight, None, ranks, keeps_gathered=needs_gate_up
+                )
+            dh, dy, dy_order = gather_linear(
+                dy, down_weight.t(), None, ranks, keeps_gathered=needs_down
+            )
+            # Behind dy, which is needed first: beside the passes and the product for dx.
+            if regathers and needs_gate_up:
                 gathering = start_all_gather(x, ranks)
-            dh, dy = gather_linear(dy, down_weight.t(), None, ranks)
         else:
             if gate_up is None:
                 gate_up = torch.nn.functional.linear(x, gate_up_weight)
             dh = dy @ down_weight
         d_gate_up, h = glu_backward(dh, gate_up, ctx.activation, with_output=True)
         del dh, gate_up
-        dx = input_gradient(d_gate_up, gate_up_weight, ctx.mode, ranks) if needs_x else None
-        d_down = weight_gradient(dy, h, ctx.main_grads[1]) if needs_down else None
-        x = x if gathering is None else gathering.wait()
-        dw = weight_gradient(d_gate_up, x, ctx.main_grads[0]) if needs_gate_up else None
+        dx = d_down = dw = None
+        if needs_x:
+            dx = input_gradient(
+                *(d_gate_up, gate_up_weight, ctx.mode, ranks),
+                is_early=gathering is None,
+                is_last=not (needs_down or needs_gate_up),
+            )
+        if needs_down:
+            d_down = weight_gradient(dy, dy_order.arranged(h), ctx.main_grads[1])
+        if needs_gate_up:
+            x = x if gathering is None else gathering.wait()
+            dw = weight_gradient(x_order.arranged(d_gate_up), x, ctx.main_grads[0])
         return None if dx is None else dx.wait(), dw, d_down, None, None, None, None
 
 

@@ -8,11 +8,11 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch.distributed import _symmetric_memory
 from torch.distributed.device_mesh import init_device_mesh
 
 from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear
 from tests.parallel.ranks import check, join, leaf, run_cases, shard, with_chunks
+from tests.parallel.stand_ins import agreed, fused_products
 
 IN, OUT = 12, 24
 MODES = ("all_reduce", "reduce_scatter")
@@ -88,47 +88,38 @@ def main_gradients(mode: str, mesh) -> None:
     check(layer.bias.main_grad, 1 + dy.double().sum(0), "main grad of the bias", 1e-5)
 
 
-def with_symmetric_memory(case: Callable[[], None], group) -> None:
+def with_symmetric_memory(case: Callable[[], None]) -> None:
     """The same case over torch's fused products, whose plain path serves a CPU here."""
-    calls = []
-
-    def gather(*args, **kwargs):
-        calls.append("gather")
-        return _symmetric_memory._fused_all_gather_matmul_fallback(*args, **kwargs)
-
-    def scatter(*args):
-        calls.append("scatter")
-        return _symmetric_memory._fused_matmul_reduce_scatter_fallback(*args)
-
-    with torch.library._scoped_library("symm_mem", "IMPL") as library:
-        library.impl("fused_all_gather_matmul", gather, "CPU")
-        library.impl("fused_matmul_reduce_scatter", scatter, "CPU")
-        with _symmetric_memory._test_mode({group.group_name}):
-            with_chunks(case)
+    with fused_products() as calls, agreed(True):
+        with_chunks(case)
     assert calls
 
 
-def cases(mesh, group) -> Iterator[tuple[str, Callable[[], None]]]:
+def cases(mesh) -> Iterator[tuple[str, Callable[[], None]]]:
     for mode, recompute, bias, shape in product(
         MODES, (False, True), (False, True), ((8,), (16, 2), (20,))
     ):
         case = partial(column, mode, recompute, bias, shape, mesh)
         yield f"column {mode} {recompute} {bias} {shape}", case
         yield f"column in chunks {mode} {recompute} {bias} {shape}", partial(with_chunks, case)
+        yield (
+            f"column, own rows with others' {mode} {recompute} {bias} {shape}",
+            partial(with_chunks, case, min_product_rows=mesh.size() - 1),
+        )
     for mode, bias, shape in product(MODES, (False, True), ((8,), (16, 2), (20,))):
         case = partial(row, mode, bias, shape, mesh)
         yield f"row {mode} {bias} {shape}", case
         yield f"row in chunks {mode} {bias} {shape}", partial(with_chunks, case)
     for bias in (False, True):
         case = partial(column, "reduce_scatter", True, bias, (16,), mesh)
-        yield "column over symmetric memory", partial(with_symmetric_memory, case, group)
+        yield "column over symmetric memory", partial(with_symmetric_memory, case)
         # A bias on rank 0 alone must not send it another way than the others.
         case = partial(row, "reduce_scatter", bias, (16,), mesh)
-        yield "row over symmetric memory", partial(with_symmetric_memory, case, group)
+        yield "row over symmetric memory", partial(with_symmetric_memory, case)
     for mode in MODES:
         yield f"main gradients {mode}", partial(main_gradients, mode, mesh)
 
 
 if __name__ == "__main__":
     group = join()
-    run_cases(cases(init_device_mesh("cpu", (group.size(),)), group))
+    run_cases(cases(init_device_mesh("cpu", (group.size(),))))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nanotron_fast.parallel import products
+from nanotron_fast.parallel import chunks
 from tests import forks
 
 ROOT = Path(__file__).parents[2]
@@ -63,13 +63,20 @@ def run_cases(cases: Iterable[tuple[str, Callable[[], None]]]) -> None:
     os._exit(0)
 
 
-def with_chunks(case: Callable[[], None]) -> None:
-    """The same case with its communication cut into chunks, whatever its size."""
-    threshold, products.MIN_ROWS = products.MIN_ROWS, 1
+def with_chunks(case: Callable[[], None], *, min_product_rows: int = 1) -> None:
+    """The same case with its communication cut into chunks, whatever its size.
+
+    With more rows to a product than there are, own rows are multiplied together with the others'.
+    """
+    names = ("MIN_ROWS", "MIN_PRODUCT_ROWS", "TILE_ROWS")
+    kept = [getattr(chunks, name) for name in names]
     try:
+        for name, value in zip(names, (1, min_product_rows, 1), strict=True):
+            setattr(chunks, name, value)
         case()
     finally:
-        products.MIN_ROWS = threshold
+        for name, value in zip(names, kept, strict=True):
+            setattr(chunks, name, value)
 
 
 def shard(tensor: Tensor, dim: int, chunks: list[int] | None = None) -> Tensor:
