@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-binary",
         action="store_true",
-        help="compile every kernel launch for every architecture, not for sm_90 alone",
+        help="compile every kernel launch in every configuration for every architecture",
     )
 
 

@@ -28,7 +28,8 @@ def compiled(request: pytest.FixtureRequest) -> dict[str, list[str]]:
     """What is said of each module that a test here is about, the last line of all the count.
 
     From one process for all, which imports torch once; for here kernels are interpreted. Without
-    --every-binary two launches of a kernel stand for all of them on sm_80 and sm_100.
+    --every-binary an autotuned launch has one of its configurations, and two launches of a kernel
+    stand for all of them on sm_80 and sm_100.
     """
     brief = () if request.config.getoption("--every-binary") else ("--brief",)
     tests = [item for item in request.session.items if item.path == request.path]

@@ -5,13 +5,13 @@
 Each module beside this one lists FILES of kernels/ that it is for, every kernel of which it must
 launch, and CASES: functions that call the public operations on CPU tensors.
 A launch is not run: it is caught, and compiled with the very arguments it was given, once for every
-configuration where the kernel is autotuned; with --brief all of them for sm_90, and the first and
-the last of each kernel for the others; with --candidates by the configurations that a sweep times
-beside those of the rules, and by those alone. Prints a line for each binary with registers, spills,
-shared memory, and loads, stores and asynchronous copies of 16 bytes. Exits with 1 where one does
-not compile, spills without standing in ALLOWED_SPILLS, wants more shared memory than the
-architecture has, or asks for stages and has no copies. The lines of a module follow one that begins
-with `==`.
+configuration where the kernel is autotuned. With --brief the launches of an autotuned kernel take
+its configurations in turn, and but for sm_90 the first and the last launch of each kernel stand for
+all. With --candidates they are compiled by the configurations that a sweep times beside those of
+the rules, and by those alone. Prints a line for each binary with registers, spills, shared memory,
+and loads, stores and asynchronous copies of 16 bytes. Exits with 1 where one does not compile,
+spills without standing in ALLOWED_SPILLS, wants more shared memory than the architecture has, or
+asks for stages and has no copies. The lines of a module follow one that begins with `==`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -151,8 +152,9 @@ def _launch(function: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]
     )
 
 
-def _catch(launches: dict[Launch, None]) -> None:
+def _catch(launches: dict[Launch, None], *, is_brief: bool) -> None:
     """Replaces every way to launch a kernel by one that notes the launch."""
+    turns: Counter[Autotuner] = Counter()
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         if callable(grid):
@@ -164,7 +166,11 @@ def _catch(launches: dict[Launch, None]) -> None:
     def autotuned(self: Autotuner, *args: Any, **kwargs: Any) -> None:
         named = dict(zip(self.arg_names, args, strict=False))
         self.nargs = named
-        for config in self.prune_configs(kwargs) or self.configs:
+        configs = self.prune_configs(kwargs) or self.configs
+        if is_brief:
+            configs = [configs[turns[self] % len(configs)]]
+            turns[self] += 1
+        for config in configs:
             self.fn.run(*args, **{**kwargs, **config.all_kwargs()})
 
     JITFunction.run = run
@@ -341,7 +347,7 @@ def main() -> int:
     names = options.modules or [name for name in names if name != "__main__"]
     modules = {name: importlib.import_module(f"tests.kernels.compiling.{name}") for name in names}
     launches: dict[Launch, None] = {}
-    _catch(launches)
+    _catch(launches, is_brief=options.brief)
     jobs: dict[str, list[tuple[Launch, int]]] = {name: [] for name in modules}
     problems: dict[str, dict[str, None]] = {name: {} for name in modules}
     for architecture in options.arch:
