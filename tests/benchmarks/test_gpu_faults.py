@@ -27,7 +27,9 @@ KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 _numbers = itertools.count()
 
 
-def _load(source: str, near: ModuleType, folder: Path) -> ModuleType:
+def _load(
+    source: str, near: ModuleType, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> ModuleType:
     """A module of this source, whose operators have names of their own."""
     name = f"{near.__name__}_planted_{next(_numbers)}"
     path = folder / f"{name}.py"
@@ -36,6 +38,7 @@ def _load(source: str, near: ModuleType, folder: Path) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where its dataclasses look for their types
     spec.loader.exec_module(module)
     return module
 
@@ -46,7 +49,7 @@ def plant(file: str, old: str, new: str, folder: Path, monkeypatch: pytest.Monke
     assert text.count(old) == 1, f"{file} has {text.count(old)} of {old!r}"
     name = re.sub(r"/__init__$|\.py$", "", file).replace("/", ".")
     original = importlib.import_module(f"nanotron_fast.kernels.{name}")
-    changed = _load(text.replace(old, new), original, folder)
+    changed = _load(text.replace(old, new), original, folder, monkeypatch)
     kernels = {
         id(value): getattr(changed, label)
         for label, value in vars(original).items()
