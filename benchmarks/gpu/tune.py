@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -95,11 +96,15 @@ def _timed(
 
 
 def _by_triton(kind: type[Tuned], operation: str, context: Context) -> dict[Tuned, Times]:
-    """What Triton's tuner has just timed, the fastest last; nothing where it has not."""
+    """What Triton's tuner has just timed, the fastest last; nothing where it has not.
+
+    Without those that do not fit on this GPU, whose time is infinite.
+    """
     module, name = AUTOTUNED[operation]
     kernel = getattr(importlib.import_module(f"nanotron_fast.kernels.{module}"), name)
     timings = {} if context.dry else kernel.configs_timings
-    ordered = sorted(timings.items(), key=lambda item: -item[1][0])
+    finite = [item for item in timings.items() if math.isfinite(item[1][0])]
+    ordered = sorted(finite, key=lambda item: -item[1][0])
     return {
         kind.of(config): Times(p20, p50, p80, "Triton's") for config, (p50, p20, p80) in ordered
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,6 +76,23 @@ def test_faster_is_by_more_than_noise() -> None:
         {"key": key, "config": {"elements": 2048, "num_warps": 4}, "times_as_fast": 1.053}
     ]
     assert [*_entries(key, [{rule: times(1.0), better: times(0.99)}], is_certain=False)] == []
+
+
+def test_what_does_not_fit_on_the_gpu_is_no_entry(monkeypatch) -> None:
+    """Triton's tuner gives it a time that is infinite."""
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+    from nanotron_fast.kernels.attention.configs import FORWARD, ForwardBlocks
+    from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
+
+    too_large, fast, slow = FORWARD[128]
+    timings = {too_large: [math.inf] * 3, fast: [2.0, 1.9, 2.1], slow: [3.0, 2.9, 3.1]}
+    monkeypatch.setattr(forward_kernel, "configs_timings", timings, raising=False)
+    times = tune._by_triton(ForwardBlocks, "attention_forward", Context())
+    assert [*times] == [ForwardBlocks.of(slow), ForwardBlocks.of(fast)]
+    (entry,) = tune._entries({"block_d": 128}, [times], is_certain=True)
+    assert ForwardBlocks(**entry["config"]).config().all_kwargs() == fast.all_kwargs()
+    assert entry["times_as_fast"] == 1.5
 
 
 def test_ways_take_turns_and_what_cannot_be_captured_is_profiled(monkeypatch) -> None:
