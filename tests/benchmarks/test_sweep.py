@@ -154,6 +154,9 @@ def test_a_file_keeps_what_another_sweep_of_the_machine_found() -> None:
     assert sweep.document_of([other, _swept("pack", 4)], first, dry=False)["entries"] == {
         "pack": [4]
     }
+    by_hand = {"architecture": "sm_90", "entries": {"adamw": [5]}}  # all that kernels read
+    third = sweep.document_of([MACHINE, _swept("pack", 3)], by_hand, dry=False)
+    assert third["entries"] == {"adamw": [5], "pack": [3]}
     assert "dry" not in first
     assert sweep.document_of([MACHINE], first, dry=True)["entries"] == {}
 
