@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.cases.case import Case, Setting
 from benchmarks.gpu.cases.registry import cases_of
@@ -82,13 +83,17 @@ def _timed(
     if operation in AUTOTUNED:
         return kind, key, _by_triton(kind, operation, context)
     expected, configs = expected_of(case), [kind.rule(**key)]
+    about: Row = {"kind": "tune", "operation": operation, "variant": case.shape}
     for config in kind.candidates_for(key):
-        with _picked(config):
-            error = disagreement(case, variant, expected)
+        try:
+            with _picked(config):
+                error = disagreement(case, variant, expected)
+        except OutOfResources as does_not_fit:
+            emit(about | {"ok": None, "note": f"{config}: {does_not_fit}"})
+            continue
         if error <= case.tolerance:
             configs.append(config)
         else:
-            about: Row = {"kind": "tune", "operation": operation, "variant": case.shape}
             emit(about | {"ok": False, "error": f"{config} is off by {error:.3g} of the norm"})
     del expected
     times = beside(works, [partial(_picked, config) for config in configs], context)

@@ -191,6 +191,28 @@ def test_a_candidate_that_is_wrong_gets_no_time(rows: Path, monkeypatch) -> None
     assert len(last["entries"]) <= 1
 
 
+def test_a_candidate_that_does_not_fit_is_left_out(rows: Path, monkeypatch) -> None:
+    """Planted: one takes more shared memory than there is; the others are timed."""
+    from triton.runtime.errors import OutOfResources
+
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+
+    disagreement, too_large = tune.disagreement, _GatherBlocks(2048, 4)
+
+    def planted(*given: Any) -> float:
+        if _GatherBlocks.chosen(cols=32, itemsize=2) == too_large:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return disagreement(*given)
+
+    monkeypatch.setattr(tune, "disagreement", planted)
+    tune.run("embedding_gather", "", Context(dry=True))
+    left_out, *timed, _ = read_rows(rows)
+    assert left_out["ok"] is None
+    assert left_out["note"].startswith(f"{too_large}: out of resource: shared memory")
+    assert [row["ok"] for row in timed] == [True] * 3
+
+
 @pytest.mark.slow
 def test_a_dry_sweep_writes_a_file_that_is_refused(tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "tuned.json"
