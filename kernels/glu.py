@@ -45,16 +45,17 @@ def _activate_reference(gate: Tensor, activation: str) -> Tensor:
     return torch.nn.functional.gelu(gate, approximate="none" if activation == "gelu" else "tanh")
 
 
-def _slope_into(out: Tensor, factor: Tensor, gate: Tensor, activation: str) -> None:
-    """out = factor * act'(gate), by torch's own backward passes."""
-    if activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(factor, gate, grad_input=out)
-        return
-    # Past 30 the slope is 0 or 1 to the last bit, and torch's tanh would overflow further out.
-    approximate = "none" if activation == "gelu" else "tanh"
-    torch.ops.aten.gelu_backward.grad_input(
-        factor, gate.clamp(-30, 30), approximate=approximate, grad_input=out
-    )
+def _slope(factor: Tensor, gate: Tensor, activation: str, out: Tensor | None = None) -> Tensor:
+    """factor * act'(gate), by torch's own backward passes; into `out` where that is given."""
+    operators, options = torch.ops.aten.silu_backward, {}
+    if activation != "silu":
+        operators = torch.ops.aten.gelu_backward
+        options["approximate"] = "none" if activation == "gelu" else "tanh"
+        # Past 30 the slope is 0 or 1 to the last bit, and torch's tanh would overflow further out.
+        gate = gate.clamp(-30, 30)
+    if out is None:
+        return operators(factor, gate, **options)
+    return operators.grad_input(factor, gate, **options, grad_input=out)
 
 
 def glu_reference(gate_up: Tensor, activation: str = "silu") -> Tensor:
@@ -71,10 +72,14 @@ def glu_backward_reference(
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = gate_up.to(wide).chunk(2, -1)
     activated, dh = _activate_reference(gate, activation), dy.to(wide)
-    d_gate_up = torch.empty_like(gate_up, dtype=wide, memory_format=torch.contiguous_format)
-    d_gate, d_up = d_gate_up.chunk(2, -1)
-    torch.mul(dh, activated, out=d_up)
-    _slope_into(d_gate, dh * up, gate, activation)
+    if torch.compiler.is_compiling():  # an out= that is not contiguous is refused in a backward
+        halves = (_slope(dh * up, gate, activation), dh * activated)
+        d_gate_up = torch.cat(halves, -1)
+    else:
+        d_gate_up = torch.empty_like(gate_up, dtype=wide, memory_format=torch.contiguous_format)
+        d_gate, d_up = d_gate_up.chunk(2, -1)
+        torch.mul(dh, activated, out=d_up)
+        _slope(dh * up, gate, activation, out=d_gate)
     d_gate_up = d_gate_up.to(gate_up.dtype)
     return (d_gate_up, activated.mul_(up).to(gate_up.dtype)) if with_output else d_gate_up
 

@@ -103,7 +103,7 @@ def document_of(rows: list[Row], before: dict[str, Any], *, dry: bool) -> dict[s
     architecture = "cpu" if dry else "sm_" + machine["capability"].replace(".", "")
     # What another machine measured says nothing of this one.
     is_same = before.get("architecture") == architecture and bool(before.get("dry")) == dry
-    runs, entries = (before["runs"], dict(before["entries"])) if is_same else ([], {})
+    runs, entries = (before.get("runs", []), dict(before["entries"])) if is_same else ([], {})
     about = {key: machine[key] for key in ("gpu", "date", "commit", "torch", "triton")}
     for row in rows:
         if row["kind"] == "tune" and "entries" in row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -10,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from triton.runtime.errors import OutOfResources
 
 from benchmarks.gpu.cases.case import Case, Setting
 from benchmarks.gpu.cases.registry import cases_of
@@ -81,13 +83,17 @@ def _timed(
     if operation in AUTOTUNED:
         return kind, key, _by_triton(kind, operation, context)
     expected, configs = expected_of(case), [kind.rule(**key)]
+    about: Row = {"kind": "tune", "operation": operation, "variant": case.shape}
     for config in kind.candidates_for(key):
-        with _picked(config):
-            error = disagreement(case, variant, expected)
+        try:
+            with _picked(config):
+                error = disagreement(case, variant, expected)
+        except OutOfResources as does_not_fit:
+            emit(about | {"ok": None, "note": f"{config}: {does_not_fit}"})
+            continue
         if error <= case.tolerance:
             configs.append(config)
         else:
-            about: Row = {"kind": "tune", "operation": operation, "variant": case.shape}
             emit(about | {"ok": False, "error": f"{config} is off by {error:.3g} of the norm"})
     del expected
     times = beside(works, [partial(_picked, config) for config in configs], context)
@@ -95,11 +101,15 @@ def _timed(
 
 
 def _by_triton(kind: type[Tuned], operation: str, context: Context) -> dict[Tuned, Times]:
-    """What Triton's tuner has just timed, the fastest last; nothing where it has not."""
+    """What Triton's tuner has just timed, the fastest last; nothing where it has not.
+
+    Without those that do not fit on this GPU, whose time is infinite.
+    """
     module, name = AUTOTUNED[operation]
     kernel = getattr(importlib.import_module(f"nanotron_fast.kernels.{module}"), name)
     timings = {} if context.dry else kernel.configs_timings
-    ordered = sorted(timings.items(), key=lambda item: -item[1][0])
+    finite = [item for item in timings.items() if math.isfinite(item[1][0])]
+    ordered = sorted(finite, key=lambda item: -item[1][0])
     return {
         kind.of(config): Times(p20, p50, p80, "Triton's") for config, (p50, p20, p80) in ordered
     }

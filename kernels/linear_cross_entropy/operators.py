@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient_, statistics
+from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
@@ -155,8 +156,10 @@ def logits_buffer(hidden: Tensor, num_rows: int, num_cols: int) -> Tensor:
 def _chunks(hidden: Tensor, weight: Tensor, chunk_tokens: int) -> tuple[list[slice], Tensor]:
     """Slices of the tokens, and the buffer for the logits of one."""
     num_tokens, num_cols = hidden.shape[0], weight.shape[0]
-    tuned = _Chunk.chosen(cols=next_power_of_2(num_cols), itemsize=hidden.element_size())
-    logits = min(tuned.logits, _CHUNK_LOGITS)
+    logits = _CHUNK_LOGITS
+    if uses_triton(hidden):  # what was measured is of a GPU
+        tuned = _Chunk.chosen(cols=next_power_of_2(num_cols), itemsize=hidden.element_size())
+        logits = min(tuned.logits, _CHUNK_LOGITS)
     chunk = chunk_tokens or default_chunk_tokens(num_tokens, num_cols, logits)
     chunk = max(min(chunk, num_tokens), 1)
     parts = [slice(at, min(at + chunk, num_tokens)) for at in range(0, num_tokens, chunk)]

@@ -69,7 +69,8 @@ AS_THEY_ARE = Order(1, ((0, 0),))
 
 def is_large(total: int, ranks: Ranks) -> bool:
     """Whether communication may run beside a product of so many rows, over all ranks."""
-    return ranks.size > 1 and total >= MIN_ROWS and not torch.compiler.is_compiling()
+    # What is traced is not asked for its size: one graph holds for all sizes.
+    return ranks.size > 1 and not torch.compiler.is_compiling() and total >= MIN_ROWS
 
 
 def order_of(rows: int, ranks: Ranks, *, total: int, blocks: int) -> Order:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -77,6 +78,23 @@ def test_faster_is_by_more_than_noise() -> None:
     assert [*_entries(key, [{rule: times(1.0), better: times(0.99)}], is_certain=False)] == []
 
 
+def test_what_does_not_fit_on_the_gpu_is_no_entry(monkeypatch) -> None:
+    """Triton's tuner gives it a time that is infinite."""
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+    from nanotron_fast.kernels.attention.configs import FORWARD, ForwardBlocks
+    from nanotron_fast.kernels.attention.kernels.forward import forward_kernel
+
+    too_large, fast, slow = FORWARD[128]
+    timings = {too_large: [math.inf] * 3, fast: [2.0, 1.9, 2.1], slow: [3.0, 2.9, 3.1]}
+    monkeypatch.setattr(forward_kernel, "configs_timings", timings, raising=False)
+    times = tune._by_triton(ForwardBlocks, "attention_forward", Context())
+    assert [*times] == [ForwardBlocks.of(slow), ForwardBlocks.of(fast)]
+    (entry,) = tune._entries({"block_d": 128}, [times], is_certain=True)
+    assert ForwardBlocks(**entry["config"]).config().all_kwargs() == fast.all_kwargs()
+    assert entry["times_as_fast"] == 1.5
+
+
 def test_ways_take_turns_and_what_cannot_be_captured_is_profiled(monkeypatch) -> None:
     """Where there is no GPU its stream, captures and replays are stand-ins."""
     from benchmarks.gpu import timing
@@ -136,6 +154,9 @@ def test_a_file_keeps_what_another_sweep_of_the_machine_found() -> None:
     assert sweep.document_of([other, _swept("pack", 4)], first, dry=False)["entries"] == {
         "pack": [4]
     }
+    by_hand = {"architecture": "sm_90", "entries": {"adamw": [5]}}  # all that kernels read
+    third = sweep.document_of([MACHINE, _swept("pack", 3)], by_hand, dry=False)
+    assert third["entries"] == {"adamw": [5], "pack": [3]}
     assert "dry" not in first
     assert sweep.document_of([MACHINE], first, dry=True)["entries"] == {}
 
@@ -168,6 +189,28 @@ def test_a_candidate_that_is_wrong_gets_no_time(rows: Path, monkeypatch) -> None
     assert configs == [str(_GatherBlocks(*each)) for each in ((4096, 4), (4096, 8), (8192, 8))]
     assert last["operation"] == "embedding_gather"
     assert len(last["entries"]) <= 1
+
+
+def test_a_candidate_that_does_not_fit_is_left_out(rows: Path, monkeypatch) -> None:
+    """Planted: one takes more shared memory than there is; the others are timed."""
+    from triton.runtime.errors import OutOfResources
+
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+
+    disagreement, too_large = tune.disagreement, _GatherBlocks(2048, 4)
+
+    def planted(*given: Any) -> float:
+        if _GatherBlocks.chosen(cols=32, itemsize=2) == too_large:
+            raise OutOfResources(300000, 232448, "shared memory")
+        return disagreement(*given)
+
+    monkeypatch.setattr(tune, "disagreement", planted)
+    tune.run("embedding_gather", "", Context(dry=True))
+    left_out, *timed, _ = read_rows(rows)
+    assert left_out["ok"] is None
+    assert left_out["note"].startswith(f"{too_large}: out of resource: shared memory")
+    assert [row["ok"] for row in timed] == [True] * 3
 
 
 @pytest.mark.slow

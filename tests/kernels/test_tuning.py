@@ -257,7 +257,7 @@ def launches_of(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_chunks_may_be_smaller_and_never_larger(triton_path, measured) -> None:
     from nanotron_fast.kernels.linear_cross_entropy import operators
 
-    hidden, weight = torch.empty(4096, 8), torch.empty(1024, 8)
+    hidden, weight = (torch.empty(rows, 8, device=triton_path) for rows in (4096, 1024))
     key = {"cols": 1024, "itemsize": 4}
     for logits, expected in ((2**20, 1024), (2**40, 4096)):
         measured({"linear_cross_entropy": [entry(key, logits=logits)]})
@@ -265,6 +265,21 @@ def test_chunks_may_be_smaller_and_never_larger(triton_path, measured) -> None:
         assert parts[0] == slice(0, expected)
         assert buffer.shape == (expected, 1024)
         assert operators.is_one_chunk(4096, 1024, 0)
+
+
+def test_what_a_gpu_measured_is_nothing_to_tensors_elsewhere(measured, monkeypatch) -> None:
+    """A file of a GPU, named for all processes, and one that has no GPU or does without."""
+    from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
+
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
+    measured({}, architecture="sm_37")
+    hidden, weight = torch.randn(8, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    target = torch.randint(6, (8,))
+    loss = linear_cross_entropy(hidden, weight, target, chunk_tokens=3)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(hidden @ weight.t(), target))
+    name, reason = choose_backend(Request(architecture=0), lambda name: "")
+    assert name == "torch"
+    assert reason.startswith("first of the published order (flash_attn_3 needs a GPU, and there is")
 
 
 def test_the_measured_order_of_attention_goes_first(measured) -> None:

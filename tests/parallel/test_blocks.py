@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -302,16 +304,28 @@ def test_attention_adds_to_main_gradients(path, monkeypatch, fused, recompute, d
     assert_added_to(block, x, [weight, bias, o_weight], plain, tolerance)
 
 
-def test_blocks_compile_without_a_graph_break(path) -> None:
-    x, gate_up, down = mlp_tensors(torch.float32)
-    compiled = torch.compile(tensor_parallel_mlp, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, gate_up, down), tensor_parallel_mlp(x, gate_up, down))
-    x, weight, o_weight = attention_tensors(torch.float32)
-    args = (x, weight, o_weight, *rope_tables(16, TOKENS, device=DEVICE))
-    compiled = torch.compile(tensor_parallel_attention, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(
-        compiled(*args, **HEADS), tensor_parallel_attention(*args, **HEADS), rtol=1e-4, atol=1e-5
-    )
+@pytest.mark.parametrize(("activation", "recompute"), [("silu", False), ("gelu_tanh", True)])
+def test_blocks_compile_without_a_graph_break(path, activation, recompute) -> None:
+    mlp = partial(tensor_parallel_mlp, activation=activation, recompute=recompute)
+    assert_compiles(mlp, mlp_tensors(torch.float32))
+    cos, sin = rope_tables(16, TOKENS, device=DEVICE)
+
+    def attention(x: torch.Tensor, weight: torch.Tensor, o_weight: torch.Tensor) -> torch.Tensor:
+        options = {**HEADS, "recompute": recompute}
+        return tensor_parallel_attention(x, weight, o_weight, cos, sin, **options)
+
+    assert_compiles(attention, attention_tensors(torch.float32))
+
+
+def assert_compiles(block: Callable[..., torch.Tensor], tensors: Sequence[torch.Tensor]) -> None:
+    """In one graph each way, with the same results."""
+    torch.compiler.reset()  # a graph of the other path would serve
+    found = []
+    for call in (torch.compile(block, fullgraph=True, backend="aot_eager"), block):
+        y = call(*tensors)
+        found.append([y, *torch.autograd.grad(y.square().sum(), tensors)])
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
 
 
 def test_heads_of_a_rank() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.counting import Counts
@@ -81,6 +82,20 @@ def test_products_of_a_scatter_and_of_a_sum(group_of, total) -> None:
         assert min(counts.rows) >= min(total, 512)
         assert sum(counts.rows) == total
         assert counts.copied == []
+
+
+def test_one_graph_holds_for_all_sizes() -> None:
+    """What decides of chunks asks nothing of the sizes of a graph, which are symbols."""
+    counter = CompileCounter()
+    ranks = Ranks("", 0, 2)
+
+    def is_cut(x: Tensor) -> Tensor:
+        return x + order_of(len(x), ranks, total=2 * len(x), blocks=1).is_cut
+
+    compiled = torch.compile(is_cut, backend=counter, dynamic=True, fullgraph=True)
+    for rows in (8, 2 * chunks.MIN_ROWS):
+        assert compiled(torch.zeros(rows)).sum() == 0
+    assert counter.frame_count == 1
 
 
 HIDDEN, FEATURES = 64, 16  # of a layer, and of a rank's part of it
