@@ -289,20 +289,3 @@ def test_verify_with_one_checkpoint_names_what_rotted(tmp_path: Path, golden_hf:
     for logits, choices in ((True, VerifyChoices()), (False, VerifyChoices(family="llama"))):
         with pytest.raises(ConfigError, match="it has no meaning without a second checkpoint"):
             check(str(out), logits=logits, choices=choices, workers=1, is_quiet=True)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "train URL",
-        "plot URL",
-        f"tokenize {__file__} URL --tokenizer gpt2",
-        "tokenize URL out --tokenizer gpt2",
-        "generate URL --prompt hello",
-    ],
-)
-def test_urls_are_refused_where_none_is_taken(words: str, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    said = run(*words.replace("URL", "s3://me:secret@bucket/x").split(), code=2).stderr
-    assert said.startswith("error: s3://me@bucket/x: convert, verify and inspect work with URLs")
-    assert not list(tmp_path.iterdir())

@@ -362,3 +362,23 @@ except interruption.Interrupted:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, check=False, timeout=10, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("interrupted\n", "")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "train URL",
+        "plot URL",
+        f"tokenize {__file__} URL --tokenizer gpt2",
+        "tokenize URL out --tokenizer gpt2",
+        "generate URL --prompt hello",
+    ],
+)
+def test_urls_are_refused_where_none_is_taken(words: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = words.replace("URL", "s3://me:secret@bucket/x").split()
+    ended = subprocess.run([*MODULE, *given], capture_output=True, text=True)
+    assert ended.returncode == 2
+    said = "error: s3://me@bucket/x: convert, verify and inspect work with URLs"
+    assert ended.stderr.startswith(said)
+    assert not list(tmp_path.iterdir())

@@ -18,7 +18,7 @@ ARCHITECTURE = 90
 
 def main() -> int:
     launches: dict[compiling.Launch, None] = {}
-    compiling._catch(launches)
+    compiling._catch(launches, is_brief=True)
     unlaunched: list[str] = []
     (folder,) = map(Path, tests.kernels.compiling.__path__)
     for name in sorted(info.name for info in pkgutil.iter_modules([str(folder)])):
