@@ -21,6 +21,7 @@ import os
 import socket
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
@@ -68,7 +69,9 @@ def is_used(device: torch.device, ranks: Ranks) -> bool:
     group = dist.distributed_c10d._resolve_process_group(ranks.name)
     agreed = _agreed.setdefault(group, {})
     if device.type not in agreed:
-        agreed[device.type] = _agree(device, group)
+        # What NCCL exchanges lies on the current device.
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            agreed[device.type] = _agree(device, group)
     return agreed[device.type]
 
 
@@ -170,8 +173,7 @@ def _meet(device: torch.device, group: dist.ProcessGroup) -> None:
         # Later versions of torch no longer need this, and say so.
         warnings.simplefilter("ignore", FutureWarning)
         _symmetric_memory.enable_symm_mem_for_group(group.group_name)
-    with torch.cuda.device(device):
-        _symmetric_memory.get_symm_mem_workspace(group.group_name, min_size=1)
+    _symmetric_memory.get_symm_mem_workspace(group.group_name, min_size=1)
 
 
 def _error_of(step: Callable[..., None], *arguments: Any) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -87,3 +89,22 @@ def test_facts_that_stand_against_it(two_gpus, monkeypatch) -> None:
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", broken)
     assert why() == "RuntimeError: no driver"
+
+
+def test_ranks_agree_on_the_device_of_their_tensors(monkeypatch) -> None:
+    """A process that has set no current device has its tensors on another one."""
+    current = []
+
+    @contextmanager
+    def on(device: torch.device) -> Iterator[None]:
+        current.append(device)
+        yield
+        current.pop()
+
+    group = _Group()
+    monkeypatch.setattr(dist.distributed_c10d, "_resolve_process_group", lambda name: group)
+    monkeypatch.setattr(symmetric, "is_capturing", lambda device: False)
+    monkeypatch.setattr(torch.cuda, "device", on)
+    monkeypatch.setattr(symmetric, "_agree", lambda device, _: current == [device])
+    assert symmetric.is_used(torch.device("cuda", 1), SimpleNamespace(name="some group"))
+    assert not symmetric.is_used(torch.device("cpu"), SimpleNamespace(name="some group"))
