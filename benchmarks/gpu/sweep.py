@@ -122,6 +122,8 @@ def main() -> int:
     if not (options.dry or list(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi")):
         raise SystemExit("sweep.py: no NVIDIA GPU here; --dry runs all of it on the CPU")
     out = options.out or BUILD / ("tuned-dry.json" if options.dry else "tuned.json")
+    if out.suffix == ".jsonl":
+        raise SystemExit(f"sweep.py: --out {out}: that is where the rows go; name a .json")
     chosen = phases(words(options.only), dry=options.dry, cpus=os.cpu_count() or 1)
     before = json.loads(out.read_text()) if out.exists() else {}
     end_with_make()

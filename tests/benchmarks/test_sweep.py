@@ -48,6 +48,13 @@ def test_an_operation_that_is_none_is_refused() -> None:
         sweep.phases(["glue"], dry=True, cpus=1)
 
 
+def test_rows_and_entries_are_two_files(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--dry", "--out", str(tmp_path / "x.jsonl")])
+    with pytest.raises(SystemExit, match="that is where the rows go"):
+        sweep.main()
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_sweeper_imports_neither_torch_nor_triton() -> None:
     code = (
         f"import sys; sys.path.append({str(ROOT)!r}); import benchmarks.gpu.sweep\n"
