@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -49,5 +50,7 @@ def torch_path(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> torch.d
 @pytest.fixture(params=["triton", "torch"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both paths, one after the other."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # a graph of the other path would serve
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", request.param)
     return str(request.param)
