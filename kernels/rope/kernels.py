@@ -68,13 +68,13 @@ def _move_heads(
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
     heads = first + tl.arange(0, HEADS)[None, :, None]
     mask = (tokens < num_tokens) & (heads < num_heads)
-    dst = dst_ptr + tokens * dst_token_stride * STRIDE_UNIT + heads * HEAD_DIM
+    dst = dst_ptr + tokens * (dst_token_stride * STRIDE_UNIT) + heads * HEAD_DIM
     if src_ptr is None:
         zeros = tl.zeros((TOKENS, HEADS, HEAD_COLS), dtype)
         tl.store(dst + cols, zeros, mask=mask & (cols < HEAD_DIM))
     else:
-        src = src_ptr + tokens * src_token_stride * STRIDE_UNIT
-        src += heads.to(tl.int64) * src_head_stride * STRIDE_UNIT
+        src = src_ptr + tokens * (src_token_stride * STRIDE_UNIT)
+        src += heads.to(tl.int64) * (src_head_stride * STRIDE_UNIT)
         # In place, this program alone touches these heads, and reads a pair before it writes.
         if TURNS and INTERLEAVED:
             pair_cols = tl.arange(0, 2 * HALF_COLS)[None, None, :]

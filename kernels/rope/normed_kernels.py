@@ -118,8 +118,8 @@ def _forward_heads(
         wb += 1.0
     heads = first + tl.arange(0, HEADS)[None, :, None]
     mask = (tokens < num_tokens) & (heads < num_heads)
-    src = x_ptr + tokens * x_token_stride * STRIDE_UNIT
-    src += heads.to(tl.int64) * x_head_stride * STRIDE_UNIT
+    src = x_ptr + tokens * (x_token_stride * STRIDE_UNIT)
+    src += heads.to(tl.int64) * (x_head_stride * STRIDE_UNIT)
     dst = y_ptr + (tokens * num_heads + heads) * HEAD_DIM
     a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
     squares = tl.sum(a * a + b * b, axis=2, keep_dims=True)
@@ -247,10 +247,10 @@ def _backward_heads(
         for first in range(0, num_heads, HEADS):
             heads = first + tl.arange(0, HEADS)[None, :, None]
             mask = (tokens < num_tokens) & (heads < num_heads)
-            src = x_ptr + tokens * x_strides[0] * STRIDE_UNIT
-            src += heads.to(tl.int64) * x_strides[1] * STRIDE_UNIT
-            grad = dy_ptr + tokens * dy_strides[0] * STRIDE_UNIT
-            grad += heads.to(tl.int64) * dy_strides[1] * STRIDE_UNIT
+            src = x_ptr + tokens * (x_strides[0] * STRIDE_UNIT)
+            src += heads.to(tl.int64) * (x_strides[1] * STRIDE_UNIT)
+            grad = dy_ptr + tokens * (dy_strides[0] * STRIDE_UNIT)
+            grad += heads.to(tl.int64) * (dy_strides[1] * STRIDE_UNIT)
             dst = dx_ptr + (tokens * num_heads + heads) * HEAD_DIM
             a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
             dya, dyb = _load_pairs(grad, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
