@@ -18,9 +18,10 @@ def unit_of(*sizes: int) -> int:
 
     A kernel is given them in this unit, which it is compiled for, and multiplies them: so it makes
     vectors of as many elements. Of a size itself Triton sees no smaller factor than 16, and without
-    one reads element by element.
+    one reads element by element. Where one takes more than 31 bits it is 1, for such a size is 64
+    bits wide then, and its product too; one that is divided would be multiplied as 32 bits.
     """
     combined = 8
     for size in sizes:
         combined |= size
-    return combined & -combined
+    return 1 if combined >> 31 else combined & -combined

@@ -251,6 +251,7 @@ def test_the_unit_divides_every_size() -> None:
     assert [unit_of(size) for size in (1365, 2730, 1364, 1368, 4096, 0)] == [1, 2, 4, 8, 8, 8]
     assert unit_of(4096, 0, 4100) == 4
     assert unit_of(4096, 4097) == 1
+    assert [unit_of(size, 8) for size in (2**31 - 8, 2**31, 2**34)] == [8, 1, 1]
 
 
 @pytest.mark.gpu
