@@ -308,7 +308,8 @@ def _backward(
         return dx, torch.zeros_like(weight)
     cols = next_power_of_2(hidden)
     blocks = _BackwardBlocks.chosen(cols=cols, itemsize=h.element_size())
-    rows, num_warps = blocks.rows, blocks.num_warps
+    # The kernel takes a wide row as a number: it is alone in its block.
+    rows, num_warps = blocks.rows if cols <= _MAX_KEPT else 1, blocks.num_warps
     block_bytes = (2 if dh_out is None else 3) * rows * cols * h.element_size()
     tensors = (dy, dh_out, h, weight, rstd, dx)
     strides = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))

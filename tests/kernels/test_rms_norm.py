@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nanotron_fast.kernels import rms_norm as module
 from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
+from nanotron_fast.kernels.runtime import tuning
 from tests.kernels.checks import assert_close, wide
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -172,3 +175,17 @@ def test_what_does_not_fit_is_named(device) -> None:
         rms_norm(x, torch.ones(9, device=device))
     with pytest.raises(ValueError, match=r"residual \(3, 8\) torch.float16 for x \(3, 8\)"):
         rms_norm(x, torch.ones(8, device=device), residual=x.half())
+
+
+def test_a_wide_row_is_alone_in_its_block_whatever_was_measured(triton_path) -> None:
+    x, weight = torch.randn(3, 8200, device=triton_path), torch.randn(8200, device=triton_path)
+    expected = run(x, weight, None, torch.ones_like(x), None)
+
+    def pick(kind: type[tuning.Tuned], key: dict[str, int]) -> tuning.Tuned | None:
+        is_backward = kind.operation == "rms_norm_backward"
+        return replace(kind.rule(**key), rows=2) if is_backward else None
+
+    with tuning.picking(pick):
+        found = run(x, weight, None, torch.ones_like(x), None)
+    for one, other in zip((*found[0], *found[1]), (*expected[0], *expected[1]), strict=True):
+        torch.testing.assert_close(one, other)
