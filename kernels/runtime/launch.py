@@ -62,6 +62,8 @@ class _Binary(NamedTuple):
     metadata: Any
     # What follows the arguments of a launch: the kernel's constants, in its order.
     constants: tuple[Any, ...]
+    # Triton's own, which from Triton 3.8 on unloads the function when it goes.
+    owner: Any
 
 
 _binaries: dict[tuple[Any, ...], _Binary] = {}
@@ -116,7 +118,7 @@ class Prepared:
                 self._binaries[key] = found
             return
         x, y, z = self.grid
-        run, function, metadata, constants = binary
+        run, function, metadata, constants, _ = binary
         stream = active.get_current_stream(device)
         rest = (*tensors, *self.numbers, *constants)
         run(x, y, z, stream, function, metadata, None, None, None, *rest)
@@ -133,7 +135,7 @@ def _launch(kernel: Any, grid: Any, /, *arguments: Any, **constants: Any) -> Non
         _binary_of(kernel, grid, device, arguments, constants)
         return
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    run, function, metadata, tail = binary
+    run, function, metadata, tail, _ = binary
     stream = active.get_current_stream(device)
     run(x, y, z, stream, function, metadata, None, None, None, *arguments, *tail)
 
@@ -214,7 +216,7 @@ def _binary_of(
     if made is None or not all(parameter.is_constexpr for parameter in rest):
         return None
     tail = tuple(constants.get(parameter.name, parameter.default) for parameter in rest)
-    binary = _Binary(made.run, made.function, made.packed_metadata, tail)
+    binary = _Binary(made.run, made.function, made.packed_metadata, tail, made)
     kind = _kind(kernel, device, arguments, constants)
     if kind:
         if len(_binaries) >= _MOST:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +30,10 @@ def _product(x_ptr, y_ptr, stride, size, scale, N: tl.constexpr, OTHER: tl.const
     pass
 
 
+class Binary(SimpleNamespace):
+    """A compiled kernel, of which there are weak references."""
+
+
 class Stub:
     """A GPU on which launches are noted: the binary's kind by Triton, and what it is given."""
 
@@ -49,7 +55,7 @@ class Stub:
         def run(x, y, z, stream, function, metadata, told, enter, leave, *arguments) -> None:
             self.launched.append((key, device, (x, y, z), stream, function, metadata, arguments))
 
-        return SimpleNamespace(
+        return Binary(
             run=run,
             function=f"function {key}",
             packed_metadata=f"metadata {key}",
@@ -125,6 +131,26 @@ def test_it_is_what_triton_launches(stub: Stub) -> None:
             for one, other in zip(ours[-1], tritons[-1], strict=True)
         )
     assert len(launch._binaries) > 50
+
+
+def test_a_binary_is_held_for_as_long_as_it_is_launched(stub: Stub) -> None:
+    """From Triton 3.8 on, one that is given up is unloaded from its device."""
+    kernel, x = JITFunction(_sum), torch.zeros(64)
+    prepared = launch.Prepared((2,), (32, 5, 1.0), N=2)
+    launch.on_grid(kernel, (2,))(x, x, 32, 5, 1.0, N=2)
+    prepared.launch(kernel, x, x)
+    (made,) = kernel.device_caches[0][0].values()
+    owner = weakref.ref(made)
+    kernel.device_caches.clear()
+    del made
+    gc.collect()
+    assert owner() is not None
+    launch._binaries.clear()
+    gc.collect()
+    assert owner() is not None
+    del prepared
+    gc.collect()
+    assert owner() is None
 
 
 def test_triton_is_asked_once_for_a_kind(stub: Stub, asked) -> None:

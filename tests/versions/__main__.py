@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / ".venv-versions"
 
 ONE_CASE_EACH = ("tests/versions/one_case_each.py", "-q", "-p", "no:cacheprovider")
-# The operations' main tests, interpreted; then every kernel compiled.
+# The operations' main tests, interpreted; then every kernel compiled; then launches by Triton's
+# own launcher.
 KERNELS = (
     (
         *ONE_CASE_EACH,
@@ -33,6 +34,8 @@ KERNELS = (
         "or agree_with_the_reference",
     ),
     ("-m", "tests.versions.compile_one_each"),
+    # Strides in tuples and bulk copies; lists of tensors; whole numbers and fractions.
+    ("-m", "tests.kernels.launcher", "attention of whole heads", "adamw", "rope_normed"),
 )
 CONVERTER = (
     *ONE_CASE_EACH,
