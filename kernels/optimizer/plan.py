@@ -185,7 +185,7 @@ _captured: list[Plan] = []
 
 def takes_plan(tensors: Sequence[Tensor]) -> bool:
     """Whether an operation on these may go by a plan: eager mode, and kernels for their device."""
-    return bool(tensors) and not is_watched() and uses_triton(tensors[0])
+    return len(tensors) > 0 and not is_watched() and uses_triton(tensors[0])
 
 
 def plan_of(
