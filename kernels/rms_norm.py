@@ -40,7 +40,7 @@ from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows, empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2, remembered
 
 # A row lies in one block: past this, registers spill and the reference is used.
 _MAX_HIDDEN = 16384
@@ -186,7 +186,7 @@ def _backward_kernel(
 
 
 @dataclass(frozen=True)
-class _ForwardBlocks(Tuned, operation="rms_norm_forward"):
+class _ForwardBlocks(Tuned, operation="rms_norm_forward", rows=powers_of_2(1, 16)):
     """`rows` to a program."""
 
     rows: int

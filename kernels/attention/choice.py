@@ -132,7 +132,9 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Order(Tuned, operation="attention_order"):
+class Order(
+    Tuned, operation="attention_order", **dict.fromkeys(PREFERENCE, range(len(PREFERENCE) + 1))
+):
     """Each implementation's place among those that "auto" tries; the least is the first."""
 
     flash_attn_3: int

@@ -17,7 +17,7 @@ import torch
 from triton import Config
 
 from nanotron_fast.kernels.runtime import capture
-from nanotron_fast.kernels.runtime.tuning import Tuned
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
 
 
 def _tma(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
@@ -30,6 +30,8 @@ def _plain(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Confi
     return Config(blocks, num_warps=num_warps, num_stages=num_stages)
 
 
+# Rows of a block that a launch can have.
+_SIDES = powers_of_2(16, 256)
 Table = dict[int, list[Config]]
 # head_dim, padded to a power of two -> configurations.
 FORWARD: Table = {
@@ -114,7 +116,9 @@ def tuned(dense: Table, documents: Table, options: Table) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class ForwardBlocks(Tuned, operation="attention_forward"):
+class ForwardBlocks(
+    Tuned, operation="attention_forward", block_m=_SIDES, block_n=_SIDES, tma=range(2)
+):
     """What of a Config is tuned."""
 
     block_m: int
@@ -135,6 +139,12 @@ class ForwardBlocks(Tuned, operation="attention_forward"):
         itemsize: int,
     ) -> None:
         """There is none: where nothing was measured, Triton's tuner times the tables above."""
+
+    @classmethod
+    def check(cls, where: str, config: dict[str, int], key: dict[str, int]) -> None:
+        super().check(where, config, key)
+        if config["tma"] > key["can_tma"]:
+            raise ValueError(f"{where}: field 'tma' of `config` is 1, and `can_tma` of `key` is 0")
 
     @classmethod
     def of(cls, config: Config) -> ForwardBlocks:

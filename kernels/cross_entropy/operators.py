@@ -27,7 +27,7 @@ from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import empty_rows
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
-from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2, remembered
 
 
 class _Terms(NamedTuple):
@@ -129,7 +129,7 @@ def _gradient_torch(
 
 
 @dataclass(frozen=True)
-class _StatisticsBlocks(Tuned, operation="cross_entropy_statistics"):
+class _StatisticsBlocks(Tuned, operation="cross_entropy_statistics", per_thread=powers_of_2(1, 64)):
     """A program takes `per_thread` logits of a row a thread at a time."""
 
     per_thread: int

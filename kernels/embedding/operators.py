@@ -15,7 +15,7 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2, remembered
 
 
 def _local_rows(ids: Tensor, num_rows: int, first_row: int, padding_idx: int | None) -> Tensor:
@@ -52,7 +52,13 @@ class _GatherBlocks(Tuned, operation="embedding_gather"):
 
 
 @dataclass(frozen=True)
-class _SumBlocks(Tuned, operation="embedding_sum"):
+class _SumBlocks(
+    Tuned,
+    operation="embedding_sum",
+    cols=powers_of_2(1, 16384),
+    piece=powers_of_2(1, 4096),
+    tokens=powers_of_2(1, 64),
+):
     """A program sums up to `piece` sorted tokens, `tokens` at a time, in `cols` columns."""
 
     cols: int

@@ -17,14 +17,14 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_gather, sum_in_background
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2
-from nanotron_fast.kernels.runtime.tuning import Tuned
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
 
 # How many logits exist at a time by default, at most: 1 GiB of bf16.
 _CHUNK_LOGITS = 2**29
 
 
 @dataclass(frozen=True)
-class _Chunk(Tuned, operation="linear_cross_entropy"):
+class _Chunk(Tuned, operation="linear_cross_entropy", logits=powers_of_2(1024, 2**40)):
     """How many logits to a chunk, where there are several: never more than memory is counted on."""
 
     logits: int

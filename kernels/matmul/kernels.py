@@ -23,7 +23,7 @@ import triton.language as tl
 from nanotron_fast.kernels.glu import activate
 from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import is_interpreting
-from nanotron_fast.kernels.runtime.tuning import Tuned
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
 
 # How many rows of blocks have programs that run side by side.
 GROUP = 8
@@ -51,7 +51,13 @@ _CONFIGS = _INTERPRETED_CONFIGS if is_interpreting() else [*_HALF_CONFIGS, *_SLO
 
 
 @dataclass(frozen=True)
-class GluBlocks(Tuned, operation="matmul_glu"):
+class GluBlocks(
+    Tuned,
+    operation="matmul_glu",
+    block_m=powers_of_2(16, 256),
+    block_n=powers_of_2(16, 256),
+    block_k=powers_of_2(16, MAX_BLOCK_K),
+):
     """What of a configuration is tuned."""
 
     block_m: int

@@ -34,7 +34,7 @@ from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
-from nanotron_fast.kernels.runtime.tuning import Tuned
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
 
 _PARTIALS_BLOCK = 1024
 # Elements that plain torch sums in one go.
@@ -42,8 +42,13 @@ _RUN = 4096
 
 
 @dataclass(frozen=True)
-class _NormBlocks(Tuned, operation="grad_norm"):
-    """`segment` elements of a tensor to a program, `block` at a time."""
+class _NormBlocks(
+    Tuned,
+    operation="grad_norm",
+    segment=powers_of_2(4096, 2**20),
+    block=powers_of_2(16, 4096),
+):
+    """`segment` elements of a tensor to a program, `block` at a time: a segment is whole blocks."""
 
     segment: int
     block: int

@@ -19,14 +19,14 @@ from torch import Tensor
 from nanotron_fast.kernels.pack import item as layout
 from nanotron_fast.kernels.pack.table import DTYPES
 from nanotron_fast.kernels.runtime.launch import on_grid
-from nanotron_fast.kernels.runtime.tuning import Tuned
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
 
 # The columns of a tile that is transposed: csrc/core/tiles.h cuts it so.
 _BLOCK_INNER = 64
 
 
 @dataclass(frozen=True)
-class _Blocks(Tuned, operation="pack"):
+class _Blocks(Tuned, operation="pack", middle=powers_of_2(1, 1024)):
     """`block` units of a tile at a time, or `middle` rows of one that is transposed."""
 
     block: int

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-from nanotron_fast.kernels.runtime.tuning import Tuned, remembered
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2, remembered
 
 
 @dataclass(frozen=True)
-class _Blocks(Tuned, operation="rope"):
+class _Blocks(Tuned, operation="rope", heads=powers_of_2(1, 64)):
     """`elements` to a program, of up to `heads` heads of 32 tokens at most."""
 
     elements: int

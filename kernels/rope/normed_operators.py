@@ -12,11 +12,11 @@ from nanotron_fast.kernels.runtime import occupancy
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-from nanotron_fast.kernels.runtime.tuning import Tuned
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
 
 
 @dataclass(frozen=True)
-class _ForwardBlocks(Tuned, operation="rope_normed_forward"):
+class _ForwardBlocks(Tuned, operation="rope_normed_forward", heads=powers_of_2(1, 64)):
     """`elements` that a program holds at a time of each tensor, of up to `heads` heads."""
 
     elements: int

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import lru_cache
@@ -89,14 +89,34 @@ def picking(pick: Callable[[type[Tuned], dict[str, int]], Tuned | None]) -> Iter
         forget()
 
 
+def powers_of_2(least: int, most: int) -> tuple[int, ...]:
+    """Those from one to another, both powers of 2."""
+    return tuple(1 << i for i in range(least.bit_length() - 1, most.bit_length()))
+
+
+# What a field may be of which nothing else is said: elements of a block.
+_USUAL = powers_of_2(16, 16384)
+
+
 class Tuned:
-    """The base of a frozen dataclass whose fields, whole numbers, say how a launch is made."""
+    """The base of a frozen dataclass whose fields, whole numbers, say how a launch is made.
+
+    A class names its operation and, by field, what a file may say where that is not as usual: a
+    range of whole numbers, or powers of 2. Past it there is no such kernel, or its results are
+    wrong.
+    """
 
     operation: ClassVar[str]
+    allowed: ClassVar[dict[str, Sequence[int]]] = {
+        "num_warps": powers_of_2(1, 32),
+        "num_stages": range(1, 9),
+        "stages": range(1, 9),
+    }
 
-    def __init_subclass__(cls, operation: str) -> None:
+    def __init_subclass__(cls, operation: str, **allowed: Sequence[int]) -> None:
         assert operation in OPERATIONS, operation
         cls.operation = operation
+        cls.allowed = cls.allowed | allowed
 
     @classmethod
     @remembered
@@ -122,6 +142,18 @@ class Tuned:
         return [each for each in dict.fromkeys(rule.candidates()) if each != rule] if rule else []
 
     @classmethod
+    def check(cls, where: str, config: dict[str, int], key: dict[str, int]) -> None:
+        """Raises ValueError for a field of a configuration that no launch of the key can have."""
+        for name, value in config.items():
+            allowed = cls.allowed.get(name, _USUAL)
+            if value not in allowed:
+                what = "a power of 2" if isinstance(allowed, tuple) else "a whole number"
+                raise ValueError(
+                    f"{where}: field {name!r} of `config` is {value}, "
+                    f"not {what} from {allowed[0]} to {allowed[-1]}"
+                )
+
+    @classmethod
     @remembered
     def _entries(cls, path: Path, on: str) -> dict[tuple[tuple[str, int], ...], Any]:
         of_key = inspect.signature(cls.rule).parameters
@@ -131,7 +163,9 @@ class Tuned:
         for place, entry in enumerate(entries):
             where = f"{path}: {cls.operation}[{place}]"
             key = _numbers(where, "key", entry, of_key)
-            found[tuple(sorted(key.items()))] = cls(**_numbers(where, "config", entry, of_config))
+            config = _numbers(where, "config", entry, of_config)
+            cls.check(where, config, key)
+            found[tuple(sorted(key.items()))] = cls(**config)
         return found
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+import itertools
 import json
 import pkgutil
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,13 @@ import pytest
 import torch
 
 import nanotron_fast.kernels
+from nanotron_fast.kernels.attention import configs
 from nanotron_fast.kernels.attention.choice import Order, Request, choose_backend
+from nanotron_fast.kernels.attention.configs import _BLOCKS
 from nanotron_fast.kernels.cross_entropy.operators import _GradientBlocks
 from nanotron_fast.kernels.embedding import operators as embedding
+from nanotron_fast.kernels.matmul import kernels as matmul
+from nanotron_fast.kernels.matmul.kernels import GluBlocks, RopeBlocks
 from nanotron_fast.kernels.runtime import launch, tuning
 from nanotron_fast.kernels.runtime.tuning import Tuned
 from tests.kernels.checks import assert_close
@@ -120,6 +126,14 @@ MALFORMED: list[tuple[Any, str]] = [
         {"cross_entropy_gradient": [entry(KEY, block=512.0, num_warps=2)]},
         r"cross_entropy_gradient\[0\]: field 'block' of `config` is 512.0, no whole number",
     ),
+    (
+        {"cross_entropy_gradient": [entry(KEY, block=1000, num_warps=2)]},
+        r"\[0\]: field 'block' of `config` is 1000, not a power of 2 from 16 to 16384",
+    ),
+    (
+        {"cross_entropy_gradient": [entry(KEY, block=512, num_warps=3)]},
+        r"\[0\]: field 'num_warps' of `config` is 3, not a power of 2 from 1 to 32",
+    ),
 ]
 
 
@@ -128,6 +142,102 @@ def test_a_malformed_file_is_refused(measured, entries, message) -> None:
     measured(entries)
     with pytest.raises(ValueError, match=rf"measured\.json: .*{message}"):
         _GradientBlocks.chosen(**KEY)
+
+
+# Of an operation, with a key: what would make no kernel, or one whose results are wrong.
+OUT_OF_BOUNDS: list[tuple[str, dict[str, int], dict[str, int], str]] = [
+    (
+        "rms_norm_backward",
+        {"cols": 128, "itemsize": 2},
+        {"rows": 0, "num_warps": 4, "stages": 3},
+        "'rows' of `config` is 0, not a power of 2 from 1 to 16",
+    ),
+    (
+        "rms_norm_backward",
+        {"cols": 128, "itemsize": 2},
+        {"rows": 1, "num_warps": 4, "stages": 0},
+        "'stages' of `config` is 0, not a whole number from 1 to 8",
+    ),
+    (  # a segment is walked over in whole blocks: elements would be counted twice
+        "grad_norm",
+        {"itemsize": 4},
+        {"segment": 2048, "block": 4096, "num_warps": 4},
+        "'segment' of `config` is 2048, not a power of 2 from 4096 to 1048576",
+    ),
+    (  # no mask where 64 divides the depth: what lies behind the row would be read
+        "matmul_glu",
+        {"tokens_bucket": 32, "num_cols": 32, "num_k": 64, "itemsize": 2},
+        {"block_m": 16, "block_n": 32, "block_k": 128, "num_stages": 2, "num_warps": 2},
+        "'block_k' of `config` is 128, not a power of 2 from 16 to 64",
+    ),
+    (
+        "attention_dq",
+        {"block_d": 16, "causal": 1, "options": 1, "documents": 0, "can_tma": 0}
+        | {"size_class": 0, "itemsize": 2},
+        {"block_m": 16, "block_n": 32, "tma": 1, "num_warps": 2, "num_stages": 2},
+        "'tma' of `config` is 1, and `can_tma` of `key` is 0",
+    ),
+]
+
+
+@pytest.mark.parametrize(("operation", "key", "config", "message"), OUT_OF_BOUNDS)
+def test_what_no_launch_can_have_is_refused(measured, operation, key, config, message) -> None:
+    measured({operation: [entry(key, **config)]})
+    with pytest.raises(ValueError, match=rf"measured\.json: {operation}\[0\]: field {message}"):
+        every_class()[operation].chosen(**key)
+
+
+# What a key's facts may be, by name: all that a launch could ask for.
+FACTS: dict[str, Sequence[int]] = {
+    "cols": [1 << i for i in range(18)],
+    "head_cols": [1 << i for i in range(9)],
+    **dict.fromkeys(("itemsize", "param_itemsize", "grad_itemsize"), (2, 4)),
+}
+
+
+@pytest.mark.parametrize("operation", tuning.OPERATIONS)
+def test_rules_and_candidates_are_what_a_file_may_say(operation: str) -> None:
+    kind = every_class()[operation]
+    assert kind.allowed.keys() - Tuned.allowed.keys() <= {field.name for field in fields(kind)}
+    names = inspect.signature(kind.rule).parameters
+    facts = [FACTS.get(name, (0, 1)) for name in names]
+    for values in itertools.product(*facts):
+        key = dict(zip(names, values, strict=True))
+        rule = kind.rule(**key)
+        for config in (rule, *kind.candidates_for(key)) if rule else ():
+            kind.check("here", asdict(config), key)
+
+
+def test_what_triton_s_tuner_finds_is_what_a_file_may_say() -> None:
+    for config in (*matmul._HALF_CONFIGS, *matmul._SLOW_CONFIGS, *matmul._INTERPRETED_CONFIGS):
+        for kind in (GluBlocks, RopeBlocks):
+            kind.check("here", asdict(kind.of(config)), {})
+    names = ("FORWARD", "DQ", "DKV")
+    tables = [getattr(configs, f"{n}{of}") for n in names for of in ("", "_DOCUMENTS", "_OPTIONS")]
+    found = [config for table in tables for of_dim in table.values() for config in of_dim]
+    for config in (*found, configs._FP32, configs.INTERPRETED):
+        for kind in _BLOCKS.values():
+            kind.check("here", asdict(kind.of(config)), {"can_tma": int(config.kwargs["TMA"])})
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "glu", "adamw", "accumulate", "clip", "pack"])
+@pytest.mark.parametrize("ends", [(0, 0), (-1, -1), (0, -1)], ids=["least", "most", "mixed"])
+def test_what_a_file_may_say_changes_no_result(name: str, ends, triton_path) -> None:
+    """The least of each field, the most, and the least of the first beside the most of others."""
+
+    def pick(kind: type[Tuned], key: dict[str, int]) -> Tuned:
+        first, *rest = (kind.allowed.get(field.name, tuning._USUAL) for field in fields(kind))
+        picked.append(kind(first[ends[0]], *(each[ends[1]] for each in rest)))
+        return picked[-1]
+
+    picked: list[Tuned] = []
+    case = BY_NAME[name]
+    expected = run(case.call, case.make(triton_path))
+    with tuning.picking(pick):
+        results = run(case.call, case.make(triton_path))
+    assert picked
+    for mine, other in zip(results, expected, strict=True):
+        assert_close(mine, other, factor=2)  # each rounds once
 
 
 @pytest.mark.parametrize(
@@ -208,8 +318,8 @@ CHANGED: dict[str, tuple[str, dict[str, int], dict[str, int], dict[str, int]]] =
     "clip": (
         "clip_grads",
         {"itemsize": 4},
-        {"segment": 512, "block": 128, "num_warps": 2},
-        {"SEGMENT": 512, "BLOCK": 128, "num_warps": 2},
+        {"segment": 4096, "block": 128, "num_warps": 2},
+        {"SEGMENT": 4096, "BLOCK": 128, "num_warps": 2},
     ),
 }
 
