@@ -6,8 +6,12 @@ the rule. A launch takes `chosen`, where it is made for the first time; after th
 
 Measured entries lie in measured/ARCHITECTURE.json, which a sweep has written: what it found to be
 faster than the rule, by operation and key. The environment variable NANOTRON_FAST_MEASURED names
-another file, or is `off`. It is read where a shape is met first. Where a process has GPUs of two
-architectures, the one that meets a shape first decides for both: that costs time, and no result.
+another file, or is `off`. It is read where a shape is met first.
+
+Where a process has GPUs of two architectures, such a file serves those of its own, and the others
+take rules. It is an error where there is none of its own. Launches are remembered by shape, so the
+GPU that meets one first decides for both: that costs time, and no result. But a tile of `matmul`
+may take more shared memory than the other has, which Triton says: there `off` is needed.
 """
 
 from __future__ import annotations
@@ -159,7 +163,7 @@ class Tuned:
         of_key = inspect.signature(cls.rule).parameters
         of_config = [field.name for field in fields(cls)]
         found = {}
-        entries = _document(path, on)["entries"].get(cls.operation, [])
+        entries = _read(path, on).get(cls.operation, [])
         for place, entry in enumerate(entries):
             where = f"{path}: {cls.operation}[{place}]"
             key = _numbers(where, "key", entry, of_key)
@@ -169,13 +173,21 @@ class Tuned:
         return found
 
 
-@lru_cache(maxsize=1)
 def architecture() -> str:
     """Of the current GPU, "sm_90" for instance; "cpu" where kernels are interpreted, or compiled
     without one."""
     if is_interpreting() or not torch.cuda.is_available():
         return "cpu"
-    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+    return _of_gpu(torch.cuda.current_device())
+
+
+def _of_gpu(place: int) -> str:
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(place))
+
+
+def _is_here(name: str) -> bool:
+    """Whether a GPU of this process is of an architecture."""
+    return architecture() != "cpu" and name in map(_of_gpu, range(torch.cuda.device_count()))
 
 
 def _path_of(architecture: str) -> Path | None:
@@ -187,8 +199,10 @@ def _path_of(architecture: str) -> Path | None:
 
 
 @remembered
-def _document(path: Path, architecture: str) -> dict[str, Any]:
-    """A file of measured entries, looked at as a whole."""
+def _read(path: Path, on: str) -> dict[str, Any]:
+    """The entries of a file, by operation, for a GPU of an architecture; none where it is of
+    another that is here as well. The file is looked at as a whole.
+    """
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -198,16 +212,15 @@ def _document(path: Path, architecture: str) -> dict[str, Any]:
         raise ValueError(f"{path}: measured entries are an object with `entries`, by operation")
     if document.get("dry"):
         raise ValueError(f"{path}: is of a dry run, whose times say nothing")
-    if document.get("architecture") != architecture:
-        raise ValueError(
-            f"{path}: was measured on {document.get('architecture')}, and this is {architecture}"
-        )
+    its = document.get("architecture")
+    if its != on and not _is_here(its):
+        raise ValueError(f"{path}: was measured on {its}, and this is {on}")
     for operation, of_operation in entries.items():
         if operation not in OPERATIONS:
             raise ValueError(f"{path}: {operation}: choose {', '.join(OPERATIONS)}")
         if not isinstance(of_operation, list):
             raise ValueError(f"{path}: {operation} is no list of entries")
-    return document
+    return entries if its == on else {}
 
 
 def _numbers(where: str, part: str, entry: Any, names: Iterable[str]) -> dict[str, int]:

@@ -253,6 +253,26 @@ def test_another_machine_s_file_is_refused(measured, others, message) -> None:
         _GradientBlocks.chosen(**KEY)
 
 
+def test_a_file_serves_the_gpus_of_its_architecture_beside_others(measured, monkeypatch) -> None:
+    gpus, current = [(8, 0), (9, 0)], 1
+    monkeypatch.setattr(tuning, "is_interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: gpus[gpu])
+    narrow, wide = KEY, KEY | {"cols": 2048}
+    entries = [entry(key, block=512, num_warps=2) for key in (narrow, wide)]
+    measured({"cross_entropy_gradient": entries}, architecture="sm_90")
+    assert _GradientBlocks.chosen(**narrow) == _GradientBlocks(512, 2)
+    current = 0
+    assert _GradientBlocks.chosen(**wide) == _GradientBlocks.rule(**wide)
+    assert _GradientBlocks.chosen(**narrow) == _GradientBlocks(512, 2)  # met on the other first
+    gpus = [(8, 0), (8, 9)]
+    tuning.forget()
+    with pytest.raises(ValueError, match="was measured on sm_90, and this is sm_80"):
+        _GradientBlocks.chosen(**narrow)
+
+
 def test_a_file_that_is_none_is_refused(measured, monkeypatch) -> None:
     path = measured({})
     path.write_text("{")
