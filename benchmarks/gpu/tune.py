@@ -76,6 +76,12 @@ def _timed(
     """What a case asks for, and the times of the rule and then of each candidate that is right."""
     _, phase, variant = SWEPT[operation]
     works = works_of(case, case.variants[variant], context)[phase]
+    if operation in AUTOTUNED:
+        # It is to time this kind, or to read what it has on disk of it: of a kind that it remembers
+        # it says nothing, and its times would be of another case.
+        tuner = _tuner_of(operation)
+        tuner.cache.clear()
+        tuner.configs_timings = {}
     found = asked(operation, lambda: [call() for call in works()[:1]])
     if found is None:
         return None
@@ -100,14 +106,17 @@ def _timed(
     return kind, key, dict(zip(configs, times, strict=True))
 
 
+def _tuner_of(operation: str) -> Any:
+    module, name = AUTOTUNED[operation]
+    return getattr(importlib.import_module(f"nanotron_fast.kernels.{module}"), name)
+
+
 def _by_triton(kind: type[Tuned], operation: str, context: Context) -> dict[Tuned, Times]:
     """What Triton's tuner has just timed, the fastest last; nothing where it has not.
 
     Without those that do not fit on this GPU, whose time is infinite.
     """
-    module, name = AUTOTUNED[operation]
-    kernel = getattr(importlib.import_module(f"nanotron_fast.kernels.{module}"), name)
-    timings = {} if context.dry else kernel.configs_timings
+    timings = {} if context.dry else _tuner_of(operation).configs_timings
     finite = [item for item in timings.items() if math.isfinite(item[1][0])]
     ordered = sorted(finite, key=lambda item: -item[1][0])
     return {

@@ -220,6 +220,43 @@ def test_a_candidate_that_does_not_fit_is_left_out(rows: Path, monkeypatch) -> N
     assert [row["ok"] for row in timed] == [True] * 3
 
 
+def test_a_case_gets_the_times_of_its_own_kind(rows: Path, monkeypatch) -> None:
+    """Of a case, another one and then the first again, of which Triton's tuner asks its memory."""
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+    from nanotron_fast.kernels.matmul import kernels, matmul_glu
+
+    tuner = kernels.glu_kernel
+    fast, slow = kernels._config(32, 64, 32, 1, 4), kernels._config(16, 64, 32, 1, 4)
+
+    def timed(*args: Any, config: Any, **meta: Any) -> list[float]:
+        return [tuner.nargs["num_k"] * (1.0 if config is fast else 2.0)] * 3
+
+    for name, value in {
+        "configs": [fast, slow],
+        "early_config_prune": None,
+        "cache": {},
+        "cache_results": False,
+        "configs_timings": {},
+        "_bench": timed,
+    }.items():
+        monkeypatch.setattr(tuner, name, value, raising=False)
+
+    def works(case: Any, *_: Any) -> Any:
+        x, weight = torch.randn(4, case.depth), torch.randn(8, case.depth)
+        return {"forward": lambda: [partial(matmul_glu, x, weight)]}
+
+    cases = [SimpleNamespace(shape=str(k), depth=k, variants={"ours, fused": None}) for k in (8, 4)]
+    monkeypatch.setattr(tune, "_cases", lambda *_: [*cases, cases[0]])
+    monkeypatch.setattr(tune, "works_of", works)
+    tune.run("matmul_glu", "", Context())
+    *timed_rows, last = read_rows(rows)
+    found = [(row["variant"], row["num_k"], row["p50_ms"]) for row in timed_rows]
+    of_first, of_second = [("8", 8, 16.0), ("8", 8, 8.0)], [("4", 4, 8.0), ("4", 4, 4.0)]
+    assert found == [*of_first, *of_second, *of_first]
+    assert [entry["config"]["block_m"] for entry in last["entries"]] == [32, 32]
+
+
 @pytest.mark.slow
 def test_a_dry_sweep_writes_a_file_that_is_refused(tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "tuned.json"
