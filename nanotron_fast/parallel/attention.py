@@ -300,7 +300,8 @@ def tensor_parallel_attention(
             key-value head r * K // size. Its gradient is of this rank's queries alone: that of the
             head is the sum over the ranks that have it.
         o_weight: (hidden, H * d / size), this rank's columns. Parameters that have a `main_grad`
-            (fp32, their shape) get their gradients added to it, and `grad` stays None.
+            (fp32, their shape) get their gradients added to it, and `grad` stays None. With
+            "reduce_scatter" one requires a gradient on all ranks or on none.
         cos, sin: (positions, rotary_dim / 2) fp32, see `kernels.rope.rope_tables`.
         num_q_heads, num_kv_heads: H and K of the whole model.
         head_dim: d.

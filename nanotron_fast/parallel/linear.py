@@ -144,7 +144,8 @@ def column_linear(
     Args:
         x: (..., in); with mode "reduce_scatter" this rank's share of dimension 0.
         weight: (out / size, in), this rank's rows. If it has a `main_grad` (fp32, its shape), the
-            gradient is added to that and `grad` stays None; the bias likewise.
+            gradient is added to that and `grad` stays None; the bias likewise. With
+            "reduce_scatter" it requires a gradient on all ranks or on none.
         bias: (out / size,).
         mode: "all_reduce" or "reduce_scatter".
         recompute_allgather: keep the shard of x for backward and gather it again there.

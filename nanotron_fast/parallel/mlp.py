@@ -125,7 +125,8 @@ def tensor_parallel_mlp(
             hidden), this rank's tokens.
         gate_up_weight: (2 * inter / size, hidden), this rank's rows packed [gate | up].
         down_weight: (hidden, inter / size), this rank's columns. Weights that have a `main_grad`
-            (fp32, their shape) get their gradients added to it, and `grad` stays None.
+            (fp32, their shape) get their gradients added to it, and `grad` stays None. With
+            "reduce_scatter" a weight requires a gradient on all ranks or on none.
         group: a ProcessGroup, a DeviceMesh of one dimension, or None for a rank alone.
         mode: "all_reduce" or "reduce_scatter" (sequence parallelism).
         activation: "silu", "gelu" or "gelu_tanh".
