@@ -19,14 +19,17 @@ ROWS_VARIABLE = "NANOTRON_FAST_ROWS"
 
 
 class RowFile:
-    """Appends rows to files. A line is one write, so whatever is cut off ends with a whole line."""
+    """Appends rows to files. A line is one write, so whatever is cut off ends with a whole line.
 
-    def __init__(self, *paths: Path) -> None:
+    What the files had before is gone, or stays with `keeps`.
+    """
+
+    def __init__(self, *paths: Path, keeps: bool = False) -> None:
         self.rows: list[Row] = []
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | (0 if keeps else os.O_TRUNC)
         for path in paths:
             path.parent.mkdir(parents=True, exist_ok=True)
-        self._files = [os.open(path, flags | os.O_TRUNC, 0o644) for path in paths]
+        self._files = [os.open(path, flags, 0o644) for path in paths]
 
     def append(self, row: Row) -> None:
         self.rows.append(row)

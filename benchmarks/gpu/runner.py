@@ -17,7 +17,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.jobs import Job, Phase
 from benchmarks.gpu.pool import Pool, Running
 from benchmarks.gpu.rows import Row, RowFile
-from benchmarks.gpu.table import table
+from benchmarks.gpu.table import line, table
 
 # Kept for what must be killed and said at the end.
 _LAST_SECONDS = 5.0
@@ -97,6 +97,8 @@ class Runner:
         if row["operation"] == "ceilings" and row.get("ok"):
             self.ceilings = {name: row[name] for name in ("copy_gb_per_s", "matmul_tflop_per_s")}
         self.rows.append(row)
+        if row["ok"] is False or row["operation"] == "phase":
+            print(line(row), flush=True)  # the table comes at the end, if the run gets there
 
     def _start(self, job: Job) -> None:
         context = asdict(Context(dry=self.dry, ceilings=self.ceilings))

@@ -94,20 +94,25 @@ def phases(only: list[str], *, dry: bool, cpus: int) -> list[Phase]:
 def document_of(rows: list[Row], before: dict[str, Any], *, dry: bool) -> dict[str, Any]:
     """The file: entries of operations that this run swept whole, and of others as they were.
 
-    Raises SystemExit where the run was cut off before it knew its machine.
+    Of one that it was cut off in, or that failed in a case, what it found takes the place of the
+    entries with the same keys. Raises SystemExit where nothing is known of the machine.
     """
     machine = next((row for row in rows if row["operation"] == "versions" and row["ok"]), None)
     if machine is None:
-        raise SystemExit("sweep.py: cut off before anything was known: no file is written")
-    swept = [row["operation"] for row in rows if row["kind"] == "tune" and "entries" in row]
+        raise SystemExit("sweep.py: nothing is known of this machine: no file is written")
+    found = {row["operation"]: row for row in rows if "entries" in row}  # the last of each
+    swept = [operation for operation, row in found.items() if row["is_whole"]]
     architecture = "cpu" if dry else "sm_" + machine["capability"].replace(".", "")
     # What another machine measured says nothing of this one.
     is_same = before.get("architecture") == architecture and bool(before.get("dry")) == dry
     runs, entries = (before.get("runs", []), dict(before["entries"])) if is_same else ([], {})
     about = {key: machine[key] for key in ("gpu", "date", "commit", "torch", "triton")}
-    for row in rows:
-        if row["kind"] == "tune" and "entries" in row:
-            entries[row["operation"]] = row["entries"]
+    for operation, row in found.items():
+        new, kept = row["entries"], []
+        if not row["is_whole"]:
+            keys = [entry["key"] for entry in new]
+            kept = [old for old in entries.get(operation, []) if old["key"] not in keys]
+        entries[operation] = [*kept, *new]
     entries = {name: entries[name] for name in SWEPT if entries.get(name)}
     document = {
         "architecture": architecture,
@@ -115,6 +120,32 @@ def document_of(rows: list[Row], before: dict[str, Any], *, dry: bool) -> dict[s
         "entries": entries,
     }
     return document | ({"dry": True} if dry else {})
+
+
+class SweepFile(RowFile):
+    """The rows of a sweep, and beside them the file of measured entries, which is written as often
+    as there are new ones: whatever ends the run, they are there.
+
+    Args:
+        out: the file, NAME.json. The rows go to NAME.jsonl, behind those of earlier sweeps.
+    """
+
+    def __init__(self, out: Path, *, dry: bool) -> None:
+        self.out, self.dry = out, dry
+        self.before = json.loads(out.read_text()) if out.exists() else {}
+        super().__init__(out.with_suffix(".jsonl"), keeps=True)
+
+    def append(self, row: Row) -> None:
+        super().append(row)
+        if "entries" in row:
+            self.write()
+
+    def write(self) -> dict[str, Any]:
+        document = document_of(self.rows, self.before, dry=self.dry)
+        beside = self.out.with_suffix(".partial")
+        beside.write_text(json.dumps(document, indent=1) + "\n")
+        beside.replace(self.out)
+        return document
 
 
 def main() -> int:
@@ -125,15 +156,18 @@ def main() -> int:
     if out.suffix == ".jsonl":
         raise SystemExit(f"sweep.py: --out {out}: that is where the rows go; name a .json")
     chosen = phases(words(options.only), dry=options.dry, cpus=os.cpu_count() or 1)
-    before = json.loads(out.read_text()) if out.exists() else {}
     end_with_make()
-    rows = RowFile(out.with_suffix(".jsonl"))
+    rows = SweepFile(out, dry=options.dry)
     scratch, cache = BUILD / "scratch-tune", BUILD / "cache"
     runner = Runner(rows, scratch, cache, dry=options.dry, budget=options.budget)
-    guarded(runner, lambda: runner.run(chosen))
-    document = document_of(rows.rows, before, dry=options.dry)
-    out.write_text(json.dumps(document, indent=1) + "\n")
-    count = sum(map(len, document["entries"].values()))
-    use = "refused" if options.dry else f"read by kernels with NANOTRON_FAST_MEASURED={out}"
-    print(f"{count} entries in {out}, {use}")
+
+    def sweep() -> None:
+        runner.run(chosen[:1])
+        document_of(rows.rows, rows.before, dry=options.dry)  # or there is nothing to write it as
+        runner.run(chosen[1:])
+
+    guarded(runner, sweep)
+    count = sum(map(len, rows.write()["entries"].values()))
+    use = "refuse it, of a dry run" if options.dry else f"read it: NANOTRON_FAST_MEASURED={out}"
+    print(f"{count} entries in {out}; kernels {use}")
     return 1 if failures(rows.rows) else 0

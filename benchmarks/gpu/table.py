@@ -22,6 +22,7 @@ _HIDDEN = (
     "seconds",
     "kernels",
     "job",
+    "is_whole",
 )
 
 
@@ -38,7 +39,8 @@ def _figures(row: Row) -> str:
         if key not in _HIDDEN and isinstance(value, simple)
     ]
     if "entries" in row:
-        named.append(f"{len(row['entries'])} entries kept")
+        of = "" if row["is_whole"] else ", of a part of the cases"
+        named.append(f"{len(row['entries'])} entries kept{of}")
     for name, took, calls in row.get("top_kernels", [])[:4]:
         named.append(f"{name[:24]} {took:.3g} ms / {calls}")
     end = row.get("error", "").strip().splitlines()
@@ -47,11 +49,11 @@ def _figures(row: Row) -> str:
     return ", ".join(named + ([row["note"]] if "note" in row else []))
 
 
-def _line(row: Row) -> str:
+def line(row: Row) -> str:
     name = " ".join(filter(None, (row["operation"], row.get("variant", ""))))
     where = row.get("path", "")
-    line = f"  {_MARKS[row['ok']]:8} {name:44} {where:10} {_figures(row)}"
-    return line if row["kind"] == "machine" else line[:_MOST_CHARACTERS]
+    whole = f"  {_MARKS[row['ok']]:8} {name:44} {where:10} {_figures(row)}"
+    return whole if row["kind"] == "machine" else whole[:_MOST_CHARACTERS]
 
 
 def _side_by_side(rows: Iterable[Row]) -> list[Row]:
@@ -70,11 +72,14 @@ def table(rows: Iterable[Row]) -> str:
     by_kind: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
         by_kind[row["kind"]].append(row)
+    # The last entries of an operation, not those that it had so far.
+    entries = {row["operation"]: row for row in by_kind["tune"] if "entries" in row}
     lines = []
     for kind in ("machine", "ratio", "step", "tune"):
-        if by_kind[kind]:
-            in_order = _side_by_side(by_kind[kind]) if kind == "ratio" else by_kind[kind]
-            lines += [kind, *map(_line, in_order)]
+        shown = _side_by_side(by_kind[kind]) if kind == "ratio" else by_kind[kind]
+        shown = [row for row in shown if "entries" not in row or entries[row["operation"]] is row]
+        if shown:
+            lines += [kind, *map(line, shown)]
     for kind in ("check", "test"):
         counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
         for row in by_kind[kind]:
@@ -86,6 +91,6 @@ def table(rows: Iterable[Row]) -> str:
     everything = [row for rows_of_kind in by_kind.values() for row in rows_of_kind]
     failed = failures(everything)
     if failed:
-        lines += ["failed", *map(_line, failed)]
+        lines += ["failed", *map(line, failed)]
     lines.append(f"{len(everything)} rows, {len(failed)} failed")
     return "\n".join(lines)

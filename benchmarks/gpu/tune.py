@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict
@@ -97,6 +98,9 @@ def _timed(
         except OutOfResources as does_not_fit:
             emit(about | {"ok": None, "note": f"{config}: {does_not_fit}"})
             continue
+        except Exception:  # of one candidate; the others are still worth their time
+            emit(about | {"ok": False, "error": f"{config}\n{_told()}"})
+            continue
         if error <= case.tolerance:
             configs.append(config)
         else:
@@ -124,12 +128,35 @@ def _by_triton(kind: type[Tuned], operation: str, context: Context) -> dict[Tune
     }
 
 
+def _told() -> str:
+    """The exception that is being handled, for a row."""
+    return traceback.format_exc(limit=-3)[-1500:].strip()
+
+
 def run(operation: str, variant: str, context: Context) -> None:
-    """Emits a row for each case and configuration, and one with the entries."""
+    """Emits a row for each case and configuration, and after each case one with the entries so far.
+
+    The last of these is whole, where no case has failed.
+    """
     total: dict[tuple[tuple[str, int], ...], list[dict[Tuned, Times]]] = {}
+    is_whole = True
+
+    def emit_entries(is_whole: bool) -> None:
+        certain = operation in AUTOTUNED
+        found = [_entries(dict(key), cases, is_certain=certain) for key, cases in total.items()]
+        row: Row = {"kind": "tune", "operation": operation, "ok": True, "is_whole": is_whole}
+        emit(row | {"entries": [entry for each in found for entry in each]})
+
     for case in _cases(operation, context):
         about: Row = {"kind": "tune", "operation": operation, "variant": case.shape}
-        found = _timed(operation, case, context)
+        if not context.dry:
+            torch.cuda.empty_cache()
+        try:
+            found = _timed(operation, case, context)
+        except Exception:  # of one case; the others are still worth their time
+            is_whole = False
+            emit(about | {"ok": False, "error": _told()})
+            continue
         if found is None or not found[2]:
             emit(about | {"ok": None, "note": "launches nothing that is tuned, on this path"})
             continue
@@ -139,14 +166,8 @@ def run(operation: str, variant: str, context: Context) -> None:
         for config, its in times.items():
             row = about | {"ok": True, "times_as_fast": round(first.p50_ms / its.p50_ms, 3)}
             emit(row | {"config": str(config), **its.row(), **key})
-        if not context.dry:
-            torch.cuda.empty_cache()
-    entries = [
-        entry
-        for key, cases in total.items()
-        for entry in _entries(dict(key), cases, is_certain=operation in AUTOTUNED)
-    ]
-    emit({"kind": "tune", "operation": operation, "ok": True, "entries": entries})
+        emit_entries(is_whole=False)
+    emit_entries(is_whole)
 
 
 def _entries(key: Key, cases: list[dict[Tuned, Times]], *, is_certain: bool) -> Iterator[Row]:

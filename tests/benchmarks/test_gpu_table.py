@@ -61,4 +61,10 @@ def test_failures_of_every_kind_come_last() -> None:
 def test_what_a_sweep_keeps_is_counted() -> None:
     entries = [{"key": {"cols": 64}, "config": {"block": 32}, "times_as_fast": 1.1}]
     row = {"kind": "tune", "operation": "glu_forward", "ok": True, "entries": entries}
-    assert "1 entries kept" in table([row])
+    timed = {"kind": "tune", "operation": "glu_forward", "ok": True, "config": "a block of 32"}
+    so_far, whole = ({"is_whole": is_whole} for is_whole in (False, True))
+    shown = table([timed, row | so_far | {"entries": []}, row | whole])
+    assert "a block of 32" in shown
+    assert "0 entries kept" not in shown
+    assert "1 entries kept\n" in shown
+    assert "1 entries kept, of a part of the cases" in table([row | so_far])

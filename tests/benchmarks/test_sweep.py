@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,8 +147,9 @@ MACHINE = {
 }
 
 
-def _swept(operation: str, *entries: Any) -> dict[str, Any]:
-    return {"kind": "tune", "operation": operation, "ok": True, "entries": [*entries]}
+def _swept(operation: str, *entries: Any, is_whole: bool = True) -> dict[str, Any]:
+    row = {"kind": "tune", "operation": operation, "ok": True, "entries": [*entries]}
+    return row | {"is_whole": is_whole}
 
 
 def test_a_file_keeps_what_another_sweep_of_the_machine_found() -> None:
@@ -166,6 +168,56 @@ def test_a_file_keeps_what_another_sweep_of_the_machine_found() -> None:
     assert third["entries"] == {"adamw": [5], "pack": [3]}
     assert "dry" not in first
     assert sweep.document_of([MACHINE], first, dry=True)["entries"] == {}
+
+
+def test_an_operation_that_was_cut_off_keeps_its_other_entries() -> None:
+    narrow, wide, widest = ({"key": {"cols": cols}} for cols in (64, 128, 256))
+    before = {"architecture": "sm_90", "entries": {"rope": [narrow | {"at": 1}, wide | {"at": 1}]}}
+    rows = [MACHINE, *(_swept("rope", wide | {"at": 2}, is_whole=False) for _ in range(2))]
+    cut_off = sweep.document_of(rows, before, dry=False)
+    assert cut_off["entries"] == {"rope": [narrow | {"at": 1}, wide | {"at": 2}]}
+    assert cut_off["runs"][0]["operations"] == []
+    whole = sweep.document_of([*rows, _swept("rope", widest)], before, dry=False)
+    assert whole["entries"] == {"rope": [widest]}
+    assert whole["runs"][0]["operations"] == ["rope"]
+
+
+def test_what_was_found_is_in_the_file_at_once(tmp_path: Path) -> None:
+    """A run that is killed has it, and rows of an earlier run stay."""
+    for operation in ("rope", "pack"):
+        rows = sweep.SweepFile(tmp_path / "sm_90.json", dry=False)
+        rows.append(MACHINE)
+        rows.append(_swept(operation, {"key": {}}))
+        document = json.loads((tmp_path / "sm_90.json").read_text())
+        assert document["runs"][-1]["operations"] == [operation]
+    assert document["entries"] == {"rope": [{"key": {}}], "pack": [{"key": {}}]}
+    assert [row["operation"] for row in read_rows(tmp_path / "sm_90.jsonl")] == [
+        *("versions", "rope", "versions", "pack")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sm_90.json", "sm_90.jsonl"]
+
+
+def test_nothing_is_swept_on_a_machine_that_is_not_known(tmp_path: Path, monkeypatch) -> None:
+    ran: list[str] = []
+
+    class Failing:
+        def __init__(self, rows: Any, *_: Any, **__: Any) -> None:
+            self.rows = rows
+
+        def run(self, phases: Any) -> None:
+            ran.extend(phase.name for phase in phases)
+            self.rows.append({"kind": "machine", "operation": "versions", "ok": False})
+
+        def close(self, why: str) -> None:
+            pass
+
+    monkeypatch.setattr(sweep, "Runner", Failing)
+    monkeypatch.setattr(sweep, "guarded", lambda runner, work: work())
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--dry", "--out", str(tmp_path / "x.json")])
+    with pytest.raises(SystemExit, match="nothing is known of this machine"):
+        sweep.main()
+    assert ran == ["machine"]
+    assert not (tmp_path / "x.json").exists()
 
 
 @pytest.fixture
@@ -192,7 +244,7 @@ def test_a_candidate_that_is_wrong_gets_no_time(rows: Path, monkeypatch) -> None
     *timed, last = read_rows(rows)
     failed = [row for row in timed if not row["ok"]]
     assert [row["error"] for row in failed] == [f"{wrong} is off by 1 of the norm"]
-    configs = [row["config"] for row in timed if row["ok"]]
+    configs = [row["config"] for row in timed if "config" in row]
     assert configs == [str(_GatherBlocks(*each)) for each in ((4096, 4), (4096, 8), (8192, 8))]
     assert last["operation"] == "embedding_gather"
     assert len(last["entries"]) <= 1
@@ -214,10 +266,43 @@ def test_a_candidate_that_does_not_fit_is_left_out(rows: Path, monkeypatch) -> N
 
     monkeypatch.setattr(tune, "disagreement", planted)
     tune.run("embedding_gather", "", Context(dry=True))
-    left_out, *timed, _ = read_rows(rows)
+    left_out, *timed, _, _ = read_rows(rows)
     assert left_out["ok"] is None
     assert left_out["note"].startswith(f"{too_large}: out of resource: shared memory")
     assert [row["ok"] for row in timed] == [True] * 3
+
+
+def test_what_fails_costs_the_others_nothing(rows: Path, monkeypatch) -> None:
+    """Planted: a candidate that does not compile, and a case that has no memory."""
+    from benchmarks.gpu import tune
+    from benchmarks.gpu.context import Context
+
+    cases, disagreement = tune._cases, tune.disagreement
+
+    def planted(*given: Any) -> float:
+        if _GatherBlocks.chosen(cols=32, itemsize=2) == _GatherBlocks(2048, 4):
+            raise RuntimeError("PassManager::run failed")
+        return disagreement(*given)
+
+    def no_memory() -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def with_one_more(*given: Any) -> Any:
+        first, *_ = found = [*cases(*given)]
+        return [replace(first, shape="too large", tensors=no_memory), *found]
+
+    monkeypatch.setattr(tune, "disagreement", planted)
+    monkeypatch.setattr(tune, "_cases", with_one_more)
+    tune.run("embedding_gather", "", Context(dry=True))
+    case, candidate, *timed, so_far, last = read_rows(rows)
+    assert (case["variant"], case["ok"]) == ("too large", False)
+    assert case["error"].endswith("CUDA out of memory")
+    assert candidate["ok"] is False
+    assert "_GatherBlocks(elements=2048, num_warps=4)" in candidate["error"]
+    assert candidate["error"].endswith("PassManager::run failed")
+    assert [row["ok"] for row in timed] == [True] * 3
+    assert so_far["entries"] == last["entries"]
+    assert [so_far["is_whole"], last["is_whole"]] == [False, False]
 
 
 def test_a_case_gets_the_times_of_its_own_kind(rows: Path, monkeypatch) -> None:
@@ -250,7 +335,8 @@ def test_a_case_gets_the_times_of_its_own_kind(rows: Path, monkeypatch) -> None:
     monkeypatch.setattr(tune, "_cases", lambda *_: [*cases, cases[0]])
     monkeypatch.setattr(tune, "works_of", works)
     tune.run("matmul_glu", "", Context())
-    *timed_rows, last = read_rows(rows)
+    *all_rows, last = read_rows(rows)
+    timed_rows = [row for row in all_rows if "config" in row]
     found = [(row["variant"], row["num_k"], row["p50_ms"]) for row in timed_rows]
     of_first, of_second = [("8", 8, 16.0), ("8", 8, 8.0)], [("4", 4, 8.0), ("4", 4, 4.0)]
     assert found == [*of_first, *of_second, *of_first]
