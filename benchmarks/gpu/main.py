@@ -88,9 +88,10 @@ def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
     return chosen
 
 
-def copies_of(*, dry: bool, is_whole: bool) -> tuple[Path, ...]:
+def copies_of(options: argparse.Namespace) -> tuple[Path, ...]:
     """Where rows go too, for `make gpu-again`: those of a whole run on a GPU alone."""
-    return (LAST,) if is_whole and not dry else ()
+    parts = (options.again, options.profile, options.only, options.phases)
+    return () if options.dry or any(parts) else (LAST,)
 
 
 def end_with_make() -> None:
@@ -127,8 +128,7 @@ def main() -> int:
     if options.profile:
         phases.append(Phase("profile", profiles(words(options.profile)), 1))
     end_with_make()
-    copies = copies_of(dry=options.dry, is_whole=name == "gpu.jsonl")
-    rows = RowFile(options.out / name, *copies)
+    rows = RowFile(options.out / name, *copies_of(options))
     runner = Runner(
         rows,
         BUILD / "scratch",

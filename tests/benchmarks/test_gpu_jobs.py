@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -82,10 +83,15 @@ def test_a_name_that_is_none_is_refused(only: list[str], names: list[str]) -> No
         selected(jobs.phases(True, 2), only, names)
 
 
-def test_a_dry_run_leaves_the_rows_of_a_real_one_alone() -> None:
-    assert copies_of(dry=True, is_whole=True) == ()
-    assert copies_of(dry=False, is_whole=False) == ()
-    assert copies_of(dry=False, is_whole=True)
+def test_what_is_no_whole_run_on_a_gpu_leaves_the_rows_of_one_alone() -> None:
+    whole = {"dry": False, "again": False, "profile": "", "only": "", "phases": ""}
+    assert copies_of(Namespace(**whole))
+    for name, value in {
+        "dry": True,
+        "again": True,
+        **dict.fromkeys(list(whole)[2:], "glu"),
+    }.items():
+        assert copies_of(Namespace(**whole | {name: value})) == (), name
 
 
 @pytest.mark.parametrize("is_dry", [True, False])
