@@ -76,7 +76,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "average of a parameter", average_of_a_parameter
     yield "average of several", average_of_several
     yield "scattered list", scattered_list
-    yield "exchanged", exchanged
+    if not torch.__version__.startswith("2.11."):  # whose gloo exchanges one tensor, and no lists
+        yield "exchanged", exchanged
     yield "objects", objects
 
 
