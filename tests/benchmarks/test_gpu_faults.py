@@ -63,7 +63,7 @@ def plant(file: str, old: str, new: str, folder: Path, monkeypatch: pytest.Monke
 
 
 FAULTS = {
-    "rms_norm, eps": ("rms_norm", "rms_norm.py", "/ num_cols + eps)", "/ num_cols - eps)"),
+    "rms_norm, eps": ("rms_norm", "rms_norm/kernels.py", "/ num_cols + eps)", "/ num_cols - eps)"),
     "glu, gradient of up": (
         *("glu", "glu.py"),
         *("(dy * activated).to(dtype)", "(-dy * activated).to(dtype)"),

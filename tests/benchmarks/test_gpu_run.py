@@ -40,7 +40,11 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
         '    check_lists("accumulate_"',
         '    __import__("time").sleep(60)\n    check_lists("accumulate_"',
     )
-    plant(kernels / "rms_norm.py", "import torch\n", "import a_module_that_is_not_there\n")
+    plant(
+        kernels / "rms_norm" / "__init__.py",
+        "import torch\n",
+        "import a_module_that_is_not_there\n",
+    )
     return folder
 
 

@@ -99,7 +99,7 @@ def test_the_norm_reads_ahead(
     lines = [
         line
         for line in compiled["rms_norm"]
-        if "_backward_kernel[*bf16," in line
+        if ".backward_kernel[*bf16," in line
         and f" COLS={cols}," in line
         and not (is_widest and line.split()[1] != "sm_90")
         and f"HAS_DH_OUT={tensors == 3}," in line

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nanotron_fast.kernels import rms_norm
+from nanotron_fast.kernels.rms_norm import operators, rms_norm
 from nanotron_fast.kernels.runtime import occupancy
 from nanotron_fast.kernels.runtime.sizes import next_power_of_2, unit_of
 
@@ -141,11 +141,11 @@ def test_stages_of_the_norm_fit_in_shared_memory(
 ) -> None:
     monkeypatch.setattr(occupancy, "shared_memory_limit", lambda device: limit)
     cols = next_power_of_2(hidden)
-    rows = rms_norm._BackwardBlocks.rule(cols, size).rows
+    rows = operators._BackwardBlocks.rule(cols, size).rows
     block_bytes = tensors * rows * cols * size
-    rms_norm._stages.cache_clear()  # what it keeps is of another card, before and after
-    request.addfinalizer(rms_norm._stages.cache_clear)
-    assert rms_norm._stages(block_bytes, cols, unit_of(hidden, 0) * size, GPU) == expected
+    operators._stages.cache_clear()  # what it keeps is of another card, before and after
+    request.addfinalizer(operators._stages.cache_clear)
+    assert operators._stages(block_bytes, cols, unit_of(hidden, 0) * size, GPU) == expected
     assert (expected - 1) * block_bytes < limit
 
 
@@ -163,7 +163,7 @@ def test_the_grid_of_a_real_gpu_fills_it(monkeypatch) -> None:
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
     x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    rms_norm.rms_norm(x, weight).backward(torch.randn_like(x))
+    rms_norm(x, weight).backward(torch.randn_like(x))
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     assert counted[0] % multiprocessors == 0
     assert multiprocessors <= counted[0] <= 16 * multiprocessors

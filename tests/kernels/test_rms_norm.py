@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nanotron_fast.kernels import rms_norm as module
-from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
+from nanotron_fast.kernels.rms_norm import operators, rms_norm, rms_norm_reference
 from nanotron_fast.kernels.runtime import tuning
 from tests.kernels.checks import assert_close, wide
 
@@ -64,7 +63,7 @@ def test_matches_reference(path, device, shape, dtype, has_residual, zero_center
 def test_rows_that_leave_no_registers_for_the_weight(
     triton_path, monkeypatch, dtype, stages
 ) -> None:
-    monkeypatch.setattr(module, "_stages", lambda *sizes: stages)
+    monkeypatch.setattr(operators, "_stages", lambda *sizes: stages)
     torch.manual_seed(0)
     # Programs have several rows each, and the last ones fewer.
     given = [torch.randn(7, 8232, device=triton_path).to(dtype)[:, :8225] for _ in range(4)]
@@ -136,10 +135,10 @@ def test_saves_its_input_and_a_number_a_row(triton_path) -> None:
 def test_operators_are_what_torch_expects(triton_path) -> None:
     x, residual, dy = (torch.randn(5, 12, device=triton_path) for _ in range(3))
     weight = torch.randn(12, device=triton_path)
-    torch.library.opcheck(module._forward.overload, (x, residual, weight, 1e-6, False))
-    torch.library.opcheck(module._forward.overload, (x, None, weight, 1e-6, True))
+    torch.library.opcheck(operators.forward.overload, (x, residual, weight, 1e-6, False))
+    torch.library.opcheck(operators.forward.overload, (x, None, weight, 1e-6, True))
     rstd = torch.rand(5, device=triton_path)
-    torch.library.opcheck(module._backward.overload, (dy, None, x, weight, rstd, False))
+    torch.library.opcheck(operators.backward.overload, (dy, None, x, weight, rstd, False))
 
 
 def test_compiles_without_a_graph_break(path, device) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from nanotron_fast.kernels.rms_norm import rms_norm
 
-FILES = ("rms_norm",)
+FILES = ("rms_norm.kernels",)
 
 
 def _step(dtype: torch.dtype, hidden: int, has_residual: bool) -> None:
