@@ -12,7 +12,11 @@ from importlib.util import find_spec
 CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rms_norm": (
         "norms",
-        ("4096", "4096 residual", "8192", "8192 residual", "16384", "16384 residual"),
+        tuple(
+            f"{hidden}{residual}"
+            for hidden in (4096, 8192, 16384, 32768)
+            for residual in ("", " residual")
+        ),
     ),
     "glu": ("norms", ("silu", "gelu", "gelu_tanh")),
     "rope_qkv": ("rotary", ("halves", "interleaved", "partial, positions", "in place")),

@@ -10,7 +10,8 @@ and g = dy * w:
     dw = sum over rows of dy * n
 
 Bytes for (rows, hidden) of two-byte elements: forward 4 an element, 8 with the residual; backward
-6, 8 with the residual. Saved for backward: h, the weight and r (4 bytes a row).
+6, 8 with the residual, and for rows of more than 16384 columns, which are taken in parts, 10 and 12
+(part_kernels.py). Saved for backward: h, the weight and r (4 bytes a row).
 Shapes: x, residual, y, h (..., hidden); weight (hidden,); r (rows,) fp32.
 """
 
@@ -24,9 +25,6 @@ from nanotron_fast.kernels.rms_norm.reference import RmsNormOfCpu, rms_norm_refe
 from nanotron_fast.kernels.runtime.backend import uses_triton
 
 __all__ = ["rms_norm", "rms_norm_reference"]
-
-# A row lies in one block: past this, registers spill and the reference is used.
-_MAX_HIDDEN = 16384
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -77,7 +75,7 @@ def rms_norm(
             f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} "
             f"for x {tuple(x.shape)} {x.dtype}"
         )
-    if not uses_triton(x) or x.shape[-1] > _MAX_HIDDEN or x.dtype == torch.float64:
+    if not uses_triton(x) or x.dtype == torch.float64:
         if torch.compiler.is_compiling() or x.is_cuda:
             return rms_norm_reference(x, weight, eps, residual, zero_centered)
         return RmsNormOfCpu.apply(x, residual, weight, eps, zero_centered)

@@ -4,7 +4,8 @@ A row is in registers as a whole, and its share of dw with it. In backward one o
 columns takes all registers of a multiprocessor, so the next row of two-byte elements is copied to
 shared memory meanwhile: 128 KB for two rows, 192 KB with the residual; where there is less (sm_80
 has 163 KB) it is read when its turn comes. Programs of a part of the columns each would need the
-sums of g * n first: h and dy would be read twice, 10 bytes an element, 12 with the residual.
+means of g * n first, as those of rows in parts do (part_kernels.py): h and dy would be read twice,
+10 bytes an element, 12 with the residual.
 Accesses are as wide as suits all rows: 16 bytes where hidden is a multiple of 8. Within each row of
 an odd hidden there are aligned vectors too, but they begin at other columns in every row, so that
 neither the weight nor the sums of dw could stay with a thread.
@@ -17,7 +18,7 @@ import triton.language as tl
 
 
 @triton.jit
-def _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED: tl.constexpr):
+def load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED: tl.constexpr):
     weight = tl.load(weight_ptr + cols, mask=cols < num_cols, other=0.0).to(tl.float32)
     if ZERO_CENTERED:
         weight += 1.0
@@ -55,7 +56,7 @@ def forward_kernel(
         rounded = (h + residual).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + rows * num_cols + cols, rounded, mask=mask)
         h = rounded.to(tl.float32)
-    weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+    weight = load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
     rstd = 1.0 / tl.sqrt(tl.sum(h * h, axis=1, keep_dims=True) / num_cols + eps)
     y = h * rstd * weight
     tl.store(y_ptr + rows * num_cols + cols, y.to(y_ptr.dtype.element_ty), mask=mask)
@@ -69,6 +70,7 @@ def backward_kernel(
     h_ptr,
     weight_ptr,
     rstd_ptr,
+    means_ptr,
     dx_ptr,
     partial_dw_ptr,
     dy_row_units,
@@ -86,8 +88,11 @@ def backward_kernel(
 ):
     num_cols = num_units * UNIT
     cols = tl.arange(0, COLS)[None, :]
+    if means_ptr is not None:
+        # The program has a part of a row that is in parts.
+        cols += tl.program_id(1) * COLS
     if KEEP_WEIGHT:
-        weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+        weight = load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
     dw = tl.zeros((ROWS, COLS), dtype=tl.float32)
     # Each program walks over the rows with a stride of all programs, and sums its share of dw.
     first = tl.program_id(0).to(tl.int64) * ROWS
@@ -109,15 +114,19 @@ def backward_kernel(
         dw += dy * normed
         if not KEEP_WEIGHT:
             if STAGES == 1:
-                weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+                weight = load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
             else:
                 # Under a condition, which always holds, it is not copied ahead as the rows are:
                 # it stays in the L1 cache, and shared memory is left to them.
                 weight = tl.zeros((1, COLS), dtype=tl.float32)
                 if start >= 0:
-                    weight = _load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
+                    weight = load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
         g = dy * weight
-        dx = (g - normed * (tl.sum(g * normed, axis=1, keep_dims=True) / num_cols)) * rstd
+        if means_ptr is not None:
+            mean = tl.load(means_ptr + rows, mask=rows < num_rows, other=0.0)
+        else:
+            mean = tl.sum(g * normed, axis=1, keep_dims=True) / num_cols
+        dx = (g - normed * mean) * rstd
         if HAS_DH_OUT:
             dh_out_ptrs = dh_out_ptr + rows * dh_out_row_units * UNIT + cols
             dx += tl.load(dh_out_ptrs, mask=mask, other=0.0).to(tl.float32)

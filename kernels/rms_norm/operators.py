@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm.kernels import backward_kernel, forward_kernel
+from nanotron_fast.kernels.rms_norm.part_kernels import forward_by_parts_kernel, means_kernel
 from nanotron_fast.kernels.runtime import occupancy
 from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
 from nanotron_fast.kernels.runtime.operators import operator
@@ -17,6 +18,14 @@ from nanotron_fast.kernels.runtime.rows import as_rows, empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
 from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2, remembered
 
+# The widest rows that are in registers as a whole; wider ones are in parts.
+_MAX_WHOLE = 16384
+# Bytes of the parts that a program goes through: one access of 16 for each of 1024 threads. So it
+# takes 32 registers of a thread, and a multiprocessor has two programs.
+_LOOP_BYTES, _LOOP_WARPS = 16384, 32
+# Columns of the parts that have programs of their own. There are nine at least, so that a ninth of
+# the programs has less to do at most: those of the last part.
+_PART_COLS = 2048
 # Elements of a block of several short rows.
 _BLOCK_ELEMENTS = 4096
 # The widest rows whose weight stays in registers through the backward pass.
@@ -87,10 +96,14 @@ def _stages(block_bytes: int, cols: int, copy_bytes: int, device: torch.device) 
 
 @remembered
 def _prepared_forward(
-    shape: torch.Size, itemsize: int, strides: tuple[int, int], eps: float, **constants: bool
+    num_rows: int,
+    hidden: int,
+    itemsize: int,
+    strides: tuple[int, int],
+    eps: float,
+    **constants: bool,
 ) -> Prepared:
-    """The launch for x of a shape, with strides of the rows of x and the residual."""
-    num_rows, hidden = math.prod(shape[:-1]), shape[-1]
+    """The launch with strides of the rows of x and the residual."""
     cols, unit = next_power_of_2(hidden), unit_of(*strides, hidden)
     blocks = _ForwardBlocks.chosen(cols=cols, itemsize=itemsize)
     return Prepared(
@@ -104,25 +117,45 @@ def _prepared_forward(
     )
 
 
+@remembered
+def _prepared_by_parts(
+    num_rows: int,
+    hidden: int,
+    itemsize: int,
+    strides: tuple[int, int],
+    *numbers: float,
+    **constants: bool,
+) -> Prepared:
+    """The launch of a program for each row, with the strides of what it reads."""
+    unit = unit_of(*strides, hidden)
+    return Prepared(
+        (num_rows,),
+        (*[stride // unit for stride in strides], hidden // unit, *numbers),
+        **constants,
+        UNIT=unit,
+        COLS=_LOOP_BYTES // itemsize,
+        num_warps=_LOOP_WARPS,
+    )
+
+
 @operator("nanotron_fast::rms_norm_forward")
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
 ) -> list[Tensor]:
     """y and, with a residual, h (..., hidden) in x's dtype; and rstd (rows,) fp32."""
     shape, y = x.shape, empty_rows(x)
+    num_rows, hidden = math.prod(shape[:-1]), shape[-1]
     h = None if residual is None else empty_rows(x)
-    rstd = x.new_empty(math.prod(shape[:-1]), dtype=torch.float32)
+    rstd = x.new_empty(num_rows, dtype=torch.float32)
     x, x_stride = with_stride(x)
     residual, residual_stride = (None, 0) if residual is None else with_stride(residual)
-    prepared = _prepared_forward(
-        shape,
-        x.element_size(),
-        (x_stride, residual_stride),
-        eps,
-        HAS_RESIDUAL=h is not None,
-        ZERO_CENTERED=zero_centered,
-    )
-    prepared.launch(forward_kernel, x, residual, weight, y, h, rstd)
+    strides = (x_stride, residual_stride)
+    constants = {"HAS_RESIDUAL": h is not None, "ZERO_CENTERED": zero_centered}
+    is_whole = hidden <= _MAX_WHOLE
+    prepare = _prepared_forward if is_whole else _prepared_by_parts
+    prepared = prepare(num_rows, hidden, x.element_size(), strides, eps, **constants)
+    kernel = forward_kernel if is_whole else forward_by_parts_kernel
+    prepared.launch(kernel, x, residual, weight, y, h, rstd)
     return [y, rstd] if h is None else [y, h, rstd]
 
 
@@ -148,12 +181,19 @@ def backward(
     num_rows, hidden = h.shape
     if not num_rows:
         return dx, torch.zeros_like(weight)
-    cols = next_power_of_2(hidden)
+    cols, means = next_power_of_2(hidden), None
+    if hidden > _MAX_WHOLE:
+        cols, means = _PART_COLS, torch.empty_like(rstd)
+        strides = (dy.stride(0), h.stride(0))
+        prepared = _prepared_by_parts(
+            num_rows, hidden, h.element_size(), strides, ZERO_CENTERED=zero_centered
+        )
+        prepared.launch(means_kernel, dy, h, weight, rstd, means)
     blocks = _BackwardBlocks.chosen(cols=cols, itemsize=h.element_size())
     # The kernel takes a wide row as a number: it is alone in its block.
     rows, num_warps = blocks.rows if cols <= _MAX_KEPT else 1, blocks.num_warps
     block_bytes = (2 if dh_out is None else 3) * rows * cols * h.element_size()
-    tensors = (dy, dh_out, h, weight, rstd, dx)
+    tensors = (dy, dh_out, h, weight, rstd, means, dx)
     strides = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
     unit = unit_of(*strides, hidden)
     numbers = (*(stride // unit for stride in strides), num_rows, hidden // unit)
@@ -175,9 +215,10 @@ def backward(
     resident = occupancy.resident_programs(
         backward_kernel, (*tensors, torch.float32, *numbers), constants, h.device
     )
-    num_programs = min(ceil_div(num_rows, rows), resident)
+    num_parts = 1 if means is None else ceil_div(hidden, cols)
+    num_programs = min(ceil_div(num_rows, rows), max(resident // num_parts, 1))
     partial_dw = torch.empty(num_programs, hidden, dtype=torch.float32, device=h.device)
-    on_grid(backward_kernel, (num_programs,))(*tensors, partial_dw, *numbers, **constants)
+    on_grid(backward_kernel, (num_programs, num_parts))(*tensors, partial_dw, *numbers, **constants)
     return dx, partial_dw.sum(0).to(weight.dtype)
 
 

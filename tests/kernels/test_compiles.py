@@ -81,7 +81,8 @@ def test_candidates_compile_without_spills(request: pytest.FixtureRequest) -> No
 @pytest.mark.slow
 @WITHOUT_GPU
 @pytest.mark.parametrize(
-    ("cols", "tensors", "copies"), [(4096, 2, 24), (4096, 3, 36), (16384, 2, 12), (16384, 3, 18)]
+    ("cols", "tensors", "copies"),
+    [(4096, 2, 24), (4096, 3, 36), (16384, 2, 12), (16384, 3, 18), (2048, 2, 12), (2048, 3, 18)],
 )
 def test_the_norm_reads_ahead(
     cols: int,
@@ -92,8 +93,9 @@ def test_the_norm_reads_ahead(
 ) -> None:
     """bf16 rows of 4096 over 128 threads: 4 copies of 16 bytes a tensor, 3 stages, no spill.
 
-    Of 16384 over 1024 threads 2 copies. Two such rows of three tensors do not fit on sm_80, and
-    without spills on sm_90 alone.
+    Of 16384 over 1024 threads 2 copies, and of two rows of 2048 over 256 threads, the parts of rows
+    that are wider. Two rows of 16384 of three tensors do not fit on sm_80, and without spills on
+    sm_90 alone.
     """
     is_widest = (cols, tensors) == (16384, 3)
     lines = [
@@ -101,6 +103,7 @@ def test_the_norm_reads_ahead(
         for line in compiled["rms_norm"]
         if ".backward_kernel[*bf16," in line
         and f" COLS={cols}," in line
+        and " UNIT=8," in line
         and not (is_widest and line.split()[1] != "sm_90")
         and f"HAS_DH_OUT={tensors == 3}," in line
     ]
@@ -148,6 +151,8 @@ def test_the_norm_reads_ahead(
             r"forward_kernel\[\*bf16.*RESIDUAL=False.* UNIT=8, ROWS=4",
             "2 loads, 2 stores",
         ),
+        ("rms_norm", r"by_parts_kernel\[\*bf16.*RESIDUAL=True.* UNIT=8", "4 loads, 2 stores"),
+        ("rms_norm", r"means_kernel\[\*bf16.* UNIT=8", "3 loads"),
     ],
 )
 def test_odd_widths_are_read_16_bytes_at_a_time(

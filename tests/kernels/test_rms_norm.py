@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanotron_fast.kernels.rms_norm import operators, rms_norm, rms_norm_reference
-from nanotron_fast.kernels.runtime import tuning
+from nanotron_fast.kernels.runtime import occupancy, tuning
 from tests.kernels.checks import assert_close, wide
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -77,6 +77,46 @@ def test_rows_that_leave_no_registers_for_the_weight(
             for ours, twice, reference in zip(all_ours, all_again, all_references, strict=True):
                 assert torch.equal(ours, twice)
                 assert_close(ours, reference, factor=2)
+
+
+WIDE = [(1, 16385), (3, 18432), (2, 2, 20001), (7, 32768), (2, 65536), (0, 20000)]
+
+
+@pytest.mark.parametrize("has_residual", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_rows_that_do_not_fit_in_a_block(
+    triton_path, monkeypatch, shape, dtype, has_residual
+) -> None:
+    # Of the parts of rows of 16385 columns four programs each, of those of 65536 one.
+    monkeypatch.setattr(occupancy, "resident_programs", lambda *launch: 36)
+    torch.manual_seed(0)
+    x, residual, dy, dh = (torch.randn(shape, device=triton_path).to(dtype) for _ in range(4))
+    case = (x, torch.randn(shape[-1], device=triton_path).to(dtype))
+    case = (*case, residual if has_residual else None, dy, dh)
+    results = run(*case, zero_centered=has_residual)
+    again = run(*case, zero_centered=has_residual)
+    references = run_wide(*case, zero_centered=has_residual)
+    assert results[0][0].grad_fn.name() == "_RmsNormBackward"
+    for all_ours, all_again, all_references in zip(results, again, references, strict=True):
+        for ours, twice, reference in zip(all_ours, all_again, all_references, strict=True):
+            assert ours.dtype == dtype
+            assert torch.equal(ours, twice)
+            assert_close(ours, reference, factor=2)
+
+
+def test_wide_rows_that_are_not_contiguous(triton_path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 2 * 17000, device=triton_path)[:, ::2]
+    residual = torch.randn(5, 17024, device=triton_path)[:, :17000]
+    weight = torch.randn(17000, device=triton_path)
+    dy = torch.randn(17000, 5, device=triton_path).t()
+    dh = torch.randn(5, 17008, device=triton_path)[:, 8:]
+    outs, grads = run(x, weight, residual, dy, dh)
+    outs64, grads64 = run_wide(x, weight, residual, dy, dh)
+    assert outs[0].grad_fn.name() == "_RmsNormBackward"
+    for ours, reference in zip((*outs, *grads), (*outs64, *grads64), strict=True):
+        assert_close(ours, reference)
 
 
 def test_rows_that_are_not_contiguous(triton_path) -> None:

@@ -9,8 +9,9 @@ from benchmarks.gpu.harness import Builder, Check, check, precompile
 
 __all__ = ["BUILDERS", "check", "precompile"]
 
-# Hidden sizes of the dry run: no powers of two, and one that is wider than a block of several rows.
-_TINY_HIDDEN = {4096: 96, 8192: 200, 16384: 1100}
+# Hidden sizes of the dry run: no powers of two, one that is wider than a block of several rows, and
+# one whose rows are in parts.
+_TINY_HIDDEN = {4096: 96, 8192: 200, 16384: 1100, 32768: 16648}
 
 
 def _rms_norm(variant: str, context: Context) -> Check:

@@ -9,7 +9,7 @@ import torch
 
 from nanotron_fast.kernels.rms_norm import rms_norm
 
-FILES = ("rms_norm.kernels",)
+FILES = ("rms_norm.kernels", "rms_norm.part_kernels")
 
 
 def _step(dtype: torch.dtype, hidden: int, has_residual: bool) -> None:
@@ -24,7 +24,7 @@ CASES = [
     partial(_step, *case)
     for case in product(
         (torch.bfloat16, torch.float16, torch.float32),
-        (576, 577, 580, 584, 4096, 8192, 16384),
+        (576, 577, 580, 584, 16385, 65536, 4096, 8192, 16384),
         (False, True),
     )
 ]
