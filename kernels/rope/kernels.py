@@ -41,59 +41,56 @@ class _Blocks(Tuned, operation="rope", heads=powers_of_2(1, 64)):
 
 @triton.jit
 def _move_heads(
-    src_ptr,
-    dst_ptr,
-    src_token_stride,
-    src_head_stride,
-    dst_token_stride,
+    side,
     first,
-    num_heads,
-    tokens,
-    num_tokens,
-    cos,
-    sin,
-    TURNS: tl.constexpr,
+    rows,
     INTERLEAVED: tl.constexpr,
     IN_PLACE: tl.constexpr,
     STRIDE_UNIT: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
-    TOKENS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_COLS: tl.constexpr,
-    HALF_COLS: tl.constexpr,
 ):
-    """Takes heads of q, k or v from src to dst, from the first on; zeros where there is no src."""
+    """Takes a group of heads, from `first`, of q, k or v from src to dst.
+
+    `side` is what is its own of each: without a src its heads become zeros. `rows` is what the
+    tokens have: without cosines nothing turns.
+    """
+    src_ptr, dst_ptr, num_heads, src_token_stride, src_head_stride, dst_token_stride = side
+    tokens, num_tokens, cos, sin = rows
     dtype = dst_ptr.dtype.element_ty
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
     heads = first + tl.arange(0, HEADS)[None, :, None]
     mask = (tokens < num_tokens) & (heads < num_heads)
     dst = dst_ptr + tokens * (dst_token_stride * STRIDE_UNIT) + heads * HEAD_DIM
     if src_ptr is None:
-        zeros = tl.zeros((TOKENS, HEADS, HEAD_COLS), dtype)
-        tl.store(dst + cols, zeros, mask=mask & (cols < HEAD_DIM))
+        tl.store(dst + cols, 0.0, mask=mask & (cols < HEAD_DIM))
     else:
         src = src_ptr + tokens * (src_token_stride * STRIDE_UNIT)
         src += heads.to(tl.int64) * (src_head_stride * STRIDE_UNIT)
         # In place, this program alone touches these heads, and reads a pair before it writes.
-        if TURNS and INTERLEAVED:
-            pair_cols = tl.arange(0, 2 * HALF_COLS)[None, None, :]
-            inside = mask & (pair_cols < 2 * HALF)
-            pairs = tl.load(src + pair_cols, mask=inside, other=0.0).to(tl.float32)
-            a, b = tl.split(tl.reshape(pairs, (TOKENS, HEADS, HALF_COLS, 2)))
-            turned = tl.join(a * cos - b * sin, b * cos + a * sin)
-            turned = tl.reshape(turned, (TOKENS, HEADS, 2 * HALF_COLS))
-            tl.store(dst + pair_cols, turned.to(dtype), mask=inside)
-        elif TURNS:
-            half_cols = tl.arange(0, HALF_COLS)[None, None, :]
-            inside = mask & (half_cols < HALF)
-            a = tl.load(src + half_cols, mask=inside, other=0.0).to(tl.float32)
-            b = tl.load(src + HALF + half_cols, mask=inside, other=0.0).to(tl.float32)
-            tl.store(dst + half_cols, (a * cos - b * sin).to(dtype), mask=inside)
-            tl.store(dst + HALF + half_cols, (b * cos + a * sin).to(dtype), mask=inside)
-        if not IN_PLACE and (not TURNS or 2 * HALF < HEAD_DIM):
+        if cos is not None:
+            HALF_COLS: tl.constexpr = cos.shape[2]
+            if INTERLEAVED:
+                pair_cols = tl.arange(0, 2 * HALF_COLS)[None, None, :]
+                inside = mask & (pair_cols < 2 * HALF)
+                pairs = tl.load(src + pair_cols, mask=inside, other=0.0).to(tl.float32)
+                pairs = tl.reshape(pairs, (tokens.shape[0], HEADS, HALF_COLS, 2))
+                a, b = tl.split(pairs)
+                turned = tl.join(a * cos - b * sin, b * cos + a * sin)
+                turned = tl.reshape(turned, inside.shape)
+                tl.store(dst + pair_cols, turned.to(dtype), mask=inside)
+            else:
+                half_cols = tl.arange(0, HALF_COLS)[None, None, :]
+                inside = mask & (half_cols < HALF)
+                a = tl.load(src + half_cols, mask=inside, other=0.0).to(tl.float32)
+                b = tl.load(src + HALF + half_cols, mask=inside, other=0.0).to(tl.float32)
+                tl.store(dst + half_cols, (a * cos - b * sin).to(dtype), mask=inside)
+                tl.store(dst + HALF + half_cols, (b * cos + a * sin).to(dtype), mask=inside)
+        if not IN_PLACE and (cos is None or 2 * HALF < HEAD_DIM):
             inside = mask & (cols < HEAD_DIM)
-            if TURNS:
+            if cos is not None:
                 inside = inside & (cols >= 2 * HALF)
             tl.store(dst + cols, tl.load(src + cols, mask=inside, other=0.0), mask=inside)
 
@@ -109,14 +106,9 @@ def _rope_kernel(
     cos_ptr,
     sin_ptr,
     position_ids_ptr,
-    q_src_token_stride,
-    k_src_token_stride,
-    v_src_token_stride,
-    q_src_head_stride,
-    k_src_head_stride,
-    v_src_head_stride,
-    q_dst_token_stride,
-    kv_dst_token_stride,
+    src_token_strides,
+    src_head_strides,
+    dst_token_strides,
     num_tokens,
     num_positions,
     num_q_heads,
@@ -155,23 +147,24 @@ def _rope_kernel(
     # fmt: off
     if group < num_q_groups:
         _move_heads(
-            q_src_ptr, q_dst_ptr, q_src_token_stride, q_src_head_stride, q_dst_token_stride,
-            group * Q_HEADS, num_q_heads, tokens, num_tokens, cos, sin, True, INTERLEAVED, IN_PLACE,
-            STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, Q_HEADS, HEAD_COLS, HALF_COLS,
+            (q_src_ptr, q_dst_ptr, num_q_heads,
+             src_token_strides[0], src_head_strides[0], dst_token_strides[0]),
+            group * Q_HEADS, (tokens, num_tokens, cos, sin),
+            INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, Q_HEADS, HEAD_COLS,
         )
     elif group < num_q_groups + num_kv_groups:
         _move_heads(
-            k_src_ptr, k_dst_ptr, k_src_token_stride, k_src_head_stride, kv_dst_token_stride,
-            (group - num_q_groups) * KV_HEADS, num_kv_heads, tokens, num_tokens, cos, sin, True,
-            INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, KV_HEADS, HEAD_COLS,
-            HALF_COLS,
+            (k_src_ptr, k_dst_ptr, num_kv_heads,
+             src_token_strides[1], src_head_strides[1], dst_token_strides[1]),
+            (group - num_q_groups) * KV_HEADS, (tokens, num_tokens, cos, sin),
+            INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, KV_HEADS, HEAD_COLS,
         )
     elif not IN_PLACE and v_dst_ptr is not None:
         _move_heads(
-            v_src_ptr, v_dst_ptr, v_src_token_stride, v_src_head_stride, kv_dst_token_stride,
-            (group - num_q_groups - num_kv_groups) * KV_HEADS, num_kv_heads, tokens, num_tokens,
-            cos, sin, False, INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, TOKENS, KV_HEADS,
-            HEAD_COLS, HALF_COLS,
+            (v_src_ptr, v_dst_ptr, num_kv_heads,
+             src_token_strides[2], src_head_strides[2], dst_token_strides[1]),
+            (group - num_q_groups - num_kv_groups) * KV_HEADS, (tokens, num_tokens, None, None),
+            INTERLEAVED, IN_PLACE, STRIDE_UNIT, HEAD_DIM, HALF, KV_HEADS, HEAD_COLS,
         )
     # fmt: on
 
@@ -197,14 +190,14 @@ def _prepared(
     q_heads, kv_heads = (min(blocks.heads, next_power_of_2(n)) for n in (num_q_heads, num_kv_heads))
     tokens = max(1, min(blocks.elements // (q_heads * head_cols), 32))
     of_sources = [(0, 0) if strides is None else strides[:2] for strides in sources]
-    strides = [each[dim] for dim in (0, 1) for each in of_sources] + [*destinations]
-    unit = unit_of(*strides)
+    strides = [*zip(*of_sources, strict=True), destinations]
+    unit = unit_of(*(stride for each in strides for stride in each))
     num_groups = ceil_div(num_q_heads, q_heads)
     num_groups += (1 + has_v) * ceil_div(num_kv_heads, kv_heads)
     return Prepared(
         (ceil_div(num_tokens, tokens) * num_groups,),
         (
-            *[stride // unit for stride in strides],
+            *[tuple(stride // unit for stride in each) for each in strides],
             num_tokens,
             num_positions,
             num_q_heads,
