@@ -262,8 +262,10 @@ def backward(
     longest = _longest(q, k, cu_seqlens, max_seqlen)
     if name == "sdpa_cudnn":
         heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        # cuDNN takes statistics of four dimensions alone, as its forward pass gives them.
+        stats = lse.contiguous().unsqueeze(-1)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *heads_first, lse, state, unused, None, None, None, *longest, 0.0, causal, scale=scale
+            *heads_first, stats, state, unused, None, None, None, *longest, 0.0, causal, scale=scale
         )
         return tuple(t.transpose(1, 2) for t in grads)
     left, right = _window_size(causal, window)

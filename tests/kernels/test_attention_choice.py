@@ -292,3 +292,26 @@ def test_kernels_of_torch_take_what_they_are_called_with(name, has_documents, wi
     assert lse.shape == ((8, 64) if has_documents else (2, 8, 64))
     grads = attention_library.backward(name, make(8), q, k, v, out, lse, **options)
     assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_cudnn_is_given_statistics_as_it_gives_them(monkeypatch) -> None:
+    """Its graph of the backward pass refuses three dimensions, which only a GPU would say."""
+    q, k, v = (torch.empty(2, 64, n, 32, dtype=torch.bfloat16, device="meta") for n in (8, 2, 2))
+    options = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None, "scale": 0.2}
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    stats = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)[1]
+    out, lse = attention_library.forward("sdpa_cudnn", q, k, v, **options)
+    given = []
+
+    def backward(dout, q, k, v, out, lse, *rest, scale):
+        given.append((lse.shape, lse.stride()))
+        return q, k, v
+
+    monkeypatch.setattr(
+        torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", backward, raising=False
+    )
+    # By whichever implementation, and of any strides.
+    by_token = torch.empty(2, 64, 8, device="meta").transpose(1, 2)
+    for each in (lse, by_token):
+        attention_library.backward("sdpa_cudnn", out, q, k, v, out, each, **options)
+    assert given == [(stats.shape, stats.stride())] * 2
