@@ -72,6 +72,10 @@ class _Assumed:
 
     def note(self, mask: Tensor) -> None:
         """Begins to look at a mask, if none is being looked at; never waits."""
+        if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+            # What is recorded would be looked at once, and replayed with other masks. And to ask
+            # an event while a graph is captured ends the capture.
+            return
         self._report()
         if self.has_warned or self.pending is not None or mask.is_inference():
             return
@@ -79,8 +83,6 @@ class _Assumed:
             return
         event = None
         if mask.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return  # what is recorded would be looked at once, and replayed with other masks
             count = torch.empty((), dtype=torch.int64, pin_memory=True)
             count.copy_(mask.logical_not().sum(), non_blocking=True)
             event = torch.cuda.Event()
