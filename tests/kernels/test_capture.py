@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +29,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """From where this is undone on, nothing is captured any more."""
     monkeypatch.setattr(plan, "_looks", {})
     monkeypatch.setattr(plan, "_captured", [])
+    monkeypatch.setattr(multi_tensor, "_captured", {})
     for tables in (multi_tensor._bundles, multi_tensor._layout, multi_tensor.addresses_at):
         tables.cache_clear()
     patch = pytest.MonkeyPatch()
@@ -79,6 +81,26 @@ def test_what_was_run_before_is_captured_and_kept(triton_path, capturing, monkey
     step(*lists(3, 1, 1, 0, 0), torch.zeros(()))
     assert [bundle.addresses for each in plan._captured for bundle in each.bundles] == read
     assert len(plan._captured) == 4
+
+
+def test_what_a_watched_run_captures_is_kept(triton_path, capturing, monkeypatch) -> None:
+    """Under a profiler and in a compiled graph operators make no plans, and read tables as well."""
+    tensors = [*lists(3, 1, 1, 0, 0), torch.zeros(())]
+    monkeypatch.setattr(plan, "is_watched", lambda: True)
+    with monkeypatch.context() as before:
+        before.setattr(capture, "is_capturing", lambda device: False)
+        step(*tensors)
+        assert not multi_tensor._captured
+    step(*tensors)
+    step(*tensors)
+    kept = multi_tensor._captured.values()
+    assert len(kept) == 4  # the norm and the clipping read the same; the counts of steps are one
+    read = [each if isinstance(each, Tensor) else each[0].addresses for each in kept]
+    watchers = [*map(weakref.ref, read)]
+    del read
+    for cache in (multi_tensor._bundles, multi_tensor._layout, multi_tensor.addresses_at):
+        cache.cache_clear()
+    assert all(watcher() is not None for watcher in watchers)
 
 
 def test_a_plan_is_kept_once(triton_path, capturing) -> None:
