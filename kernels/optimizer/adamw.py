@@ -39,6 +39,7 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     takes_reference,
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 from nanotron_fast.kernels.runtime.sizes import ceil_div
@@ -260,6 +261,8 @@ def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | N
         return None
     if value.numel() != 1:
         raise ValueError(f"adamw_step_: {name} {tuple(value.shape)} is not one number")
+    if value.device != device:
+        capture.refuse_if_capturing(device, f"a step of AdamW whose {name} is on {value.device}")
     return value.to(device=device, dtype=torch.float32, non_blocking=True)
 
 

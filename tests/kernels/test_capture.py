@@ -13,6 +13,7 @@ from nanotron_fast.kernels.attention import configs
 from nanotron_fast.kernels.matmul import kernels as matmul_kernels
 from nanotron_fast.kernels.optimizer import (
     accumulate_,
+    adamw,
     adamw_step_,
     clip_grad_norm_,
     multi_tensor,
@@ -128,6 +129,17 @@ def test_the_tables_of_the_stream_that_warmed_up(monkeypatch) -> None:
     with pytest.raises(RuntimeError, match="run it once before, then capture it"):
         multi_tensor._to_device(torch.zeros(1), GPU)
     del multi_tensor._last_streams[GPU]
+
+
+def test_a_number_of_a_step_is_on_the_device(capturing) -> None:
+    """It would be copied from where the host had it, in every replay."""
+    elsewhere = torch.device("meta")
+    lr = torch.tensor(0.5)
+    with pytest.raises(RuntimeError, match="captures a step of AdamW whose lr is on cpu"):
+        adamw._scalar("lr", lr, elsewhere)
+    assert adamw._scalar("lr", lr, lr.device) is lr
+    capturing.undo()
+    assert adamw._scalar("lr", lr, elsewhere).is_meta
 
 
 def test_nothing_is_timed(capturing) -> None:
