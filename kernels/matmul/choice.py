@@ -20,6 +20,7 @@ import torch
 
 from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import constant_in_a_graph
+from nanotron_fast.kernels.runtime.operators import on_device
 
 ENVIRONMENT_VARIABLE = "NANOTRON_FAST_FUSED_MATMUL"
 MODES = ("auto", "always", "never")
@@ -114,5 +115,7 @@ def choose(key: Key, make_candidates: Callable[[], Candidates]) -> bool:
         return known
     if torch.compiler.is_compiling() or capture.is_capturing(key.device):
         return False
-    _decisions[key] = _measure(make_candidates)
+    # Events are recorded on the current device: of another's work they would say nothing.
+    with on_device(-1 if key.device.index is None else key.device.index):
+        _decisions[key] = _measure(make_candidates)
     return _decisions[key]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -246,6 +248,22 @@ def test_a_shape_is_measured_once(timed, kind) -> None:
     assert len(timed) == 2 * before
     assert ask(kind=kind, out=48)
     assert len(timed) == 3 * before
+
+
+def test_it_is_timed_on_its_own_device(timed, monkeypatch) -> None:
+    current = []
+
+    @contextmanager
+    def on_device(index):
+        current.append(index)
+        yield
+        current.append(len(timed))
+
+    monkeypatch.setattr(matmul_choice, "on_device", on_device)
+    key = matmul_choice.Key("glu", 16, 64, 32, torch.float32, torch.device("cuda", 3))
+    vendor, fused = (lambda: timed.append("vendor")), (lambda: timed.append("fused"))
+    assert matmul_choice.choose(key, lambda: (vendor, fused))
+    assert current == [3, len(timed)]
 
 
 def test_the_slower_kernel_is_not_taken(timed, monkeypatch) -> None:
