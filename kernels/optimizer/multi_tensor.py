@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 import triton
@@ -37,7 +37,6 @@ from nanotron_fast.kernels.runtime.backend import is_interpreting, uses_triton
 # How many sets of lists are remembered; a training step uses three or four.
 _NUM_REMEMBERED = 64
 _ACCESS_BYTES = 16
-_T = TypeVar("_T")
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -67,8 +66,6 @@ class Bundle:
 
 # The stream on which each device was last asked for tables outside a capture.
 _last_streams: dict[torch.device, int] = {}
-# Tables that a graph reads, by identity.
-_captured: dict[int, Any] = {}
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
@@ -201,13 +198,6 @@ def stream_of_tables(device: torch.device) -> int:
     return current
 
 
-def _for_replays(tables: _T, device: torch.device) -> _T:
-    """Tables as they are, which stay for good where a graph that is captured will read them."""
-    if capture.is_capturing(device):
-        _captured[id(tables)] = tables
-    return tables
-
-
 def bundles_of(lists: Sequence[Sequence[Tensor]], segment: int) -> tuple[Bundle, ...]:
     """What the launches take that cover these lists, with `segment` elements to a program.
 
@@ -225,7 +215,7 @@ def bundles_of(lists: Sequence[Sequence[Tensor]], segment: int) -> tuple[Bundle,
         device,
         stream_of_tables(device),
     )
-    return _for_replays(bundles, device)
+    return capture.keep(bundles, device)
 
 
 def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
@@ -234,7 +224,7 @@ def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     addresses = addresses_at(
         tuple([tensor.data_ptr() for tensor in tensors]), device, stream_of_tables(device)
     )
-    return _for_replays(addresses, device)
+    return capture.keep(addresses, device)
 
 
 def takes_reference(tensors: Sequence[Tensor]) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rope import rope_tables
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.model.spec import Attention, ModelSpec
 
 Tables = tuple[Tensor, Tensor]
@@ -35,7 +36,8 @@ class Rotary:
     def tables(self, attention: Attention, length: int, device: torch.device) -> Tables:
         """cos and sin (positions, rotary rows / 2) fp32, for positions below `length` at least.
 
-        A layer without rotary embedding gets tables that turn nothing.
+        A layer without rotary embedding gets tables that turn nothing. Raises RuntimeError where
+        a CUDA graph is captured and they are new: see `capture`.
         """
         rotary_dim = 0 if attention.rotary is None else attention.rotary[1] - attention.rotary[0]
         regime = 0 if attention.rope_theta is not None else self._regime(length)
@@ -44,9 +46,11 @@ class Rotary:
         if found is None or len(found[0]) < length:
             # Twice as long as the one before, so that generation makes few of them.
             positions = max(length, _MIN_POSITIONS, 2 * len(found[0]) if found else 0)
+            what = f"a model whose tables of {length} positions are new"
+            capture.refuse_if_capturing(device, what)
             found = self._make(key, positions)
             self._keep(key, found)
-        return found
+        return capture.keep(found, device)
 
     def _regime(self, length: int) -> int:
         """What the frequencies depend on: a sequence length, or 0 for every short one."""

@@ -30,7 +30,7 @@ def capturing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """From where this is undone on, nothing is captured any more."""
     monkeypatch.setattr(plan, "_looks", {})
     monkeypatch.setattr(plan, "_captured", [])
-    monkeypatch.setattr(multi_tensor, "_captured", {})
+    monkeypatch.setattr(capture, "_kept", {})
     for tables in (multi_tensor._bundles, multi_tensor._layout, multi_tensor.addresses_at):
         tables.cache_clear()
     patch = pytest.MonkeyPatch()
@@ -54,6 +54,9 @@ def test_a_capture_is_that_of_the_current_stream(monkeypatch) -> None:
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda it=answer: it)
         assert capture.is_capturing(GPU) is answer
         assert not capture.is_capturing(torch.device("cpu"))
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not capture.is_capturing(GPU)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
 
 
 def test_lists_that_are_new_are_refused(triton_path, capturing) -> None:
@@ -91,10 +94,10 @@ def test_what_a_watched_run_captures_is_kept(triton_path, capturing, monkeypatch
     with monkeypatch.context() as before:
         before.setattr(capture, "is_capturing", lambda device: False)
         step(*tensors)
-        assert not multi_tensor._captured
+        assert not capture._kept
     step(*tensors)
     step(*tensors)
-    kept = multi_tensor._captured.values()
+    kept = capture._kept.values()
     assert len(kept) == 4  # the norm and the clipping read the same; the counts of steps are one
     read = [each if isinstance(each, Tensor) else each[0].addresses for each in kept]
     watchers = [*map(weakref.ref, read)]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.rope import rope_qkv
 from nanotron_fast.kernels.rope.tables import rope_frequencies, rope_tables
+from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.patch.hooks import may_go_past
 from nanotron_fast.patch.nanotron.attention_with_lse import attention_with_lse
 from nanotron_fast.patch.nanotron.replacements.masks import document_starts
@@ -43,6 +44,7 @@ def _tables(
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
     """The tables that all layers share. `scaling` is JSON, so that it can be a key."""
+    capture.refuse_if_capturing(device, "an attention whose rotary tables are new")
     with torch.inference_mode(False):  # autograd may save them, whoever asks first
         return rope_tables(
             head_dim,
@@ -57,6 +59,7 @@ def _tables(
 @lru_cache(maxsize=16)
 def _positions(seq: int, batch: int, first: int, device: torch.device, by_batch: bool) -> Tensor:
     """(seq * batch,): each token's place in its row, whose tokens are neighbours if `by_batch`."""
+    capture.refuse_if_capturing(device, "an attention whose positions are new")
     with torch.inference_mode(False):
         row = torch.arange(first, first + seq, device=device)
         return row.repeat(batch) if by_batch else row.repeat_interleave(batch)
@@ -153,8 +156,11 @@ def llama_rotary(
     """
     scaling, max_positions = _llama_scaling(self, options)
     theta = float(self.flash_rotary_embedding.base)
-    cos, sin = _tables(self.d_qk, seq, theta, json.dumps(scaling), max_positions, device)
-    return cos, sin, None if batch == 1 else _positions(seq, batch, 0, device, False)
+    tables = _tables(self.d_qk, seq, theta, json.dumps(scaling), max_positions, device)
+    cos, sin = capture.keep(tables, device)
+    if batch == 1:
+        return cos, sin, None
+    return cos, sin, capture.keep(_positions(seq, batch, 0, device, False), device)
 
 
 def _refuse_scaling(scaling: Mapping[str, Any] | None) -> None:
@@ -282,7 +288,7 @@ def qwen2_rotary(
     if scaling is None and factor is not None:
         scaling = {"rope_type": "linear", "factor": float(factor)}
     first = self.cp_pg.rank() * seq
-    cos, sin = _tables(
+    tables = _tables(
         self.head_dim,
         seq * self.cp_pg_size,
         float(rotary.base),
@@ -290,4 +296,5 @@ def qwen2_rotary(
         config.max_position_embeddings,
         device,
     )
-    return cos, sin, _positions(seq, num_tokens // seq, first, device, True)
+    cos, sin = capture.keep(tables, device)
+    return cos, sin, capture.keep(_positions(seq, num_tokens // seq, first, device, True), device)
