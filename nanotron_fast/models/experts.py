@@ -52,6 +52,16 @@ class _Join(torch.autograd.Function):
         return dx, torch.full_like(loss, ctx.weight), None
 
 
+def _counts(by_expert: Tensor, num_experts: int) -> Tensor:
+    """(experts,) int64: how often each stands in a sorted list.
+
+    torch.bincount would wait for the device, twice: for the least and the largest of the list.
+    """
+    experts = torch.arange(num_experts, device=by_expert.device)
+    ends = torch.searchsorted(by_expert, experts, right=True)
+    return ends.diff(prepend=ends.new_zeros(1))
+
+
 class MergedExperts(nn.Module):
     """The matrices of a rank's experts: (experts, hidden, 2 * inter) and (experts, inter, hidden).
 
@@ -139,14 +149,14 @@ class Experts(nn.Module):
         is_softmax = self.spec.scoring == "softmax"
         probabilities = logits.softmax(-1) if is_softmax else logits.sigmoid()
         weights, chosen = self._chosen(probabilities)
-        counts = torch.bincount(chosen.flatten(), minlength=self.spec.num_experts)
+        by_expert, order = chosen.flatten().sort(stable=True)
+        counts = _counts(by_expert, self.spec.num_experts)
         if batch.counts(self.router):
             load = self.router.load
             self.router.load = counts if load is None else load + counts
         if batch.auxiliary_loss and torch.is_grad_enabled():
             loss = self._imbalance(probabilities, counts)
             weights = _Join.apply(weights, loss, batch.auxiliary_loss)
-        order = chosen.flatten().argsort(stable=True)
         rows = x[order // self.spec.top_k]
         if self.setting.expert_ranks.size == 1:
             shared, out = self._shared(x), self.experts(rows, counts)
