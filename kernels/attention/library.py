@@ -199,6 +199,11 @@ def _longest(
     return longest, longest
 
 
+def _takes_cudnn(name: str, k: Tensor) -> bool:
+    """It refuses a single key, for which flash takes its place, as torch has it in `attend`."""
+    return name == "sdpa_cudnn" and k.shape[1] > 1
+
+
 def forward(
     name: str,
     q: Tensor,
@@ -214,7 +219,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out and lse, by torch's kernels."""
     q, k, v = (_vectors(t) for t in (q, k, v))
-    if name == "sdpa_cudnn":
+    if _takes_cudnn(name, k):
         heads_first = (t.transpose(1, 2) for t in (q, k, v))
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *heads_first, None, True, 0.0, causal, False, scale=scale
@@ -260,7 +265,7 @@ def backward(
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
     longest = _longest(q, k, cu_seqlens, max_seqlen)
-    if name == "sdpa_cudnn":
+    if _takes_cudnn(name, k):
         heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         # cuDNN takes statistics of four dimensions alone, as its forward pass gives them.
         stats = lse.contiguous().unsqueeze(-1)

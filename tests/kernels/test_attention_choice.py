@@ -315,3 +315,29 @@ def test_cudnn_is_given_statistics_as_it_gives_them(monkeypatch) -> None:
     for each in (lse, by_token):
         attention_library.backward("sdpa_cudnn", out, q, k, v, out, each, **options)
     assert given == [(stats.shape, stats.stride())] * 2
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_a_single_key_is_not_given_to_cudnn(monkeypatch, length: int) -> None:
+    shapes = [(2, length, heads, 32) for heads in (8, 2, 2)]
+    q, k, v = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in shapes)
+    options = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None, "scale": 0.2}
+    taken = []
+    for name in (
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_cudnn_attention_backward",
+        "_flash_attention_forward",
+        "_flash_attention_backward",
+    ):
+        operator = getattr(torch.ops.aten, name)
+
+        def take(*given, name=name, operator=operator, **named):
+            taken.append("cudnn" in name)
+            return operator(*given, **named)
+
+        monkeypatch.setattr(torch.ops.aten, name, take)
+    out, lse = attention_library.forward("sdpa_cudnn", q, k, v, **options)
+    assert lse.shape == (2, 8, length)
+    grads = attention_library.backward("sdpa_cudnn", out, q, k, v, out, lse, **options)
+    assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]
+    assert taken == [length > 1] * 2
