@@ -249,6 +249,11 @@ def _lengths(q: Tensor, k: Tensor) -> str:
     return FEWER_QUERIES if q.shape[-3] < k.shape[-3] else MORE_QUERIES
 
 
+def _contiguous(cu_seqlens: Tensor | None) -> Tensor | None:
+    """As kernels read it: a column of a table has strides."""
+    return None if cu_seqlens is None else cu_seqlens.contiguous()
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -291,6 +296,7 @@ def attention(
     is_training = needs_grad and torch.is_grad_enabled()
     asked = _Asked(causal, window, scale, softcap, backend, is_training, wants_lse=False)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
+    cu_seqlens = _contiguous(cu_seqlens)
     if name == "triton":
         return operators.attend(q, k, v, cu_seqlens, options)
     if name == "torch":
@@ -323,6 +329,7 @@ def attention_forward(
     """
     asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
+    cu_seqlens = _contiguous(cu_seqlens)
     with torch.no_grad():
         if name == "torch":
             return attention_forward_reference(q, k, v, cu_seqlens=cu_seqlens, **named)
@@ -360,6 +367,7 @@ def attention_backward(
     """
     asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
+    cu_seqlens = _contiguous(cu_seqlens)
     if not dout.shape == out.shape == q.shape or lse.shape != operators.lse_shape(q):
         raise ValueError(
             f"attention_backward: dout {tuple(dout.shape)}, out {tuple(out.shape)} and "

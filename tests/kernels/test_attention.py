@@ -243,6 +243,17 @@ def test_documents_do_not_touch_each_other(path, device) -> None:
             assert torch.equal(a[40:], b[40:])
 
 
+def test_documents_that_are_a_column_of_a_table(path, device) -> None:
+    tensors, options = make("documents", device)
+    expected = run(attention, tensors, options)
+    bounds = options.pop("cu_seqlens")
+    column = torch.stack((bounds, torch.full_like(bounds, 3)), 1)[:, 0]
+    for ours, wanted in zip(
+        run(attention, tensors, options | {"cu_seqlens": column}), expected, strict=True
+    ):
+        assert torch.equal(ours, wanted)
+
+
 def test_the_same_twice(triton_path) -> None:
     tensors, options = make("more queries", triton_path)
     for a, b in zip(*(run(attention, tensors, options) for _ in range(2)), strict=True):
