@@ -31,7 +31,7 @@ from torch import Tensor
 from nanotron_fast.kernels.cross_entropy.operators import combine, gradient, gradient_, statistics
 from nanotron_fast.kernels.cross_entropy.reference import vocab_parallel_cross_entropy_reference
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather, resolve
-from nanotron_fast.kernels.runtime.rows import as_rows
+from nanotron_fast.kernels.runtime.rows import as_row_of_ids, as_rows
 
 __all__ = [
     "Z_LOSS_MODES",
@@ -150,8 +150,7 @@ def vocab_parallel_cross_entropy(
     rows = _as_rows(logits)
     inplace = inplace and not torch.compiler.is_compiling() and not _is_leaf(rows)
     terms = (ignore_index, float(z_loss), z_loss_mode == "correct")
-    flat = target.reshape(-1).contiguous()
-    found = _CrossEntropy.apply(rows, flat, resolve(group), terms, inplace)
+    found = _CrossEntropy.apply(rows, as_row_of_ids(target), resolve(group), terms, inplace)
     if z_loss > 0:
         loss, z = found
         return loss.view(target.shape), z.view(target.shape)

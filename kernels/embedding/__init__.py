@@ -36,6 +36,7 @@ from nanotron_fast.kernels.runtime.collectives import (
     resolve,
 )
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
+from nanotron_fast.kernels.runtime.rows import as_row_of_ids
 
 __all__ = ["MODES", "vocab_parallel_embedding", "vocab_parallel_embedding_reference"]
 
@@ -48,9 +49,10 @@ class _Embedding(torch.autograd.Function):
         num_rows, hidden = weight.shape
         ctx.save_for_backward(ids)
         ctx.ranks, ctx.is_scattered, ctx.padding_idx = ranks, is_scattered, padding_idx
+        # Asked of the weight itself: a contiguous copy has none.
         ctx.num_rows, ctx.main_grad = num_rows, eager_main_grad(weight)
         first_row, vocab = ranks.rank * num_rows, ranks.size * num_rows
-        out = gather(ids if ids.ndim == 1 else ids.reshape(-1), weight, first_row, vocab)
+        out = gather(as_row_of_ids(ids), weight.contiguous(), first_row, vocab)
         if ids.ndim != 1:
             out = out.view(*ids.shape, hidden)
         return reduce_scatter(out, ranks) if is_scattered else all_reduce(out, ranks)
@@ -61,7 +63,7 @@ class _Embedding(torch.autograd.Function):
         if ctx.is_scattered:
             dy = all_gather(dy, ctx.ranks)
         dy = dy.reshape(ids.numel(), dy.shape[-1]).contiguous()
-        ids, main_grad, dweight = ids.reshape(-1), ctx.main_grad, None
+        ids, main_grad, dweight = as_row_of_ids(ids), ctx.main_grad, None
         options = {"first_row": ctx.ranks.rank * ctx.num_rows, "padding_idx": ctx.padding_idx}
         if main_grad is None:
             dweight = sum_by_id(dy, ids, num_rows=ctx.num_rows, **options)
@@ -115,4 +117,4 @@ def vocab_parallel_embedding(
         raise ValueError(
             f"{name}: ids {tuple(ids.shape)} do not split along dim 0 over {ranks.size} ranks"
         )
-    return _Embedding.apply(ids, weight.contiguous(), ranks, is_scattered, padding_idx)
+    return _Embedding.apply(ids, weight, ranks, is_scattered, padding_idx)

@@ -178,7 +178,7 @@ def add_by_id(
 ) -> None:
     """Adds what `sum_by_id` gives, unrounded, to total (rows, hidden), fp32: a main gradient."""
     rows = _local_rows(ids, total.shape[0], first_row, padding_idx)
-    if uses_triton(dy) and dy.dtype != torch.float64:
+    if uses_triton(dy) and dy.dtype != torch.float64 and total.is_contiguous():
         _launch_sums(total, dy, rows, is_added=True)
     else:
         _add_torch(total, dy, rows)

@@ -62,6 +62,7 @@ from nanotron_fast.kernels.linear_cross_entropy.whole import WholeLosses
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
+from nanotron_fast.kernels.runtime.rows import as_row_of_ids
 
 __all__ = ["REDUCTIONS", "linear_cross_entropy", "linear_cross_entropy_reference"]
 
@@ -219,7 +220,7 @@ def linear_cross_entropy(
         add_maximum=z_loss_mode == "correct",
         chunk_tokens=chunk_tokens or 0,
     )
-    weight, target = weight.contiguous(), target.contiguous()
+    target = as_row_of_ids(target)
     if _keeps_logits(hidden, weight, reduction, settings.chunk_tokens):
         loss, z = WholeLosses.apply(hidden, weight, target, settings)
         if reduction != "none":

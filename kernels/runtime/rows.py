@@ -23,6 +23,16 @@ def with_stride(tensor: Tensor) -> tuple[Tensor, int]:
     return rows, rows.stride(0)
 
 
+def as_row_of_ids(ids: Tensor) -> Tensor:
+    """(...) of any integer dtype -> (ids,), contiguous, int32 or int64.
+
+    Beside a narrower dtype torch wraps a number that it does not have: -100 is 156 in eight bits.
+    """
+    is_wide = ids.dtype in (torch.int32, torch.int64)
+    ids = ids if is_wide else ids.long()
+    return (ids if ids.ndim == 1 else ids.reshape(-1)).contiguous()
+
+
 def empty_rows(tensor: Tensor) -> Tensor:
     """Memory of a tensor's shape and dtype, contiguous."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

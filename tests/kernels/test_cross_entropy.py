@@ -96,6 +96,18 @@ def test_z_loss_and_ignored_tokens(path, device, mode, ignore_index) -> None:
         assert dlogits[row].count_nonzero() == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.uint16], ids=str)
+@pytest.mark.parametrize("vocab", [256, 300, 40000])
+def test_targets_of_narrow_dtypes(path, device, vocab, dtype) -> None:
+    """Neither the vocabulary nor an ignored id is a number of theirs: -100 is 156 in eight bits."""
+    logits, target, dloss = make((3, vocab), device=device)
+    target = torch.tensor([0, 127, torch.tensor(-100).to(dtype).item() % vocab], device=device)
+    ours = run(logits, target.to(dtype), dloss, ignore_index=-100)
+    wanted = run(logits, target.to(dtype).long(), dloss, ignore_index=-100)
+    assert torch.equal(ours[0], wanted[0])
+    assert torch.equal(ours[2], wanted[2])
+
+
 def test_nanotron_leaves_the_maximum_out(path, device) -> None:
     logits = torch.tensor([[10.0, 9.0, 8.0]], device=device)
     target = torch.zeros(1, dtype=torch.int64, device=device)

@@ -42,7 +42,9 @@ def test_matches_reference(path, device, shape, vocab, hidden, dtype) -> None:
     check(*make(shape, vocab, hidden, dtype, device))
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.int64], ids=str
+)
 def test_any_whole_numbers(path, device, dtype) -> None:
     ids, weight, dy = make((2, 9), 30, 16, device=device)
     check(ids.to(dtype), weight, dy)
@@ -123,6 +125,31 @@ def test_inputs_that_are_not_contiguous(path, device) -> None:
     assert torch.equal(out.double(), out64)
     (ours,) = torch.autograd.grad(out, leaf, dy)
     assert_close(ours, torch.autograd.grad(out64, leaf64, wide(dy))[0])
+
+
+@pytest.mark.parametrize("where", [(slice(None), 1), (slice(None), slice(1, 2))], ids=str)
+def test_ids_that_are_a_column(path, device, where) -> None:
+    """Of the tokens of a step, say: their view as one row has a stride."""
+    _, weight, dy = make((5,), 9, 8, device=device)
+    ids = torch.arange(15, device=device).view(5, 3).remainder(9)[where]
+    check(ids, weight, dy.view(*ids.shape, 8))
+
+
+@pytest.mark.parametrize("of_main_grad", [False, True], ids=["weight", "and main_grad"])
+def test_a_weight_that_is_not_contiguous_has_its_main_gradient(path, device, of_main_grad) -> None:
+    ids, weight, dy = make((4, 8), 9, 6, device=device)
+    dweight = check(ids, weight, dy)
+    turned = weight.detach().t().contiguous().t().requires_grad_()
+    turned.main_grad = torch.ones_like(turned if of_main_grad else weight)
+    vocab_parallel_embedding(ids, turned).backward(dy)
+    assert turned.grad is None
+    assert_close(turned.main_grad - 1, dweight, factor=2)
+
+
+def test_padding_that_a_narrow_dtype_does_not_have(path, device) -> None:
+    """300 is 44 in eight bits."""
+    _, weight, dy = make((3,), 301, 8, device=device)
+    check(torch.tensor([44, 2, 44], dtype=torch.uint8, device=device), weight, dy, padding_idx=300)
 
 
 def test_a_rank_gathers_zeros_for_the_ids_of_others(path, device) -> None:

@@ -211,6 +211,22 @@ def test_inputs_that_are_not_contiguous(path, device) -> None:
         assert_close(a, b, factor=3)
 
 
+@both_ways
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_a_weight_that_is_not_contiguous_has_its_main_gradient(
+    path, device, reduction, chunk_tokens
+) -> None:
+    x, weight, target = make(device=device)
+    turned = weight.detach().t().contiguous().t().requires_grad_()
+    for each in (weight, turned):
+        each.main_grad = torch.ones_like(each)
+        linear_cross_entropy(
+            x, each, target, reduction=reduction, chunk_tokens=chunk_tokens
+        ).sum().backward()
+    assert turned.grad is None
+    assert_close(turned.main_grad - 1, weight.main_grad - 1, factor=2)
+
+
 def test_gradcheck(torch_path) -> None:
     x, weight, target = make(5, 4, 7, torch.float64, torch_path)
     for reduction in REDUCTIONS:
