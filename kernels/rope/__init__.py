@@ -30,6 +30,7 @@ from nanotron_fast.kernels.runtime.backend import uses_triton
 
 __all__ = [
     "check_arguments",
+    "check_positions",
     "rope_qkv",
     "rope_qkv_",
     "rope_qkv_backward",
@@ -86,21 +87,29 @@ def check_arguments(
         )
     if cos.dtype not in (torch.float32, torch.float64) or sin.dtype != cos.dtype:
         raise ValueError(f"{name}: cos {cos.dtype} and sin {sin.dtype}: the tables are fp32")
+    check_positions(name, position_ids, shape[0], cos.shape[0])
+
+
+def check_positions(
+    name: str, position_ids: Tensor | None, num_tokens: int, num_positions: int
+) -> None:
+    """Raises ValueError where the tables do not have a row for each token."""
     if position_ids is None:
-        if shape[0] > cos.shape[0]:
-            raise ValueError(f"{name}: {shape[0]} tokens, tables for {cos.shape[0]} positions")
+        if num_tokens > num_positions:
+            raise ValueError(f"{name}: {num_tokens} tokens, tables for {num_positions} positions")
         return
-    if position_ids.shape != shape[:1] or position_ids.dtype not in (torch.int32, torch.int64):
+    is_whole = position_ids.dtype in (torch.int32, torch.int64)
+    if position_ids.shape != (num_tokens,) or not is_whole:
         raise ValueError(
             f"{name}: position_ids {tuple(position_ids.shape)} {position_ids.dtype} "
-            f"for {shape[0]} tokens"
+            f"for {num_tokens} tokens"
         )
     # On a GPU this would wait for the device; under torch.compile it would break the graph.
     if position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = (position_ids < 0) | (position_ids >= cos.shape[0])
+        outside = (position_ids < 0) | (position_ids >= num_positions)
         if outside.any():
             raise ValueError(
-                f"{name}: position {position_ids[outside][0]}, tables for {cos.shape[0]} positions"
+                f"{name}: position {position_ids[outside][0]}, tables for {num_positions} positions"
             )
 
 
@@ -141,6 +150,8 @@ def rope_qkv(
         head_dim=head_dim,
         position_ids=position_ids,
     )
+    if not qkv.is_floating_point():
+        raise ValueError(f"rope_qkv: qkv is {qkv.dtype}")
     heads = (num_q_heads, num_kv_heads, head_dim)
     if not uses_triton(qkv) or qkv.dtype == torch.float64 or cos.dtype == torch.float64:
         return rope_qkv_reference(qkv, cos, sin, *heads, position_ids, interleaved)
@@ -167,6 +178,8 @@ def _turn_in_place(
         raise ValueError(f"{name} writes over its input and has no gradient: use rope_qkv")
     if qkv.stride(1) != 1:
         raise ValueError(f"{name}: the rows of qkv are not contiguous: strides {qkv.stride()}")
+    if not qkv.is_floating_point() or (len(qkv) > 1 and qkv.stride(0) < qkv.shape[1]):
+        raise ValueError(f"{name}: qkv {qkv.dtype} cannot be turned, with strides {qkv.stride()}")
     if not uses_triton(qkv) or qkv.dtype == torch.float64 or cos.dtype == torch.float64:
         if inverse:
             sin = -sin
@@ -267,13 +280,14 @@ def rope_qkv_backward(
     Raises:
         ValueError: shapes or dtypes do not fit, or a position is outside the tables.
     """
-    name, (num_q_heads, head_dim), num_kv_heads = "rope_qkv_backward", dq.shape[-2:], dk.shape[-2]
-    is_even = dk.shape == dv.shape and dk.shape == (*dq.shape[:-2], num_kv_heads, head_dim)
-    if not is_even or dq.dim() < 3 or not dq.dtype == dk.dtype == dv.dtype:
+    name, is_apart = "rope_qkv_backward", dq.dim() == dk.dim() >= 3 and dk.shape == dv.shape
+    is_even = is_apart and (*dq.shape[:-2], dq.shape[-1]) == (*dk.shape[:-2], dk.shape[-1])
+    if not is_even or not dq.dtype == dk.dtype == dv.dtype:
         raise ValueError(
             f"{name}: dq {tuple(dq.shape)} {dq.dtype}, dk {tuple(dk.shape)} {dk.dtype}, "
             f"dv {tuple(dv.shape)} {dv.dtype}"
         )
+    (num_q_heads, head_dim), num_kv_heads = dq.shape[-2:], dk.shape[-2]
     heads = {"num_q_heads": num_q_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     shape = torch.Size((dq.shape[:-2].numel(), (num_q_heads + 2 * num_kv_heads) * head_dim))
     check_arguments(name, shape, cos, sin, position_ids=position_ids, **heads)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nanotron_fast.kernels.rope import check_positions
 from nanotron_fast.kernels.rope.kernels import launch
 from nanotron_fast.kernels.rope.reference import rotate_reference
 from nanotron_fast.kernels.runtime.backend import uses_triton
@@ -109,17 +110,18 @@ def rope_apart(
         kv: (tokens, 1 or 2, K, d) of q's dtype, any strides: keys, or keys and values.
         cos, sin: (positions, rotary_dim/2) of any dtype, read as fp32; they get no gradient. With
             rotary_dim < d the rest of a head passes through.
-        position_ids: (tokens,) int32 or int64, rows of the tables; 0, 1, 2, ... where None. On a
-            GPU the token of a position outside the tables becomes NaN.
+        position_ids: (tokens,) int32 or int64, rows of the tables; 0, 1, 2, ... where None. One
+            outside the tables raises on the CPU; on a GPU its token becomes NaN.
         interleaved: pairs are neighbours, not halves of the head.
 
     Returns:
         q (tokens, H, d) and kv (tokens, 1 or 2, K, d), contiguous, in q's dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or a position is outside the tables.
     """
     fits = q.dim() == 3 and kv.dim() == 4 and kv.shape[1] in (1, 2) and kv.dtype == q.dtype
+    fits = fits and q.is_floating_point()
     if not fits or (kv.shape[0], kv.shape[-1]) != (q.shape[0], q.shape[-1]):
         raise ValueError(
             f"rope_apart: q {tuple(q.shape)} {q.dtype} beside kv {tuple(kv.shape)} {kv.dtype}"
@@ -129,8 +131,7 @@ def rope_apart(
             f"rope_apart: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
             f"for head_dim {q.shape[-1]}"
         )
-    if position_ids is None and cos.shape[0] < q.shape[0]:
-        raise ValueError(f"rope_apart: {len(q)} tokens, tables for {len(cos)} positions")
+    check_positions("rope_apart", position_ids, q.shape[0], cos.shape[0])
     is_wide = q.dtype == torch.float64
     wide = torch.float64 if is_wide else torch.float32
     cos, sin = cos.to(wide).contiguous(), sin.to(wide).contiguous()

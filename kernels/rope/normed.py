@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm import rms_norm, rms_norm_reference
+from nanotron_fast.kernels.rope import check_positions
 from nanotron_fast.kernels.rope.normed_operators import backward, forward
 from nanotron_fast.kernels.rope.reference import rotate_reference
 from nanotron_fast.kernels.runtime.backend import uses_triton
@@ -99,8 +100,8 @@ def rope_normed(
         cos, sin: (positions, rotary_dim/2) of any dtype, read as fp32; they get no gradient. With
             rotary_dim < d the rest of a head is normalised alone.
         eps: added to the mean square.
-        position_ids: (tokens,) int32 or int64, rows of the tables; 0, 1, 2, ... where None. On a
-            GPU the token of a position outside the tables becomes NaN.
+        position_ids: (tokens,) int32 or int64, rows of the tables; 0, 1, 2, ... where None. One
+            outside the tables raises on the CPU; on a GPU its token becomes NaN.
         interleaved: pairs are neighbours, not halves of the head.
         zero_centered: the weights are stored less one, as Gemma does.
 
@@ -108,9 +109,9 @@ def rope_normed(
         q (tokens, H, d) and k (tokens, K, d), contiguous, in q's dtype.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes or dtypes do not fit, or a position is outside the tables.
     """
-    fits = q.dim() == k.dim() == 3 and k.dtype == q.dtype
+    fits = q.dim() == k.dim() == 3 and k.dtype == q.dtype and q.is_floating_point()
     if not fits or (k.shape[0], k.shape[2]) != (q.shape[0], q.shape[2]):
         raise ValueError(
             f"rope_normed: q {tuple(q.shape)} {q.dtype} beside k {tuple(k.shape)} {k.dtype}"
@@ -123,8 +124,7 @@ def rope_normed(
             f"rope_normed: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
             f"for head_dim {q.shape[2]}"
         )
-    if position_ids is None and len(cos) < len(q):
-        raise ValueError(f"rope_normed: {len(q)} tokens, tables for {len(cos)} positions")
+    check_positions("rope_normed", position_ids, q.shape[0], cos.shape[0])
     wide = torch.promote_types(q.dtype, torch.float32)
     cos, sin = cos.to(wide).contiguous(), sin.to(wide).contiguous()
     options = {"eps": float(eps), "interleaved": interleaved, "zero_centered": zero_centered}

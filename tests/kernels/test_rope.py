@@ -273,5 +273,11 @@ def test_what_does_not_fit_is_named(device) -> None:
         rope_qkv(qkv, cos, sin, 2, 1, 16, torch.arange(2, device=device))
     with pytest.raises(ValueError, match=r"rope_qkv_ writes over its input and has no gradient"):
         rope_qkv_(qkv.clone().requires_grad_(), cos, sin, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"rope_qkv: qkv is torch.int64"):
+        rope_qkv(qkv.long(), cos, sin, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"rope_qkv_: qkv torch.float32 .* strides \(0, 1\)"):
+        rope_qkv_(qkv[:1].expand(3, -1), cos, sin, 2, 1, 16)
+    with pytest.raises(ValueError, match=r"rope_qkv_backward: dq \(64,\)"):
+        rope_qkv_backward(qkv[0], qkv[0], qkv[0], cos, sin)
     with pytest.raises(ValueError, match=r"rope_qkv_: the rows of qkv are not contiguous"):
         rope_qkv_(qkv.t().contiguous().t(), cos, sin, 2, 1, 16)

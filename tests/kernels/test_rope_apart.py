@@ -94,6 +94,11 @@ def test_compiles_whole(triton_path: torch.device) -> None:
         ({"kv": torch.zeros(13, 1, 2, 12).half()}, r"torch\.float16"),
         ({"cos": torch.zeros(24, 7)}, "for head_dim 12"),
         ({"cos": torch.zeros(12, 6), "sin": torch.zeros(12, 6)}, "13 tokens, tables for 12"),
+        ({"position_ids": torch.arange(12)}, r"position_ids \(12,\) torch\.int64 for 13 tokens"),
+        ({"position_ids": torch.zeros(13, 1).long()}, r"position_ids \(13, 1\) torch\.int64"),
+        ({"position_ids": torch.zeros(13)}, r"position_ids \(13,\) torch\.float32"),
+        ({"position_ids": torch.arange(13) - 1}, "position -1, tables for"),
+        ({"q": torch.zeros(13, 4, 12).long(), "kv": torch.zeros(13, 1, 2, 12).long()}, "int64"),
     ],
 )
 def test_refuses(change: dict[str, Tensor], words: str) -> None:

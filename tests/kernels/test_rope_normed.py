@@ -96,7 +96,10 @@ def test_a_position_outside_the_tables_spoils_its_token_alone(triton_path: torch
     cos, sin = rope_tables(12, POSITIONS, device=triton_path)
     positions = torch.arange(13, device=triton_path)
     positions[3] = POSITIONS
-    q, k = rope_normed(*given, cos, sin, position_ids=positions)
+    # The function itself raises on the CPU.
+    q, k = module.forward(
+        *(each.detach() for each in given), cos, sin, positions, 1e-6, False, False
+    )
     assert q[3].isnan().all()
     assert k[3].isnan().all()
     assert not q[[0, 12]].isnan().any()
@@ -127,6 +130,9 @@ def test_operators_are_what_torch_expects(triton_path: torch.device) -> None:
         ({"k_weight": torch.zeros(24)}, r"k_weight \(24,\) for heads of 12"),
         ({"cos": torch.zeros(24, 7)}, "for head_dim 12"),
         ({"cos": torch.zeros(12, 6), "sin": torch.zeros(12, 6)}, "13 tokens, tables for 12"),
+        ({"position_ids": torch.arange(12)}, r"position_ids \(12,\) torch\.int64 for 13 tokens"),
+        ({"position_ids": torch.zeros(13)}, r"position_ids \(13,\) torch\.float32"),
+        ({"position_ids": torch.arange(13) - 1}, "position -1, tables for"),
     ],
 )
 def test_refuses(change: dict[str, Tensor], words: str) -> None:
