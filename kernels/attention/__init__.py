@@ -173,6 +173,8 @@ def _checked(
         raise ValueError(f"attention: {q.shape[-2]} query heads over {k.shape[-2]} key heads")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: q {q.dtype}, k {k.dtype}, v {v.dtype}: one dtype")
+    if not q.is_floating_point() or q.shape[-1] == 0:
+        raise ValueError(f"attention: {shapes} {q.dtype}: heads of floating-point values")
     if cu_seqlens is not None:
         if q.shape[0] != k.shape[0]:
             raise ValueError(f"attention: {shapes}: documents have as many queries as keys")
@@ -368,10 +370,11 @@ def attention_backward(
     asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
     cu_seqlens = _contiguous(cu_seqlens)
-    if not dout.shape == out.shape == q.shape or lse.shape != operators.lse_shape(q):
+    has_shapes = dout.shape == out.shape == q.shape and lse.shape == operators.lse_shape(q)
+    if not has_shapes or not dout.dtype == out.dtype == q.dtype:
         raise ValueError(
-            f"attention_backward: dout {tuple(dout.shape)}, out {tuple(out.shape)} and "
-            f"lse {tuple(lse.shape)} for q {tuple(q.shape)}"
+            f"attention_backward: dout {tuple(dout.shape)} {dout.dtype}, out {tuple(out.shape)} "
+            f"{out.dtype} and lse {tuple(lse.shape)} for q {tuple(q.shape)} {q.dtype}"
         )
     tensors = (dout, q, k, v, out, lse)
     with torch.no_grad():

@@ -65,6 +65,6 @@ def attention_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **optio
     """
     if sinks.shape != q.shape[-2:-1]:
         raise ValueError(
-            f"attention_with_sinks: sinks {tuple(sinks.shape)} for {q.shape[-2]} heads"
+            f"attention_with_sinks: sinks {tuple(sinks.shape)} for heads of q {tuple(q.shape)}"
         )
     return cast(Tensor, _WithSinks.apply(q, k, v, sinks, options))

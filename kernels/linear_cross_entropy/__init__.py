@@ -206,7 +206,7 @@ def linear_cross_entropy(
     fits = hidden.dim() == weight.dim() == 2 and hidden.shape[1] == weight.shape[1]
     # Under autocast hidden alone: the gradient of the weight need not pass through a cast.
     (hidden,) = as_autocast(hidden) if fits else (hidden,)
-    fits = fits and weight.dtype in (hidden.dtype, torch.float32)
+    fits = fits and hidden.is_floating_point() and weight.dtype in (hidden.dtype, torch.float32)
     if not fits or weight.shape[0] == 0 or weight.dtype.itemsize < hidden.dtype.itemsize:
         raise ValueError(
             f"{name}: weight {tuple(weight.shape)} {weight.dtype} "

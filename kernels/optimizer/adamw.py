@@ -317,7 +317,7 @@ def adamw_step_(
         steps: fp32, one number each: a tensor for each parameter, none of them twice, or one for
             all. Counted up before the step; zero before the first.
         lr: a tensor is read on the device.
-        betas, eps, weight_decay: as torch has them.
+        betas, eps, weight_decay: as torch has them; betas are below 1.
         copies: receive the new parameters, cast; the bf16 weights that the model computes with.
         grad_scale: gradients are divided by it. To clip without a pass of its own, give
             ((norm + 1e-6) / max_norm).clamp(min=1).
@@ -327,6 +327,8 @@ def adamw_step_(
     Raises:
         ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
     """
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"adamw_step_: betas {betas}: each is from 0 to below 1")
     params, grads, copies = list(params), list(grads), list(copies or ())
     exp_avgs, exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
     steps = [steps] if isinstance(steps, Tensor) else list(steps)

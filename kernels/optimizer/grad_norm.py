@@ -339,9 +339,11 @@ def clip_grads_with_norm_(grads: Sequence[Tensor], max_norm: float, total_norm: 
         total_norm: 0-d, fp32, on their device, from `get_total_norm`.
 
     Raises:
-        ValueError: a tensor is not contiguous; named by its place.
+        ValueError: a tensor is not contiguous, named by its place; the norm is not one number.
     """
     grads = list(grads)
+    if total_norm.numel() != 1:
+        raise ValueError(f"clip_grads_with_norm_: total_norm {tuple(total_norm.shape)}")
     check = partial(check_lists, "clip_grads_with_norm_", "grads", grads=grads)
     if takes_plan(grads):
         blocks = _ClipBlocks.chosen(itemsize=grads[0].element_size())

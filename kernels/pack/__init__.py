@@ -298,7 +298,7 @@ def unpack_qkv(
     """q, k and v again, from all ranks' shards. The head counts are the whole model's."""
     shards = [shards] if isinstance(shards, Tensor) else shards
     rows, heads = len(shards[0]) * len(shards), num_q_heads + 2 * num_kv_heads
-    if rows % heads:
+    if num_q_heads < 1 or num_kv_heads < 1 or rows % heads:
         raise ValueError(f"unpack_qkv: {rows} rows are not those of {heads} heads")
     lengths = [rows // heads * count for count in (num_q_heads, num_kv_heads, num_kv_heads)]
     sections = [_Section(i, 0, length, length) for i, length in enumerate(lengths)]

@@ -24,6 +24,7 @@ from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.kernels.runtime.rows import as_row_of_ids
 from nanotron_fast.parallel.chunks import AS_THEY_ARE, Order
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
@@ -335,26 +336,32 @@ def tensor_parallel_attention(
     q_heads, kv_heads = heads_of_rank(num_q_heads, num_kv_heads, size)
     rows = (q_heads + 2 * kv_heads) * head_dim
     columns = num_q_heads * head_dim // size
-    if x.dim() != 2 or qkv_weight.shape != (rows, x.shape[1]) or o_weight.shape[1] != columns:
+    hidden, bias_shape = x.shape[-1], (rows,) if qkv_bias is None else qkv_bias.shape
+    shapes = (qkv_weight.shape, o_weight.shape, bias_shape)
+    if x.dim() != 2 or shapes != ((rows, hidden), (hidden, columns), (rows,)):
         raise ValueError(
             f"tensor_parallel_attention: x {tuple(x.shape)}, qkv_weight {tuple(qkv_weight.shape)}, "
-            f"o_weight {tuple(o_weight.shape)} for {num_q_heads} and {num_kv_heads} heads of "
-            f"{head_dim} over tp={size}: the weights should be ({rows}, hidden) and "
-            f"(hidden, {columns})"
+            f"o_weight {tuple(o_weight.shape)}, qkv_bias {tuple(bias_shape)} for {num_q_heads} and "
+            f"{num_kv_heads} heads of {head_dim} over tp={size}: they should be (tokens, hidden), "
+            f"({rows}, hidden), (hidden, {columns}) and ({rows},)"
         )
     num_tokens = x.shape[0] * (size if mode == "reduce_scatter" else 1)
-    if num_tokens % batch or (cu_seqlens is not None and batch != 1):
+    if batch < 1 or num_tokens % batch or (cu_seqlens is not None and batch != 1):
         raise ValueError(
             f"tensor_parallel_attention: batch {batch} for {num_tokens} tokens"
             + (" and cu_seqlens, which takes batch 1" if cu_seqlens is not None else "")
         )
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or len(cu_seqlens) == 0):
+        raise ValueError(f"tensor_parallel_attention: cu_seqlens {tuple(cu_seqlens.shape)}")
     if position_ids is None:
         position_ids = _positions(x, cu_seqlens, num_tokens, batch, sequence_first)
-    elif position_ids.shape != (num_tokens,):
+    elif position_ids.shape != (num_tokens,) or position_ids.is_floating_point():
         raise ValueError(
-            f"tensor_parallel_attention: position_ids {tuple(position_ids.shape)} for {num_tokens} "
-            "tokens"
+            f"tensor_parallel_attention: position_ids {tuple(position_ids.shape)} "
+            f"{position_ids.dtype} for {num_tokens} tokens"
         )
+    else:
+        position_ids = as_row_of_ids(position_ids)
     layout = _Layout(
         ranks=ranks,
         mode=mode,

@@ -35,7 +35,15 @@ from nanotron_fast.parallel.products import (
 
 
 def _rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
+    return tensor.flatten(0, -2)
+
+
+def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises ValueError where shapes do not fit; one number as a bias would be added to all."""
+    if x.dim() < 2 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{name}: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias {tuple(bias.shape)} for weight {tuple(weight.shape)}")
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -142,7 +150,7 @@ def column_linear(
     """x @ weight^T + bias with the output features split over the group.
 
     Args:
-        x: (..., in); with mode "reduce_scatter" this rank's share of dimension 0.
+        x: (n, ..., in); with mode "reduce_scatter" this rank's share of dimension 0.
         weight: (out / size, in), this rank's rows. If it has a `main_grad` (fp32, its shape), the
             gradient is added to that and `grad` stays None; the bias likewise. With
             "reduce_scatter" it requires a gradient on all ranks or on none.
@@ -151,12 +159,14 @@ def column_linear(
         recompute_allgather: keep the shard of x for backward and gather it again there.
 
     Returns:
-        (..., out / size); with mode "reduce_scatter" dimension 0 is whole again.
+        (n, ..., out / size); with mode "reduce_scatter" dimension 0 is whole again.
+
+    Raises:
+        ValueError: shapes do not fit.
     """
     check_mode(mode)
     ranks = resolve(group)
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"column_linear: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
+    _check("column_linear", x, weight, bias)
     low, weight, bias = as_autocast(x, weight, bias)
     y = _ColumnLinear.apply(_rows(low), weight, bias, ranks, mode, recompute_allgather)
     first = x.shape[0] * (ranks.size if mode == "reduce_scatter" else 1)
@@ -174,22 +184,22 @@ def row_linear(
     """x @ weight^T + bias with the input features split over the group.
 
     Args:
-        x: (..., in / size).
+        x: (n, ..., in / size).
         weight: (out, in / size), this rank's columns; for `main_grad` see `column_linear`.
         bias: (out,), on one rank of the group alone (Nanotron: rank 0), None on the others.
         mode: "all_reduce" or "reduce_scatter".
 
     Returns:
-        (..., out); with mode "reduce_scatter" this rank's share of dimension 0.
+        (n, ..., out); with mode "reduce_scatter" this rank's share of dimension 0.
 
     Raises:
-        TopologyError: dimension 0 does not divide by the group's size.
+        ValueError: shapes do not fit. TopologyError: dimension 0 does not divide by the group's
+            size.
     """
     check_mode(mode)
     ranks = resolve(group)
     size = ranks.size
-    if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"row_linear: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
+    _check("row_linear", x, weight, bias)
     first = x.shape[0]
     if mode == "reduce_scatter":
         if first % size:

@@ -141,8 +141,9 @@ def tensor_parallel_mlp(
     """
     check_mode(mode)
     ranks = resolve(group)
-    inter = down_weight.shape[1]
-    if x.dim() != 2 or gate_up_weight.shape != (2 * inter, x.shape[1]):
+    hidden, inter = x.shape[-1], down_weight.shape[-1]
+    shapes = (gate_up_weight.shape, down_weight.shape)
+    if x.dim() != 2 or shapes != ((2 * inter, hidden), (hidden, inter)):
         raise ValueError(
             f"tensor_parallel_mlp: x {tuple(x.shape)}, gate_up_weight "
             f"{tuple(gate_up_weight.shape)}, down_weight {tuple(down_weight.shape)}: they should "

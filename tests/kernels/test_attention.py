@@ -295,6 +295,8 @@ def test_what_does_not_fit_is_named(device) -> None:
         ((q, q, q[..., :8]), {}, "do not fit each other"),
         ((q, q[:, :, :3], q[:, :, :3]), {}, "4 query heads over 3 key heads"),
         ((q, q.half(), q), {}, "q torch.float32, k torch.float16, v torch.float32: one dtype"),
+        ((q.long(),) * 3, {}, "torch.int64: heads of floating-point values"),
+        ((q[..., :0],) * 3, {}, r"v \(1, 5, 4, 0\) torch.float32: heads of floating"),
         ((q[0], q[0, 1:], q[0, 1:]), {"cu_seqlens": cu_seqlens}, "as many queries as keys"),
         ((q[0],) * 3, {"cu_seqlens": cu_seqlens.long()}, r"cu_seqlens \(2,\) torch.int64"),
         ((q, q, q), {"window": 0}, "window=0, causal=True"),
@@ -307,3 +309,7 @@ def test_what_does_not_fit_is_named(device) -> None:
             attention(*arguments, **options)
     with pytest.raises(ValueError, match=r"lse \(1, 5, 4\) for q \(1, 5, 4, 16\)"):
         attention_backward(q, q, q, q, q, q[..., 0])
+    lse = q[..., 0].transpose(1, 2)
+    for wrong in ((q.half(), q, q, q, q), (q, q, q, q, q.half())):
+        with pytest.raises(ValueError, match=r"attention_backward: dout .*torch.float16"):
+            attention_backward(*wrong, lse)

@@ -442,6 +442,7 @@ def test_what_does_not_fit_is_named(device) -> None:
     cases = [
         (r"weight \(5, 7\) torch.float32 for hidden \(3, 8\)", (x, weight[:, :7], target), {}),
         (r"weight \(5, 8\) torch.float16 for hidden", (x, weight.half(), target), {}),
+        (r"weight \(5, 8\) torch.int64 for hidden", (x.long(), weight.long(), target), {}),
         (r"target \(2,\) for tokens \(3,\)", (x, weight, target[:2]), {}),
         (r"reduction='avg': choose none, mean, sum", (x, weight, target), {"reduction": "avg"}),
         (r"chunk_tokens=0 is below 1", (x, weight, target), {"chunk_tokens": 0}),

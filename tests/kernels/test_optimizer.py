@@ -345,6 +345,8 @@ def test_what_does_not_fit_is_named(device) -> None:
         clip_grad_norm_([a.long()], 1.0)
     with pytest.raises(ValueError, match=r"grads\[0\] \(4, 8\) has strides"):
         clip_grads_with_norm_([strided], 1.0, torch.ones(()))
+    with pytest.raises(ValueError, match=r"clip_grads_with_norm_: total_norm \(2,\)"):
+        clip_grads_with_norm_([a], 1.0, torch.ones(2, device=device))
     for norm_type in (0.0, -1.0, -math.inf, math.nan):
         with pytest.raises(ValueError, match="choose p > 0, or inf"):
             get_total_norm([a], norm_type)
@@ -357,5 +359,8 @@ def test_what_does_not_fit_is_named(device) -> None:
         adamw_step_([a], [a], [a], [a.half()], step, lr=0.1)
     with pytest.raises(ValueError, match=r"found_inf \(2,\) is not one number"):
         adamw_step_([a], [a], [a], [b], step, lr=0.1, found_inf=torch.zeros(2, device=device))
+    for betas in ((1.0, 0.9), (0.9, 1.0), (-0.1, 0.9), (0.9, math.nan)):
+        with pytest.raises(ValueError, match="each is from 0 to below 1"):
+            adamw_step_([a], [a], [a], [b], step, lr=0.1, betas=betas)
     with pytest.raises(ValueError, match="1 copies for 2 params"):
         adamw_step_([a, b], [a, b], [a, b], [a, b], step, lr=0.1, copies=[a])

@@ -224,6 +224,9 @@ def test_shapes_that_do_not_pack_are_named() -> None:
         pack.shard(q, 0, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match="unpack_qkv: 6 rows are not those of 4 heads"):
         pack.unpack_qkv(q, 2, 1)
+    for heads in ((0, 0), (-2, 2), (6, 0)):
+        with pytest.raises(ValueError, match="unpack_qkv: 6 rows are not those of"):
+            pack.unpack_qkv(q, *heads)
     with pytest.raises(ValueError, match=r"merge: .*\(3, 4\) torch.float32 beside|a shard"):
         pack.merge([q, k], 0)
 

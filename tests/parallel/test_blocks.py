@@ -186,8 +186,13 @@ def test_positions_that_are_given_pass_over_documents(path) -> None:
     backwards = counted.flip(0)
     turned = tensor_parallel_attention(*arguments, **options, position_ids=backwards)
     assert (turned - expected).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"position_ids \(3,\) for 24 tokens"):
-        tensor_parallel_attention(*arguments, **options, position_ids=counted[:3])
+    for dtype in (torch.uint8, torch.int16):
+        narrow = tensor_parallel_attention(*arguments, **options, position_ids=backwards.to(dtype))
+        assert torch.equal(narrow, turned)
+    for wrong in (counted[:3], counted.float()):
+        message = rf"position_ids \({len(wrong)},\) {wrong.dtype} for 24 tokens"
+        with pytest.raises(ValueError, match=message):
+            tensor_parallel_attention(*arguments, **options, position_ids=wrong)
 
 
 class _Copies(TorchDispatchMode):
@@ -344,10 +349,21 @@ def test_what_does_not_fit_is_named() -> None:
     x, gate_up, down = mlp_tensors(torch.float32)
     with pytest.raises(ValueError, match=r"gate_up_weight \(48, 32\), down_weight \(32, 48\)"):
         tensor_parallel_mlp(x, gate_up[:INTER], down)
+    for wrong in (down[:5], down[0]):
+        with pytest.raises(ValueError, match=r"should be .*, \(hidden, inter\)"):
+            tensor_parallel_mlp(x, gate_up, wrong)
     x, weight, o_weight = attention_tensors(torch.float32)
     tables = rope_tables(16, TOKENS, device=DEVICE)
-    with pytest.raises(ValueError, match=r"the weights should be \(128, hidden\) and"):
-        tensor_parallel_attention(x, weight[:64], o_weight, *tables, **HEADS)
-    with pytest.raises(ValueError, match="batch 5 for 24 tokens"):
-        tensor_parallel_attention(x, weight, o_weight, *tables, **HEADS, batch=5)
+    for wrong in ((weight[:64], o_weight), (weight, o_weight[:5]), (weight, o_weight[0])):
+        with pytest.raises(ValueError, match=r"they should be \(tokens, hidden\), \(128, hidden\)"):
+            tensor_parallel_attention(x, *wrong, *tables, **HEADS)
+    for options, message in (
+        ({"batch": 5}, "batch 5 for 24 tokens"),
+        ({"batch": 0}, "batch 0 for 24 tokens"),
+        ({"qkv_bias": weight[0, :1]}, r"qkv_bias \(1,\)"),
+        ({"cu_seqlens": torch.zeros(1, 2, dtype=torch.int32)}, r"cu_seqlens \(1, 2\)"),
+        ({"cu_seqlens": torch.zeros(0, dtype=torch.int32)}, r"cu_seqlens \(0,\)"),
+    ):
+        with pytest.raises(ValueError, match=f"tensor_parallel_attention: .*{message}"):
+            tensor_parallel_attention(x, weight, o_weight, *tables, **HEADS, **options)
     assert issubclass(TopologyError, ValueError)

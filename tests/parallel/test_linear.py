@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from nanotron_fast.errors import TopologyError
-from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear, column_linear
+from nanotron_fast.parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    column_linear,
+    row_linear,
+)
 from tests.parallel.ranks import run_ranks
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,6 +79,13 @@ def test_compiles_without_a_graph_break() -> None:
 def test_what_does_not_fit_is_named() -> None:
     with pytest.raises(ValueError, match=r"column_linear: x \(3, 5\) for weight \(4, 6\)"):
         column_linear(torch.randn(3, 5), torch.randn(4, 6))
+    for linear in (column_linear, row_linear):
+        for shapes in (((6,), (4, 6)), ((), (4, 6)), ((3, 6), (6,))):
+            with pytest.raises(ValueError, match=rf"{linear.__name__}: x .* for weight"):
+                linear(*map(torch.randn, shapes))
+        # One number would be added to every feature.
+        with pytest.raises(ValueError, match=rf"{linear.__name__}: bias \(1,\) for weight"):
+            linear(torch.randn(3, 6), torch.randn(4, 6), torch.randn(1))
     with pytest.raises(ValueError, match="mode 'both': choose all_reduce or reduce_scatter"):
         column_linear(torch.randn(3, 6), torch.randn(4, 6), mode="both")
     with pytest.raises(ValueError, match=r"\(1, 2\) sum to 3, not to out_features 4"):
