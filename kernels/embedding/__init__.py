@@ -94,8 +94,8 @@ def vocab_parallel_embedding(
         mode: "all_reduce": every rank has the whole result, and passes in the whole gradient.
             "reduce_scatter": each has its share of dim 0 (sequence parallelism), and backward
             gathers the gradient.
-        padding_idx: an id whose row has no gradient, as in torch.nn.Embedding. It counts in the
-            whole vocabulary; in Nanotron in the rows of each rank.
+        padding_idx: an id whose row has no gradient, as in torch.nn.Embedding, from 0 on. It counts
+            in the whole vocabulary; in Nanotron in the rows of each rank.
 
     Returns:
         (..., hidden) in the weight's dtype, with dim 0 divided by the ranks if it is scattered.
@@ -112,6 +112,9 @@ def vocab_parallel_embedding(
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name}: ids are {ids.dtype}, not whole numbers")
     ranks = resolve(group)
+    vocab = ranks.size * weight.shape[0]
+    if padding_idx is not None and not 0 <= padding_idx < vocab:
+        raise ValueError(f"{name}: padding_idx={padding_idx} for a vocabulary of {vocab}")
     is_scattered = mode == "reduce_scatter"
     if is_scattered and (ids.dim() == 0 or ids.shape[0] % ranks.size):
         raise ValueError(

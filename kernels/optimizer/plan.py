@@ -11,8 +11,8 @@ of Python. So there are three ways through here, each shorter than the next:
 
 Nothing here holds a tensor alive. That objects of the same identities are the same tensors is
 believed while none of them is gone. Such a tensor may have been given other memory, by `data` or
-`set_`, and then has another address: it is looked at. One whose strides alone were changed in
-place, as `t_` does, is not noticed.
+`set_`, and then has another address: it is looked at. One whose strides or sizes alone were changed
+in place, as `t_` and `data = data[:n]` do, is not noticed.
 
 A CUDA graph that captures a launch reads the plan's tables in every replay: such a plan is kept for
 good. A capture makes no tables, see `multi_tensor`.

@@ -215,6 +215,8 @@ def test_what_does_not_fit_is_named(device) -> None:
         (r"ids are torch.float32, not whole numbers", (ids.float(), weight), {}),
         (r"weight \(15,\) torch.float32", (ids, weight.view(-1)), {}),
         (r"ids \(\) do not split along dim 0", (ids[0], weight), {"mode": "reduce_scatter"}),
+        (r"padding_idx=5 for a vocabulary of 5", (ids, weight), {"padding_idx": 5}),
+        (r"padding_idx=-1 for a vocabulary of 5", (ids, weight), {"padding_idx": -1}),
     ]
     for message, args, options in cases:
         with pytest.raises(ValueError, match=message):
