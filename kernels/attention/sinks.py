@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
 
@@ -32,6 +33,7 @@ class _WithSinks(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, y, lse = ctx.saved_tensors
         kept = _kept(lse, sinks)

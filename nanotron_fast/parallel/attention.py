@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
@@ -174,6 +175,7 @@ class _Attention(torch.autograd.Function):
         return product(layout.as_rows(out), o_weight, None, layout.ranks), lse
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, o_weight, cos, sin, position_ids, cu_seqlens, packed, out, lse = (
             ctx.saved_tensors

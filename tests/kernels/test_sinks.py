@@ -79,6 +79,15 @@ def test_a_sink_without_weight_is_none() -> None:
     torch.testing.assert_close(attention_with_sinks(q, k, v, none), attention(q, k, v))
 
 
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    """That of q, k and v has none, and a sum of the two would be wrong in silence."""
+    given = [each.requires_grad_() for each in drawn(torch.float32, (1, 9, 2, 2, 16))]
+    y = attention_with_sinks(*given)
+    gradients = torch.autograd.grad(y.square().sum(), given, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        sum(each.square().sum() for each in gradients).backward()
+
+
 @pytest.mark.parametrize("options", [{"scale": -1.0}, {"window": 0}], ids=str)
 def test_what_does_not_fit(options: dict[str, Any]) -> None:
     q, k, v, sinks = drawn(torch.float32, (1, 4, 2, 1, 16))

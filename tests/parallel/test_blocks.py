@@ -333,6 +333,18 @@ def assert_compiles(block: Callable[..., torch.Tensor], tensors: Sequence[torch.
         torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_gradient_of_the_attention_blocks_gradient_is_refused(path, recompute) -> None:
+    """It went through the products alone, so that the weights' was wrong in silence."""
+    given = [each.detach().requires_grad_() for each in attention_tensors(torch.float32)]
+    y = tensor_parallel_attention(
+        *given, *rope_tables(16, TOKENS, device=DEVICE), **HEADS, recompute=recompute
+    )
+    (dx,) = torch.autograd.grad(y.square().sum(), given[:1], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.square().sum().backward()
+
+
 def test_heads_of_a_rank() -> None:
     assert heads_of_rank(8, 4, 2) == (4, 2)
     assert heads_of_rank(8, 2, 4) == heads_of_rank(8, 1, 4) == (2, 1)
