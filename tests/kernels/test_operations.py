@@ -42,6 +42,38 @@ def test_kernels_agree_with_the_reference(operation, triton_path, monkeypatch) -
     assert_same(run(operation.call, operation.make(triton_path)), expected)
 
 
+def elsewhere(tensor: Tensor, layout: str) -> Tensor:
+    """The same values: two elements past an aligned address, with gaps, or turned round."""
+    values = tensor.detach()
+    if layout == "offset":
+        out = values.new_zeros(values.numel() + 2)[2:].view(values.shape)
+    elif layout == "gaps":
+        out = values.new_zeros(*values.shape, 2)[..., 1]
+    else:
+        axes = range(values.dim() - 1, -1, -1)
+        out = values.permute(*axes).contiguous().permute(*axes)
+    return out.copy_(values).requires_grad_(tensor.requires_grad)
+
+
+# Lists of tensors are contiguous.
+LAYOUTS = [
+    (operation, layout)
+    for operation in OPERATIONS
+    for layout in ("offset", "gaps", "turned")
+    if layout == "offset" or operation.name not in ("adamw", "accumulate", "clip")
+]
+
+
+@pytest.mark.parametrize(
+    ("operation", "layout"), LAYOUTS, ids=[f"{each.name}-{layout}" for each, layout in LAYOUTS]
+)
+def test_where_values_lie_does_not_matter(operation, layout, triton_path, monkeypatch) -> None:
+    skip_without_native_code(operation)
+    expected = reference(operation, monkeypatch, triton_path)
+    tensors = [elsewhere(tensor, layout) for tensor in operation.make(triton_path)]
+    assert_same(run(operation.call, tensors), expected)
+
+
 @pytest.mark.gpu
 @no_gpu
 @every_operation
