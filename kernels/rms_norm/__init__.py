@@ -68,8 +68,12 @@ def rms_norm(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} for x {tuple(x.shape)}")
+    fits = x.dim() > 0 and weight.shape == x.shape[-1:]
+    if not fits or not (x.is_floating_point() and weight.is_floating_point()):
+        raise ValueError(
+            f"rms_norm: weight {tuple(weight.shape)} {weight.dtype} "
+            f"for x {tuple(x.shape)} {x.dtype}"
+        )
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} "

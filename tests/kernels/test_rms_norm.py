@@ -210,8 +210,15 @@ def test_compiles_without_a_residual(path, device) -> None:
 
 def test_what_does_not_fit_is_named(device) -> None:
     x = torch.randn(3, 8, device=device)
-    with pytest.raises(ValueError, match=r"weight \(9,\) for x \(3, 8\)"):
-        rms_norm(x, torch.ones(9, device=device))
+    for other, weight, named in (
+        (x, torch.ones(9), r"weight \(9,\) torch.float32 for x \(3, 8\) torch.float32"),
+        (x, torch.ones(8, dtype=torch.int32), r"weight \(8,\) torch.int32 for x \(3, 8\)"),
+        (x.long(), torch.ones(8), r"for x \(3, 8\) torch.int64"),
+        (x.to(torch.complex64), torch.ones(8), r"for x \(3, 8\) torch.complex64"),
+        (x.sum(), torch.ones(()), r"weight \(\) torch.float32 for x \(\)"),
+    ):
+        with pytest.raises(ValueError, match="rms_norm: .*" + named):
+            rms_norm(other, weight.to(device))
     with pytest.raises(ValueError, match=r"residual \(3, 8\) torch.float16 for x \(3, 8\)"):
         rms_norm(x, torch.ones(8, device=device), residual=x.half())
 

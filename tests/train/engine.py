@@ -298,8 +298,8 @@ class TorchMuon:
             for piece, grad in zip(pieces, tensor.grad.split(lengths), strict=True):
                 piece.grad = grad
         self.optimizer.param_groups[0]["lr"] = lr
-        # It knows bf16 alone, in which it could not be told from what is wrong by little. From torch
-        # 2.14 or 2.15 on it asks for that dtype by name.
+        # It knows bf16 alone, in which it could not be told from what is wrong by little. Newer
+        # versions of torch ask for that dtype by name.
         of_before = mock.patch.object(Tensor, "bfloat16", Tensor.clone)
         with of_before, mock.patch.object(torch, "bfloat16", torch.float32):
             self.optimizer.step()
