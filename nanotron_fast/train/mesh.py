@@ -99,7 +99,8 @@ class Mesh:
 
         Args:
             dp, pp, tp, ep: sizes of the groups.
-            device: to compute on; by default the GPU of this process's LOCAL_RANK, else the CPU.
+            device: to compute on; by default, and for "cuda", the GPU of this process's LOCAL_RANK.
+                Without a GPU the default is the CPU.
 
         Raises TopologyError where the run has another number of processes, or ep does not divide
         dp.
@@ -230,11 +231,12 @@ def _disconnect() -> None:
 
 
 def _device(device: torch.device | str | None) -> torch.device:
-    if device is not None:
-        return torch.device(device)
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    where = torch.device(device)
+    if where.type == "cuda" and where.index is None:  # which torch.cuda.set_device refuses
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0))
+    return where
 
 
 def num_processes() -> int:

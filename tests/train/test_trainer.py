@@ -28,6 +28,7 @@ from nanotron_fast.errors import (
 from nanotron_fast.train import Trainer, TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
+from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.metrics import read_metrics
 from tests.modelzoo import FAMILIES, make
 from tests.parallel.ranks import ROOT, run_ranks
@@ -364,6 +365,17 @@ def test_batches_of_the_user(tmp_path: Path) -> None:
     ):
         with pytest.raises(DataError, match=message):
             train(tmp_path / "wrong", batches=[wrong], tokens__train_steps=1)
+
+
+def test_a_gpu_without_a_number_is_that_of_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda.set_device takes no other."""
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    Mesh.connect(device="cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Mesh.connect(device="cuda").device.index == 3
+    Mesh.connect(device="cuda:1")
+    assert [each.index for each in chosen] == [0, 3, 1]
 
 
 def test_too_few_ranks(tmp_path: Path) -> None:
