@@ -71,10 +71,9 @@ class _RopeNormed(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dq, dk):
         dq, dk = (each if each.stride(-1) == 1 else each.contiguous() for each in (dq, dk))
-        dq, dk, dw = backward(dq, dk, *ctx.saved_tensors, **ctx.options)
-        dw_q, dw_k = (
-            part.to(weight.dtype) for part, weight in zip(dw, ctx.saved_tensors[2:4], strict=True)
-        )
+        saved = ctx.saved_tensors  # once: what is computed again is given only once
+        dq, dk, dw = backward(dq, dk, *saved, **ctx.options)
+        dw_q, dw_k = (part.to(weight.dtype) for part, weight in zip(dw, saved[2:4], strict=True))
         return dq, dk, dw_q, dw_k, None, None, None, None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tests.kernels.operations import OPERATIONS, Operation, run
 
@@ -72,6 +73,18 @@ def test_where_values_lie_does_not_matter(operation, layout, triton_path, monkey
     expected = reference(operation, monkeypatch, triton_path)
     tensors = [elsewhere(tensor, layout) for tensor in operation.make(triton_path)]
     assert_same(run(operation.call, tensors), expected)
+
+
+@every_operation
+def test_is_recomputed(operation, triton_path) -> None:
+    """What was saved for a backward pass can be asked for once where it is computed again."""
+    skip_without_native_code(operation)
+
+    def recomputed(*tensors: Tensor) -> Tensor | Sequence[Tensor]:
+        return checkpoint(operation.call, *tensors, use_reentrant=False)
+
+    expected = [tensor.clone() for tensor in run(operation.call, operation.make(triton_path))]
+    assert_same(run(recomputed, operation.make(triton_path)), expected)
 
 
 @pytest.mark.gpu
