@@ -261,6 +261,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dq, dk, dv, by torch's kernels."""
     dout, q, k, v, out = (_vectors(t) for t in (dout, q, k, v, out))
+    # Both take its address alone, as if it lay as their forward passes give it.
+    lse = lse.contiguous()
     # The state of a random generator, which without dropout nothing reads.
     state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
@@ -268,7 +270,7 @@ def backward(
     if _takes_cudnn(name, k):
         heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         # cuDNN takes statistics of four dimensions alone, as its forward pass gives them.
-        stats = lse.contiguous().unsqueeze(-1)
+        stats = lse.unsqueeze(-1)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *heads_first, stats, state, unused, None, None, None, *longest, 0.0, causal, scale=scale
         )

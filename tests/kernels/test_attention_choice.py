@@ -341,3 +341,19 @@ def test_a_single_key_is_not_given_to_cudnn(monkeypatch, length: int) -> None:
     grads = attention_library.backward("sdpa_cudnn", out, q, k, v, out, lse, **options)
     assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]
     assert taken == [length > 1] * 2
+
+
+def test_flash_is_given_lse_as_it_gives_it(monkeypatch) -> None:
+    """It reads the address and asks for no strides: what lies otherwise would be read wrongly."""
+    q, k, v = (torch.empty(2, 64, n, 32, dtype=torch.bfloat16, device="meta") for n in (8, 2, 2))
+    options = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None, "scale": 0.2}
+    given = []
+
+    def backward(dout, q, k, v, out, lse, *rest, **named):
+        given.append((lse.shape, lse.stride()))
+        return q, k, v
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward, raising=False)
+    by_token = torch.empty(2, 64, 8, device="meta").transpose(1, 2)
+    attention_library.backward("sdpa_flash", q, q, k, v, q, by_token, **options)
+    assert given == [((2, 8, 64), (8 * 64, 64, 1))]
