@@ -332,7 +332,8 @@ def test_peak_memory_on_a_gpu(triton_path) -> None:
     linear_cross_entropy(x, weight, target, chunk_tokens=512)
     peak = torch.cuda.max_memory_allocated() - before
     chunk, whole = 512 * 32000 * 2, 4096 * 32000 * 2
-    assert peak < chunk + weight.numel() * 4 + x.numel() * 2 + 2**20 < whole
+    # The allocator does not split off the last MiB of the blocks that the two largest are in.
+    assert peak < chunk + weight.numel() * 4 + x.numel() * 2 + 3 * 2**20 < whole
 
 
 def test_the_default_chunk() -> None:
