@@ -251,11 +251,6 @@ def _lengths(q: Tensor, k: Tensor) -> str:
     return FEWER_QUERIES if q.shape[-3] < k.shape[-3] else MORE_QUERIES
 
 
-def _contiguous(cu_seqlens: Tensor | None) -> Tensor | None:
-    """As kernels read it: a column of a table has strides."""
-    return None if cu_seqlens is None else cu_seqlens.contiguous()
-
-
 def attention(
     q: Tensor,
     k: Tensor,
@@ -298,7 +293,8 @@ def attention(
     is_training = needs_grad and torch.is_grad_enabled()
     asked = _Asked(causal, window, scale, softcap, backend, is_training, wants_lse=False)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
-    cu_seqlens = _contiguous(cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()  # a column of a table has strides
     if name == "triton":
         return operators.attend(q, k, v, cu_seqlens, options)
     if name == "torch":
@@ -331,7 +327,8 @@ def attention_forward(
     """
     asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
-    cu_seqlens = _contiguous(cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()  # a column of a table has strides
     with torch.no_grad():
         if name == "torch":
             return attention_forward_reference(q, k, v, cu_seqlens=cu_seqlens, **named)
@@ -369,7 +366,8 @@ def attention_backward(
     """
     asked = _Asked(causal, window, scale, softcap, backend, is_training=True, wants_lse=True)
     name, options, named = _settle(q, k, v, cu_seqlens, asked)
-    cu_seqlens = _contiguous(cu_seqlens)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.contiguous()  # a column of a table has strides
     has_shapes = dout.shape == out.shape == q.shape and lse.shape == operators.lse_shape(q)
     if not has_shapes or not dout.dtype == out.dtype == q.dtype:
         raise ValueError(
