@@ -55,14 +55,12 @@ class Plan:
         singles: addresses of the tensors beside the lists, (tensors,) int64 on the device; None
             where there are none.
         device_index: of the GPU; -1 for a CPU.
-        is_captured: whether a graph reads the tables.
     """
 
     is_served: bool
     bundles: tuple[Bundle, ...]
     singles: Tensor | None
     device_index: int
-    is_captured: bool = False
 
 
 class _Known(NamedTuple):
@@ -179,8 +177,6 @@ def _groups(columns: list[_Column], addresses: Sequence[_Addresses]) -> tuple[Gr
 
 
 _looks: dict[_Key, list[_Look]] = {}
-# Plans whose tables a graph reads.
-_captured: list[Plan] = []
 
 
 def takes_plan(tensors: Sequence[Tensor]) -> bool:
@@ -225,10 +221,7 @@ def plan_of(
         addresses = tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in columns)
         plan = look.plan_at(addresses, segment, stream)
         _remember(key, look)
-    if not plan.is_captured and capture.is_capturing(device):
-        plan.is_captured = True
-        _captured.append(plan)
-    return plan
+    return capture.keep(plan, device)
 
 
 def _addresses(look: _Look, columns: Sequence[list[Tensor]]) -> tuple[_Addresses, ...] | None:

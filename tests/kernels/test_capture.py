@@ -29,7 +29,6 @@ GPU = torch.device("cuda", 7)
 def capturing(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """From where this is undone on, nothing is captured any more."""
     monkeypatch.setattr(plan, "_looks", {})
-    monkeypatch.setattr(plan, "_captured", [])
     monkeypatch.setattr(capture, "_kept", {})
     for tables in (multi_tensor._bundles, multi_tensor._layout, multi_tensor.addresses_at):
         tables.cache_clear()
@@ -77,14 +76,14 @@ def test_what_was_run_before_is_captured_and_kept(triton_path, capturing, monkey
         before.setattr(capture, "is_capturing", lambda device: False)
         step(*tensors)
     step(*tensors)
-    read = [bundle.addresses for each in plan._captured for bundle in each.bundles]
-    assert len(plan._captured) == len(read) == 4
+    read = [bundle.addresses for each in capture._kept.values() for bundle in each.bundles]
+    assert len(capture._kept) == len(read) == 4
     capturing.undo()
     monkeypatch.setattr(plan, "_NUM_REMEMBERED", 1)
     monkeypatch.setattr(plan, "NUM_PLANS", 1)
     step(*lists(3, 1, 1, 0, 0), torch.zeros(()))
-    assert [bundle.addresses for each in plan._captured for bundle in each.bundles] == read
-    assert len(plan._captured) == 4
+    assert [bundle.addresses for each in capture._kept.values() for bundle in each.bundles] == read
+    assert len(capture._kept) == 4
 
 
 def test_what_a_watched_run_captures_is_kept(triton_path, capturing, monkeypatch) -> None:
@@ -114,7 +113,7 @@ def test_a_plan_is_kept_once(triton_path, capturing) -> None:
         accumulate_(mains, grads)
     for _ in range(3):
         accumulate_(mains, grads)
-    assert len(plan._captured) == 1
+    assert len(capture._kept) == 1
 
 
 def test_the_tables_of_the_stream_that_warmed_up(monkeypatch) -> None:

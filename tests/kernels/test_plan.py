@@ -24,7 +24,6 @@ OPTIONS = {"lr": 0.5, "betas": (0.0, 0.0), "eps": 0.0, "weight_decay": 0.0}
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan, "_looks", {})
-    monkeypatch.setattr(plan, "_captured", [])
 
 
 @pytest.fixture
