@@ -268,6 +268,9 @@ def backward(
     unused = torch.empty(0, device=q.device)
     longest = _longest(q, k, cu_seqlens, max_seqlen)
     if _takes_cudnn(name, k):
+        # Its graph is found again by the strides of q, k and v alone, those of the others are as
+        # they were at first: dout and out are always laid out in one way.
+        dout, out = dout.contiguous(), out.contiguous()
         heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))
         # cuDNN takes statistics of four dimensions alone, as its forward pass gives them.
         stats = lse.unsqueeze(-1)

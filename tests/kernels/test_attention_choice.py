@@ -294,8 +294,12 @@ def test_kernels_of_torch_take_what_they_are_called_with(name, has_documents, wi
     assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]
 
 
-def test_cudnn_is_given_statistics_as_it_gives_them(monkeypatch) -> None:
-    """Its graph of the backward pass refuses three dimensions, which only a GPU would say."""
+def test_cudnn_is_given_all_as_it_gives_it(monkeypatch) -> None:
+    """What only a GPU would say, and in part would not.
+
+    Its graph of the backward pass refuses statistics of three dimensions, and the graph of one
+    call serves another whose dout and out have other strides.
+    """
     q, k, v = (torch.empty(2, 64, n, 32, dtype=torch.bfloat16, device="meta") for n in (8, 2, 2))
     options = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None, "scale": 0.2}
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
@@ -304,7 +308,7 @@ def test_cudnn_is_given_statistics_as_it_gives_them(monkeypatch) -> None:
     given = []
 
     def backward(dout, q, k, v, out, lse, *rest, scale):
-        given.append((lse.shape, lse.stride()))
+        given.append((lse.shape, lse.stride(), dout.stride(), out.stride()))
         return q, k, v
 
     monkeypatch.setattr(
@@ -312,9 +316,12 @@ def test_cudnn_is_given_statistics_as_it_gives_them(monkeypatch) -> None:
     )
     # By whichever implementation, and of any strides.
     by_token = torch.empty(2, 64, 8, device="meta").transpose(1, 2)
-    for each in (lse, by_token):
-        attention_library.backward("sdpa_cudnn", out, q, k, v, out, each, **options)
-    assert given == [(stats.shape, stats.stride())] * 2
+    by_head = torch.empty(2, 8, 64, 32, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    for each_lse in (lse, by_token):
+        for dout, each_out in ((out, out), (by_head, out), (out, by_head)):
+            attention_library.backward("sdpa_cudnn", dout, q, k, v, each_out, each_lse, **options)
+    strides = out.transpose(1, 2).stride()
+    assert given == [(stats.shape, stats.stride(), strides, strides)] * 6
 
 
 @pytest.mark.parametrize("length", [1, 2])
