@@ -28,6 +28,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nanotron_fast.kernels.runtime import capture
+
 try:
     import triton
     from triton import knobs
@@ -126,7 +128,7 @@ class Prepared:
 
 def _launch(kernel: Any, grid: Any, /, *arguments: Any, **constants: Any) -> None:
     if callable(grid) or _asks_triton(kernel):
-        kernel[grid](*arguments, **constants, **_OPTIONS)
+        _by_triton(kernel, grid, arguments, constants)
         return
     active = driver.active
     device = active.get_current_device()
@@ -199,6 +201,22 @@ def _selected(types: tuple[type, ...]) -> tuple[list[bool], list[bool], bool]:
     return are_tensors, are_numbers, all(issubclass(each, (Tensor, *plain)) for each in types)
 
 
+def _by_triton(
+    kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
+) -> Any:
+    """Triton's own launch; what it launched.
+
+    CUDA loads no binary while a graph is captured, and Triton launches nothing for good once it
+    was refused one: so what is not loaded yet is compiled alone, and refused here.
+    """
+    device = next((each.device for each in arguments if isinstance(each, Tensor)), None)
+    if device is not None and type(kernel) is JITFunction and capture.is_capturing(device):
+        binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
+        if binary is not None and binary.module is None:
+            capture.refuse_if_capturing(device, f"{kernel.__name__}, of a kind that is not loaded")
+    return kernel[grid](*arguments, **constants, **_OPTIONS)
+
+
 def _binary_of(
     kernel: Any,
     grid: Sequence[int],
@@ -211,7 +229,7 @@ def _binary_of(
     A parameter by name that is no constant would have a value of its own in every launch: it is not
     kept, and neither is what was only compiled.
     """
-    made = kernel[grid](*arguments, **constants, **_OPTIONS)
+    made = _by_triton(kernel, grid, arguments, constants)
     rest = kernel.params[len(arguments) :]
     if made is None or not all(parameter.is_constexpr for parameter in rest):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +21,13 @@ from nanotron_fast.kernels.optimizer import (
     plan,
 )
 from nanotron_fast.kernels.pack import choice as pack_choice
-from nanotron_fast.kernels.runtime import capture
+from nanotron_fast.kernels.runtime import capture, launch
 
 GPU = torch.device("cuda", 7)
+
+
+def _scaled(x_ptr, factor, N):
+    pass
 
 
 @pytest.fixture
@@ -164,3 +169,48 @@ def test_nothing_is_timed(capturing) -> None:
 def test_the_packer_refuses_a_table_that_it_would_copy(capturing) -> None:
     with pytest.raises(RuntimeError, match="pack: 1 moves are too many for a launch that a graph"):
         pack_choice._items_on(torch.device("cpu"), bytes(8 * pack_choice.NUM_COLUMNS))
+
+
+def test_a_binary_is_loaded_before(capturing, monkeypatch) -> None:
+    """CUDA loads none while a graph is captured, and Triton would not try again after that."""
+    triton_driver = pytest.importorskip("triton.runtime.driver")
+    jit = pytest.importorskip("triton.runtime.jit")
+    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+    launched: list[int] = []
+
+    class Binary(SimpleNamespace):
+        """As Triton's: it is loaded when it is asked how to run."""
+
+        @property
+        def run(self) -> Any:
+            self.module = "loaded"
+            return lambda *given: launched.append(given[-2])
+
+    def do_compile(self: Any, key: Any, signature: Any, device: int, *rest: Any) -> Any:
+        binary = Binary(module=None, function=0, packed_metadata=(), launch_metadata=lambda *_: 0)
+        return self.device_caches[device][0].setdefault(key, binary)
+
+    gpu = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+    )
+    monkeypatch.setattr(triton_driver.driver, "_active", gpu)
+    monkeypatch.setattr(jit.JITFunction, "_do_compile", do_compile)
+    monkeypatch.setattr(launch, "_binaries", {})
+    kernel = jit.JITFunction(_scaled)
+    start = launch.on_grid(kernel, (1,))
+    first = launch.Prepared((1,), (16,), N=2)
+    x = torch.zeros(1)
+    for attempt in (lambda: start(x, 16, N=2), lambda: first.launch(kernel, x)):
+        with pytest.raises(RuntimeError, match="captures _scaled, of a kind that is not loaded"):
+            attempt()
+    capturing.undo()
+    start(x, 16, N=2)
+    capturing.setattr(capture, "is_capturing", lambda device: True)
+    # The same binary, whatever we remember of it.
+    start(x, 32, N=2)
+    first.launch(kernel, x)
+    assert launched == [16, 32, 16]
+    with pytest.raises(RuntimeError, match="captures _scaled, of a kind that is not loaded"):
+        start(x, 17, N=2)
