@@ -44,6 +44,7 @@ _KERNEL = SimpleNamespace(
     function=0,
     packed_metadata=(),
     launch_metadata=_nothing,
+    module="loaded",
     n_regs=32,
     metadata=SimpleNamespace(shared=1024, num_warps=4),
     _init_handles=_nothing,

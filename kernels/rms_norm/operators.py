@@ -12,7 +12,7 @@ from torch import Tensor
 from nanotron_fast.kernels.rms_norm.kernels import backward_kernel, forward_kernel
 from nanotron_fast.kernels.rms_norm.part_kernels import forward_by_parts_kernel, means_kernel
 from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.launch import Prepared, on_grid
+from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.rows import as_rows, empty_rows, with_stride
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
@@ -138,6 +138,54 @@ def _prepared_by_parts(
     )
 
 
+@remembered
+def _prepared_backward(
+    num_rows: int,
+    hidden: int,
+    dtypes: tuple[torch.dtype | None, ...],
+    strides: tuple[int, int, int],
+    zero_centered: bool,
+    device: torch.device,
+) -> Prepared:
+    """The launch of as many programs as a GPU holds at once.
+
+    Args:
+        dtypes: of dy, dh_out, h, weight, rstd, means and dx, None for what is not there. Means
+            are there for rows that are in parts.
+        strides: of the rows of dy, dh_out and h.
+        device: whose programs are counted, those of a kernel for aligned addresses.
+    """
+    _, dh_out, h, *_, means, _ = dtypes
+    cols = next_power_of_2(hidden) if means is None else _PART_COLS
+    blocks = _BackwardBlocks.chosen(cols=cols, itemsize=h.itemsize)
+    # The kernel takes a wide row as a number: it is alone in its block.
+    rows, num_warps = blocks.rows if cols <= _MAX_KEPT else 1, blocks.num_warps
+    block_bytes = (2 if dh_out is None else 3) * rows * cols * h.itemsize
+    unit = unit_of(*strides, hidden)
+    numbers = (*(stride // unit for stride in strides), num_rows, hidden // unit)
+    stages = _stages(block_bytes, cols, unit * h.itemsize, device)
+    if cols <= _MAX_KEPT and stages == 1:
+        # Rows that are read value by value take more registers for each.
+        num_warps = max(rows * cols // 512, num_warps)
+    constants = {
+        "HAS_DH_OUT": dh_out is not None,
+        "ZERO_CENTERED": zero_centered,
+        "UNIT": unit,
+        "ROWS": rows,
+        "COLS": cols,
+        # The weight of wide rows does not fit in registers beside the rest: it is read with each.
+        "KEEP_WEIGHT": cols <= _MAX_KEPT,
+        "STAGES": min(stages, blocks.stages),
+        "num_warps": num_warps,
+    }
+    resident = occupancy.resident_programs(
+        backward_kernel, (*dtypes, torch.float32, *numbers), constants, device
+    )
+    num_parts = 1 if means is None else ceil_div(hidden, cols)
+    num_programs = min(ceil_div(num_rows, rows), max(resident // num_parts, 1))
+    return Prepared((num_programs, num_parts), numbers, **constants)
+
+
 @operator("nanotron_fast::rms_norm_forward")
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, zero_centered: bool
@@ -181,44 +229,19 @@ def backward(
     num_rows, hidden = h.shape
     if not num_rows:
         return dx, torch.zeros_like(weight)
-    cols, means = next_power_of_2(hidden), None
+    means = None
+    strides = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
     if hidden > _MAX_WHOLE:
-        cols, means = _PART_COLS, torch.empty_like(rstd)
-        strides = (dy.stride(0), h.stride(0))
+        means = torch.empty_like(rstd)
         prepared = _prepared_by_parts(
-            num_rows, hidden, h.element_size(), strides, ZERO_CENTERED=zero_centered
+            num_rows, hidden, h.element_size(), strides[::2], ZERO_CENTERED=zero_centered
         )
         prepared.launch(means_kernel, dy, h, weight, rstd, means)
-    blocks = _BackwardBlocks.chosen(cols=cols, itemsize=h.element_size())
-    # The kernel takes a wide row as a number: it is alone in its block.
-    rows, num_warps = blocks.rows if cols <= _MAX_KEPT else 1, blocks.num_warps
-    block_bytes = (2 if dh_out is None else 3) * rows * cols * h.element_size()
     tensors = (dy, dh_out, h, weight, rstd, means, dx)
-    strides = (dy.stride(0), 0 if dh_out is None else dh_out.stride(0), h.stride(0))
-    unit = unit_of(*strides, hidden)
-    numbers = (*(stride // unit for stride in strides), num_rows, hidden // unit)
-    stages = _stages(block_bytes, cols, unit * h.element_size(), h.device)
-    if cols <= _MAX_KEPT and stages == 1:
-        # Rows that are read value by value take more registers for each.
-        num_warps = max(rows * cols // 512, num_warps)
-    constants = {
-        "HAS_DH_OUT": dh_out is not None,
-        "ZERO_CENTERED": zero_centered,
-        "UNIT": unit,
-        "ROWS": rows,
-        "COLS": cols,
-        # The weight of wide rows does not fit in registers beside the rest: it is read with each.
-        "KEEP_WEIGHT": cols <= _MAX_KEPT,
-        "STAGES": min(stages, blocks.stages),
-        "num_warps": num_warps,
-    }
-    resident = occupancy.resident_programs(
-        backward_kernel, (*tensors, torch.float32, *numbers), constants, h.device
-    )
-    num_parts = 1 if means is None else ceil_div(hidden, cols)
-    num_programs = min(ceil_div(num_rows, rows), max(resident // num_parts, 1))
-    partial_dw = torch.empty(num_programs, hidden, dtype=torch.float32, device=h.device)
-    on_grid(backward_kernel, (num_programs, num_parts))(*tensors, partial_dw, *numbers, **constants)
+    dtypes = tuple([None if each is None else each.dtype for each in tensors])
+    prepared = _prepared_backward(num_rows, hidden, dtypes, strides, zero_centered, h.device)
+    partial_dw = torch.empty(prepared.grid[0], hidden, dtype=torch.float32, device=h.device)
+    prepared.launch(backward_kernel, *tensors, partial_dw)
     return dx, partial_dw.sum(0).to(weight.dtype)
 
 

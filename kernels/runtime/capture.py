@@ -24,7 +24,7 @@ def is_capturing(device: torch.device) -> bool:
     """
     if device.type != "cuda" or torch.compiler.is_compiling():
         return False
-    return torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def refuse_if_capturing(device: torch.device, what: str) -> None:

@@ -83,6 +83,7 @@ def on_grid(kernel: Any, grid: Any) -> Callable[..., None]:
 def compiled(kernel: Any, *arguments: Any, **constants: Any) -> Any:
     """The binary that such a launch would run, loaded onto the current GPU and not launched."""
     binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
+    _refuse_to_load(binary, kernel)
     binary._init_handles()  # its registers are known once it is loaded
     return binary
 
@@ -201,19 +202,23 @@ def _selected(types: tuple[type, ...]) -> tuple[list[bool], list[bool], bool]:
     return are_tensors, are_numbers, all(issubclass(each, (Tensor, *plain)) for each in types)
 
 
+def _refuse_to_load(binary: Any, kernel: Any) -> None:
+    """Raises RuntimeError where a graph is captured and the binary is not loaded yet.
+
+    CUDA loads none then, and a binary of Triton's that was refused is never loaded after that.
+    """
+    if binary is not None and binary.module is None:
+        device = torch.device("cuda")
+        capture.refuse_if_capturing(device, f"{kernel.__name__}, of a kind that is not loaded")
+
+
 def _by_triton(
     kernel: Any, grid: Any, arguments: tuple[Any, ...], constants: dict[str, Any]
 ) -> Any:
-    """Triton's own launch; what it launched.
-
-    CUDA loads no binary while a graph is captured, and Triton launches nothing for good once it
-    was refused one: so what is not loaded yet is compiled alone, and refused here.
-    """
+    """Triton's own launch; what it launched."""
     device = next((each.device for each in arguments if isinstance(each, Tensor)), None)
     if device is not None and type(kernel) is JITFunction and capture.is_capturing(device):
-        binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
-        if binary is not None and binary.module is None:
-            capture.refuse_if_capturing(device, f"{kernel.__name__}, of a kind that is not loaded")
+        _refuse_to_load(kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS), kernel)
     return kernel[grid](*arguments, **constants, **_OPTIONS)
 
 

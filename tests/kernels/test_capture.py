@@ -54,6 +54,8 @@ def step(params, grads, averages, squares, steps) -> None:
 
 
 def test_a_capture_is_that_of_the_current_stream(monkeypatch) -> None:
+    assert torch.cuda.is_available() or not capture.is_capturing(GPU)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     for answer in (True, False):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda it=answer: it)
         assert capture.is_capturing(GPU) is answer

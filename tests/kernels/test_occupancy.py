@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanotron_fast.kernels.rms_norm import operators, rms_norm
-from nanotron_fast.kernels.runtime import occupancy
+from nanotron_fast.kernels.runtime import capture, occupancy, tuning
 from nanotron_fast.kernels.runtime.sizes import next_power_of_2, unit_of
 
 H100 = SimpleNamespace(
@@ -27,7 +27,7 @@ class Kernel:
     """A kernel that is compiled to a binary of given needs, and counts how often."""
 
     def __init__(self, registers: int, shared: int, num_warps: int) -> None:
-        self.fn = object()
+        self.fn, self.__name__ = object(), "walk"
         self.needs = (registers, shared, num_warps)
         self.compiled: list[dict] = []
 
@@ -35,7 +35,7 @@ class Kernel:
         self.compiled.append(named)
         registers, shared, num_warps = self.needs
         metadata = SimpleNamespace(shared=shared, num_warps=num_warps)
-        binary = SimpleNamespace(metadata=metadata)
+        binary = SimpleNamespace(metadata=metadata, module=None)
         binary._init_handles = lambda: setattr(binary, "n_regs", registers)
         return binary
 
@@ -74,6 +74,17 @@ def test_a_configuration_is_compiled_once(h100) -> None:
         assert occupancy.resident_programs(kernel, arguments, constants, GPU) == 2 * 132
     # The very options of a launch: other ones would be another binary.
     assert kernel.compiled == [{**constants, "enable_fp_fusion": True}]
+
+
+def test_a_capture_compiles_nothing_that_it_would_load(h100, monkeypatch) -> None:
+    kernel = Kernel(186, 32792, 4)
+    with monkeypatch.context() as capturing:
+        capturing.setattr(capture, "is_capturing", lambda device: True)
+        with pytest.raises(RuntimeError, match="a CUDA graph captures walk, of a kind that is not"):
+            occupancy.resident_programs(kernel, (torch.float32, 4096), {}, GPU)
+    counted = occupancy.resident_programs(kernel, (torch.float32, 4096), {}, GPU)
+    monkeypatch.setattr(capture, "is_capturing", lambda device: True)
+    assert occupancy.resident_programs(kernel, (torch.float32, 4096), {}, GPU) == counted
 
 
 @pytest.mark.parametrize(
@@ -160,6 +171,7 @@ def test_the_grid_of_a_real_gpu_fills_it(monkeypatch) -> None:
         return counted[-1]
 
     monkeypatch.setattr(occupancy, "resident_programs", count)
+    tuning.forget()
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
     x = torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     weight = torch.ones(4096, device="cuda", dtype=torch.bfloat16, requires_grad=True)

@@ -86,10 +86,12 @@ WIDE = [(1, 16385), (3, 18432), (2, 2, 20001), (7, 32768), (2, 65536), (0, 20000
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_rows_that_do_not_fit_in_a_block(
-    triton_path, monkeypatch, shape, dtype, has_residual
+    triton_path, monkeypatch, request, shape, dtype, has_residual
 ) -> None:
     # Of the parts of rows of 16385 columns four programs each, of those of 65536 one.
+    request.addfinalizer(tuning.forget)
     monkeypatch.setattr(occupancy, "resident_programs", lambda *launch: 36)
+    tuning.forget()
     torch.manual_seed(0)
     x, residual, dy, dh = (torch.randn(shape, device=triton_path).to(dtype) for _ in range(4))
     case = (x, torch.randn(shape[-1], device=triton_path).to(dtype))
