@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from functools import cache
+from functools import cache, lru_cache
 from types import ModuleType
 
 import torch
@@ -81,12 +81,21 @@ def missing(name: str) -> str:
     return ""
 
 
+def _has_vectors(strides: tuple[int, ...], multiple: int) -> bool:
+    return strides[-1] == 1 and all(step % multiple == 0 for step in strides[:-1])
+
+
+_known_vectors = lru_cache(maxsize=4096)(_has_vectors)
+
+
 def _vectors(tensor: Tensor) -> Tensor:
     """A copy, unless its heads can be loaded 16 bytes at a time, as these kernels do."""
     multiple = 16 // tensor.element_size()
-    is_fit = tensor.stride(-1) == 1 and all(step % multiple == 0 for step in tensor.stride()[:-1])
-    if is_fit and not torch.compiler.is_compiling():  # no graph can hold an offset
-        is_fit = tensor.storage_offset() % multiple == 0
+    if torch.compiler.is_compiling():  # strides may be symbols, and no graph can hold an offset
+        is_fit = _has_vectors(tensor.stride(), multiple)
+    else:
+        is_fit = _known_vectors(tensor.stride(), multiple)
+        is_fit = is_fit and tensor.storage_offset() % multiple == 0
     return tensor if is_fit else tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -263,9 +272,8 @@ def backward(
     dout, q, k, v, out = (_vectors(t) for t in (dout, q, k, v, out))
     # Both take its address alone, as if it lay as their forward passes give it.
     lse = lse.contiguous()
-    # The state of a random generator, which without dropout nothing reads.
-    state = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    unused = torch.empty(0, device=q.device)
+    # Of a random generator, which without dropout nothing reads: no launch fills it.
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)
     longest = _longest(q, k, cu_seqlens, max_seqlen)
     if _takes_cudnn(name, k):
         # Its graph is found again by the strides of q, k and v alone, those of the others are as
@@ -275,7 +283,7 @@ def backward(
         # cuDNN takes statistics of four dimensions alone, as its forward pass gives them.
         stats = lse.unsqueeze(-1)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *heads_first, stats, state, unused, None, None, None, *longest, 0.0, causal, scale=scale
+            *heads_first, stats, state, state, None, None, None, *longest, 0.0, causal, scale=scale
         )
         return tuple(t.transpose(1, 2) for t in grads)
     left, right = _window_size(causal, window)
@@ -292,7 +300,7 @@ def backward(
         0.0,
         causal and window is None,
         state,
-        unused,
+        state,
         scale=scale,
         window_size_left=left,
         window_size_right=right,
