@@ -117,6 +117,8 @@ class Trainer:
     def _ours(self) -> Tensor:
         s, (embedding, *layers, norm, head) = self.shape, self.weights
         heads = {"num_q_heads": s.q_heads, "num_kv_heads": s.kv_heads, "head_dim": s.head_dim}
+        positions = torch.arange(s.seq, device=self.ids.device).repeat(s.batch)
+        options = {**heads, "batch": s.batch, "position_ids": positions, "recompute": False}
         x = vocab_parallel_embedding(self.ids, embedding)
         residual: Tensor | None = None
         for i in range(0, len(layers), 6):
@@ -125,9 +127,7 @@ class Trainer:
                 x, residual = rms_norm(x, norm1, _EPS), x
             else:
                 x, residual = rms_norm(x, norm1, _EPS, residual)
-            x = tensor_parallel_attention(
-                x, qkv, out, self.cos, self.sin, batch=s.batch, recompute=False, **heads
-            )
+            x = tensor_parallel_attention(x, qkv, out, self.cos, self.sin, **options)
             x, residual = rms_norm(x, norm2, _EPS, residual)
             x = tensor_parallel_mlp(x, gate_up, down, recompute=False)
         x, _ = rms_norm(x, norm, _EPS, residual)
