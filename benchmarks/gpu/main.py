@@ -11,7 +11,7 @@ from pathlib import Path
 
 from benchmarks.gpu import jobs
 from benchmarks.gpu.jobs import Job, Phase
-from benchmarks.gpu.rows import Row, RowFile, failures, read_rows
+from benchmarks.gpu.rows import Row, RowFile, failures, read_rows, set_aside
 from benchmarks.gpu.runner import Runner, guarded, why_no_build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -128,6 +128,9 @@ def main() -> int:
     if options.profile:
         phases.append(Phase("profile", profiles(words(options.profile)), 1))
     end_with_make()
+    earlier = None if options.dry else set_aside(options.out / name)
+    if earlier:
+        print(f"the rows of an earlier run are in {earlier}")
     rows = RowFile(options.out / name, *copies_of(options))
     runner = Runner(
         rows,

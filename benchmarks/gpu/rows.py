@@ -6,6 +6,7 @@ null for what was left out, with a `note` that says why), and figures; a failure
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterable
@@ -66,7 +67,23 @@ class Tail:
 
 
 def read_rows(path: Path) -> list[Row]:
-    return Tail(path)()
+    """Those of a file that has ended. Raises SystemExit where a line is none."""
+    try:
+        return Tail(path)()
+    except ValueError as error:
+        raise SystemExit(f"{path}: not a file of rows: {error}") from error
+
+
+def set_aside(path: Path) -> Path | None:
+    """Renames a file with rows to NAME.1.jsonl, or the next number that is free: its new path.
+
+    Time on a GPU is rare, and what it gave is not written over.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return None
+    names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+    free = next(name for name in names if not name.exists())
+    return path.rename(free)
 
 
 def failures(rows: Iterable[Row]) -> list[Row]:

@@ -122,6 +122,18 @@ def document_of(rows: list[Row], before: dict[str, Any], *, dry: bool) -> dict[s
     return document | ({"dry": True} if dry else {})
 
 
+def _before(out: Path) -> dict[str, Any]:
+    """What an earlier sweep wrote. Raises SystemExit for another file, which is left as it is."""
+    what = f"sweep.py: --out {out}: not a file of measured entries"
+    try:
+        document = json.loads(out.read_text())
+    except ValueError as error:
+        raise SystemExit(f"{what}: {error}") from error
+    if not isinstance(document, dict) or not isinstance(document.get("entries"), dict):
+        raise SystemExit(f"{what}: no `entries`")
+    return document
+
+
 class SweepFile(RowFile):
     """The rows of a sweep, and beside them the file of measured entries, which is written as often
     as there are new ones: whatever ends the run, they are there.
@@ -132,7 +144,7 @@ class SweepFile(RowFile):
 
     def __init__(self, out: Path, *, dry: bool) -> None:
         self.out, self.dry = out, dry
-        self.before = json.loads(out.read_text()) if out.exists() else {}
+        self.before = _before(out) if out.exists() else {}
         super().__init__(out.with_suffix(".jsonl"), keeps=True)
 
     def append(self, row: Row) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.gpu import jobs
 from benchmarks.gpu.main import again, copies_of, selected
-from benchmarks.gpu.rows import Tail
+from benchmarks.gpu.rows import RowFile, Tail, read_rows, set_aside
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -33,6 +33,25 @@ def test_half_a_line_is_no_row_yet(tmp_path: Path) -> None:
     with path.open("ab") as file:
         file.write(b" 2}\n")
     assert tail() == [{"a": 2}]
+
+
+def test_rows_of_a_run_on_a_gpu_are_not_written_over(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.jsonl"
+    assert set_aside(path) is None
+    for run in range(3):
+        RowFile(path).append({"run": run})
+        assert set_aside(path) == tmp_path / f"gpu.{run + 1}.jsonl"
+    path.touch()
+    assert set_aside(path) is None  # a run that was ended before its first row
+    assert [read_rows(tmp_path / f"gpu.{run}.jsonl") for run in (1, 2, 3)] == [
+        [{"run": run}] for run in range(3)
+    ]
+
+
+def test_a_file_of_something_else_is_named(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("{\n}\n")
+    with pytest.raises(SystemExit, match="notes: not a file of rows: "):
+        read_rows(tmp_path / "notes")
 
 
 def test_every_operation_has_checks_and_a_time() -> None:

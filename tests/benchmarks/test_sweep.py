@@ -197,6 +197,16 @@ def test_what_was_found_is_in_the_file_at_once(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sm_90.json", "sm_90.jsonl"]
 
 
+@pytest.mark.parametrize("text", ["", '{"entries": {"rope"', "[1]", '{"entries": [1]}'])
+def test_another_file_is_not_written_over(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "x.json"
+    out.write_text(text)
+    with pytest.raises(SystemExit, match=r"--out .*x\.json: not a file of measured entries: "):
+        sweep.SweepFile(out, dry=False)
+    assert out.read_text() == text
+    assert list(tmp_path.iterdir()) == [out]
+
+
 def test_nothing_is_swept_on_a_machine_that_is_not_known(tmp_path: Path, monkeypatch) -> None:
     ran: list[str] = []
 
