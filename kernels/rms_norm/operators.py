@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -76,7 +75,6 @@ class _BackwardBlocks(_ForwardBlocks, operation="rms_norm_backward"):
         return [*super().candidates(), replace(self, stages=2), replace(self, stages=1)]
 
 
-@cache
 def _stages(block_bytes: int, cols: int, copy_bytes: int, device: torch.device) -> int:
     """Stages of the loop of the backward pass: there are copies of all blocks but one.
 

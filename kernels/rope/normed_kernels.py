@@ -4,7 +4,7 @@ A program of forward takes a few tokens and a group of heads of q or of k; its n
 other groups of the same tokens, whose cosines and sines come from a cache then. Blocks are (tokens,
 heads, columns): one for each member of the pairs, and one for what does not turn. A program of
 backward walks over blocks of tokens, and in each over the heads of q, then of k: it sums its share
-of the gradients of the weights.
+of the gradients of the weights. Strides are pairs: from token to token, and from head to head.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ def _forward_heads(
     HALF_COLS: tl.constexpr,
 ):
     """Of a group of heads, from `first`, of q or of k; `side` is what is its own of each."""
-    x_ptr, y_ptr, weight_ptr, x_token_stride, x_head_stride, num_heads = side
+    x_ptr, y_ptr, weight_ptr, x_strides, num_heads = side
     cols = tl.arange(0, HEAD_COLS)[None, None, :]
     everywhere = tl.zeros((1, 1, 1), dtype=tl.int32) == 0
     wa, wb = _load_pairs(weight_ptr, everywhere, INTERLEAVED, HALF, 1, 1, HALF_COLS)
@@ -118,8 +118,8 @@ def _forward_heads(
         wb += 1.0
     heads = first + tl.arange(0, HEADS)[None, :, None]
     mask = (tokens < num_tokens) & (heads < num_heads)
-    src = x_ptr + tokens * (x_token_stride * STRIDE_UNIT)
-    src += heads.to(tl.int64) * (x_head_stride * STRIDE_UNIT)
+    src = x_ptr + tokens * (x_strides[0] * STRIDE_UNIT)
+    src += heads.to(tl.int64) * (x_strides[1] * STRIDE_UNIT)
     dst = y_ptr + (tokens * num_heads + heads) * HEAD_DIM
     a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
     squares = tl.sum(a * a + b * b, axis=2, keep_dims=True)
@@ -158,10 +158,8 @@ def forward_kernel(
     position_ids_ptr,
     q_out_ptr,
     k_out_ptr,
-    q_token_stride,
-    q_head_stride,
-    k_token_stride,
-    k_head_stride,
+    q_strides,
+    k_strides,
     num_tokens,
     num_positions,
     num_q_heads,
@@ -187,8 +185,8 @@ def forward_kernel(
     cos, sin = _table_rows(
         cos_ptr, sin_ptr, position_ids_ptr, tokens, num_tokens, num_positions, HALF, HALF_COLS
     )
-    q_side = (q_ptr, q_out_ptr, q_weight_ptr, q_token_stride, q_head_stride, num_q_heads)
-    k_side = (k_ptr, k_out_ptr, k_weight_ptr, k_token_stride, k_head_stride, num_k_heads)
+    q_side = (q_ptr, q_out_ptr, q_weight_ptr, q_strides, num_q_heads)
+    k_side = (k_ptr, k_out_ptr, k_weight_ptr, k_strides, num_k_heads)
     if group < num_q_groups:
         _forward_heads(
             q_side, group * Q_HEADS, tokens, num_tokens, cos, sin, eps, INTERLEAVED, ZERO_CENTERED,
@@ -312,14 +310,10 @@ def backward_kernel(
     k_out_ptr,
     q_partial_ptr,
     k_partial_ptr,
-    dq_token_stride,
-    dq_head_stride,
-    dk_token_stride,
-    dk_head_stride,
-    q_token_stride,
-    q_head_stride,
-    k_token_stride,
-    k_head_stride,
+    dq_strides,
+    dk_strides,
+    q_strides,
+    k_strides,
     num_tokens,
     num_positions,
     num_q_heads,
@@ -336,10 +330,6 @@ def backward_kernel(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
-    dq_strides = (dq_token_stride, dq_head_stride)
-    dk_strides = (dk_token_stride, dk_head_stride)
-    q_strides = (q_token_stride, q_head_stride)
-    k_strides = (k_token_stride, k_head_stride)
     sides = (
         (dq_ptr, q_ptr, q_out_ptr, q_weight_ptr, q_partial_ptr, dq_strides, q_strides, num_q_heads),
         (dk_ptr, k_ptr, k_out_ptr, k_weight_ptr, k_partial_ptr, dk_strides, k_strides, num_k_heads),

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.rope.normed_kernels import backward_kernel, forward_kernel
 from nanotron_fast.kernels.runtime import occupancy
-from nanotron_fast.kernels.runtime.launch import on_grid
+from nanotron_fast.kernels.runtime.launch import Prepared
 from nanotron_fast.kernels.runtime.operators import operator
 from nanotron_fast.kernels.runtime.sizes import ceil_div, next_power_of_2, unit_of
-from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
+from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2, remembered
 
 
 @dataclass(frozen=True)
@@ -48,30 +49,93 @@ class _BackwardBlocks(_ForwardBlocks, operation="rope_normed_backward"):
         return [_BackwardBlocks(*each) for each in shapes]
 
 
-def _blocks(tuned: type[Tuned], q: Tensor, k: Tensor, cos: Tensor) -> dict[str, int]:
-    """The constants that say how a program's blocks look."""
-    head_dim = q.shape[2]
-    head_cols, has_rest = next_power_of_2(head_dim), int(2 * cos.shape[1] < head_dim)
-    chosen = tuned.chosen(head_cols=head_cols, has_rest=has_rest, itemsize=q.element_size())
-    most_heads = max(1, min(chosen.heads, chosen.elements // head_cols))
-    q_heads, k_heads = (min(most_heads, next_power_of_2(x.shape[1])) for x in (q, k))
-    return {
-        "HEAD_DIM": head_dim,
-        "HALF": cos.shape[1],
-        "TOKENS": max(1, min(chosen.elements // (q_heads * head_cols), 32)),
-        "Q_HEADS": q_heads,
-        "K_HEADS": k_heads,
-        "HEAD_COLS": head_cols,
-        "HALF_COLS": next_power_of_2(cos.shape[1]),
-        "num_warps": chosen.num_warps,
-    }
+class _Kind(NamedTuple):
+    """What a launch depends on, beside its strides and device: it is remembered by it.
+
+    Args:
+        heads: num_tokens, num_q_heads, num_k_heads and head_dim.
+        table: num_positions and half.
+        dtypes: of the kernel's tensors, None for what is not there; q's is the first.
+        eps, interleaved, zero_centered: as of `rope_normed`.
+    """
+
+    heads: tuple[int, int, int, int]
+    table: tuple[int, int]
+    dtypes: tuple[torch.dtype | None, ...]
+    eps: float
+    interleaved: bool
+    zero_centered: bool
+
+    def blocks(self, tuned: type[Tuned]) -> dict[str, int]:
+        """The constants that say how a program's blocks look."""
+        (_, num_q_heads, num_k_heads, head_dim), (_, half) = self.heads, self.table
+        head_cols, has_rest = next_power_of_2(head_dim), int(2 * half < head_dim)
+        itemsize = self.dtypes[0].itemsize
+        chosen = tuned.chosen(head_cols=head_cols, has_rest=has_rest, itemsize=itemsize)
+        most_heads = max(1, min(chosen.heads, chosen.elements // head_cols))
+        q_heads, k_heads = (min(most_heads, next_power_of_2(n)) for n in (num_q_heads, num_k_heads))
+        return {
+            "HEAD_DIM": head_dim,
+            "HALF": half,
+            "TOKENS": max(1, min(chosen.elements // (q_heads * head_cols), 32)),
+            "Q_HEADS": q_heads,
+            "K_HEADS": k_heads,
+            "HEAD_COLS": head_cols,
+            "HALF_COLS": next_power_of_2(half),
+            "num_warps": chosen.num_warps,
+        }
+
+    def arguments(
+        self, strides: tuple[tuple[int, int], ...], blocks: dict[str, int]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The kernel's numbers and its constants."""
+        num_tokens, num_q_heads, num_k_heads, _ = self.heads
+        unit = unit_of(*(stride for pair in strides for stride in pair))
+        pairs = [(by_token // unit, by_head // unit) for by_token, by_head in strides]
+        numbers = (*pairs, num_tokens, self.table[0], num_q_heads, num_k_heads, self.eps)
+        flags = {"INTERLEAVED": self.interleaved, "ZERO_CENTERED": self.zero_centered}
+        return numbers, {**flags, "STRIDE_UNIT": unit, **blocks}
 
 
-def _strides(*tensors: Tensor) -> tuple[list[int], int]:
-    """Those of tokens and heads of each tensor, in a unit, and the unit."""
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
-    unit = unit_of(*strides)
-    return [stride // unit for stride in strides], unit
+def _kind(
+    q: Tensor, k: Tensor, cos: Tensor, tensors: tuple[Tensor | None, ...], *rest: Any
+) -> _Kind:
+    (num_tokens, num_q_heads, head_dim), num_k_heads = q.shape, k.shape[1]
+    dtypes = tuple([None if tensor is None else tensor.dtype for tensor in tensors])
+    num_positions, half = cos.shape
+    heads = (num_tokens, num_q_heads, num_k_heads, head_dim)
+    return _Kind(heads, (num_positions, half), dtypes, *rest)
+
+
+def _strides(*tensors: Tensor) -> tuple[tuple[int, int], ...]:
+    """Of each tensor those of its tokens and of its heads."""
+    return tuple([tensor.stride()[:2] for tensor in tensors])
+
+
+@remembered
+def _prepared_forward(kind: _Kind, strides: tuple[tuple[int, int], ...]) -> Prepared:
+    num_tokens, num_q_heads, num_k_heads, _ = kind.heads
+    blocks = kind.blocks(_ForwardBlocks)
+    numbers, constants = kind.arguments(strides, blocks)
+    num_groups = ceil_div(num_q_heads, blocks["Q_HEADS"])
+    num_groups += ceil_div(num_k_heads, blocks["K_HEADS"])
+    grid = (ceil_div(num_tokens, blocks["TOKENS"]) * num_groups,)
+    return Prepared(grid, numbers, **constants)
+
+
+@remembered
+def _prepared_backward(
+    kind: _Kind, strides: tuple[tuple[int, int], ...], device: torch.device
+) -> Prepared:
+    """The launch of as many programs as a GPU holds at once, of a kernel for aligned addresses."""
+    blocks = kind.blocks(_BackwardBlocks)
+    numbers, constants = kind.arguments(strides, blocks)
+    partials = (torch.float32, torch.float32)
+    resident = occupancy.resident_programs(
+        backward_kernel, (*kind.dtypes, *partials, *numbers), constants, device
+    )
+    num_programs = min(ceil_div(kind.heads[0], blocks["TOKENS"]), resident)
+    return Prepared((num_programs,), numbers, **constants)
 
 
 @operator("nanotron_fast::rope_normed_forward")
@@ -89,19 +153,9 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """q and k turned, contiguous. The last dims of q and k, and all others, are contiguous."""
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
-    if len(q):
-        blocks = _blocks(_ForwardBlocks, q, k, cos)
-        strides, unit = _strides(q, k)
-        num_groups = ceil_div(q.shape[1], blocks["Q_HEADS"])
-        num_groups += ceil_div(k.shape[1], blocks["K_HEADS"])
-        on_grid(forward_kernel, (ceil_div(len(q), blocks["TOKENS"]) * num_groups,))(
-            *(q, k, q_weight, k_weight, cos, sin, position_ids, *outs, *strides),
-            *(len(q), len(cos), q.shape[1], k.shape[1], eps),
-            INTERLEAVED=interleaved,
-            ZERO_CENTERED=zero_centered,
-            STRIDE_UNIT=unit,
-            **blocks,
-        )
+    tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, *outs)
+    kind = _kind(q, k, cos, tensors, eps, interleaved, zero_centered)
+    _prepared_forward(kind, _strides(q, k)).launch(forward_kernel, *tensors)
     return outs[0], outs[1]
 
 
@@ -129,25 +183,12 @@ def backward(
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
     if not len(q):
         return outs[0], outs[1], q.new_zeros(2, q.shape[2], dtype=torch.float32)
-    blocks = _blocks(_BackwardBlocks, q, k, cos)
     tensors = (dq, dk, q, k, q_weight, k_weight, cos, sin, position_ids, *outs)
-    strides, unit = _strides(dq, dk, q, k)
-    numbers = [*strides, len(q), len(cos), q.shape[1], k.shape[1], eps]
-    constants = {
-        "INTERLEAVED": interleaved,
-        "ZERO_CENTERED": zero_centered,
-        "STRIDE_UNIT": unit,
-        **blocks,
-    }
-    resident = occupancy.resident_programs(
-        backward_kernel,
-        (*tensors, torch.float32, torch.float32, *numbers),
-        constants,
-        q.device,
-    )
-    num_programs = min(ceil_div(len(q), blocks["TOKENS"]), resident)
-    partial = torch.empty(2, num_programs, q.shape[2], dtype=torch.float32, device=q.device)
-    on_grid(backward_kernel, (num_programs,))(*tensors, *partial, *numbers, **constants)
+    kind = _kind(q, k, cos, tensors, eps, interleaved, zero_centered)
+    prepared = _prepared_backward(kind, _strides(dq, dk, q, k), q.device)
+    shape = (2, prepared.grid[0], q.shape[2])
+    partial = torch.empty(shape, dtype=torch.float32, device=q.device)
+    prepared.launch(backward_kernel, *tensors, *partial)
     return outs[0], outs[1], partial.sum(1)
 
 

@@ -101,6 +101,8 @@ def _specialisation(value: Any) -> tuple[Any, ...]:
     """What Triton compiles a kernel anew for: dtypes, and numbers' and addresses' divisibility."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
+    if isinstance(value, tuple):
+        return tuple(map(_specialisation, value))
     if isinstance(value, int):
         return int, value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return (value,)

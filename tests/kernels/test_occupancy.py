@@ -76,6 +76,16 @@ def test_a_configuration_is_compiled_once(h100) -> None:
     assert kernel.compiled == [{**constants, "enable_fp_fusion": True}]
 
 
+def test_a_tuple_of_numbers_is_one_as_its_numbers_are(h100) -> None:
+    kernel = Kernel(186, 32792, 4)
+    for pair in ((4096, 128), (8192, 16)):
+        assert occupancy.resident_programs(kernel, (torch.float32, pair), {}, GPU) == 2 * 132
+    assert len(kernel.compiled) == 1
+    for pair in ((4096, 1), (4097, 128), (4096, 2**31)):
+        occupancy.resident_programs(kernel, (torch.float32, pair), {}, GPU)
+    assert len(kernel.compiled) == 4
+
+
 def test_a_capture_compiles_nothing_that_it_would_load(h100, monkeypatch) -> None:
     kernel = Kernel(186, 32792, 4)
     with monkeypatch.context() as capturing:
@@ -148,14 +158,12 @@ def test_shared_memory_of_a_program(monkeypatch) -> None:
     ],
 )
 def test_stages_of_the_norm_fit_in_shared_memory(
-    monkeypatch, request, limit, hidden, tensors, size, expected
+    monkeypatch, limit, hidden, tensors, size, expected
 ) -> None:
     monkeypatch.setattr(occupancy, "shared_memory_limit", lambda device: limit)
     cols = next_power_of_2(hidden)
     rows = operators._BackwardBlocks.rule(cols, size).rows
     block_bytes = tensors * rows * cols * size
-    operators._stages.cache_clear()  # what it keeps is of another card, before and after
-    request.addfinalizer(operators._stages.cache_clear)
     assert operators._stages(block_bytes, cols, unit_of(hidden, 0) * size, GPU) == expected
     assert (expected - 1) * block_bytes < limit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -58,12 +59,21 @@ def test_matches_reference(path, device, shape, dtype, has_residual, zero_center
         assert_close(ours, reference, factor=2)
 
 
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """Launches are made anew, and those that are made in between are not kept."""
+    tuning.forget()
+    yield
+    tuning.forget()
+
+
 @pytest.mark.parametrize("stages", [1, 3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_that_leave_no_registers_for_the_weight(
-    triton_path, monkeypatch, dtype, stages
+    triton_path, monkeypatch, forgotten, dtype, stages
 ) -> None:
-    monkeypatch.setattr(operators, "_stages", lambda *sizes: stages)
+    asked = []
+    monkeypatch.setattr(operators, "_stages", lambda *sizes: asked.append(sizes) or stages)
     torch.manual_seed(0)
     # Programs have several rows each, and the last ones fewer.
     given = [torch.randn(7, 8232, device=triton_path).to(dtype)[:, :8225] for _ in range(4)]
@@ -77,6 +87,7 @@ def test_rows_that_leave_no_registers_for_the_weight(
             for ours, twice, reference in zip(all_ours, all_again, all_references, strict=True):
                 assert torch.equal(ours, twice)
                 assert_close(ours, reference, factor=2)
+    assert len(asked) == 2
 
 
 WIDE = [(1, 16385), (3, 18432), (2, 2, 20001), (7, 32768), (2, 65536), (0, 20000)]
@@ -86,12 +97,10 @@ WIDE = [(1, 16385), (3, 18432), (2, 2, 20001), (7, 32768), (2, 65536), (0, 20000
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", WIDE, ids=str)
 def test_rows_that_do_not_fit_in_a_block(
-    triton_path, monkeypatch, request, shape, dtype, has_residual
+    triton_path, monkeypatch, forgotten, shape, dtype, has_residual
 ) -> None:
     # Of the parts of rows of 16385 columns four programs each, of those of 65536 one.
-    request.addfinalizer(tuning.forget)
     monkeypatch.setattr(occupancy, "resident_programs", lambda *launch: 36)
-    tuning.forget()
     torch.manual_seed(0)
     x, residual, dy, dh = (torch.randn(shape, device=triton_path).to(dtype) for _ in range(4))
     case = (x, torch.randn(shape[-1], device=triton_path).to(dtype))
