@@ -1,7 +1,7 @@
 """Times whole training steps beside transformers': on a GPU by default, with --cpu on the CPU.
 
     python benchmarks/bench_train.py [--only ours,8k] [--dry] [--save]
-    python benchmarks/bench_train.py --cpu [--rounds 7] [--threads 2] [--save]
+    python benchmarks/bench_train.py --cpu [--rounds 7] [--threads 1 2] [--save]
 
 On a GPU: Llamas of 1 B and 3 B parameters at 4k and 8k tokens in bf16, over ours, transformers with
 SDPA, with Liger and with torch.compile, and Nanotron with the drop-in off and on. Each row is a
@@ -31,7 +31,9 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--cpu", action="store_true", help="100 M parameters on the CPU")
     parser.add_argument("--rounds", type=int, default=7, help="on the CPU")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="on the CPU")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=[1, os.cpu_count()], help="on the CPU, in turn"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny shapes on the CPU, interpreted")
     parser.add_argument("--only", default="", help="words of the names of rows, between commas")
     parser.add_argument("--budget", type=float, default=480.0, help="seconds, on a GPU")
@@ -56,12 +58,14 @@ def on_cpu(options: argparse.Namespace) -> int:
     from benchmarks.training.cpu import compare, show
     from benchmarks.training.shapes import SMALL
 
-    torch.set_num_threads(options.threads)
     about = circumstances(Context(dry=True)) | {"gpu": "none"}
-    result = compare(SMALL, options.rounds)
-    show(result)
+    results = []
+    for threads in dict.fromkeys(options.threads):
+        torch.set_num_threads(threads)
+        results.append(compare(SMALL, options.rounds))
+        show(results[-1])
     if options.save:
-        _save("train-cpu.json", {"environment": about, "training": result})
+        _save("train-cpu.json", {"environment": about, "training": results})
     return 0
 
 

@@ -148,19 +148,20 @@ def training_section(name: str, document: dict[str, Any]) -> Section:
     """Of a training step on the CPU, or of several on a GPU."""
     lines = [f"Measured: {about(document['environment'])}.", ""]
     if "training" in document:
-        found = document["training"]
-        low, high = min(found["ratios"]), max(found["ratios"])
-        lines += [
-            f"A step of {found['parameters_m']:.0f} M parameters and {found['tokens']} tokens in "
-            f"fp32, {found['threads']} threads: ours takes {found['ratio']:.2f} of the other's "
-            f"process time, {low:.2f} to {high:.2f} in {len(found['ratios'])} rounds.",
-            "",
-        ]
-        rows = [
-            (side["name"], f"{side['process_seconds']:.2f}", f"{side['clock_seconds']:.2f}")
-            for side in found["sides"]
-        ]
-        return Section(name, lines + table(("", "process s", "clock s"), rows), [])
+        for found in document["training"]:
+            low, high = min(found["ratios"]), max(found["ratios"])
+            rows = [
+                (side["name"], f"{side['process_seconds']:.2f}", f"{side['clock_seconds']:.2f}")
+                for side in found["sides"]
+            ]
+            lines += [
+                f"A step of {found['parameters_m']:.0f} M parameters and {found['tokens']} tokens "
+                f"in fp32, threads: {found['threads']}. Ours takes {found['ratio']:.2f} of the "
+                f"other's process time, {low:.2f} to {high:.2f} in {len(found['ratios'])} rounds.",
+                "",
+                *table(("", "process s", "clock s"), rows),
+            ]
+        return Section(name, lines, [])
     rows, groups = [], {}
     for step in document["steps"]:
         key = (step["operation"], step["variant"])
