@@ -39,7 +39,7 @@ ELSEWHERE = {
     "make demo": "run before every change is merged, as are the next",
     "make test": "this is it",
     "make gpu": "tests/benchmarks",
-    "torchrun --nnodes 4 --nproc-per-node 8 -m nanotron_fast convert ...": "its arguments are left out",
+    "torchrun --nnodes 4 --nproc-per-node 8 -m nanotron_fast convert ...": "arguments are left out",
     "torchrun --nproc_per_node=8 -m nanotron_fast run": "tests/nanotron",
     "sbatch": "tests/test_examples.py",
     "pip install": "tests/test_packaging.py",

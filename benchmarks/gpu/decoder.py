@@ -117,8 +117,10 @@ class Trainer:
     def _ours(self) -> Tensor:
         s, (embedding, *layers, norm, head) = self.shape, self.weights
         heads = {"num_q_heads": s.q_heads, "num_kv_heads": s.kv_heads, "head_dim": s.head_dim}
-        positions = torch.arange(s.seq, device=self.ids.device).repeat(s.batch)
-        options = {**heads, "batch": s.batch, "position_ids": positions, "recompute": False}
+        options = {**heads, "batch": s.batch, "recompute": False}
+        if s.batch > 1:
+            positions = torch.arange(s.seq, device=self.ids.device)
+            options["position_ids"] = positions.repeat(s.batch)
         x = vocab_parallel_embedding(self.ids, embedding)
         residual: Tensor | None = None
         for i in range(0, len(layers), 6):

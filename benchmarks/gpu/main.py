@@ -128,7 +128,7 @@ def main() -> int:
     if options.profile:
         phases.append(Phase("profile", profiles(words(options.profile)), 1))
     end_with_make()
-    earlier = None if options.dry else set_aside(options.out / name)
+    earlier = set_aside(options.out / name)
     if earlier:
         print(f"the rows of an earlier run are in {earlier}")
     rows = RowFile(options.out / name, *copies_of(options))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -99,6 +99,31 @@ def _vectors(tensor: Tensor) -> Tensor:
     return tensor if is_fit else tensor.clone(memory_format=torch.contiguous_format)
 
 
+@lru_cache(maxsize=4096)
+def _dense_strides(shape: torch.Size, strides: tuple[int, ...]) -> tuple[int, ...]:
+    return torch.empty_like(torch.empty_strided(shape, strides, device="meta")).stride()
+
+
+def _strides_of_out(q: Tensor) -> tuple[int, ...]:
+    """Those of what cuDNN makes of q: dense, its dimensions in the order of q's."""
+    if torch.compiler.is_compiling():  # strides may be symbols
+        return torch.empty_like(q).stride()
+    return _dense_strides(q.shape, q.stride())
+
+
+def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """A copy of these strides, unless it has them.
+
+    Before August 2026 torch found cuDNN's graph of the backward pass again by the strides of q, k
+    and v alone: those of dout and out were as in the first call, and others were read wrongly.
+    """
+    pairs = zip(tensor.shape, tensor.stride(), strides, strict=True)
+    if all(size == 1 or its == wanted for size, its, wanted in pairs):
+        return tensor
+    copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return copy.copy_(tensor)
+
+
 def _window_size(causal: bool, window: int | None) -> tuple[int, int]:
     """Keys to the left and to the right of a query's own; -1 is all of them."""
     if window is not None:
@@ -115,6 +140,8 @@ def _attend_sdpa(
         out = F.scaled_dot_product_attention(
             q, k, v, is_causal=causal, scale=scale, enable_gqa=has_groups
         )
+    if name == "sdpa_cudnn" and out.requires_grad and not torch.compiler.is_compiling():
+        out.register_hook(partial(_laid_out, strides=out.stride()))
     return out.transpose(1, 2)
 
 
@@ -272,21 +299,25 @@ def backward(
     dout, q, k, v, out = (_vectors(t) for t in (dout, q, k, v, out))
     # Both take its address alone, as if it lay as their forward passes give it.
     lse = lse.contiguous()
-    # Of a random generator, which without dropout nothing reads: no launch fills it.
-    state = torch.empty(2, dtype=torch.uint64, device=q.device)
     longest = _longest(q, k, cu_seqlens, max_seqlen)
+    # The state of a random generator is not read without dropout: no launch fills it.
     if _takes_cudnn(name, k):
-        # Its graph is found again by the strides of q, k and v alone, those of the others are as
-        # they were at first: dout and out are always laid out in one way.
-        dout, out = dout.contiguous(), out.contiguous()
-        heads_first = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        strides = _strides_of_out(q)
+        dout, out = _laid_out(dout, strides), _laid_out(out, strides)
         # cuDNN takes statistics of four dimensions alone, as its forward pass gives them.
         stats = lse.unsqueeze(-1)
+        state = torch.empty(2, dtype=torch.int64, device=q.device)
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
-            *heads_first, stats, state, state, None, None, None, *longest, 0.0, causal, scale=scale
+            *(dout, q, k, v, out, stats, state, state, None, None, None),
+            *longest,
+            0.0,
+            causal,
+            scale=scale,
         )
         return tuple(t.transpose(1, 2) for t in grads)
     left, right = _window_size(causal, window)
+    state = torch.empty(2, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
         dout,
         q,

@@ -217,7 +217,8 @@ def _by_triton(
 ) -> Any:
     """Triton's own launch; what it launched."""
     device = next((each.device for each in arguments if isinstance(each, Tensor)), None)
-    if device is not None and type(kernel) is JITFunction and capture.is_capturing(device):
+    is_plain = type(kernel) is JITFunction and not kernel.pre_run_hooks  # which warmup calls too
+    if is_plain and device is not None and capture.is_capturing(device):
         _refuse_to_load(kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS), kernel)
     return kernel[grid](*arguments, **constants, **_OPTIONS)
 

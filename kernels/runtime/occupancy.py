@@ -76,8 +76,8 @@ def resident_programs(
 
     Args:
         kernel: a Triton kernel.
-        arguments: what the launch passes by position. A dtype stands for a tensor of it that is
-            not allocated yet.
+        arguments: what the launch passes by position. A dtype stands for a tensor of it, whose
+            address is a multiple of 16.
         constants: what it passes by name, its options among them.
         device: the current one.
     """
@@ -98,9 +98,7 @@ def resident_programs(
 
 
 def _specialisation(value: Any) -> tuple[Any, ...]:
-    """What Triton compiles a kernel anew for: dtypes, and numbers' and addresses' divisibility."""
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+    """What Triton compiles a kernel anew for: dtypes, and what numbers can be divided by."""
     if isinstance(value, tuple):
         return tuple(map(_specialisation, value))
     if isinstance(value, int):

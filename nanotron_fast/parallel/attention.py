@@ -320,8 +320,8 @@ def tensor_parallel_attention(
         softcap: softcap * tanh(s / softcap) in place of the scores s.
         interleaved: rotary pairs are neighbours (2i, 2i + 1), not halves.
         position_ids: (tokens,) of any integer dtype, each token's row in the tables, on every
-            rank for all tokens; None: counted from the start of its sequence, by every call anew
-            where there are several sequences. A model of many layers counts once, and gives them.
+            rank for all tokens; None: counted from the start of its sequence or document, by every
+            call anew where there are several. A model of many layers counts once, and gives them.
         sequence_first: tokens are sequence x batch, as Nanotron's Llama has them.
         recompute: save x alone and compute QKV again in backward.
         lse_to: is called with the logarithm of each query's sum of weights: fp32 without a

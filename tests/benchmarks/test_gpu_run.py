@@ -104,6 +104,9 @@ def test_a_kernel_that_hangs_is_killed_and_the_others_run(tree: Path) -> None:
 
 @pytest.mark.slow
 def test_a_run_that_is_cut_off_leaves_whole_lines_and_no_process(tree: Path) -> None:
+    earlier = '{"operation": "of an hour ago"}\n'
+    (tree / "cut").mkdir()
+    (tree / "cut" / "gpu.jsonl").write_text(earlier)
     process = subprocess.Popen(
         command(tree, "--phases", "check", "--only", "attention,clip", "--out", str(tree / "cut")),
         env=environment(tree),
@@ -118,6 +121,8 @@ def test_a_run_that_is_cut_off_leaves_whole_lines_and_no_process(tree: Path) -> 
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
+    assert (tree / "cut" / "gpu.1.jsonl").read_text() == earlier
+    assert printed.startswith(f"the rows of an earlier run are in {tree / 'cut' / 'gpu.1.jsonl'}\n")
     text = path.read_text()
     assert text.endswith("\n")
     rows = [json.loads(line) for line in text.splitlines()]

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels import attention as attention_module
-from nanotron_fast.kernels.attention import attention, explain
+from nanotron_fast.kernels.attention import (
+    attention,
+    attention_backward,
+    attention_forward,
+    explain,
+)
 from nanotron_fast.kernels.attention import library as attention_library
 from nanotron_fast.kernels.attention.choice import (
     FEWER_QUERIES,
@@ -294,34 +299,110 @@ def test_kernels_of_torch_take_what_they_are_called_with(name, has_documents, wi
     assert [t.shape for t in grads] == [q.shape, k.shape, v.shape]
 
 
-def test_cudnn_is_given_all_as_it_gives_it(monkeypatch) -> None:
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("is_sequence_first", [False, True])
+def test_cudnn_is_given_all_as_it_gives_it(monkeypatch, batch, is_sequence_first) -> None:
     """What only a GPU would say, and in part would not.
 
     Its graph of the backward pass refuses statistics of three dimensions, and the graph of one
     call serves another whose dout and out have other strides.
     """
-    q, k, v = (torch.empty(2, 64, n, 32, dtype=torch.bfloat16, device="meta") for n in (8, 2, 2))
+
+    def make(heads: int, is_first: bool) -> Tensor:
+        shape = (64, batch, heads, 32) if is_first else (batch, 64, heads, 32)
+        made = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        return made.transpose(0, 1) if is_first else made
+
+    q, k, v = make(12, is_sequence_first).split((8, 2, 2), dim=2)
     options = {"cu_seqlens": None, "max_seqlen": None, "causal": True, "window": None, "scale": 0.2}
     heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    stats = torch.ops.aten._scaled_dot_product_cudnn_attention(*heads_first, None, True)[1]
+    expected, stats, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        *heads_first, None, True
+    )
     out, lse = attention_library.forward("sdpa_cudnn", q, k, v, **options)
-    given = []
+    given, states = [], set()
 
     def backward(dout, q, k, v, out, lse, *rest, scale):
         given.append((lse.shape, lse.stride(), dout.stride(), out.stride()))
+        states.update(each.dtype for each in rest[:2])
         return q, k, v
 
     monkeypatch.setattr(
         torch.ops.aten, "_scaled_dot_product_cudnn_attention_backward", backward, raising=False
     )
     # By whichever implementation, and of any strides.
-    by_token = torch.empty(2, 64, 8, device="meta").transpose(1, 2)
-    by_head = torch.empty(2, 8, 64, 32, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    by_token = torch.empty(batch, 64, 8, device="meta").transpose(1, 2)
+    by_head = torch.empty(batch, 8, 64, 32, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+    others = (by_head, make(8, True), make(8, False))
     for each_lse in (lse, by_token):
-        for dout, each_out in ((out, out), (by_head, out), (out, by_head)):
+        for dout, each_out in (
+            (out, out),
+            *((x, out) for x in others),
+            *((out, x) for x in others),
+        ):
             attention_library.backward("sdpa_cudnn", dout, q, k, v, each_out, each_lse, **options)
-    strides = out.transpose(1, 2).stride()
-    assert given == [(stats.shape, stats.stride(), strides, strides)] * 6
+    strides = expected.stride()
+    if batch == 1:  # whose own stride is of no dimension that has a second element
+        given = [(*of_lse, dout[1:], out[1:]) for *of_lse, dout, out in given]
+        strides = strides[1:]
+    assert given == [(stats.shape, stats.stride(), strides, strides)] * 14
+    assert states == {torch.int64}  # which torch would cast it to for sm_100
+
+
+def test_cudnn_gets_gradients_as_it_gives_the_result(monkeypatch) -> None:
+    given = []
+
+    class Sdpa(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v):
+            return torch.empty_like(q).copy_(q)
+
+        @staticmethod
+        def backward(ctx, dout):
+            given.append((dout.stride(), dout.clone()))
+            return dout.clone(), None, None
+
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, **_: Sdpa.apply(q, k, v),
+    )
+    q = torch.randn(2, 64, 8, 32, requires_grad=True)
+    k = v = torch.randn(2, 64, 2, 32)
+    options = {"max_seqlen": None, "causal": True, "window": None, "scale": 0.2, "softcap": None}
+    by_head, by_token = torch.randn(2, 8, 64, 32), torch.randn(2, 64, 8, 32)
+    for name in ("sdpa_cudnn", "sdpa_flash"):
+        for dout in (by_token, by_head.transpose(1, 2)):
+            out = attention_library.attend(name, q, k, v, cu_seqlens=None, **options)
+            out.backward(dout)
+            assert torch.equal(given[-1][1], dout.transpose(1, 2))
+    strides = q.transpose(1, 2).stride()
+    assert [each for each, _ in given] == [strides, strides, strides, by_head.stride()]
+
+
+def test_heads_that_cannot_be_loaded_16_bytes_at_a_time_are_copied() -> None:
+    whole = torch.randn(2, 64, 8, 40).bfloat16()
+    for fit in (whole, whole[..., 8:], whole[:, :, ::2, :32], whole.transpose(0, 1)):
+        assert attention_library._vectors(fit) is fit
+    for other in (
+        whole[..., 1:33],
+        whole[..., ::2],
+        whole[..., :36].contiguous()[..., 1:],
+        whole.mT,
+    ):
+        copied = attention_library._vectors(other)
+        assert copied is not other
+        assert copied.is_contiguous()
+        assert torch.equal(copied, other)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_forward_and_backward_record_nothing(backend: str) -> None:
+    q, k, v = (torch.randn(1, 9, 2, 16, requires_grad=True) for _ in range(3))
+    out, lse = attention_forward(q, k, v, backend=backend)
+    grads = attention_backward(out, q, k, v, out, lse, backend=backend)
+    assert torch.is_grad_enabled()
+    assert not any(each.requires_grad for each in (out, lse, *grads))
 
 
 @pytest.mark.parametrize("length", [1, 2])
@@ -358,6 +439,7 @@ def test_flash_is_given_lse_as_it_gives_it(monkeypatch) -> None:
 
     def backward(dout, q, k, v, out, lse, *rest, **named):
         given.append((lse.shape, lse.stride()))
+        assert [each.dtype for each in rest[-2:]] == [torch.uint64] * 2
         return q, k, v
 
     monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", backward, raising=False)

@@ -67,8 +67,7 @@ def test_programs_of_a_multiprocessor(registers, shared, num_warps, expected) ->
 
 def test_a_configuration_is_compiled_once(h100) -> None:
     kernel = Kernel(186, 32792, 4)
-    x = torch.empty(16, dtype=torch.bfloat16)
-    arguments = (x, None, torch.float32, 4096, 128)
+    arguments = (torch.bfloat16, None, torch.float32, 4096, 128)
     constants = {"STAGES": 3, "num_warps": 4}
     for _ in range(3):
         assert occupancy.resident_programs(kernel, arguments, constants, GPU) == 2 * 132
@@ -100,22 +99,21 @@ def test_a_capture_compiles_nothing_that_it_would_load(h100, monkeypatch) -> Non
 @pytest.mark.parametrize(
     "changed",
     [
-        (torch.empty(16), None, torch.float32, 4096, 128),
-        (torch.empty(17, dtype=torch.bfloat16)[1:], None, torch.float32, 4096, 128),
-        (torch.empty(16, dtype=torch.bfloat16), torch.empty(1), torch.float32, 4096, 128),
-        (torch.empty(16, dtype=torch.bfloat16), None, torch.float32, 4097, 128),
-        (torch.empty(16, dtype=torch.bfloat16), None, torch.float32, 4096, 1),
-        (torch.empty(16, dtype=torch.bfloat16), None, torch.float32, 4096, 2**31),
+        (torch.float32, None, torch.float32, 4096, 128),
+        (torch.bfloat16, torch.float32, torch.float32, 4096, 128),
+        (torch.bfloat16, None, torch.float32, 4097, 128),
+        (torch.bfloat16, None, torch.float32, 4096, 1),
+        (torch.bfloat16, None, torch.float32, 4096, 2**31),
     ],
-    ids=["dtype", "address", "none", "indivisible", "one", "wide"],
+    ids=["dtype", "none", "indivisible", "one", "wide"],
 )
 def test_another_binary_is_counted_for_itself(h100, changed) -> None:
     kernel = Kernel(186, 32792, 4)
-    first = (torch.empty(16, dtype=torch.bfloat16), None, torch.float32, 4096, 128)
+    first = (torch.bfloat16, None, torch.float32, 4096, 128)
     assert occupancy.resident_programs(kernel, first, {}, GPU) == 2 * 132
     kernel.needs = (128, 32792, 4)
     assert occupancy.resident_programs(kernel, changed, {}, GPU) == 4 * 132
-    same = (torch.empty(16, dtype=torch.bfloat16), None, torch.float32, 8192, 256)
+    same = (torch.bfloat16, None, torch.float32, 8192, 256)
     assert occupancy.resident_programs(kernel, same, {}, GPU) == 2 * 132
     assert len(kernel.compiled) == 2
 
