@@ -117,8 +117,11 @@ def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     Before August 2026 torch found cuDNN's graph of the backward pass again by the strides of q, k
     and v alone: those of dout and out were as in the first call, and others were read wrongly.
     """
-    pairs = zip(tensor.shape, tensor.stride(), strides, strict=True)
-    if all(size == 1 or its == wanted for size, its, wanted in pairs):
+    given = tensor.stride()
+    if given == strides or all(
+        size == 1 or its == wanted
+        for size, its, wanted in zip(tensor.shape, given, strides, strict=True)
+    ):
         return tensor
     copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
     return copy.copy_(tensor)
