@@ -66,25 +66,30 @@ def _check_not_between(path: Path) -> None:
         raise CheckpointError(f"{path}: no such directory: {found}")
 
 
-def resolve_companions(source: str | Path) -> Path:
+def resolve_companions(source: str | Path, *, revision: str | None = None) -> Path:
     """The directory whose tokenizer or configuration is wanted, and no weights.
 
+    `revision` is of a Hub id: a branch, a tag or a commit; None for the newest.
     Raises CheckpointError.
     """
     source = as_path(source)
     if is_url(source):
         return mirror(str(source), with_tensors=False)
-    if Path(source).is_dir():
-        return resolve_latest(Path(source))
-    _check_not_between(Path(source))
+    path = Path(source)
+    if path.is_dir():
+        return resolve_latest(path)
+    if path.exists():
+        raise CheckpointError(f"{source}: not a directory")
+    _check_not_between(path)
     if not _HUB_ID.fullmatch(str(source)):
         raise CheckpointError(f"{source}: no such directory")
-    return _fetch(str(source), ["*.safetensors", "*.index.json"])
+    return _fetch(str(source), ["*.safetensors", "*.index.json"], revision)
 
 
-def _fetch(hub_id: str, ignored: list[str]) -> Path:
+def _fetch(hub_id: str, ignored: list[str], revision: str | None = None) -> Path:
     """A model's files from the Hub, those in folders only where transformers asks for them."""
-    root = _download(hub_id, ignore_patterns=[*companions.IGNORED_ON_HUB, *ignored])
+    ignored = [*companions.IGNORED_ON_HUB, *ignored]
+    root = _download(hub_id, ignore_patterns=ignored, revision=revision)
     wanted = companions.wanted_from_hub(root, _config(root))
     # Of the same revision, whose name the folder has.
     return _download(hub_id, allow_patterns=wanted, revision=root.name)

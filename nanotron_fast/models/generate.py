@@ -17,8 +17,7 @@ from torch import Tensor
 
 from nanotron_fast.checkpoints.remote.packages import require_store
 from nanotron_fast.checkpoints.source import read, resolve, resolve_companions
-from nanotron_fast.errors import ConfigError
-from nanotron_fast.extras import require
+from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.side_file import read_side_file
@@ -26,6 +25,7 @@ from nanotron_fast.kernels.runtime.collectives import Group, all_gather
 from nanotron_fast.models.building import build
 from nanotron_fast.models.cache import Cache
 from nanotron_fast.models.decoder import Decoder
+from nanotron_fast.models.tokenizer import tokenizer_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,20 +172,13 @@ def generate(
 
 
 def _tokenizer(root: Path, given: str | Path | None) -> PreTrainedTokenizerBase:
-    """Raises ConfigError, MissingPackageError."""
-    require("train", "a tokenizer", ["transformers"])
-    from transformers import AutoTokenizer
-
-    where = root if given is None else resolve_companions(given)
+    """Raises CheckpointError, MissingPackageError."""
+    if given is not None:
+        return tokenizer_in(resolve_companions(given))
     try:
-        words: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(where)
-    except Exception as error:  # of many tokenizer classes: their errors have no common base
-        first_line = next(iter(str(error).strip().splitlines()), "")
-        raise ConfigError(
-            f"{where}: no tokenizer can be loaded from it: {type(error).__name__}: {first_line}; "
-            "--tokenizer takes one from elsewhere"
-        ) from error
-    return words
+        return tokenizer_in(root)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; --tokenizer takes one from elsewhere") from error
 
 
 def _stops(root: Path, of_spec: Any) -> set[int]:

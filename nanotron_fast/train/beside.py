@@ -77,7 +77,10 @@ def _carried(config: TrainingConfig, weights: Path | None) -> dict[str, bytes]:
     if weights is not None:
         beside = companions(weights)
         others, tokenizer = beside.others, beside.tokenizer
-    name = config.tokenizer.tokenizer_name_or_path if config.tokenizer else None
-    if name is not None:
-        tokenizer = companions(resolve_companions(name)).tokenizer or tokenizer
+    section = config.tokenizer
+    if section is not None and section.tokenizer_name_or_path is not None:
+        found = resolve_companions(
+            section.tokenizer_name_or_path, revision=section.tokenizer_revision
+        )
+        tokenizer = companions(found).tokenizer or tokenizer
     return {path: file.read_bytes() for path, file in {**others, **tokenizer}.items()}

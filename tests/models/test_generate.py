@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import nanotron_fast as nf
 from nanotron_fast.cli.commands import app
-from nanotron_fast.errors import ConfigError, MissingPackageError, TopologyError
+from nanotron_fast.errors import CheckpointError, ConfigError, MissingPackageError, TopologyError
 from nanotron_fast.models import build
 from nanotron_fast.models.generate import Sampling, generate, generate_ids
 from tests.families import zoo
@@ -124,7 +124,9 @@ def test_what_cannot_be_continued_is_said(tmp_path: Path, golden_hf: Path) -> No
         generate_ids(decoder, [3, 96], max_new_tokens=3)
     with pytest.raises(ConfigError, match="a decoder of all layers"):
         generate_ids(build(root, blocks=["embedding", 0]), [3], max_new_tokens=3)
-    with pytest.raises(ConfigError, match=r"no tokenizer can be loaded.*--tokenizer"):
+    with pytest.raises(CheckpointError, match=r"hf: there is no tokenizer in it.*; --tokenizer"):
         generate(root, "text")
+    with pytest.raises(CheckpointError, match=r"hf: there is no tokenizer in it [^;]*$"):
+        generate(golden_hf, "text", tokenizer=root)
     found = generate(golden_hf, "text", max_new_tokens=0, tokenizer=golden_hf)
     assert found.to_json() == {"text": "", "token_ids": []}

@@ -9,35 +9,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nanotron_fast.checkpoints.remote.urls import is_url, without_password
+from nanotron_fast.checkpoints.source import resolve_companions
 from nanotron_fast.errors import DataError
 from nanotron_fast.extras import require
+from nanotron_fast.models.tokenizer import tokenizer_in
 
 # Text beyond this is encoded in pieces: tokenizers take a hundred times its size in memory.
 MAX_CHARACTERS = 2**20
 
 
 def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
-    """What AutoTokenizer finds under a name or in a folder.
+    """The tokenizer of a folder, or of a model of the Hub, where None is its newest revision.
 
-    Raises DataError, MissingPackageError.
+    Raises DataError for a URL, CheckpointError, OSError, MissingPackageError.
     """
+    if is_url(name):
+        raise DataError(
+            f"tokenizer {without_password(str(name))}: it is read from a folder or the Hub, not "
+            "from a URL"
+        )
     require("train", "a tokenizer", ["transformers"])
-    from transformers import AutoTokenizer
-
-    if "://" in str(name):
-        raise DataError(f"tokenizer {name}: it is read from a folder or the Hub, not from a URL")
-    if _is_path(str(name)) and not Path(name).is_dir():
-        there = "it is no folder" if Path(name).exists() else "there is no such folder"
-        raise DataError(f"tokenizer {name}: {there}")
-    try:
-        return AutoTokenizer.from_pretrained(str(name), revision=revision or "main")
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"tokenizer {name}: it cannot be loaded: {reason}") from error
-
-
-def _is_path(name: str) -> bool:
-    return name.startswith((".", "~", "/")) or name.count("/") > 1 or Path(name).exists()
+    loaded = tokenizer_in(resolve_companions(name, revision=revision))
+    # As it is called in messages, wherever the Hub's cache is.
+    loaded.name_or_path = str(name)
+    return loaded
 
 
 def vocabulary(tokenizer: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nanotron_fast.errors import DataError, MissingPackageError
+from nanotron_fast.errors import CheckpointError, DataError, MissingPackageError
 from nanotron_fast.train.data import tokenizer as tokenizers_of_ours
 from nanotron_fast.train.data.cache import CachedTokens, cached_tokens
 from nanotron_fast.train.data.encode import TextRecipe
@@ -373,17 +373,47 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_tokenizers_that_are_not_there_or_too_large(tmp_path: Path, tokenizer: Any) -> None:
-    with pytest.raises(DataError, match="nothing: there is no such folder"):
+    with pytest.raises(CheckpointError, match="nothing: no such directory"):
         load_tokenizer(tmp_path / "nothing")
     with pytest.raises(DataError, match="s3://bucket/a: it is read from a folder or the Hub, not"):
         load_tokenizer("s3://bucket/a")
-    with pytest.raises(DataError, match="it cannot be loaded"):
+    (tmp_path / "a.txt").write_text(TEXT)
+    with pytest.raises(CheckpointError, match=r"a\.txt: not a directory"):
+        load_tokenizer(tmp_path / "a.txt")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: there is no tokenizer in it"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: its tokenizer cannot be loaded: "):
         load_tokenizer(tmp_path)
     size = len(tokenizer)
     check_vocabulary(tokenizer, size)
     with pytest.raises(DataError, match=rf"vocabulary is {size}, and the model's is {size - 1}"):
         check_vocabulary(tokenizer, size - 1)
     assert (token_size(65536), token_size(65537)) == (2, 4)
+
+
+def test_a_tokenizer_of_the_hub_is_asked_for_once(
+    tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    asked: list[str | None] = []
+
+    def fetch(hub_id: str, revision: str | None = None, **patterns: Any) -> str:
+        asked.append(revision)
+        if hub_id != "org/name":
+            raise ConnectionError("Name or service not known")
+        return str(tokenizer_folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    loaded = load_tokenizer("org/name", revision="v1")
+    # What transformers asks for below the first level is of the same revision.
+    assert asked == ["v1", tokenizer_folder.name]
+    assert loaded.name_or_path == "org/name"
+    # A folder's name with a slip in it is one, too.
+    with pytest.raises(CheckpointError, match="nope: no such directory, and it cannot be had from"):
+        load_tokenizer("nope")
+    assert asked[2:] == [None]
 
 
 def test_columns_that_are_not_there() -> None:

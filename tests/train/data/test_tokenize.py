@@ -153,7 +153,7 @@ def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path, tokenizer_fold
     assert "nothing.txt: there is no such file" in error(tmp_path / "nothing.txt", out, *options)
     assert "it has no key 'body'" in error(source, out, *options, "--text-column", "body")
     nowhere = ("--tokenizer", tmp_path / "nowhere", "--workers", 1)
-    assert "nowhere: there is no such folder" in error(source, out, *nowhere)
+    assert "nowhere: no such directory" in error(source, out, *nowhere)
     empty = tmp_path / "empty.jsonl"
     empty.write_text("\n")
     assert "empty.jsonl: there is no text in it" in error(empty, out, *options)
