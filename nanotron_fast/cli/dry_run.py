@@ -14,6 +14,7 @@ from nanotron_fast.train.advice import advice
 from nanotron_fast.train.architecture import ModelPlan, architecture
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import Estimate, estimate
+from nanotron_fast.train.sources import missing
 from nanotron_fast.units import parse_size, size
 
 
@@ -34,8 +35,8 @@ class DryRun:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Of the configuration, and of the model's source."""
-        return (*self.config.warnings, *self.model.warnings)
+        """Of the configuration, of the model's source, and of data that are not here."""
+        return (*self.config.warnings, *self.model.warnings, *missing(self.config))
 
     def to_json(self) -> dict[str, Any]:
         """The estimate, and with a memory to fit in, whether it does and what to change."""

@@ -21,6 +21,7 @@ import numpy as np
 
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.samples import Array, Sample, positions_from_starts
+from nanotron_fast.train.sources import find_tokens
 
 TOKEN_DTYPES: dict[int, np.dtype[Any]] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
 INDEX_DTYPE: np.dtype[Any] = np.dtype("<u8")
@@ -120,14 +121,8 @@ class TokenFolder:
             DataError: the folder, its metadata or an index is missing or malformed.
         """
         self.folder = str(folder)
-        root, copies = Path(folder), Path(read_path) if read_path is not None else None
-        if str(folder).startswith("s3://") and copies is None:
-            raise DataError(
-                f"{folder}: copy it to a local disk, or name a copy in dataset_read_path"
-            )
-        if copies is not None and not root.is_dir():
-            root = copies
-        names = _token_files(root)
+        copies = Path(read_path) if read_path is not None else None
+        root, names = find_tokens(folder, copies)
         self.token_size = _token_size(root, token_size)
         self.sequence_length = sequence_length
         files, remaining = [], max_tokens
@@ -190,19 +185,6 @@ class TokenFolder:
         within = index % len(self)
         number = bisect_right(self._begins, within) - 1
         return self._files[number], within - self._begins[number]
-
-
-def _token_files(folder: Path) -> list[str]:
-    """Names of the token files in a folder, sorted."""
-    if not folder.is_dir():
-        there = "it is a file; name its folder" if folder.exists() else "there is no such folder"
-        raise DataError(f"{folder}: {there}")
-    found = [path.name for path in folder.glob("*.ds")]
-    if not found:
-        raise DataError(
-            f"{folder}: there is no .ds file in it; `nanotron-fast tokenize` makes them from text"
-        )
-    return sorted(found)
 
 
 def _token_size(folder: Path, given: int | None) -> int:

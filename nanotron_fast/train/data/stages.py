@@ -31,6 +31,7 @@ from nanotron_fast.train.data.tokenizer import (
     vocabulary,
 )
 from nanotron_fast.train.data.windows import TextWindows
+from nanotron_fast.train.sources import named
 
 if TYPE_CHECKING:
     from nanotron_fast.train.config.data import DataStage
@@ -298,12 +299,12 @@ class _Opening:
         return tokens.val_check_interval > 0 and tokens.limit_val_batches > 0
 
     def _data(self, stage: DataStage, length: int, before: list[StageBatches]) -> _Data:
-        dataset, seed = stage.data.dataset, stage.data.seed
+        dataset = stage.data.dataset
         if isinstance(dataset, Nanoset):
-            return self._nanoset(dataset, length, seed, before)
+            return self._nanoset(dataset, stage, length, before)
         if dataset is not None:
-            return self._text(dataset, length)
-        samples = SyntheticSamples(self.vocab_size, length, seed)
+            return self._text(dataset, stage, length)
+        samples = SyntheticSamples(self.vocab_size, length, stage.data.seed)
         part = Part(samples, _FAR, ENDLESS) if self._has_validation else None
         return _Data(samples, part, None)
 
@@ -322,7 +323,7 @@ class _Opening:
         return loaded
 
     def _nanoset(
-        self, dataset: Nanoset, length: int, seed: int, before: list[StageBatches]
+        self, dataset: Nanoset, stage: DataStage, length: int, before: list[StageBatches]
     ) -> _Data:
         if dataset.vocab_size is not None and dataset.vocab_size > self.vocab_size:
             raise DataError(
@@ -334,19 +335,20 @@ class _Opening:
         folders = tuple(dataset.dataset_folder)
         copies = dataset.dataset_read_path or (None,) * len(folders)
         limits = dataset.dataset_max_tokens or (None,) * len(folders)
-        opened = [
-            TokenFolder(
-                folder,
-                length,
-                token_size=dataset.token_size_in_bytes,
-                has_positions=has_positions,
-                eos_token_id=tokenizer.eos_token_id if tokenizer is not None else None,
-                shuffle_seed=seed if dataset.shuffle_files else None,
-                max_tokens=limit,
-                read_path=copy,
-            )
-            for folder, copy, limit in zip(folders, copies, limits, strict=True)
-        ]
+        with named(self.config, stage):
+            opened = [
+                TokenFolder(
+                    folder,
+                    length,
+                    token_size=dataset.token_size_in_bytes,
+                    has_positions=has_positions,
+                    eos_token_id=tokenizer.eos_token_id if tokenizer is not None else None,
+                    shuffle_seed=stage.data.seed if dataset.shuffle_files else None,
+                    max_tokens=limit,
+                    read_path=copy,
+                )
+                for folder, copy, limit in zip(folders, copies, limits, strict=True)
+            ]
         weights = dataset.dataset_weights or (1.0,) * len(folders)
         order = BlendOrder(weights)
         shares = [weight / sum(weights) for weight in weights]
@@ -366,15 +368,15 @@ class _Opening:
             order=order,
         )
 
-    def _text(self, dataset: HfDataset | SftDataset, length: int) -> _Data:
+    def _text(self, dataset: HfDataset | SftDataset, stage: DataStage, length: int) -> _Data:
         splits = dataset.hf_dataset_splits
         names = (splits,) if isinstance(splits, str) else splits
         training = "train" if "train" in names or not names else names[0]
         others = [name for name in names if name != training]
-        samples = self._samples(dataset, length, training)
+        samples = self._samples(dataset, stage, length, training)
         rest: Samples | None = None
         if self._has_validation and others:
-            rest = self._samples(dataset, length, others[0])
+            rest = self._samples(dataset, stage, length, others[0])
         elif self._has_validation:
             samples, rest = divided(samples, _name(dataset.hf_dataset_or_datasets))
         return _Data(
@@ -385,7 +387,9 @@ class _Opening:
             is_packed=isinstance(dataset, SftDataset),
         )
 
-    def _samples(self, dataset: HfDataset | SftDataset, length: int, split: str) -> Samples:
+    def _samples(
+        self, dataset: HfDataset | SftDataset, stage: DataStage, length: int, split: str
+    ) -> Samples:
         tokenizer = self._tokenizer
         name = _name(dataset.hf_dataset_or_datasets)
         if tokenizer is None:
@@ -393,13 +397,14 @@ class _Opening:
                 f"{name}: it is text, which needs a tokenizer: set tokenizer.tokenizer_name_or_path"
             )
         is_chat = isinstance(dataset, SftDataset)
-        source = open_source(
-            dataset.hf_dataset_or_datasets,
-            column=None if isinstance(dataset, SftDataset) else dataset.text_column_name,
-            split=split,
-            config_name=dataset.hf_dataset_config_name,
-            processes=dataset.dataset_processing_num_proc_per_process,
-        )
+        with named(self.config, stage):
+            source = open_source(
+                dataset.hf_dataset_or_datasets,
+                column=None if isinstance(dataset, SftDataset) else dataset.text_column_name,
+                split=split,
+                config_name=dataset.hf_dataset_config_name,
+                processes=dataset.dataset_processing_num_proc_per_process,
+            )
         text = cached_tokens(
             source,
             ChatRecipe.of(tokenizer) if is_chat else TextRecipe(recipe(tokenizer)),

@@ -7,7 +7,6 @@ so the tokens, are the same for any number of processes.
 from __future__ import annotations
 
 import codecs
-import glob
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,14 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from nanotron_fast.checkpoints.remote.urls import on_disk
 from nanotron_fast.errors import DataError
-from nanotron_fast.extras import require
 from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
-
-SUFFIXES = (".txt", ".jsonl")
-# In a folder, these are data that `datasets` reads.
-_DATASET_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".gz", ".zst")
+from nanotron_fast.train.sources import NOT_THERE, find, names_of
 
 _BLOCK_BYTES = 2**20
 # As `datasets` hands them to Nanotron, which joins the texts of one such group.
@@ -290,38 +284,6 @@ def row_groups(num_rows: int, processes: int) -> Iterator[tuple[int, int]]:
         begin = end
 
 
-def find_files(name: str | Path) -> tuple[Path, ...] | None:
-    """The text and JSONL files of a file, a folder or a glob, sorted; None for no such thing.
-
-    Raises DataError where a name can be nothing else, and nothing is there.
-    """
-    path = Path(name).expanduser()
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: it is neither .txt nor .jsonl")
-        return (path,)
-    if path.is_dir():
-        found = [Path(root, each) for root, _, names in os.walk(path) for each in names]
-        visible = [each for each in found if not each.name.startswith(".")]
-        if any(each.suffix in _DATASET_SUFFIXES for each in visible):
-            return None
-        texts = sorted(each for each in visible if each.suffix in SUFFIXES)
-        if not texts:
-            raise DataError(f"{path}: there is no .txt or .jsonl file in it")
-        return tuple(texts)
-    if glob.has_magic(str(path)):
-        matches = (Path(each) for each in glob.glob(str(path), recursive=True))
-        texts = sorted(each for each in matches if each.suffix in SUFFIXES and each.is_file())
-        if not texts:
-            raise DataError(f"{name}: it matches no .txt or .jsonl file")
-        return tuple(texts)
-    on_disk(name, "the text")
-    is_path = str(name).startswith((".", "~", "/")) or path.suffix in SUFFIXES
-    if is_path or str(name).count("/") > 1:
-        raise DataError(f"{name}: there is no such file or folder")
-    return None
-
-
 def open_source(
     name: str | Sequence[str] | Mapping[str, float],
     *,
@@ -343,19 +305,10 @@ def open_source(
 
     Raises DataError, MissingPackageError.
     """
-    names = [name] if isinstance(name, str) else list(name)
-    if not names:
-        raise DataError("hf_dataset_or_datasets is empty")
-    found = [find_files(each) for each in names]
-    shown = ", ".join(names)
-    files = [each for each in found if each is not None]
-    if files and (len(files) != len(found) or isinstance(name, Mapping)):
-        raise DataError(
-            f"{shown}: files are joined, and cannot be mixed with datasets or by weight; "
-            "`nanotron-fast tokenize` makes Nanosets of them, which can"
-        )
-    if files:
-        return Files(shown, tuple(path for paths in files for path in paths), column)
+    names = names_of(name)
+    files, shown = find(name), ", ".join(names)
+    if files is not None:
+        return Files(shown, files, column)
     loaded = [_load(each, split, config_name) for each in names]
     fractions = list(name.values()) if isinstance(name, Mapping) else None
     dataset = _mixed(names, loaded, fractions)
@@ -365,7 +318,8 @@ def open_source(
 
 
 def _load(name: str, split: str, config_name: str | None) -> Any:
-    datasets = _datasets(name)
+    import datasets
+
     try:
         if Path(name, "state.json").is_file() and Path(name, "dataset_info.json").is_file():
             return datasets.load_from_disk(name)
@@ -373,24 +327,18 @@ def _load(name: str, split: str, config_name: str | None) -> Any:
     # What a loading script, a builder or the Hub raises has no common type.
     except Exception as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise DataError(f"{name}: `datasets` cannot load its split {split!r}: {reason}") from error
-
-
-def _datasets(name: str) -> Any:
-    require(
-        "train",
-        f"{name} is neither a .txt or .jsonl file nor a folder of them, and a dataset",
-        ["datasets"],
-    )
-    import datasets
-
-    return datasets
+        local = "" if Path(name).exists() else f"{NOT_THERE}, and "
+        raise DataError(
+            f"{name}: {local}`datasets` cannot load its split {split!r}: {reason}"
+        ) from error
 
 
 def _mixed(names: Sequence[str], loaded: Sequence[Any], fractions: Sequence[float] | None) -> Any:
     """One dataset of several."""
+    import datasets
+
     if fractions is None:
-        return loaded[0] if len(loaded) == 1 else _datasets(names[0]).concatenate_datasets(loaded)
+        return loaded[0] if len(loaded) == 1 else datasets.concatenate_datasets(loaded)
     for name, fraction in zip(names, fractions, strict=True):
         if not 0 <= fraction <= 1:
             raise DataError(f"{name}: a part of {fraction} of it; parts are from 0 to 1")
@@ -399,4 +347,4 @@ def _mixed(names: Sequence[str], loaded: Sequence[Any], fractions: Sequence[floa
         for dataset, fraction in zip(loaded, fractions, strict=True)
     ]
     # The seed is Nanotron's own, whatever that of the run.
-    return _datasets(names[0]).concatenate_datasets(chosen).shuffle(seed=42)
+    return datasets.concatenate_datasets(chosen).shuffle(seed=42)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import Consumed, StagedBatches, batches_of
@@ -338,5 +341,39 @@ def test_data_that_are_not_for_this_model(tmp_path: Path, tokenizer_folder: Path
     missing = config_of({"hf_dataset_or_datasets": str(tmp_path / "no.txt")}, **tokenizer)
     with pytest.raises(DataError, match=r"no\.txt: there is no such file or folder"):
         batches_of(missing)
-    with pytest.raises(DataError, match="gone: there is no such folder"):
-        batches_of(config_of({"dataset_folder": str(tmp_path / "gone")}))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "said"),
+    [
+        ({"dataset_folder": "gone"}, "dataset_folder: gone: there is no such folder"),
+        ({"hf_dataset_or_datasets": "./txts"}, "hf_dataset_or_datasets: ./txts: there is no such"),
+        (
+            {"hf_dataset_or_datasets": "txts"},
+            "hf_dataset_or_datasets: txts: there is no such file or folder; as a dataset of the "
+            "Hub it needs datasets, not installed here: pip install 'nanotron_fast[train]'",
+        ),
+    ],
+)
+def test_data_that_are_not_there_are_told_by_their_key(
+    dataset: dict[str, str],
+    said: str,
+    tmp_path: Path,
+    tokenizer_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.chdir(tmp_path)
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+    config = config_of(None, dataset, starts=(1, 5), **tokenizer)
+    said = f"config: data_stages (stage 1): {said}"
+    with pytest.raises(DataError) as caught:
+        batches_of(config)
+    assert str(caught.value).startswith(said)
+    # A dry run says the same, and goes on: the data may be on another machine.
+    path = tmp_path / "train.yaml"
+    path.write_text(config.to_yaml())
+    found = CliRunner().invoke(app, ["train", str(path), "--dry-run"])
+    assert found.exit_code == 0, found.output
+    [*_, told] = found.stderr.splitlines()
+    assert told.startswith(f"warning: {path}{said.removeprefix('config')}")

@@ -20,7 +20,7 @@ from nanotron_fast.errors import CheckpointError, DataError, MissingPackageError
 from nanotron_fast.train.data import tokenizer as tokenizers_of_ours
 from nanotron_fast.train.data.cache import CachedTokens, cached_tokens
 from nanotron_fast.train.data.encode import TextRecipe
-from nanotron_fast.train.data.text import DatasetRows, Source, find_files, open_source, row_groups
+from nanotron_fast.train.data.text import DatasetRows, Source, open_source, row_groups
 from nanotron_fast.train.data.tokenizer import (
     check_vocabulary,
     fingerprint,
@@ -30,6 +30,7 @@ from nanotron_fast.train.data.tokenizer import (
 )
 from nanotron_fast.train.data.windows import TextWindows
 from nanotron_fast.train.data.worker import encode
+from nanotron_fast.train.sources import find_files
 from tests.train.data.material import TEXT, make_tokenizer
 from tests.train.data.nanotron_order import clm_windows, positions_from_ends
 
@@ -365,8 +366,15 @@ def test_files_do_not_mix_with_datasets(tmp_path: Path) -> None:
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     pip = r"pip install 'nanotron_fast\[train\]'"
-    with pytest.raises(MissingPackageError, match=rf"owner/data .* needs datasets.*{pip}"):
+    needs = rf"needs datasets, not installed here: {pip}"
+    with pytest.raises(
+        MissingPackageError,
+        match=rf"^owner/data: there is no such file or folder; as a dataset of the Hub it {needs}",
+    ):
         open_source("owner/data")
+    (tmp_path / "a.parquet").touch()
+    with pytest.raises(MissingPackageError, match=rf"^{tmp_path}: as a dataset it {needs}"):
+        open_source(str(tmp_path))
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(MissingPackageError, match=f"tokenizer needs transformers.*{pip}"):
         load_tokenizer(tmp_path)
