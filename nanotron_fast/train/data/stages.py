@@ -8,7 +8,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nanotron_fast.checkpoints.source import resolve_companions
 from nanotron_fast.errors import DataError
+from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.config.data import HfDataset, Nanoset, SftDataset
 from nanotron_fast.train.config.sections import CheckpointInit
 from nanotron_fast.train.data.batches import Batches, MicroBatch
@@ -167,9 +169,9 @@ def batches_of(
     have an error once and not from every rank, let the first rank go before the others.
 
     Args:
-        config: all of it, the architecture filled in.
+        config: all of it; an architecture that it leaves out is read where its weights lie.
         dp_rank: of the ranks that the configuration names.
-        vocab_size: of the model; None for that of its configuration.
+        vocab_size: of the model; None for what its architecture says.
         consumed: of a run that goes on with batches of another size than before; None where they
             have the same size, or for a new run.
         is_first_rank: it alone heeds dataset_overwrite_cache.
@@ -178,11 +180,16 @@ def batches_of(
 
     Raises:
         DataError: data are missing, malformed, or not for this model.
+        CheckpointError: a tokenizer or an architecture is not where it should be.
         OSError: the cache cannot be written to.
     """
+    if config.model.model_config is None or vocab_size is None:
+        model = architecture(config)
+        config = config.with_model_config(model.model_config)
+        vocab_size = model.architecture.vocab_size if vocab_size is None else vocab_size
     opened = _Opening(
         config,
-        _model_vocabulary(config) if vocab_size is None else vocab_size,
+        vocab_size,
         is_first_rank,
         cache_folder,
         on_progress,
@@ -314,7 +321,7 @@ class _Opening:
         section, init = self.config.tokenizer, self.config.model.init_method
         name = section.tokenizer_name_or_path if section else None
         if name is None and isinstance(init, CheckpointInit):
-            has_one = (Path(init.path) / "tokenizer_config.json").is_file()
+            has_one = (resolve_companions(init.path) / "tokenizer_config.json").is_file()
             name = init.path if has_one else None
         if name is None:
             return None
@@ -453,10 +460,3 @@ def _offset(folder: str, length: int, before: list[StageBatches]) -> int:
             )
             tokens += taken * (stage.sequence_length + 1)
     return -(-tokens // (length + 1))
-
-
-def _model_vocabulary(config: TrainingConfig) -> int:
-    model = config.model.model_config
-    if model is None or "vocab_size" not in model:
-        raise DataError("the model's vocab_size is not known before its configuration is read")
-    return int(model["vocab_size"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from nanotron_fast import convert
 from nanotron_fast.cli.commands import app
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.data import Consumed, StagedBatches, batches_of
 from nanotron_fast.train.data.batches import MicroBatch
 from nanotron_fast.train.data.held_out import num_held_out
+from tests.modelzoo import make
+from tests.test_guides import ROOT, blocks
 from tests.train.configs import document
 from tests.train.data.material import TEXT, write_tokens
 from tests.train.data.nanotron_order import blend, folder_samples, labels, positions
@@ -323,6 +327,45 @@ def test_what_a_user_should_know(tmp_path: Path, tokenizer_folder: Path) -> None
     assert "takes 40 samples of 16 tokens" in note
     assert equal(batches.batch(3), batches_of(config).batch(3))
     assert batches_of(config_of(None)).notes == ()
+
+
+def test_the_vocabulary_and_the_tokenizer_are_those_beside_the_weights(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    model = make("qwen2", vocab_size=340).save(tmp_path / "model")
+    shutil.copytree(tokenizer_folder, model, dirs_exist_ok=True)
+    text = tmp_path / "a.txt"
+    text.write_text(TEXT * 40)
+    begin = {"model__model_config": ..., "model__init_method": {"path": str(model)}}
+    config = config_of({"hf_dataset_or_datasets": str(text)}, **begin)
+    batches = batches_of(config)
+    assert batches.stages[0].training.vocab_size == 340
+    # With a vocabulary or without, it is a Qwen2, whose first tokens are learned.
+    for each in (batches, batches_of(config, vocab_size=1000)):
+        assert each.stages[0].training.learns_first_tokens
+    # The newest checkpoint of a run stands for it, as in train.
+    convert(model, tmp_path / "run" / "5")
+    (tmp_path / "run" / "latest.txt").write_text("5")
+    begin["model__init_method"] = {"path": str(tmp_path / "run")}
+    of_run = batches_of(config_of({"hf_dataset_or_datasets": str(text)}, **begin))
+    assert of_run.stages[0].training.vocab_size == 340
+    assert rows(of_run.batch(1))[0] == rows(batches.batch(1))[0]
+
+
+def test_what_the_documents_show_reads_the_guides_configuration(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make("llama", vocab_size=340).save(tmp_path / "llama-hf")
+    shutil.copytree(tokenizer_folder, "llama-hf", dirs_exist_ok=True)
+    Path("texts").mkdir()
+    Path("texts", "a.txt").write_text(TEXT * 40)
+    [whole] = blocks(ROOT / "docs" / "continue-pretraining.md", "yaml")
+    Path("train.yaml").write_text(whole)
+    [shown] = blocks(ROOT / "docs" / "training-data.md", "python")
+    done: dict[str, Any] = {}
+    exec(shown, done)
+    assert done["micro"].input_ids.shape == done["micro"].labels.shape == (4, 128)
 
 
 def test_data_that_are_not_for_this_model(tmp_path: Path, tokenizer_folder: Path) -> None:
