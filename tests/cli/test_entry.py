@@ -13,6 +13,7 @@ import pytest
 
 import nanotron_fast
 from nanotron_fast import interruption
+from nanotron_fast.errors import one_line
 from nanotron_fast.interruption import Interrupted
 from tests.checkpoints.test_processes import free_port
 
@@ -362,6 +363,17 @@ except interruption.Interrupted:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, check=False, timeout=10, capture_output=True, text=True)
     assert (result.stdout, result.stderr) == ("interrupted\n", "")
+
+
+def test_what_the_system_says_comes_after_the_file() -> None:
+    full = "No space left on device"
+    for given, told in {
+        (28, full): full,
+        (28, full, "a\nb"): f"a\\nb: {full}",
+        (18, "Invalid cross-device link", "a", None, "b"): "a -> b: Invalid cross-device link",
+        ("it is full",): "it is full",
+    }.items():
+        assert one_line(OSError(*given)) == told
 
 
 @pytest.mark.parametrize(

@@ -208,7 +208,8 @@ def test_a_key_that_is_missing_is_not_looked_for_again(
     assert stopped.value.code == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"a key is missing or not accepted: {error}: '{URL}" in said
+    assert said.startswith(f"error: {URL}")
+    assert said.endswith(f": a key is missing or not accepted: {error}\n")
     assert "tries" not in said
     assert len(calls) == len(set(calls))
     assert not list(temporary.iterdir())
