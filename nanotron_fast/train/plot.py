@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.remote.urls import on_disk
+from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.errors import CheckpointError, ConfigError
 from nanotron_fast.extras import require
+from nanotron_fast.interruption import ending
 from nanotron_fast.train.metrics import FILE, read_metrics
 
 STEM = "training"
@@ -24,7 +28,7 @@ def plot(runs: Sequence[str | Path], *, output: str | Path | None = None) -> lis
             run, of several in the working directory.
 
     Raises MissingPackageError, ConfigError; CheckpointError, which names the file, where a run has
-    no steps; OSError.
+    no steps; OSError, which names the file: what was there before is there still.
     """
     if not runs:
         raise ConfigError("plot: name the folder of a run")
@@ -85,11 +89,27 @@ def _draw(labels: Sequence[str], curves: Sequence[list[dict[str, Any]]], stem: P
     upper.legend()
     stem.parent.mkdir(parents=True, exist_ok=True)
     written = []
-    for ending in FORMATS:
-        path = stem.with_name(f"{stem.name}.{ending}")
-        figure.savefig(path, dpi=150)
+    for kind in FORMATS:
+        path = stem.with_name(f"{stem.name}.{kind}")
+        picture = io.BytesIO()
+        figure.savefig(picture, format=kind, dpi=150)
+        _write(path, picture.getvalue())
         written.append(path)
     return written
+
+
+def _write(path: Path, picture: bytes) -> None:
+    """Writes a whole file, or leaves what was there. Raises OSError, which names it."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        write_file(partial, picture, fsync=False)
+        partial.replace(path)
+    except BaseException as error:
+        with ending():
+            partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def _points(lines: Sequence[dict[str, Any]], name: str) -> tuple[list[int], list[float]]:

@@ -21,6 +21,7 @@ from nanotron_fast.train.metrics import FILE, MetricsFile, StepMetrics, read_met
 from nanotron_fast.train.plot import plot
 from nanotron_fast.train.progress import duration, line, progress
 from nanotron_fast.train.trackers import Trackers
+from tests.train.full_disk import no_file_beyond
 
 
 def metrics(step: int, **changes: Any) -> StepMetrics:
@@ -242,6 +243,17 @@ def test_plots_of_one_run_and_of_two(tmp_path: Path, monkeypatch: pytest.MonkeyP
     gone = CliRunner().invoke(app, ["plot", str(tmp_path / "gone")])
     assert gone.exit_code == 2
     assert "gone: no such file; name the folder" in gone.stderr
+
+
+def test_a_picture_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    write(tmp_path / FILE, range(1, 6), after_step=0)
+    (tmp_path / "pic.png").write_bytes(b"earlier")
+    with no_file_beyond(4000):
+        full = CliRunner().invoke(app, ["plot", str(tmp_path), "--output", str(tmp_path / "pic")])
+    assert full.exit_code == 2
+    assert full.stderr == f"error: {tmp_path / 'pic.png'}: File too large\n"
+    assert (tmp_path / "pic.png").read_bytes() == b"earlier"
+    assert sorted(each.name for each in tmp_path.iterdir()) == [FILE, "pic.png"]
 
 
 def test_what_cannot_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.encode import Recipe
 from nanotron_fast.train.data.nanoset import INDEX_DTYPE, TOKEN_DTYPES, mapped
@@ -144,13 +145,14 @@ def _make(
                 done += encoded.num_bytes
                 if on_progress is not None:
                     on_progress(done, total)
-        np.array(group_ends, dtype=INDEX_DTYPE).tofile(partial / "groups")
+        groups = np.array(group_ends, dtype=INDEX_DTYPE).tobytes()
+        write_file(partial / "groups", groups, fsync=False)
         about = {
             "source": source.name,
             "tokens": writer.num_tokens,
             "documents": writer.num_documents,
         }
-        (partial / "about.json").write_text(json.dumps(about, indent=2))
+        write_file(partial / "about.json", json.dumps(about, indent=2).encode(), fsync=False)
 
 
 def _opened(entry: Path, source: Source, token_size: int) -> CachedTokens:

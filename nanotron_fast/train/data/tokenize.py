@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.remote.urls import on_disk
+from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.encode import Encoded, TextRecipe
 from nanotron_fast.train.data.text import open_source
@@ -86,7 +87,7 @@ def tokenize(
     Raises:
         DataError: the text or the tokenizer is missing or malformed, or the destination is not
             free.
-        OSError: the destination cannot be written to.
+        OSError: the destination cannot be written to; it names the file.
     """
     started = time.monotonic()
     path = on_disk(destination, "the folder of tokens")
@@ -172,7 +173,7 @@ class _Files:
             str(writer.num_tokens),
             f"{in_words(writer.num_tokens)}T",
         )
-        Path(f"{writer.path}.metadata").write_text("\n".join(lines))
+        write_file(Path(f"{writer.path}.metadata"), "\n".join(lines).encode(), fsync=False)
 
 
 def in_words(number: int) -> str:

@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nanotron_fast.checkpoints.small_files import naming
 from nanotron_fast.errors import DataError
 from nanotron_fast.interruption import ending, held
 from nanotron_fast.train.data.encode import Encoded
@@ -23,7 +24,10 @@ from nanotron_fast.train.data.nanoset import INDEX_DTYPE, TOKEN_DTYPES
 
 
 class TokenWriter:
-    """One .ds file, its index, and what each token counts for where that is asked for."""
+    """One .ds file, its index, and what each token counts for where that is asked for.
+
+    Its methods raise OSError, which names the file.
+    """
 
     def __init__(self, path: Path, token_size: int) -> None:
         self.path = path
@@ -47,13 +51,20 @@ class TokenWriter:
             if kind is not None:
                 # What cannot be written now is the error that is under way already.
                 stack.enter_context(suppress(OSError))
-            for stream in self._streams.values():
-                stack.callback(stream.close)
+            for suffix in self._streams:
+                stack.callback(self._close, suffix)
 
     def _append(self, suffix: str, data: bytes) -> None:
+        name = f"{self.path}{suffix}"
         if suffix not in self._streams:
-            self._streams[suffix] = open(f"{self.path}{suffix}", "wb")  # noqa: SIM115
-        self._streams[suffix].write(data)
+            self._streams[suffix] = open(name, "wb")  # noqa: SIM115
+        with naming(name):
+            self._streams[suffix].write(data)
+
+    def _close(self, suffix: str) -> None:
+        """Writes what is left in memory."""
+        with naming(f"{self.path}{suffix}"):
+            self._streams[suffix].close()
 
     def write(self, encoded: Encoded) -> None:
         """Appends a block."""

@@ -15,6 +15,7 @@ from nanotron_fast.train.data.nanoset import TokenFolder
 from nanotron_fast.train.data.tokenize import in_words
 from nanotron_fast.train.data.tokenizer import load_tokenizer
 from tests.train.data.material import TEXT, make_tokenizer
+from tests.train.full_disk import no_file_beyond
 
 
 def run(*words: object, code: int = 0) -> Result:
@@ -163,21 +164,20 @@ def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path, tokenizer_fold
     assert [each.name for each in out.iterdir()] == ["mine"]
 
 
-def test_a_full_disk_leaves_nothing(
-    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("texts", [TEXTS[:10], TEXTS * 40])
+def test_a_full_disk_names_the_file_and_leaves_nothing(
+    tmp_path: Path, tokenizer_folder: Path, texts: list[str]
 ) -> None:
-    import errno
-
-    from nanotron_fast.train.data.writing import TokenWriter
-
-    def full(self: TokenWriter, suffix: str, data: bytes) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(self.path))
-
-    monkeypatch.setattr(TokenWriter, "_append", full)
-    source = write_texts(tmp_path / "a.jsonl", TEXTS)
+    # What fails is the last write, of what was in memory still, or an earlier one.
+    source = write_texts(tmp_path / "a.jsonl", texts)
     out = tmp_path / "out"
-    result = run(source, out, "--tokenizer", tokenizer_folder, "--workers", 1, code=2)
-    assert "No space left on device" in result.stderr
+    options = ("--tokenizer", tokenizer_folder, "--workers", 1, "--quiet")
+    with no_file_beyond(1000):
+        result = run(source, out, *options, code=2)
+    place, _, reason = result.stderr.rpartition(": ")
+    assert place.startswith(f"error: {out}.")
+    assert place.endswith(".partial/00000_tokens.ds")
+    assert reason == "File too large\n"
     assert sorted(each.name for each in tmp_path.iterdir()) == ["a.jsonl"]
 
 
