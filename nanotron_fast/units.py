@@ -1,4 +1,4 @@
-"""Numbers of bytes, as people write and read them."""
+"""Numbers of bytes and of things, as people write and read them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def size(num_bytes: float) -> str:
             return f"{num_bytes:.0f} B" if unit == "B" else f"{num_bytes:.3g} {unit}"
         num_bytes /= 1000
     return f"{num_bytes:,.2f} GB"
+
+
+def count(number: int, noun: str) -> str:
+    """Of what a noun in the singular names: "1 file", "1,204 files"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def parse_size(text: str | int, option: str) -> int:

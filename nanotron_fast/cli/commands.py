@@ -162,17 +162,13 @@ def verify(
             raise typer.Exit(EXIT_DIFFERENT)
         return
     progress = reporting.Progress(is_quiet=is_silent)
-
-    def on_plan(num_bytes: int) -> None:
-        progress.total_bytes = num_bytes
-
     with progress.running("comparing") as on_progress:
         result = verifying.verify(
             a,
             b,
             logits=logits,
             workers=workers,
-            on_plan=on_plan,
+            on_plan=progress.expect,
             on_progress=on_progress,
             **choices,
         )

@@ -17,9 +17,7 @@ def check(
         option = "--logits" if logits else given[0]
         raise ConfigError(f"{option}: it has no meaning without a second checkpoint")
     progress = reporting.Progress(is_quiet=is_quiet)
-
-    def on_plan(num_bytes: int) -> None:
-        progress.total_bytes = num_bytes
-
     with progress.running("hashing") as on_progress:
-        return check_manifest(path, workers=workers, on_plan=on_plan, on_progress=on_progress)
+        return check_manifest(
+            path, workers=workers, on_plan=progress.expect, on_progress=on_progress
+        )

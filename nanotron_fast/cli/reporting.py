@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.remote.mirror import shown
 from nanotron_fast.moves.engine import ProgressCallback
-from nanotron_fast.units import size
+from nanotron_fast.units import count, size
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.carrying_out import Report
@@ -27,10 +27,6 @@ _FORMATS = {
     "hf": "Hugging Face",
     "dcp": "torch.distributed.checkpoint",
 }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def stage_lines(layer_stages: tuple[int, ...]) -> Iterator[str]:
@@ -62,21 +58,21 @@ def plan_lines(plan: Plan, workers: int, share: tuple[int, int] | None = None) -
             yield f"              {line}"
     if plan.states is not None:
         yield f"  states      {plan.states}, was {plan.source_states}"
-    yield f"  read        {size(plan.bytes_read)} from {_count(len(plan.transfer.sources), 'file')}"
+    yield f"  read        {size(plan.bytes_read)} from {count(len(plan.transfer.sources), 'file')}"
     yield (
-        f"  write       {size(plan.bytes_written)} to {_count(len(plan.transfer.outputs), 'file')}"
-        f" in {_count(len(plan.transfer.moves), 'move')}"
+        f"  write       {size(plan.bytes_written)} to {count(len(plan.transfer.outputs), 'file')}"
+        f" in {count(len(plan.transfer.moves), 'move')}"
     )
     if share is not None:
         number, total = share
         part = plan.transfer.share(number - 1, total)
         yield (
             f"  share       {number} of {total}: read {size(part.bytes_read)}, write "
-            f"{size(part.bytes_written)} to {_count(len(part.outputs), 'file')}"
+            f"{size(part.bytes_written)} to {count(len(part.outputs), 'file')}"
         )
     small = ", ".join(sorted((*plan.documents, *plan.copies)))
     yield f"  beside      {small if share is None else f'nothing; --finish writes {small}'}"
-    yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {_count(workers, 'worker')}"
+    yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {count(workers, 'worker')}"
     yield from (f"  {line}" for line in _left_out(plan.ignored, plan.left_behind))
 
 
@@ -101,9 +97,9 @@ def report_lines(report: Report) -> Iterator[str]:
     rest = len(plan.transfer.outputs) - len(report.part.outputs)
     if rest and report.share is None:
         were = "was" if rest == 1 else "were"
-        yield f"{_count(rest, 'file')} of {len(plan.transfer.outputs):,} {were} whole before"
+        yield f"{count(rest, 'file')} of {len(plan.transfer.outputs):,} {were} whole before"
     yield (
-        f"{size(report.part.bytes_written)} in {_count(len(report.part.outputs), 'file')}, "
+        f"{size(report.part.bytes_written)} in {count(len(report.part.outputs), 'file')}, "
         f"{report.seconds:.2f} s, {report.gigabytes_per_second:.2f} GB/s, "
         f"peak memory {size(report.peak_rss_bytes)}"
     )
@@ -113,7 +109,7 @@ def report_lines(report: Report) -> Iterator[str]:
 def _left_out(ignored: tuple[str, ...], left_behind: tuple[str, ...] = ()) -> Iterator[str]:
     """What a user may miss: tensors, and files beside the source."""
     if ignored:
-        yield f"ignored {_count(len(ignored), 'tensor')}: {_some(ignored)}"
+        yield f"ignored {count(len(ignored), 'tensor')}: {_some(ignored)}"
     if left_behind:
         yield f"left behind: {_some(left_behind)}"
 
@@ -144,17 +140,17 @@ def verification_lines(result: Verification) -> Iterator[str]:
     if result.no_logits is not None:
         yield f"logits were not run: {result.no_logits}"
     verdict = "equal" if result.equal else f"different in {len(result.differing)}"
-    yield f"{verdict}: {_count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
+    yield f"{verdict}: {count(result.tensors_compared, 'tensor')}, {size(result.bytes_compared)}"
 
 
 def manifest_lines(found: ManifestCheck) -> Iterator[str]:
     """What a check against a manifest found: every finding, for each is a loss."""
     for item in found.findings:
         yield f"differs: {item}"
-    verdict = "intact" if found.intact else f"damaged in {_count(len(found.findings), 'place')}"
+    verdict = "intact" if found.intact else f"damaged in {count(len(found.findings), 'place')}"
     yield (
-        f"{verdict}: {_count(found.tensors_checked, 'tensor')} in "
-        f"{_count(found.files_checked, 'file')}, {size(found.bytes_checked)}"
+        f"{verdict}: {count(found.tensors_checked, 'tensor')} in "
+        f"{count(found.files_checked, 'file')}, {size(found.bytes_checked)}"
     )
 
 
@@ -193,8 +189,8 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
     if found.quantization:
         yield f"  quantised   {found.quantization}; convert writes it dequantised"
     yield (
-        f"  stored      {_count(found.num_tensors, 'tensor')} in "
-        f"{_count(found.tensor_files, 'file')}, {size(found.num_bytes)}"
+        f"  stored      {count(found.num_tensors, 'tensor')} in "
+        f"{count(found.tensor_files, 'file')}, {size(found.num_bytes)}"
     )
 
 
@@ -204,14 +200,17 @@ class Progress:
     def __init__(self, *, is_quiet: bool) -> None:
         self.total_bytes = 0
         self._is_quiet = is_quiet
+        self._started = time.monotonic()
 
     def expect(self, num_bytes: int) -> None:
-        """Says how much there is to do."""
+        """Says how much there is to do, from now on."""
         self.total_bytes = num_bytes
+        self._started = time.monotonic()
 
     @contextmanager
     def running(self, verb: str) -> Iterator[ProgressCallback | None]:
         """The callback to hand on; the total may be set later."""
+        self._started = time.monotonic()
         if self._is_quiet:
             yield None
         elif sys.stderr.isatty():
@@ -245,21 +244,20 @@ class Progress:
             yield lambda done: bar.update(task, completed=done, total=self.total_bytes or None)
 
     def _lines(self, verb: str) -> ProgressCallback:
-        started = last = time.monotonic()
+        last = 0.0
 
         def report(done: int) -> None:
             nonlocal last
             now = time.monotonic()
-            if now - last < _PLAIN_SECONDS:
+            if now - max(last, self._started) < _PLAIN_SECONDS:
                 return
             last = now
-            speed = done / (now - started)
-            left = (self.total_bytes - done) / speed if speed else float("inf")
-            print(
-                f"{verb}: {size(done)} of {size(self.total_bytes)}, {speed / 1e9:.2f} GB/s, "
-                f"{left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
+            speed = done / (now - self._started)
+            words = [f"{verb}: {size(done)}", f"{size(speed)}/s"]
+            if self.total_bytes:
+                words[0] += f" of {size(self.total_bytes)}"
+            if 0 < done < self.total_bytes:
+                words.append(f"{(self.total_bytes - done) / speed:.0f} s left")
+            print(", ".join(words), file=sys.stderr, flush=True)
 
         return report

@@ -34,8 +34,8 @@ def tokenize(
     text_column: Annotated[
         str, typer.Option(help="The JSON key, or the column, that holds the text.")
     ] = "text",
-    split: Annotated[str, typer.Option(help="Of a dataset.")] = "train",
-    config_name: Annotated[str | None, typer.Option(help="Of a dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Of a dataset; files have none.")] = "train",
+    config_name: Annotated[str | None, typer.Option(help="Of a dataset; files have none.")] = None,
     max_tokens_per_file: Annotated[
         int, typer.Option(min=1, help="Begin another file beyond so many.")
     ] = 10**9,
@@ -50,12 +50,9 @@ def tokenize(
     """
     from nanotron_fast.cli import reporting
     from nanotron_fast.train.data.tokenize import tokenize as make_tokens
+    from nanotron_fast.units import count
 
     progress = reporting.Progress(is_quiet=quiet or json)
-
-    def on_total(num_bytes: int) -> None:
-        progress.total_bytes = num_bytes
-
     with progress.running("tokenizing") as on_progress:
         report = make_tokens(
             src,
@@ -67,7 +64,7 @@ def tokenize(
             split=split,
             config_name=config_name,
             max_tokens_per_file=max_tokens_per_file,
-            on_total=on_total,
+            on_total=progress.expect,
             on_progress=on_progress,
         )
     with interruption.telling(lambda: f"{report.destination} is whole"):
@@ -77,7 +74,8 @@ def tokenize(
             typer.echo(json_module.dumps(report.to_json(), indent=2))
         elif not quiet:
             typer.echo(
-                f"{report.tokens:,} tokens of {report.documents:,} documents in "
+                f"{count(report.tokens, 'token')} of "
+                f"{count(report.documents, 'document')} in "
                 f"{report.destination}, {report.token_size} bytes each; {report.seconds:.1f} s, "
                 f"{report.tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
             )

@@ -1,4 +1,4 @@
-"""Options of the commands that write a checkpoint, where they have no meaning or half of one."""
+"""Commands that write: options that have no meaning or half of one, and what is said meanwhile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanotron_fast.cli.commands import app
+from nanotron_fast.cli.reporting import Progress
 from tests.modelzoo import make
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training" / "llama_tied_tp2_zero0" / "2"
@@ -156,3 +157,24 @@ def test_a_url_of_a_folder_to_reshard_to(
     code, _, _ = run(capsys, "reshard", GOLDEN, url, "--tp", 1, "--fsync", "--quiet")
     assert code == 0
     assert (tmp_path / "out" / "model_config.json").exists()
+
+
+def test_lines_where_there_is_no_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    progress = Progress(is_quiet=False)
+    with progress.running("reading") as report:
+        assert report is not None
+        now[0] = 105.0
+        # How much there is to do was not known before.
+        report(0)
+        progress.expect(8 * 10**9)
+        for now[0], done in ((109.0, 1), (110.0, 2 * 10**9), (112.0, 3), (120.0, 8 * 10**9)):
+            report(done)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading: 0 B, 0 B/s",
+        "reading: 2.00 GB of 8.00 GB, 400 MB/s, 15 s left",
+        "reading: 8.00 GB of 8.00 GB, 533 MB/s",
+    ]

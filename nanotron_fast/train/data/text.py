@@ -299,7 +299,7 @@ def open_source(
             of these, all files or none, one after another; or datasets with the part of each to
             take, which are shuffled together as Nanotron does it.
         column: that holds the text; None to take whole rows, as conversations are.
-        split: of a dataset.
+        split: of a dataset; of files there is "train" alone, which is all of them.
         config_name: of a dataset.
         processes: see DatasetRows.
 
@@ -308,6 +308,12 @@ def open_source(
     names = names_of(name)
     files, shown = find(name), ", ".join(names)
     if files is not None:
+        asked = config_name if split == "train" else split
+        if asked is not None:
+            raise DataError(
+                f"{shown}: these are files, and {asked!r} is of a dataset: files have neither "
+                "splits nor configurations"
+            )
         return Files(shown, files, column)
     loaded = [_load(each, split, config_name) for each in names]
     fractions = list(name.values()) if isinstance(name, Mapping) else None

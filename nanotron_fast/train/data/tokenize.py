@@ -32,7 +32,7 @@ class TokenizeReport:
         documents: in all.
         tokens: in all, those after each document included.
         token_size: in bytes.
-        seconds: it took.
+        seconds: it took, once the tokenizer was loaded.
     """
 
     destination: str
@@ -89,7 +89,6 @@ def tokenize(
             free.
         OSError: the destination cannot be written to; it names the file.
     """
-    started = time.monotonic()
     path = on_disk(destination, "the folder of tokens")
     check_free(path)
     if max_tokens_per_file < 1:
@@ -104,6 +103,7 @@ def tokenize(
         )
     size = token_size(vocabulary(loaded))
     encoder = TextRecipe(recipe(loaded, eos_token_id=loaded.eos_token_id if eos else None))
+    started = time.monotonic()
     if on_total is not None:
         on_total(documents.num_bytes)
     blocks = encode(documents.blocks(), encoder, workers or default_workers())
@@ -116,7 +116,8 @@ def tokenize(
                 done += encoded.num_bytes
                 if on_progress is not None:
                     on_progress(done)
-        if not files.num_tokens:
+        around = 1 if eos else len(loaded("")["input_ids"])
+        if files.num_tokens <= files.num_documents * around:
             raise DataError(f"{source}: there is no text in it")
     return TokenizeReport(
         str(path),

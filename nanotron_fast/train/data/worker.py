@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain, islice
 from typing import Any, BinaryIO
 
 from nanotron_fast.errors import DataError
@@ -32,11 +33,15 @@ def encode(blocks: Iterable[Block], recipe: Recipe, workers: int) -> Generator[E
 
     At most two blocks a process are in memory. Raises DataError, of the first block that has one.
     """
-    if workers > 1:
-        yield from _in_processes(blocks, recipe, workers)
+    rest = iter(blocks)
+    first = list(islice(rest, 2))
+    every = chain(first, rest)
+    # A single block is done before a process has begun.
+    if workers > 1 and len(first) > 1:
+        yield from _in_processes(every, recipe, workers)
         return
     encoder = recipe.build()
-    for block in blocks:
+    for block in every:
         yield encoder(block)
 
 

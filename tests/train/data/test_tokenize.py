@@ -54,6 +54,19 @@ def test_files_are_those_that_datatrove_writes(
     assert [each.name for each in out.parent.iterdir()] == ["out"]
 
 
+def test_what_a_person_sees(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(1000, 10**6, 7))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(clock)))
+    (tmp_path / "a.txt").write_text("a" * 10_000)
+    options = ("--tokenizer", tokenizer_folder, "--workers", 1)
+    seen = run(tmp_path / "a.txt", tmp_path / "out", *options)
+    # What is loaded first does not count.
+    assert seen.stderr == "tokenizing: 10 kB of 10 kB, 1.43 kB/s\n"
+    assert " tokens of 1 document in " in seen.stdout
+
+
 def test_no_eos_has_the_tokenizers_own_special_tokens(
     tmp_path: Path, bos_tokenizer_folder: Path
 ) -> None:
@@ -155,9 +168,15 @@ def test_bad_input_ends_with_2_and_leaves_nothing(tmp_path: Path, tokenizer_fold
     assert "it has no key 'body'" in error(source, out, *options, "--text-column", "body")
     nowhere = ("--tokenizer", tmp_path / "nowhere", "--workers", 1)
     assert "nowhere: no such directory" in error(source, out, *nowhere)
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n")
-    assert "empty.jsonl: there is no text in it" in error(empty, out, *options)
+    for name, nothing in (("a.jsonl", "\n"), ("b.jsonl", '{"text": ""}\n' * 3), ("c.txt", "")):
+        empty = tmp_path / name
+        empty.write_text(nothing)
+        for more in ((), ("--no-eos",)):
+            assert f"{name}: there is no text in it" in error(empty, out, *options, *more)
+    (tmp_path / "d.txt").write_text(TEXT)
+    for more in (("--split", "test"), ("--config-name", "en")):
+        said = error(tmp_path / "d.txt", out, *options, *more)
+        assert f"d.txt: these are files, and '{more[1]}' is of a dataset" in said
     out.mkdir(parents=True)
     (out / "mine").write_text("mine")
     assert "out: it is not empty" in run(source, out, *options, code=2).stderr
