@@ -8,6 +8,7 @@ from typing import Any
 
 from nanotron_fast.checkpoints.partial import between
 from nanotron_fast.checkpoints.remote.mirror import mirror, mirror_of
+from nanotron_fast.checkpoints.remote.reason import reason
 from nanotron_fast.checkpoints.remote.urls import as_path, is_url, on_disk
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.dcp import is_dcp_checkpoint
@@ -106,9 +107,8 @@ def _download(hub_id: str, **choices: Any) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(hub_id, **choices))
     except Exception as error:  # the library's errors have no common base, nor do its clients'
-        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise CheckpointError(
-            f"{hub_id}: no such directory, and it cannot be had from the Hub: {first_line}"
+            f"{hub_id}: no such directory, and it cannot be had from the Hub: {reason(error)}"
         ) from error
 
 

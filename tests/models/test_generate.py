@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -128,5 +129,8 @@ def test_what_cannot_be_continued_is_said(tmp_path: Path, golden_hf: Path) -> No
         generate(root, "text")
     with pytest.raises(CheckpointError, match=r"hf: there is no tokenizer in it [^;]*$"):
         generate(golden_hf, "text", tokenizer=root)
+    fsspec.filesystem("memory").pipe("/bucket/tokens/a.txt", b"a")
+    with pytest.raises(CheckpointError, match=r"^memory://bucket/tokens: there is no tokenizer"):
+        generate(golden_hf, "text", tokenizer="memory://bucket/tokens")
     found = generate(golden_hf, "text", max_new_tokens=0, tokenizer=golden_hf)
     assert found.to_json() == {"text": "", "token_ids": []}

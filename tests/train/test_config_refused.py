@@ -296,10 +296,15 @@ def test_what_a_merge_brings_may_be_written_again(tmp_path: Path) -> None:
         ("a: 2020-13-45", "not YAML"),
         ("? [a, b]\n: 1", "not YAML at line 1, column 3: found unhashable key"),
         ("1: 2", "1 is not known"),
+        ("a: caf\xe9 ", "not YAML at byte 6, counted from 0: invalid continuation byte$"),
+        (
+            "a: caf\1",
+            "not YAML at character 6, counted from 0: special characters are not allowed$",
+        ),
     ],
 )
 def test_a_file_that_is_no_document(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "bad.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError, match=rf"bad.yaml: {message}"):
         TrainingConfig.load(tmp_path / "bad.yaml")
     with pytest.raises(ConfigError, match=r"gone.yaml: no such file"):

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from nanotron_fast.checkpoints.remote.packages import package_for, require_store
+from nanotron_fast.checkpoints.remote.reason import reason
 from nanotron_fast.checkpoints.remote.refusal import is_refusal
 from nanotron_fast.checkpoints.remote.urls import split, without_password
 from nanotron_fast.errors import CheckpointError, ConfigError, MissingPackageError
@@ -113,12 +114,12 @@ class Store:
         except ImportError as error:
             raise MissingPackageError(
                 f"{shown}: it cannot be reached without a package that is not installed: "
-                f"pip install {package_for(protocol)} ({_first_line(error)})"
+                f"pip install {package_for(protocol)} ({reason(error)})"
             ) from error
         except ValueError as error:
-            raise ConfigError(f"{shown}: {_first_line(error)}") from error
+            raise ConfigError(f"{shown}: {reason(error)}") from error
         except Exception as error:  # what the file system itself says of a URL that it cannot take
-            raise ConfigError(f"{shown}: it cannot be reached: {_first_line(error)}") from error
+            raise ConfigError(f"{shown}: it cannot be reached: {reason(error)}") from error
         store = cls(shown, fs, root.rstrip("/"))
         if protocol == "hf":
             store._pin()
@@ -272,7 +273,7 @@ class Store:
                 if isinstance(error, OSError):
                     raise type(error)(
                         error.errno or errno.EIO,
-                        f"{what}: {_first_line(error)}",
+                        f"{what}: {reason(error)}",
                         self.name_of(name),
                     ) from error
                 last: Exception = error
@@ -282,16 +283,14 @@ class Store:
                 if is_refusal(error):
                     raise PermissionError(
                         errno.EACCES,
-                        f"{what}: a key is missing or not accepted: {_first_line(error)}",
+                        f"{what}: a key is missing or not accepted: {reason(error)}",
                         self.name_of(name),
                     ) from error
             if number < NUM_TRIES:
                 pause = FIRST_PAUSE_SECONDS * 2 ** (number - 1)
                 time.sleep(pause * random.uniform(0.75, 1.25))
         tries = "" if number == 1 else f" in {number} tries"
-        raise OSError(
-            errno.EIO, f"{what}{tries}: {_first_line(last)}", self.name_of(name)
-        ) from last
+        raise OSError(errno.EIO, f"{what}{tries}: {reason(last)}", self.name_of(name)) from last
 
 
 def _tries_once(protocol: str) -> dict[str, Any]:
@@ -318,10 +317,6 @@ def _version_of(info: dict[str, Any]) -> Version:
     if isinstance(lfs, dict) and lfs.get("sha256"):
         marks["sha256"] = str(lfs["sha256"])
     return Version(int(info.get("size") or 0), marks)
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def at_once(

@@ -102,6 +102,12 @@ def _parse(text: bytes, name: str) -> Any:
 
     try:
         return yaml.load(text, Loader)
+    except yaml.reader.ReaderError as error:
+        # Of bytes it says which encoding they are not in, and of characters "unicode".
+        unit = "character" if error.encoding == "unicode" else "byte"
+        raise ConfigError(
+            f"{name}: not YAML at {unit} {error.position:,}, counted from 0: {error.reason}"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f" at line {mark.line + 1}, column {mark.column + 1}"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from nanotron_fast.checkpoints.remote.reason import reason
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
 from nanotron_fast.train.sources import NOT_THERE, find, names_of
@@ -332,10 +333,9 @@ def _load(name: str, split: str, config_name: str | None) -> Any:
         return datasets.load_dataset(name, config_name, split=split)
     # What a loading script, a builder or the Hub raises has no common type.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         local = "" if Path(name).exists() else f"{NOT_THERE}, and "
         raise DataError(
-            f"{name}: {local}`datasets` cannot load its split {split!r}: {reason}"
+            f"{name}: {local}`datasets` cannot load its split {split!r}: {reason(error)}"
         ) from error
 
 

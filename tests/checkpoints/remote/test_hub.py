@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.server
 import json
 import re
+import socket
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 import nanotron_fast as nf
+from nanotron_fast.checkpoints.source import resolve_companions
+from nanotron_fast.errors import CheckpointError
 from tests.modelzoo import make
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
@@ -126,3 +129,27 @@ def test_a_branch_that_moves_meanwhile_changes_nothing(hub, tmp_path):
 def test_a_model_that_is_not_there_is_said(hub, tmp_path):
     with pytest.raises((OSError, ValueError), match="hf://org/absent"):
         nf.convert("hf://org/absent", tmp_path / "out")
+
+
+def test_why_the_hub_gives_nothing_is_said_plainly(hub, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    name = "no such directory, and it cannot be had from the Hub"
+
+    def said(hub_id: str, **more: str) -> str:
+        with pytest.raises(CheckpointError) as caught:
+            resolve_companions(hub_id, **more)
+        return str(caught.value)
+
+    assert said("org/absent") == (
+        f"org/absent: {name}: there is no such model, or none that you may read"
+    )
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
+    found = said("org/absent")
+    assert found.startswith(f"org/absent: {name}: it does not answer: ")
+    assert "Connection refused" in found
+    assert "Errno" not in found.partition("Connection refused")[0]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert said("org/absent") == f"org/absent: {name}: HF_HUB_OFFLINE keeps it from being asked"
