@@ -229,26 +229,50 @@ def save(
         OSError: a file cannot be written. PeerFailed: on another rank; it has said why.
     """
     partial, hf = root / f".{step}.partial", root / f".{step}.{HF}"
-    with processes.step():
+    try:
+        with processes.step():
+            if processes.rank == 0:
+                _clear(root)
+                partial.mkdir(parents=True)
+        with processes.step():
+            write(partial, taken, fsync=fsync)
+            if processes.rank == 0:
+                for name, contents in beside.documents.items():
+                    write_file(_made(partial / name), contents, fsync=fsync)
+        if beside.exports_hf:
+            _export(partial, hf, processes, fsync=fsync, warn=warn)
+        with processes.step():
+            if processes.rank == 0:
+                if beside.exports_hf:
+                    hf.rename(partial / HF)
+                text = json.dumps(metadata, indent=2, sort_keys=True)
+                write_file(partial / METADATA, text.encode(), fsync=fsync)
+                publish(root, partial, step, fsync=fsync)
+    except BaseException:
+        # No rank writes any more. What cannot be removed either is left to the next run.
         if processes.rank == 0:
-            for left in (*root.glob(".*.partial"), *root.glob(f".*.{HF}*")):  # by a killed run
-                _remove(left)
-            partial.mkdir(parents=True)
-    with processes.step():
-        write(partial, taken, fsync=fsync)
-        if processes.rank == 0:
-            for name, contents in beside.documents.items():
-                write_file(_made(partial / name), contents, fsync=fsync)
-    if beside.exports_hf:
-        _export(partial, hf, processes, fsync=fsync, warn=warn)
-    with processes.step():
-        if processes.rank == 0:
-            if beside.exports_hf:
-                hf.rename(partial / HF)
-            text = json.dumps(metadata, indent=2, sort_keys=True)
-            write_file(partial / METADATA, text.encode(), fsync=fsync)
-            publish(root, partial, step, fsync=fsync)
+            for left in (partial, *root.glob(f".{step}.{HF}*")):
+                shutil.rmtree(left, ignore_errors=True)
+        raise
     return root / str(step)
+
+
+def _clear(root: Path) -> None:
+    """Removes what killed runs have left."""
+    for left in (*root.glob(".*.partial"), *root.glob(f".*.{HF}*")):
+        _remove(left)
+
+
+def prove_writable(root: Path) -> None:
+    """Makes and removes in a run's folder what a save would, and removes what killed ones left.
+
+    Raises OSError, which names what it was about.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    _clear(root)
+    proof = root / ".proof.partial"
+    write_file(_made(proof / METADATA), b"{}", fsync=False)
+    _remove(proof)
 
 
 def _export(

@@ -1,4 +1,4 @@
-"""What a run will take, from its configuration alone: parameters, FLOPs, and memory of a rank.
+"""What a run will take, from its configuration alone: parameters, FLOPs, a rank's memory, disk.
 
 FLOPs of a step are those that the model needs, so recomputation is not counted:
 
@@ -116,6 +116,21 @@ def estimate(config: TrainingConfig, model: ModelPlan) -> Estimate:
         flops_per_step=config.global_batch_size * flops_of_sequence(model, length),
         memory_by_stage=tuple(_memory(config, model, stages, rank) for rank in range(pp)),
     )
+
+
+def checkpoint_bytes(config: TrainingConfig, model: ModelPlan) -> int:
+    """Bytes that a checkpoint of the run takes, where what several ranks write counts once.
+
+    Headers and small files come on top.
+    """
+    total = 0
+    for param in model.params:
+        value_bytes = 4 if param.is_fp32 else VALUE_BYTES[config.model.dtype]
+        # Whatever the dtype, the optimizer's file has fp32 masters beside the moments.
+        states = 0 if param.is_frozen else 4 * (1 + _num_moments(config, param))
+        exported = value_bytes if config.checkpoints.export_hf else 0
+        total += math.prod(param.shape) * (value_bytes + states + exported)
+    return total
 
 
 def flops_of_sequence(model: ModelPlan, length: int) -> int:

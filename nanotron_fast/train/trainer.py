@@ -31,6 +31,7 @@ from nanotron_fast.train.engine import engine_of
 from nanotron_fast.train.mesh import Mesh, num_processes
 from nanotron_fast.train.optimizer_states import load_states
 from nanotron_fast.train.reporting import reporting
+from nanotron_fast.train.room import check_room
 from nanotron_fast.train.run import BatchSource, Run, TrainingResult
 from nanotron_fast.train.saver import Saver
 from nanotron_fast.train.signals import stop_request
@@ -103,8 +104,6 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
     everyone = Processes() if mesh.world is None else TorchProcesses()
     with everyone.step():
         start = find_start(config)
-        root = Path(config.checkpoints.checkpoints_path)
-        root.mkdir(parents=True, exist_ok=True)
     weights = start.folder or _initial_weights(config, everyone)
     sourced = config if weights is None else _from_weights(config, weights)
     with everyone.step():
@@ -120,6 +119,9 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
         if start.folder is not None:
             last = config.tokens.train_steps
             tell("resuming", f"{start.folder}, after step {start.step} of {last}")
+    with everyone.step():
+        if mesh.rank == 0:
+            check_room(config, model, start)
     with everyone.step():
         beside = Beside(exports_hf=config.checkpoints.export_hf)
         if mesh.rank == 0:
@@ -145,7 +147,7 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
             )
         )
     saver = Saver(
-        root,
+        Path(config.checkpoints.checkpoints_path),
         mesh,
         beside=beside,
         keep_last=config.checkpoints.keep_last,

@@ -229,6 +229,8 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(
     with pytest.raises(OSError, match=r"No space left.*\.4\.partial"):
         train(tmp_path, tokens__train_steps=9, checkpoints__checkpoint_interval=2)
     assert (tmp_path / "latest.txt").read_text() == "2"
+    # A disk that is full is not kept so.
+    assert not list(tmp_path.glob(".*"))
     monkeypatch.undo()
     resumed = train(
         tmp_path, tokens__train_steps=5, checkpoints__resume_checkpoint_path=str(tmp_path)

@@ -6,11 +6,13 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from nanotron_fast.checkpoints.inspect import inspect
 from nanotron_fast.checkpoints.processes import PeerFailed
 from nanotron_fast.checkpoints.verify import verify
 from nanotron_fast.cli import commands
-from nanotron_fast.errors import DataError, TopologyError
+from nanotron_fast.errors import ConfigError, DataError, TopologyError
 from nanotron_fast.train import TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
@@ -203,6 +205,20 @@ def a_rank_whose_disk_is_full_ends_both(root: Path) -> None:
         with pytest.raises(error[0], match=error[1]):
             train(root, tokens__train_steps=9, checkpoints__checkpoint_interval=2, **DP)
     assert (root / "latest.txt").read_text() == "2"
+    dist.barrier()
+    assert not list(root.glob(".*"))
+
+
+def a_disk_without_room_ends_both_before_the_first_step(root: Path) -> None:
+    """The first rank looks, and no other."""
+    asked = Mock(return_value=Mock(free=10))
+    error = (ConfigError, "10 bytes are free") if dist.get_rank() == 0 else (PeerFailed, "10 bytes")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", asked)
+        with pytest.raises(error[0], match=error[1]):
+            train(root, tokens__train_steps=1, **DP)
+    assert asked.call_count == (1 if dist.get_rank() == 0 else 0)
+    assert not (root / "metrics.jsonl").exists()
 
 
 def the_command_says_an_error_once(root: Path) -> None:
@@ -267,6 +283,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             a_rank_without_data_ends_both,
             what_fails_on_one_rank_after_a_step_ends_both,
             a_rank_whose_disk_is_full_ends_both,
+            a_disk_without_room_ends_both_before_the_first_step,
             the_command_says_an_error_once,
             the_command_trains,
         )

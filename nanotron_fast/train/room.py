@@ -1,0 +1,49 @@
+"""Whether the checkpoints of a run can be written, which is asked before its first step."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from nanotron_fast.train.architecture import ModelPlan
+from nanotron_fast.train.checkpoint import prove_writable
+from nanotron_fast.train.config import TrainingConfig
+from nanotron_fast.train.estimate import checkpoint_bytes
+from nanotron_fast.train.start import Start
+
+
+def check_room(config: TrainingConfig, model: ModelPlan, start: Start) -> None:
+    """Makes the folder of a run, and proves that a checkpoint can be written to it.
+
+    For one rank: they all see the same folder. Where a run is at its end already nothing is looked
+    at, and the space is where steps are to be saved.
+
+    Raises ConfigError.
+    """
+    root = Path(config.checkpoints.checkpoints_path)
+    if start.folder is not None and start.step == config.tokens.train_steps:
+        return
+    where = config.place.at("checkpoints.checkpoints_path")
+    try:
+        prove_writable(root)
+    except OSError as error:
+        raise where.error(
+            f" is {root}, where no checkpoint can be written: {error.strerror}: {error.filename}"
+        ) from error
+    free, needed = shutil.disk_usage(root).free, checkpoint_bytes(config, model)
+    if free < needed and _saves(config, start):
+        raise where.error(
+            f" is {root}, where {free:,} bytes are free, and a checkpoint takes {needed:,}: make "
+            "room, or give another folder"
+        )
+
+
+def _saves(config: TrainingConfig, start: Start) -> bool:
+    """Whether a checkpoint will be written, even where no signal asks for one."""
+    section, last = config.checkpoints, config.tokens.train_steps
+    interval = section.checkpoint_interval
+    return (
+        section.save_final_state
+        or (section.save_initial_state and start.folder is None)
+        or last // interval > start.step // interval
+    )
