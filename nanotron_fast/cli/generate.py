@@ -39,6 +39,7 @@ def generate(
     import torch
 
     from nanotron_fast.checkpoints.processes import connect
+    from nanotron_fast.cli.reporting import counting
     from nanotron_fast.models.generate import Sampling
     from nanotron_fast.models.generate import generate as continued
 
@@ -54,7 +55,8 @@ def generate(
             import torch.distributed as dist
 
             group = dist.new_group(backend="gloo" if device.type == "cpu" else "nccl")
-        with processes.step():
+        is_quiet = processes.rank != 0
+        with processes.step(), counting("generating", max_new_tokens, is_quiet=is_quiet) as count:
             found = continued(
                 ckpt,
                 prompt,
@@ -63,6 +65,7 @@ def generate(
                 tokenizer=tokenizer,
                 group=group,
                 device=device,
+                on_token=count,
             )
     finally:
         processes.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -261,3 +261,18 @@ class Progress:
             print(", ".join(words), file=sys.stderr, flush=True)
 
         return report
+
+
+@contextmanager
+def counting(verb: str, total: int, *, is_quiet: bool) -> Iterator[Callable[[int], None]]:
+    """A bar for what is counted, on a terminal alone; yields what to tell how many are done."""
+    if is_quiet or not sys.stderr.isatty():
+        yield lambda done: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(verb, total=total)
+        yield lambda done: bar.update(task, completed=done)

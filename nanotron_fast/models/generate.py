@@ -7,7 +7,7 @@ of them go on with the same token.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +22,11 @@ from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.kernels.runtime.collectives import Group, all_gather
+from nanotron_fast.models.architecture import Architecture
 from nanotron_fast.models.building import build
 from nanotron_fast.models.cache import Cache
 from nanotron_fast.models.decoder import Decoder
+from nanotron_fast.models.rotary import max_positions
 from nanotron_fast.models.tokenizer import tokenizer_in
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ def generate_ids(
     max_new_tokens: int,
     sampling: Sampling | None = None,
     stops: Collection[int] = (),
+    on_token: Callable[[int], None] | None = None,
 ) -> list[int]:
     """The tokens that follow a prompt, the one in `stops` that ends them among them.
 
@@ -93,22 +96,14 @@ def generate_ids(
         decoder: of a whole model, tp ranks of it, in mode "all_reduce".
         prompt: token ids, at least one.
         max_new_tokens: at the most.
+        on_token: told how many there are, after each.
 
     Raises ConfigError: the decoder or the numbers make no sense.
     """
     if not (decoder.is_first and decoder.is_last) or decoder.setting.is_scattered:
         raise ConfigError("generating takes a decoder of all layers, in mode all_reduce")
-    if not prompt:
-        raise ConfigError("the prompt has no tokens: give some text")
-    if max_new_tokens < 0:
-        raise ConfigError(f"--max-new-tokens {max_new_tokens}: it should be 0 or more")
+    _check(decoder.architecture, prompt, max_new_tokens)
     vocab_size = decoder.architecture.vocab_size
-    largest = max(prompt)
-    if largest >= vocab_size:
-        raise ConfigError(
-            f"the prompt has token {largest}, and the model {vocab_size} tokens: the tokenizer is "
-            "another model's"
-        )
     sampling = sampling or Sampling()
     generator = torch.Generator().manual_seed(sampling.seed)
     device = decoder.head_weight.device
@@ -121,10 +116,38 @@ def generate_ids(
         whole = all_gather(logits, decoder.setting.ranks).flatten()[:vocab_size]
         token = sampling.choose(whole, generator)
         new.append(token)
+        if on_token is not None:
+            on_token(len(new))
         if token in stops:
             break
         tokens = [token]
     return new
+
+
+def _check(model: Architecture, prompt: Sequence[int], max_new_tokens: int) -> None:
+    """Whether a model can go on with a prompt for so long. Raises ConfigError."""
+    if not prompt:
+        raise ConfigError("the prompt has no tokens: give some text")
+    if max_new_tokens < 0:
+        raise ConfigError(f"--max-new-tokens {max_new_tokens}: it should be 0 or more")
+    largest = max(prompt)
+    if largest >= model.vocab_size:
+        raise ConfigError(
+            f"the prompt has token {largest}, and the model {model.vocab_size} tokens: the "
+            "tokenizer is another model's"
+        )
+    positions, taken = max_positions(model.spec), len(prompt)
+    if positions is None or taken + max_new_tokens <= positions:
+        return
+    if taken > positions:
+        raise ConfigError(
+            f"the prompt has {taken} tokens, and the model {positions} positions "
+            "(max_position_embeddings): shorten it"
+        )
+    raise ConfigError(
+        f"--max-new-tokens {max_new_tokens}: the prompt takes {taken} of the model's {positions} "
+        f"positions (max_position_embeddings), which leaves {positions - taken}"
+    )
 
 
 def generate(
@@ -137,6 +160,7 @@ def generate(
     group: Group = None,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    on_token: Callable[[int], None] | None = None,
 ) -> Generation:
     """Continues a text with a checkpoint's model, in either format and at any topology.
 
@@ -148,6 +172,7 @@ def generate(
         group: of tensor parallelism: each rank reads its shards alone.
         device: to compute on.
         dtype: to compute in; by default fp32 on a CPU, and on a GPU what most of the weights have.
+        on_token: told how many there are, after each new one.
 
     Raises:
         CheckpointError, ConfigError, UnsupportedModelError, TopologyError, OSError;
@@ -157,16 +182,20 @@ def generate(
     root = resolve(path)
     sampling = sampling or Sampling()
     words = _tokenizer(root, tokenizer)
+    ids = words(prompt)["input_ids"]
+    # Before the weights are read, which may take long.
+    _check(Architecture.of_checkpoint(root), ids, max_new_tokens)
     if dtype is None:
         is_cpu = torch.device(device).type == "cpu"
         dtype = torch.float32 if is_cpu else _stored_dtype(root)
     decoder = build(root, group=group, dtype=dtype, device=device)
     new = generate_ids(
         decoder,
-        words(prompt)["input_ids"],
+        ids,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stops=_stops(root, decoder.architecture.spec.eos_token_id),
+        on_token=on_token,
     )
     return Generation(str(words.decode(new, skip_special_tokens=True)), new)
 

@@ -20,6 +20,20 @@ _Key = tuple[int, float | None, int, torch.device]
 _MIN_POSITIONS = 512
 
 
+def max_positions(spec: ModelSpec) -> int | None:
+    """How long a sequence the frequencies are made for.
+
+    None where they follow its length, as with "dynamic" scaling, and where no layer turns anything.
+    """
+    turns = any(layer.attention.rotary is not None for layer in spec.layers)
+    return spec.max_position_embeddings if turns and _kind_of(spec) != "dynamic" else None
+
+
+def _kind_of(spec: ModelSpec) -> str:
+    scaling = spec.rope_scaling or {}
+    return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+
 class Rotary:
     """Cosines and sines for every layer of a model.
 
@@ -29,8 +43,7 @@ class Rotary:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        scaling = spec.rope_scaling or {}
-        self.kind = scaling.get("rope_type") or scaling.get("type") or "default"
+        self.kind = _kind_of(spec)
         self._tables: dict[_Key, Tables] = {}
 
     def tables(self, attention: Attention, length: int, device: torch.device) -> Tables:

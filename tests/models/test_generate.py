@@ -116,6 +116,41 @@ def test_a_missing_package_is_named_before_anything_is_read(
         generate("no-such", "a", tokenizer="s3://bucket/a")
 
 
+def test_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
+    root = save(tmp_path / "hf", "llama", max_position_embeddings=16)
+    decoder = build(root)
+    counted: list[int] = []
+    found = generate_ids(decoder, [3] * 10, max_new_tokens=6, on_token=counted.append)
+    assert len(found) == 6
+    assert counted == [1, 2, 3, 4, 5, 6]
+    message = (
+        r"--max-new-tokens 7: the prompt takes 10 of the model's 16 positions "
+        r"\(max_position_embeddings\), which leaves 6$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        generate_ids(decoder, [3] * 10, max_new_tokens=7)
+    with pytest.raises(ConfigError, match=r"17 tokens, and the model 16 .*: shorten it"):
+        generate_ids(decoder, [3] * 17, max_new_tokens=0)
+    # With dynamic scaling the frequencies follow the length.
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    longer = save(tmp_path / "x", "llama", max_position_embeddings=16, rope_scaling=scaling)
+    assert len(generate_ids(build(longer), [3] * 10, max_new_tokens=7)) == 7
+    # A model none of whose layers turns anything knows no positions.
+    changes = {"num_hidden_layers": 2, "no_rope_layers": [0, 0]}
+    endless = save(tmp_path / "y", "smollm3", max_position_embeddings=16, **changes)
+    assert len(generate_ids(build(endless), [3] * 10, max_new_tokens=7)) == 7
+
+
+def test_positions_are_counted_before_weights_are_read(
+    golden_hf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nanotron_fast.models.generate.build", None)
+    flags = ["--prompt", "text", "--max-new-tokens", "99999", "--json"]
+    refused = CliRunner().invoke(app, ["generate", str(golden_hf), *flags])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("error: --max-new-tokens 99999: the prompt takes ")
+
+
 def test_what_cannot_be_continued_is_said(tmp_path: Path, golden_hf: Path) -> None:
     root = save(tmp_path / "hf", "llama")
     decoder = build(root)
