@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanotron_fast.errors import ConfigError
 from nanotron_fast.train.config import AdamW as AdamWSection
-from nanotron_fast.train.config import Muon as MuonSection
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.muon import Muon
@@ -26,14 +24,9 @@ def optimizer_of(
     Args:
         trained: all parameters of this rank, with their values.
         peaks: the highest learning rates of parameters that have another one, by name.
-
-    Raises ConfigError on an optimizer that there is none of.
     """
     section = config.optimizer
     factory = section.optimizer_factory
-    if not isinstance(factory, AdamWSection | MuonSection):
-        where = config.place.at("optimizer.optimizer_factory.name")
-        raise ConfigError(f"{where} is {factory.name}: there are adamW and muon")
     common: dict[str, Any] = {
         "learning_rate": section.learning_rate_scheduler.learning_rate,
         "betas": (factory.adam_beta1, factory.adam_beta2),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.nanotron.slices import shard_pairs
 from nanotron_fast.kernels.runtime.collectives import Ranks
 from nanotron_fast.model.spec import Attention, Dense, Experts, Layer, ModelSpec
@@ -22,7 +21,6 @@ from nanotron_fast.models import Architecture, Decoder, facts_of, initialize
 from nanotron_fast.models.facts import Facts
 from nanotron_fast.parallel.communication import Pending
 from nanotron_fast.train import matrices
-from nanotron_fast.train.config import optimizer as sections
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.muon import Muon
 from nanotron_fast.train.optimizer import AdamW
@@ -366,10 +364,3 @@ def test_the_optimizer_of_a_configuration() -> None:
         ):
             decay = 0.0 if state.trained.name.endswith("bias") else 0.01
             assert constants == (5.0 if place == 1 else 3e-4, decay)
-
-
-def test_an_optimizer_that_there_is_none_of() -> None:
-    config = read()
-    config = replace(config, optimizer=replace(config.optimizer, optimizer_factory=sections.Sgd()))
-    with pytest.raises(ConfigError, match=r"x.yaml: optimizer\.optimizer_factory\.name is sgd"):
-        optimizer_of(config, [], Mesh(device=CPU))

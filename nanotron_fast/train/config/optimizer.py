@@ -25,7 +25,7 @@ from nanotron_fast.train.config.schema import (
 
 Positive = Annotated[float, Above(0)]
 NotNegative = Annotated[float, AtLeast(0)]
-NAMES = ("adamW", "muon", "sgd")
+NAMES = ("adamW", "muon")
 
 
 def _optimizer_name(text: str) -> str:
@@ -45,13 +45,6 @@ class AdamW:
     adam_beta2: Fraction
     torch_adam_is_fused: bool
     name: Annotated[Literal["adamW"], Spelled(_optimizer_name)] = "adamW"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sgd:
-    """Plain gradient descent, which is read and refused."""
-
-    name: Annotated[Literal["sgd"], Spelled(_optimizer_name)] = "sgd"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,7 +70,7 @@ class Muon:
 def _optimizer_kind(document: Mapping[str, Any], place: Place) -> type:
     """Which optimizer a mapping describes; without a name, as in Nanotron, AdamW."""
     name = document.get("name", "adamW")
-    kinds = {"adamW": AdamW, "muon": Muon, "sgd": Sgd}
+    kinds = {"adamW": AdamW, "muon": Muon}
     kind = kinds.get(_optimizer_name(name)) if isinstance(name, str) else None
     if kind is None:
         raise place.at("name").wrong(name, " or ".join(NAMES))
@@ -128,7 +121,7 @@ class Optimizer:
             balance, see `train.balance`; 0 leaves them as they are.
     """
 
-    optimizer_factory: Annotated[AdamW | Muon | Sgd, ToldApart(_optimizer_kind)]
+    optimizer_factory: Annotated[AdamW | Muon, ToldApart(_optimizer_kind)]
     zero_stage: int
     weight_decay: NotNegative
     clip_grad: Positive | None

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.errors import ConfigError
-from nanotron_fast.train.config.optimizer import Sgd
 from nanotron_fast.train.config.place import Place, shown
 from nanotron_fast.train.config.sections import CheckpointInit, RandomInit
 
@@ -38,10 +37,6 @@ class Refusal:
 
 def _over_one(size: int) -> int | None:
     return size if size > 1 else None
-
-
-def _sgd(config: TrainingConfig) -> object | None:
-    return "sgd" if isinstance(config.optimizer.optimizer_factory, Sgd) else None
 
 
 def _scaling(config: TrainingConfig) -> object | None:
@@ -77,11 +72,6 @@ REFUSALS = (
         lambda config: _outside(config.optimizer.zero_stage, ZERO_STAGES),
         "there is 0 (every rank keeps all states of the optimizer), 1 (they are shared out among "
         "dp ranks) and 3 (weights and gradients as well)",
-    ),
-    Refusal(
-        "optimizer.optimizer_factory.name",
-        _sgd,
-        "there are adamW and muon",
     ),
     Refusal(
         "model.dtype",
