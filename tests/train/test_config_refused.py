@@ -105,10 +105,15 @@ def test_what_is_no_configuration_is_named(changes: dict[str, Any], message: str
             {"optimizer__zero_stage": 2},
             "zero_stage is 2, which cannot be served: there is 0 .* 1 .* and 3",
         ),
-        (
-            {"model__dtype": "float16"},
-            "dtype is 'float16', which .*: parameters are bfloat16 or fl",
+        *(
+            (
+                {"model__dtype": name},
+                f"dtype is '{name}', which .*: parameters are bfloat16 or float32: in other types",
+            )
+            for name in ("float16", "fp16")
         ),
+        ({"model__dtype": "bf16"}, r"x.yaml: model.dtype is 'bf16': did you mean bfloat16\?$"),
+        ({"model__dtype": "FP32"}, r"x.yaml: model.dtype is 'FP32': did you mean float32\?$"),
         (
             {"model__init_method": {"std": 0.1, "scaling_method": "layer_index"}},
             "scaling_method is 'LAYER_INDEX', which cannot be served: Nanotron has no formula",

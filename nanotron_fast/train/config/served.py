@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.train.config.place import Place, shown
 from nanotron_fast.train.config.sections import CheckpointInit, RandomInit
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from nanotron_fast.train.config.training_config import TrainingConfig
 
 DTYPES = ("bfloat16", "float32")
+# As other options spell them, which Nanotron does not.
+_SHORT = {each.short_name: each.torch_name for each in Dtype if each.torch_name in DTYPES}
 ZERO_STAGES = (0, 1, 3)
 
 
@@ -160,6 +163,10 @@ IDLE = (
 
 def check(config: TrainingConfig, place: Place) -> None:
     """Refuses what cannot be served. Raises ConfigError."""
+    meant = _SHORT.get(config.model.dtype.lower())
+    if meant is not None:
+        where = place.at("model.dtype")
+        raise where.error(f" is {shown(config.model.dtype)}: did you mean {meant}?")
     for each in REFUSALS:
         value = each.value(config)
         if value is not None:
