@@ -61,7 +61,10 @@ class DryRun:
             f"  ranks       {layout.world_size}: dp={layout.dp} pp={layout.pp} tp={layout.tp}{ep}"
             f"{engine}{mode}"
         )
-        for line in reporting.stage_lines(found.layer_stages):
+        stages = self.model.stages()
+        names = {"embedding": "embedding", "norm": "final norm", "head": "head"}
+        others = {name: stages.of(block) % layout.pp for block, name in names.items()}
+        for line in reporting.stage_lines(found.layer_stages, layout.pp, others):
             yield f"              {line}"
         yield (
             f"  step        {found.tokens_per_step:,} tokens in {self.config.global_batch_size:,} "

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,48 +76,49 @@ class ModelPlan:
         is_same = bool(self.params) and padded == self.architecture
         params = self.params if is_same else tuple(padded.params())
         topology = Topology(tp=layout.tp, pp=layout.pp, ep=layout.expert_parallel_size)
-        _check_experts(padded, topology, config.place.at("parallelism.expert_parallel_size"))
+        place = config.place.at("parallelism")
+        _check_experts(padded, topology, place.at("expert_parallel_size"))
         # The checkpoints of the run are of its class, and so that decides.
         way = (
             f"start from what nanotron-fast convert --target nanotron-fast --tp {layout.tp} "
             "writes, whose ranks have copies"
         )
-        check_kv_heads(params, padded.model_class, padded.spec, layout.tp, way=way)
-        check_divides(params, topology)
+        with _named(place.at("tp"), layout.tp):
+            check_kv_heads(params, padded.model_class, padded.spec, layout.tp, way=way)
+            check_divides(params, Topology(tp=layout.tp))
+        with _named(place.at("expert_parallel_size"), topology.ep):
+            check_divides(params, Topology(ep=topology.ep))
         plan = replace(
             self, architecture=padded, params=params, topology=topology, chunks=layout.chunks
         )
-        plan._check_stages(config.place.at("parallelism"))
+        plan._check_stages(place)
         return plan
 
     def _check_stages(self, place: Place) -> None:
         """Refuses more stages than there are blocks to fill them. Raises TopologyError."""
         pp, chunks = self.topology.pp, self.chunks
-        try:
-            self._blocks(pp * chunks)
-        except TopologyError as error:
-            interleaved = f" x pp_chunks={chunks}" if chunks > 1 else ""
-            fits = [count for count in range(1, chunks) if self._runs(pp * count)]
-            if fits:
-                last = f"pp_chunks={fits[-1]}" if fits[-1] > 1 else "pp_engine=1f1b"
-            else:
-                most = max(count for count in range(1, pp + 1) if self._runs(count))
-                last = f"pp={most}" + (" and --parallelism.pp_engine=1f1b" if chunks > 1 else "")
-            raise TopologyError(
-                f"{place}: pp={pp}{interleaved} is too many for this model: {error}; set "
-                f"--parallelism.{last}"
-            ) from None
+        if self._runs(pp * chunks):
+            return
+        fits = [count for count in range(1, chunks) if self._runs(pp * count)]
+        if fits:
+            last = f"pp_chunks={fits[-1]}" if fits[-1] > 1 else "pp_engine=1f1b"
+        else:
+            most = max(count for count in range(1, pp + 1) if self._runs(count))
+            last = f"pp={most}" + (" and --parallelism.pp_engine=1f1b" if chunks > 1 else "")
+        interleaved = f" x pp_chunks={chunks}" if chunks > 1 else ""
+        raise TopologyError(
+            f"{place.at('pp')} is {pp}{interleaved}, which is too many for this model: by "
+            "Nanotron's own assignment some stage would own nothing of its "
+            f"{self.architecture.spec.num_layers} layers, norm and head; set --parallelism.{last}"
+        )
 
     def _runs(self, stages: int) -> bool:
+        """Whether each of so many stages would own something."""
         try:
-            self._blocks(stages)
+            self.architecture.blocks_by_stage(Topology(tp=self.topology.tp, pp=stages))
         except TopologyError:
             return False
         return True
-
-    def _blocks(self, stages: int) -> None:
-        """Raises TopologyError where one of so many stages would own nothing."""
-        self.architecture.blocks_by_stage(Topology(tp=self.topology.tp, pp=stages))
 
 
 def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:
@@ -142,6 +144,15 @@ def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:
     check_lengths(config, found.spec.max_position_embeddings, config.place)
     plan = ModelPlan(found, (), given, Topology(), 1, tuple(warnings), min_rows)
     return plan.spread(config)
+
+
+@contextmanager
+def _named(place: Place, size: int) -> Iterator[None]:
+    """An error about ranks begins with what says how many there are."""
+    try:
+        yield
+    except TopologyError as error:
+        raise TopologyError(f"{place} is {size}: {error}") from None
 
 
 def _check_experts(model: Architecture, topology: Topology, place: Place) -> None:

@@ -161,14 +161,25 @@ def test_dropout_is_said_to_have_no_effect(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "message"),
     [
-        ({"pp": 8}, r"pp=8 is too many .* 4 layers.*set --parallelism.pp=\d$"),
+        *(
+            (
+                {"pp": pp},
+                f"x.yaml: parallelism.pp is {pp}, which is too many .* some stage would own "
+                "nothing of its 4 layers, norm and head; set --parallelism.pp=6$",
+            )
+            for pp in (7, 8, 9)
+        ),
         (
             {"pp": 2, "pp_engine": "interleaved", "pp_chunks": 4},
-            r"pp=2 x pp_chunks=4 is too many .* 4 layers.*set --parallelism.pp_chunks=[23]$",
+            r"pp is 2 x pp_chunks=4, which is too .* 4 layers.*set --parallelism.pp_chunks=[23]$",
+        ),
+        (
+            {"tp": 3},
+            r"^x.yaml: parallelism.tp is 3: model\.decoder\.0\..*: 8 heads do not split over tp=3$",
         ),
     ],
 )
-def test_more_stages_than_blocks_are_refused(layout: dict[str, Any], message: str) -> None:
-    config = document(parallelism={"dp": 1, "tp": 1, **layout})
+def test_ranks_that_the_model_does_not_spread_over(layout: dict[str, Any], message: str) -> None:
+    config = document(parallelism={"dp": 1, "pp": 1, "tp": 1, **layout})
     with pytest.raises(TopologyError, match=message):
         architecture(TrainingConfig.from_dict(config, name="x.yaml"))

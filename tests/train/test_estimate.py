@@ -69,15 +69,26 @@ def test_parameters_tokens_and_flops() -> None:
 
 
 def test_layers_of_a_stage_with_several_parts_are_shown_part_by_part() -> None:
-    assert list(stage_lines((0, 0, 1, 0))) == [
+    assert list(stage_lines((0, 0, 1, 0), 2)) == [
         "stage 0: layers 0-1, 3",
         "stage 1: layers 2",
     ]
-    assert list(stage_lines((0, 0, 2, 2))) == [
+    assert list(stage_lines((0, 0, 2, 2), 4)) == [
         "stage 0: layers 0-1",
         "stage 1: no decoder layer",
         "stage 2: layers 2-3",
+        "stage 3: no decoder layer",
     ]
+    assert list(stage_lines((), 2)) == []
+
+
+def test_what_stages_without_layers_own_is_shown(tmp_path: Path) -> None:
+    path = save(tmp_path / "c.yaml")
+    for pp, last in ((6, ["stage 4: final norm", "stage 5: head"]), (5, [])):
+        told = [line.strip() for line in dry_run(path, [f"--parallelism.pp={pp}"]).lines()]
+        stages = [line for line in told if line.startswith("stage ")]
+        expected = [f"stage {stage}: layers {stage}" for stage in range(4)]
+        assert stages == expected + (last or ["stage 4: final norm and head"])
 
 
 def test_a_window_and_experts_count_what_a_token_goes_through() -> None:
@@ -198,7 +209,7 @@ def test_stages_own_their_layers_and_a_tied_embedding_twice() -> None:
     assert found.memory == first
     chunked = of(**layout(pp=2, pp_engine="interleaved"))
     assert chunked.layer_stages == (0, 0, 1, 0)
-    with pytest.raises(TopologyError, match=r"pp=16.*: 4 layers.* fill"):
+    with pytest.raises(TopologyError, match=r"pp is 16, .*its 4 layers"):
         of(**layout(pp=16))
     with pytest.raises(TopologyError, match=r"4 kv heads do not split over tp=8"):
         of(**layout(tp=8))
