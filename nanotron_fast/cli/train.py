@@ -93,8 +93,7 @@ def _run(config: str, overrides: list[str], *, is_quiet: bool) -> TrainingResult
     with ExitStack() as stack:
         bar = _TokenBar(stack, is_quiet=is_quiet or _rank() > 0)
         trainer = Trainer(read, is_quiet=is_quiet, on_tokens=bar)
-        with interruption.telling(lambda: "checkpoints that were whole are there still"):
-            result = trainer.run()
+        result = trainer.run()
     if is_ours:
         leave()
     return result

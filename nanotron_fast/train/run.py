@@ -118,6 +118,7 @@ class Run:
         data: of this data-parallel rank.
         report: called with the figures of each step.
         stop: what signals ask for.
+        taken: the last step that was.
     """
 
     config: TrainingConfig
@@ -129,10 +130,12 @@ class Run:
     saver: Saver
     report: Report
     stop: StopRequest = field(default_factory=StopRequest)
+    taken: int = field(init=False, default=0)
 
     def to_the_end(self) -> TrainingResult:
         """Takes the steps. Raises what `Trainer.run` does."""
         step, last = self.start.step, self.config.tokens.train_steps
+        self.taken = step
         section = self.config.checkpoints
         metrics: StepMetrics | None = None
         validation_loss: float | None = None
@@ -148,6 +151,7 @@ class Run:
                 begun = time.perf_counter()
                 result = self._step(step, batch)
                 loss, norm = result.loss.item(), result.grad_norm.item()
+                self.taken = step
                 seconds = waited + time.perf_counter() - begun
                 batch, failure, waited = _next(batches)
                 held_out, no_validation = _tried(partial(self._held_out, step))
@@ -176,6 +180,15 @@ class Run:
             self.saver.last or self.start.folder,
             self.stop.name if is_cut else None,
         )
+
+    def remains(self) -> str:
+        """What there is of the run where a signal ends it at once."""
+        return f"after step {self.taken} of {self.config.tokens.train_steps}; {self._kept()}"
+
+    def _kept(self) -> str:
+        kept = self.saver.last or self.start.folder
+        root = self.config.checkpoints.checkpoints_path
+        return f"{kept} is the last checkpoint" if kept else f"{root} has no checkpoint yet"
 
     def _batch(self, step: int) -> dict[str, Tensor]:
         return self._joined(self.data.batch(step))
@@ -285,10 +298,9 @@ class Run:
         for name, value in (("loss", metrics.loss), ("norm of the gradient", metrics.grad_norm)):
             if not math.isfinite(value):
                 self._agree(self.saver.finished())
-                kept = self.saver.last or self.start.folder
                 raise TrainingError(
                     f"step {metrics.step}: the {name} is {value}; the run ends without saving, and "
-                    + (f"{kept} is the last checkpoint" if kept else "there is no checkpoint yet")
+                    + self._kept()
                 )
 
     def _held_out(self, step: int) -> list[MicroBatch]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from nanotron_fast import interruption
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.checkpoints.source import resolve
 from nanotron_fast.errors import NanotronFastError
@@ -88,6 +89,7 @@ class Trainer:
                 run = _prepared(self, mesh, stack)
                 # Until here there is nothing that could be saved, and signals end the process.
                 run.stop = stack.enter_context(stop_request())
+                stack.enter_context(interruption.telling(run.remains))
                 result = run.to_the_end()
         except (NanotronFastError, OSError):
             # All ranks come here. After any other error the rest may be waiting for ever.

@@ -25,6 +25,7 @@ from nanotron_fast.errors import (
     TopologyError,
     TrainingError,
 )
+from nanotron_fast.interruption import Interrupted
 from nanotron_fast.train import Trainer, TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
@@ -213,6 +214,27 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     again = train(tmp_path, checkpoints__resume_checkpoint_path=str(tmp_path), **changes)
     assert again.step == 6
     assert again.loss is not None
+
+
+@pytest.mark.parametrize(
+    ("interval", "kept"),
+    [(5, "{root} has no checkpoint yet"), (2, "{root}/2 is the last checkpoint")],
+)
+def test_what_remains_where_a_signal_ends_a_run_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: int, kept: str
+) -> None:
+    inner = running.Run._step
+
+    def stepping(run: Any, number: int, batch: Any) -> Any:
+        if number == 4:
+            run.saver.finished()
+            raise Interrupted(signal.SIGINT)
+        return inner(run, number, batch)
+
+    monkeypatch.setattr(running.Run, "_step", stepping)
+    with pytest.raises(Interrupted) as raised:
+        train(tmp_path, tokens__train_steps=9, checkpoints__checkpoint_interval=interval)
+    assert raised.value.remains == f"after step 3 of 9; {kept.format(root=tmp_path)}"
 
 
 def test_a_disk_that_is_full_leaves_the_last_checkpoint(
