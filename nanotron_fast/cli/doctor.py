@@ -30,9 +30,10 @@ class Package(NamedTuple):
     purpose: str
 
 
+_TRITON = "the kernels of a GPU; train, generate, run and verify --logits want it on a CPU too"
 PACKAGES = (
     Package("torch", "train", "training, generating, verify --logits, and several processes"),
-    Package("triton", "kernels", "the kernels of a GPU"),
+    Package("triton", "kernels", _TRITON),
     Package("transformers", "train", "tokenizers, and verify --logits"),
     Package("datasets", "train", "text of the datasets library"),
     Package("huggingface_hub", "", "models by their id on the Hub"),

@@ -21,11 +21,11 @@ import pytest
 
 from nanotron_fast import _C
 from nanotron_fast.checkpoints import io_modes
-from nanotron_fast.cli import doctor, doctor_files
+from nanotron_fast.cli import doctor, doctor_files, needs
 from nanotron_fast.cli.commands import app
 from nanotron_fast.cli.doctor import diagnose
 from nanotron_fast.cli.findings import Finding
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import ConfigError, MissingPackageError
 
 Patch = pytest.MonkeyPatch
 
@@ -62,6 +62,19 @@ def test_the_command_prints_it_and_ends_with_0(capsys: pytest.CaptureFixture[str
         assert f"{each['state']:<9}{each['name']}" in out
         assert not each["remedy"] or f"to mend it: {each['remedy']}" in out
     assert out.endswith(": checkpoints can be converted here\n")
+
+
+def test_what_triton_is_for_names_every_command_that_asks_for_it(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    told = found("triton", tmp_path).found
+    for name, *options in (["train"], ["generate"], ["run"], ["verify", "--logits"]):
+        with pytest.raises(MissingPackageError, match="needs triton"):
+            needs.check([name, *options])
+        assert " ".join([name, *options]) in told
+    assert "on a CPU too" in told
 
 
 def test_a_place_that_is_not_there_is_bad_input(
