@@ -12,7 +12,7 @@ SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
-venv: $(READY) ## make .venv with everything for development (PYTHON=python3.12 picks another)
+venv: $(READY) ## make .venv with all that tests and checks need (PYTHON=python3.12 picks another)
 
 # Built without isolation, so that `make build` finds the same headers and reuses the objects.
 $(READY): pyproject.toml setup.py setup_cuda.py constraints.txt
