@@ -1,9 +1,12 @@
-"""Why a tensor is not found: names under a prefix that another program put before them."""
+"""Why a tensor is not found, or has no place: names, and what they say."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
+
+from nanotron_fast.checkpoints.options import IGNORE_HINT
+from nanotron_fast.units import count
 
 # Prefixes, what puts each there, and what to save instead.
 _PREFIXES = {
@@ -19,7 +22,8 @@ _PREFIXES = {
     "transformer.": "another class than that of config.json's model_type puts it there",
 }
 _ROOT = "model."
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+# The first number in a name is that of its layer: model.layers.3.mlp.experts.0.up_proj.weight.
+_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<number>\d+)\.")
 _UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.")
 
 
@@ -49,15 +53,40 @@ def explain(names: Collection[str], wanted: Iterable[str], ignored: Collection[s
     return ""
 
 
-def layers_beyond(names: Iterable[str], num_layers: int) -> str | None:
-    """How to leave out tensors of layers that follow a model's own; None where others are left."""
-    found = [_LAYER.match(name) for name in names]
-    numbers = sorted({int(match[1]) for match in found if match is not None})
-    if None in found or not numbers or numbers[0] < num_layers:
-        return None
-    globs = " ".join(f"--ignore-tensors 'model.layers.{number}.*'" for number in numbers)
+def about_left_over(
+    left: Collection[str],
+    used: Iterable[str],
+    *,
+    num_layers: int,
+    num_predicting: int,
+    config: str,
+) -> str:
+    """What to do about tensors without a place.
+
+    Args:
+        left: their names.
+        used: those of the tensors that have one.
+        num_layers: of the model, as the file `config` has it.
+        num_predicting: layers that it says follow them, to predict later tokens.
+    """
+    stacks = {match["stack"] for match in map(_LAYER.match, used) if match is not None}
+    layers = {
+        (int(match["number"]), f"{match['stack']}.{match['number']}.")
+        for match in map(_LAYER.match, left)
+        if match is not None and match["stack"] in stacks and int(match["number"]) >= num_layers
+    }
+    if not layers:
+        return IGNORE_HINT
+    if len(layers) != num_predicting:
+        there = 1 + max(number for number, _ in layers)
+        has = f"{config} has {count(num_layers, 'layer')}"
+        return f"{has}, and the files have {there}: one of them is wrong"
+    prefixes = [prefix for _, prefix in sorted(layers)]
+    if not all(name.startswith(tuple(prefixes)) for name in left):
+        return IGNORE_HINT
+    globs = " ".join(f"--ignore-tensors '{prefix}*'" for prefix in prefixes)
     return (
-        f"config.json has {num_layers} layers, and those beyond them predict later tokens (MTP), "
+        f"{config} has {num_layers} layers, and those beyond them predict later tokens (MTP), "
         f"which no model here does. {globs} leaves them out"
     )
 

@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 
 from nanotron_fast.checkpoints.bounds import check_counts
 from nanotron_fast.checkpoints.from_shapes import has_param, head_dim_of, moe_sizes_of
-from nanotron_fast.checkpoints.names import layers_beyond
-from nanotron_fast.checkpoints.options import IGNORE_HINT, Options
+from nanotron_fast.checkpoints.names import about_left_over
+from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.equality import MustBeEqual
 from nanotron_fast.checkpoints.plan.like import check_shapes, read_like
 from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource, is_ignored
@@ -35,12 +35,12 @@ from nanotron_fast.families.hf_config import read_config
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.refusals import check_config, rotates_halves
 from nanotron_fast.families.unknown_fields import unknown_fields, unknown_fields_warnings
-from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint
+from nanotron_fast.formats.huggingface.checkpoint import CONFIG, HfCheckpoint
 from nanotron_fast.formats.huggingface.quantization import (
     names_of_activation_scales,
     read_quantization,
 )
-from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
 from nanotron_fast.formats.nanotron.side_file import read_side_file
@@ -58,7 +58,8 @@ class StoredModel:
     `padded_vocab_size` counts the rows that are stored, `spec.vocab_size` those of the model.
     `is_interleaved`: rotary pairs of q and k lie beside each other, in Nanotron's parameters;
     `tensors_interleaved` says it of the tensors of a published model. `copies_kv_heads`: where
-    tensor-parallel ranks outnumber key-value heads, several have a copy of each.
+    tensor-parallel ranks outnumber key-value heads, several have a copy of each. `num_predicting`
+    counts layers that follow those of the model, and that nothing here computes.
     """
 
     checkpoint: Checkpoint
@@ -68,9 +69,10 @@ class StoredModel:
     is_interleaved: bool
     tensors_interleaved: bool = False
     copies_kv_heads: bool = False
+    num_predicting: int = 0
     warnings: list[str]
-    # What is left over, and whose it would have to be.
-    _what: ClassVar[tuple[str, str]]
+    # What is left over, whose it would have to be, and where the layers are counted.
+    _what: ClassVar[tuple[str, str, str]]
 
     @property
     def padded_spec(self) -> ModelSpec:
@@ -123,8 +125,14 @@ class StoredModel:
         """
         unused = self.leftovers(reader)
         if unused:
-            what, whose = self._what
-            hint = layers_beyond(unused, self.spec.num_layers) or IGNORE_HINT
+            what, whose, config = self._what
+            hint = about_left_over(
+                unused,
+                reader.used,
+                num_layers=self.spec.num_layers,
+                num_predicting=self.num_predicting,
+                config=config,
+            )
             raise CheckpointError(
                 f"{self.checkpoint.root}: {len(unused)} {what} have no place in {whose} "
                 f"{self.family.name}: {some(unused)}. {hint}"
@@ -142,7 +150,7 @@ class HfModel(StoredModel):
     """That of a Hugging Face checkpoint."""
 
     checkpoint: HfCheckpoint
-    _what = "tensors", "Nanotron's"
+    _what = "tensors", "Nanotron's", CONFIG
 
     def __init__(self, source: HfCheckpoint, options: Options) -> None:
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
@@ -156,6 +164,7 @@ class HfModel(StoredModel):
         self.family = family_of_config(config, options.family)
         self.warnings += warnings_about(self.family, config)
         self.spec = read_config(self.family, config)
+        self.num_predicting = self.family.num_predicting(config)
         check_counts(self.spec, source)
         self.padded_vocab_size = self.spec.vocab_size
         self.is_interleaved = False
@@ -179,7 +188,7 @@ class NanotronModel(StoredModel):
     """
 
     checkpoint: NanotronCheckpoint
-    _what = "parameters", "Hugging Face's"
+    _what = "parameters", "Hugging Face's", MODEL_CONFIG
 
     def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""

@@ -37,4 +37,5 @@ FAMILY = Family(
     qkv_bias="attention_bias",
     output_bias="attention_bias",
     quirks=(mla.LatentHeads(), grouped_experts.GroupedExperts()),
+    prediction_layers=grouped_experts.PREDICTION_LAYERS,
 )

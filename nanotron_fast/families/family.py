@@ -97,6 +97,8 @@ class Family:
             nothing are taken.
         buffers: patterns of tensors that old files keep among the weights, and that are none.
         extras: keys that pass through unread: dropout rates, pretraining_tp.
+        prediction_layers: the key that counts layers which follow a model's own and predict later
+            tokens (MTP), where the published models have some.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Family:
     neutral: tuple[str, ...] = ()
     buffers: tuple[str, ...] = ()
     extras: tuple[str, ...] = ()
+    prediction_layers: str | None = None
 
     @property
     def expresses(self) -> frozenset[str]:
@@ -145,6 +148,11 @@ class Family:
     def config_keys(self) -> dict[str, str]:
         """The config key of each plainly kept field of ModelSpec."""
         return {**COMMON_KEYS, **self.keys}
+
+    def num_predicting(self, config: Mapping[str, Any]) -> int:
+        """How many layers a config says follow a model's own, which nothing here computes."""
+        number = None if self.prediction_layers is None else config.get(self.prediction_layers)
+        return number if isinstance(number, int) else 0
 
     def params(
         self,

@@ -44,4 +44,5 @@ FAMILY = Family(
     rope=rope_of_a_part,
     quirks=(PartialRotary(), QkNorm("use_qk_norm", "head"), grouped_experts.GroupedExperts()),
     writes_head_dim=True,
+    prediction_layers=grouped_experts.PREDICTION_LAYERS,
 )

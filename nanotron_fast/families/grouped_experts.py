@@ -43,6 +43,7 @@ _ONLY: Mapping[str, tuple[Any, ...]] = {
     "topk_method": ("noaux_tc",),
     "moe_layer_freq": (1,),
 }
+PREDICTION_LAYERS = "num_nextn_predict_layers"
 DEFAULTS: Mapping[str, Any] = {
     "n_routed_experts": 256,
     "num_experts_per_tok": 8,
