@@ -22,7 +22,7 @@ from nanotron_fast.checkpoints.partial import Partial, whole_outputs
 from nanotron_fast.checkpoints.plan.plan import Plan, peak_resident_bytes
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.remote import running
-from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import DESTINATION, as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes, settle, take_over
 from nanotron_fast.checkpoints.small_files import copy_file, write_file
 from nanotron_fast.errors import ConfigError, add_note, puts_in_doubt
@@ -99,7 +99,7 @@ def carry_out(
     workers = engine.default_workers() if workers is None else workers
     if workers < 1:
         raise ConfigError(f"--workers {workers}: it should be at least 1")
-    dst = as_path(dst)
+    dst = as_path(dst, DESTINATION)
     check_choices(dst, wishes, fsync=fsync, io=io, manifest=manifest)
     if is_url(dst):
         from nanotron_fast.checkpoints.remote.upload import upload

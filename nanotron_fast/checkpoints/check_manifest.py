@@ -97,7 +97,7 @@ def check_manifest(
     Raises:
         CheckpointError: there is no manifest, or it cannot be read. OSError.
     """
-    path = as_path(path)
+    path = as_path(path, "the checkpoint")
     if is_url(path):
         raise CheckpointError(
             f"{without_password(str(path))}: files are checked against their manifest on a disk "

@@ -20,7 +20,7 @@ from nanotron_fast.checkpoints.remote.mirror import (
     shown_in_errors,
 )
 from nanotron_fast.checkpoints.remote.packages import require_store
-from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import DESTINATION, as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.source import read, resolve, tensor_names
 from nanotron_fast.errors import CheckpointError, ConfigError
@@ -57,9 +57,7 @@ def plan(
     """
     require_store(src, dst)
     options = Options.of(choices)
-    dst = as_path(dst)
-    if not str(dst):
-        raise ConfigError("the destination has no name")
+    dst = as_path(dst, DESTINATION)
     with noting() as noted:
         ready = _plan(src, dst, options)
     return replace(ready, sources_read={**noted, **ready.sources_read})

@@ -170,7 +170,7 @@ def _shard_bytes(flag: str, given: str | int) -> int:
 def _folder(flag: str, given: str | Path) -> Path:
     from nanotron_fast.checkpoints.source import resolve_companions
 
-    return resolve_companions(given)
+    return resolve_companions(given, flag)
 
 
 def _patterns(flag: str, given: str | Sequence[str]) -> tuple[str, ...]:

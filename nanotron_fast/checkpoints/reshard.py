@@ -15,7 +15,7 @@ from nanotron_fast.checkpoints.ownership import LITTER_SECONDS
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.reshard import Training, plan_reshard
 from nanotron_fast.checkpoints.processes import Processes
-from nanotron_fast.checkpoints.remote.urls import as_path, is_url, without_password
+from nanotron_fast.checkpoints.remote.urls import DESTINATION, as_path, is_url, without_password
 from nanotron_fast.checkpoints.settling import Wishes
 from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.checkpoints.source import resolve
@@ -61,8 +61,6 @@ def plan(
         OSError: a file cannot be read.
     """
     dst = _folder(dst)
-    if not str(dst):
-        raise ConfigError("the destination has no name")
     if dp is not None and (not isinstance(dp, int) or not 1 <= dp <= MAX_RANKS):
         raise ConfigError(f"--dp {dp!r}: a group has at least one rank, and at most {MAX_RANKS}")
     if zero_stage not in (None, 0, 1):
@@ -160,10 +158,10 @@ def reshard(
 
 
 def _folder(dst: str | Path) -> str | Path:
-    if is_url(dst) and is_url(as_path(dst)):
+    if is_url(dst) and is_url(as_path(dst, DESTINATION)):
         shown = without_password(str(dst))
         raise ConfigError(f"{shown}: a training checkpoint is written to a directory alone")
-    return as_path(dst)
+    return as_path(dst, DESTINATION)
 
 
 def _name_latest(folder: Path, *, fsync: bool) -> None:

@@ -42,7 +42,7 @@ def resolve(source: str | Path, *, takes_urls: bool = False) -> Path:
     With `takes_urls` it may be a mirror of what lies in a store: see `checkpoints.remote`.
     Raises CheckpointError; ConfigError for a URL that is not taken or cannot be reached, OSError.
     """
-    source = as_path(source)
+    source = as_path(source, "the checkpoint")
     if takes_urls and is_url(source):
         return mirror(str(source))
     path = on_disk(source, "the checkpoint")
@@ -67,13 +67,18 @@ def _check_not_between(path: Path) -> None:
         raise CheckpointError(f"{path}: no such directory: {found}")
 
 
-def resolve_companions(source: str | Path, *, revision: str | None = None) -> Path:
+def resolve_companions(
+    source: str | Path, what: str = "the tokenizer", *, revision: str | None = None
+) -> Path:
     """The directory whose tokenizer or configuration is wanted, and no weights.
 
-    `revision` is of a Hub id: a branch, a tag or a commit; None for the newest.
-    Raises CheckpointError.
+    Args:
+        what: is wanted, as a message begins.
+        revision: of a Hub id: a branch, a tag or a commit; None for the newest.
+
+    Raises CheckpointError, ConfigError.
     """
-    source = as_path(source)
+    source = as_path(source, what)
     if is_url(source):
         return mirror(str(source), with_tensors=False)
     path = Path(source)

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from nanotron_fast.checkpoints.remote.urls import as_path
 from nanotron_fast.cli import doctor_files
 from nanotron_fast.cli.findings import Finding
 from nanotron_fast.errors import ConfigError, one_line
@@ -72,7 +73,7 @@ def diagnose(place: str | Path | None = None) -> Diagnosis:
 
     Raises ConfigError where there is no such directory.
     """
-    folder = Path(place or ".")
+    folder = Path("." if place is None else as_path(place, "DIR"))
     if not folder.is_dir():
         raise ConfigError(f"{folder}: there is no such directory")
     found = [*_engine(), *_needed(), *_packages(), *_accelerator()]

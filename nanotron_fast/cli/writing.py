@@ -146,7 +146,7 @@ def write(
 def _dry_share(dst: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
     """The share that is planned alone. Raises ConfigError for options that a plan cannot honour."""
     from nanotron_fast.checkpoints.carrying_out import check_choices
-    from nanotron_fast.checkpoints.remote.urls import as_path
+    from nanotron_fast.checkpoints.remote.urls import DESTINATION, as_path
     from nanotron_fast.checkpoints.settling import Wishes
 
     for name in ("resume", "overwrite_partial", "finish"):
@@ -157,7 +157,7 @@ def _dry_share(dst: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
             )
     share: tuple[int, int] | None = options.get("share")
     choices = {name: options[name] for name in ("fsync", "io", "manifest")}
-    check_choices(as_path(dst), Wishes(share=share), **choices)
+    check_choices(as_path(dst, DESTINATION), Wishes(share=share), **choices)
     return share
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +118,28 @@ def test_inspect_says_that_the_layers_are_not_there(hf: Path) -> None:
     edit(hf / "config.json", num_hidden_layers=5000)
     found = nf.inspect(hf)
     assert "config.json calls for 5,000 layers, and the files hold 20 tensors" in str(found.problem)
+
+
+def test_an_empty_string_is_not_this_folder(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nanotron, out = tmp_path / "nanotron", tmp_path / "out"
+    nf.convert(hf, nanotron, manifest=True)
+    runs: list[tuple[str, Path, Callable[[], object]]] = [
+        ("the checkpoint", hf, lambda: nf.convert("", out)),
+        ("the checkpoint", hf, lambda: nf.verify("", hf)),
+        ("the checkpoint", hf, lambda: nf.verify(hf, "")),
+        ("the checkpoint", hf, lambda: nf.inspect("")),
+        ("the checkpoint", hf, lambda: nf.load_into({}, "", topology=nf.Topology(), rank=0)),
+        ("the checkpoint", nanotron, lambda: nf.check_manifest("")),
+        ("the checkpoint", nanotron, lambda: nf.reshard("", out)),
+        ("the destination", tmp_path, lambda: nf.convert(hf, "")),
+        ("the destination", tmp_path, lambda: nf.reshard(nanotron, "")),
+        ("--tokenizer", hf, lambda: nf.convert(hf, out, tokenizer="")),
+        ("--like", hf, lambda: nf.convert(nanotron, out, like="")),
+    ]
+    for what, folder, run in runs:
+        monkeypatch.chdir(folder)
+        with pytest.raises(ConfigError, match=f"^{what}: an empty string names no place"):
+            run()
+        assert not out.exists()

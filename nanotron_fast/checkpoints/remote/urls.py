@@ -12,6 +12,8 @@ _URL = re.compile(
     rf"(?P<outer>({_PROTOCOL}::)*)(?P<protocol>{_PROTOCOL})://(?P<path>.*)", re.DOTALL
 )
 _FILE = re.compile(r"(?:file|local):(?://(?P<host>[^/]*))?(?P<path>/.*)", re.DOTALL | re.IGNORECASE)
+# What messages call it.
+DESTINATION = "the destination"
 _PASSWORD = re.compile(r"(//[^/@:]*):[^/@]*@")
 
 
@@ -25,11 +27,16 @@ def is_url(place: object) -> bool:
     return isinstance(place, str) and _URL.match(place) is not None
 
 
-def as_path(place: str | Path) -> str | Path:
+def as_path(place: str | Path, what: str) -> str | Path:
     """The path that a file:// URL stands for, which is a folder like any; all else as it is.
 
-    Raises ConfigError where it names another machine.
+    Args:
+        what: is there, such as "the destination".
+
+    Raises ConfigError where it names another machine, or is empty, which Path takes for ".".
     """
+    if place == "":
+        raise ConfigError(f"{what}: an empty string names no place; is a variable not set?")
     match = _FILE.fullmatch(place) if isinstance(place, str) else None
     if match is None:
         return place
@@ -47,7 +54,7 @@ def on_disk(place: str | Path, what: str) -> Path:
     Args:
         what: is there, such as "the run".
     """
-    place = as_path(place)
+    place = as_path(place, what)
     if is_url(place):
         raise ConfigError(
             f"{without_password(str(place))}: convert, verify and inspect work with URLs, and "
