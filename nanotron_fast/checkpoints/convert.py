@@ -144,7 +144,8 @@ def convert(
         fsync: return only when files, directories and the rename are on the device.
         resume: go on with what an earlier run of the same conversion has finished; without one,
             begin. What is of another conversion, or of a source that has changed, is an error.
-        overwrite_partial: give up what earlier runs have finished.
+        overwrite_partial: give up what earlier runs have finished; with `resume`, only what it
+            cannot go on with.
         share: (I, N): do the I-th of N shares, each of which may run anywhere, at any time.
         finish: prove that all shares are done, and give the result its name.
         io: how bytes pass between files and memory: "buffered", through the page cache; "direct",

@@ -27,7 +27,7 @@ class Wishes:
 
     Args:
         resume: go on with what fits.
-        overwrite_partial: give up the rest.
+        overwrite_partial: give up the rest; without `resume`, all.
         share: (I, N): this run does one share of N; others' stay.
         finish: all shares are done: this run writes no tensors, and gives up nothing.
     """

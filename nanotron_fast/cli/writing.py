@@ -48,7 +48,8 @@ OverwritePartial = Annotated[
     typer.Option(
         "--overwrite-partial",
         rich_help_panel=RUNS,
-        help="Give up what earlier runs have finished.",
+        help="Give up what earlier runs have finished; with --resume, only what it cannot go on "
+        "with.",
     ),
 ]
 Io = Annotated[

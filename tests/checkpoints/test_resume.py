@@ -114,6 +114,18 @@ def test_nothing_to_resume_is_a_beginning(source: Path, tmp_path: Path) -> None:
     assert nf.verify(source, tmp_path / "out").equal
 
 
+def test_what_differs_is_given_up_and_the_rest_gone_on_with(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    stopped(source, out, 5)
+    (fitting, _) = names(tmp_path)
+    (tmp_path / fitting).rename(tmp_path / "aside")
+    stopped(source, out, 3, dtype="fp16")
+    (tmp_path / "aside").rename(tmp_path / fitting)
+    report = nf.convert(source, out, topology=TP2, resume=True, overwrite_partial=True)
+    assert len(report.part.outputs) == len(report.plan.transfer.outputs) - 5
+    assert names(tmp_path) == ["out", "source"]
+
+
 def test_beginning_anew(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     stopped(source, out, 5)
