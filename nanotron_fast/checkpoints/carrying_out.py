@@ -32,6 +32,7 @@ from nanotron_fast.moves import engine
 from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.plan import MovePlan, OutputFile
+from nanotron_fast.units import count, size
 
 _NO_WISHES = Wishes()
 # Room for each of the small files whose contents are not made yet.
@@ -51,6 +52,12 @@ class Report:
     part: MovePlan
     share: tuple[int, int] | None = None
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return (
+            f"<Report: {self.plan.what}, {self.destination}: {size(self.part.bytes_written)} in "
+            f"{count(len(self.part.outputs), 'file')}, {self.seconds:.2f} s>"
+        )
 
     @property
     def gigabytes_per_second(self) -> float:

@@ -25,6 +25,7 @@ from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS, Dtype
+from nanotron_fast.units import count, size
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,6 +60,14 @@ class Inspection:
     # How a Hugging Face one's weights are quantised, which a conversion dequantises.
     quantization: str | None = None
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        what = [self.format if self.topology is None else f"{self.format} {self.topology}"]
+        what += [name for name in (self.family, self.problem) if name is not None]
+        return (
+            f"<Inspection: {self.path}, {', '.join(what)}: {self.num_elements:,} elements, "
+            f"{size(self.num_bytes)} in {count(self.tensor_files, 'file')}>"
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The contract of `inspect --json`."""

@@ -12,6 +12,7 @@ import yaml
 import nanotron_fast as nf
 from nanotron_fast.cli.reporting import verification_lines
 from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.units import size
 from tests.modelzoo import Tensor, make, read_tensors, write_json
 from tests.refusals import refused
 
@@ -143,3 +144,23 @@ def test_an_empty_string_is_not_this_folder(
         with pytest.raises(ConfigError, match=f"^{what}: an empty string names no place"):
             run()
         assert not out.exists()
+
+
+def test_what_a_notebook_shows_is_short(hf: Path, tmp_path: Path) -> None:
+    out, topology = tmp_path / "out", nf.Topology(tp=2)
+    number = f"{nf.inspect(hf).num_elements:,}"
+    what = f"llama, {number} parameters in bf16, {hf} (hf) -> nanotron TP=2 PP=1"
+    plan = nf.plan(hf, out, topology=topology)
+    written = f"{size(plan.bytes_written)} in {len(plan.transfer.outputs)} files"
+    assert repr(plan) == f"<Plan: {what}: {written}>"
+    report = nf.convert(hf, out, topology=topology)
+    assert repr(report) == f"<Report: {what}, {out}: {written}, {report.seconds:.2f} s>"
+    back = f"llama, {number} parameters in bf16, {out} (nanotron TP=2 PP=1) -> "
+    assert repr(nf.plan(out, tmp_path / "back")).startswith(f"<Plan: {back}hf: ")
+    more = nf.plan(out, tmp_path / "back", to="nanotron", topology=nf.Topology(pp=2))
+    assert repr(more).startswith(f"<Plan: {back}nanotron TP=1 PP=2: ")
+    stored = f"{size(nf.inspect(hf).num_bytes)} in 1 file"
+    assert repr(nf.inspect(hf)) == f"<Inspection: {hf}, hf, llama: {number} elements, {stored}>"
+    assert repr(nf.inspect(out)).startswith(f"<Inspection: {out}, nanotron TP=2 PP=1, llama: ")
+    edit(hf / "config.json", model_type="gpt2")
+    assert "'gpt2' is not supported" in repr(nf.inspect(hf))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.checkpoints.plan.equality import MustBeEqual
+from nanotron_fast.checkpoints.remote.mirror import shown
 from nanotron_fast.formats.nanotron.optimizer import Sizes
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
@@ -16,6 +17,7 @@ from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.move import scales_of, table_of
 from nanotron_fast.moves.plan import MovePlan
+from nanotron_fast.units import count, size
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,23 @@ class Plan:
     # What the sources were when their headers were read, where that was noted, and what the small
     # files were that the plan was made from.
     sources_read: Mapping[Path, ReadFile] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        files = count(len(self.transfer.outputs), "file")
+        return f"<Plan: {self.what}: {size(self.bytes_written)} in {files}>"
+
+    @property
+    def what(self) -> str:
+        """The model, from where it comes and what becomes of it, in short."""
+        before = after = ""
+        if self.source_format == "nanotron":
+            before = f" {self.source_topology or self.topology}"
+        if self.direction == "nanotron":
+            after = f" {self.topology}"
+        return (
+            f"{self.family}, {self.num_parameters:,} parameters in {self.dtype.short_name}, "
+            f"{shown(self.source)} ({self.source_format}{before}) -> {self.direction}{after}"
+        )
 
     def for_ranks(self, ranks: Ranks | None, files: Sequence[tuple[int, int | None]]) -> Plan:
         """The plan with what some ranks need alone.
