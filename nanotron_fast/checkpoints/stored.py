@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 from nanotron_fast.checkpoints.bounds import check_counts
@@ -21,6 +23,7 @@ from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSo
 from nanotron_fast.errors import (
     CheckpointError,
     ConfigError,
+    NanotronFastError,
     TopologyError,
     UnsupportedModelError,
 )
@@ -43,6 +46,7 @@ from nanotron_fast.formats.huggingface.quantization import (
 from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
 from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
+from nanotron_fast.formats.nanotron.side_file import NAME as SIDE_FILE
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
@@ -50,6 +54,20 @@ from nanotron_fast.moves.dtypes import Dtype
 
 Checkpoint = HfCheckpoint | NanotronCheckpoint
 _SHOWN = 5
+
+
+@contextmanager
+def _named(root: Path) -> Iterator[None]:
+    """Errors say which checkpoint they are about: of a configuration alone, the code knows none."""
+    try:
+        yield
+    except NanotronFastError as error:
+        said = str(error)
+        # An option is the caller's, and of no checkpoint.
+        if str(root) not in said and not said.startswith("--"):
+            is_file = said.startswith((CONFIG, MODEL_CONFIG))
+            error.args = (f"{root}{'/' if is_file else ': '}{said}",)
+        raise
 
 
 class StoredModel:
@@ -82,6 +100,31 @@ class StoredModel:
     def reader(self) -> HfSource | NanotronSource:
         """A side to read from, which notes what is used of it."""
         raise NotImplementedError
+
+    @contextmanager
+    def judged(self) -> Iterator[None]:
+        """Around what refuses a model for what its configuration says.
+
+        A number that is wrong there looks like a model that nothing can hold: where the tensors
+        contradict it, CheckpointError says so instead.
+        """
+        try:
+            with _named(self.checkpoint.root):
+                yield
+        except UnsupportedModelError:
+            self.hold(self.params())
+            raise
+
+    def hold(self, params: Iterable[Param]) -> HfSource | NanotronSource:
+        """Holds tensors to the parameters that they make; returns the reader that has used them.
+
+        Raises CheckpointError.
+        """
+        reader = self.reader()
+        for param in params:
+            for part in param.parts:
+                reader.pieces(param, part)
+        return reader
 
     def params(
         self,
@@ -156,6 +199,10 @@ class HfModel(StoredModel):
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
         if source.lacks_config is not None:
             raise CheckpointError(source.lacks_config)
+        with _named(source.root):
+            self._read(source, options)
+
+    def _read(self, source: HfCheckpoint, options: Options) -> None:
         config, self.warnings = check_config(source.config, source.dtypes)
         self.checkpoint = replace(
             source, config=config, quantization=read_quantization(source.config)
@@ -192,6 +239,10 @@ class NanotronModel(StoredModel):
 
     def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
+        with _named(source.root):
+            self._read(source, options)
+
+    def _read(self, source: NanotronCheckpoint, options: Options) -> None:
         config = source.model_config
         self.checkpoint = source
         self.model_class: NanotronClass = class_of(config)
@@ -257,10 +308,11 @@ class NanotronModel(StoredModel):
     def _vocab_size(self, override: int | None) -> int:
         size = override or (self.side.vocab_size if self.side else self.padded_vocab_size)
         if size > self.padded_vocab_size:
-            of_like = f"--like {self.like}: " if override is None and self.like else ""
+            root = self.checkpoint.root
+            whose = f"--like {self.like}" if self.like else str(root / SIDE_FILE)
             raise ConfigError(
-                f"{of_like}a vocabulary of {size} is larger than the {self.padded_vocab_size} rows "
-                "that the checkpoint holds"
+                f"{whose if override is None else '--vocab-size'}: a vocabulary of {size} is "
+                f"larger than the {self.padded_vocab_size} rows that {root} holds"
             )
         return size
 

@@ -11,7 +11,7 @@ import yaml
 
 import nanotron_fast as nf
 from nanotron_fast.cli.reporting import verification_lines
-from nanotron_fast.errors import CheckpointError, ConfigError
+from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nanotron_fast.units import size
 from tests.modelzoo import Tensor, make, read_tensors, write_json
 from tests.refusals import refused
@@ -164,3 +164,41 @@ def test_what_a_notebook_shows_is_short(hf: Path, tmp_path: Path) -> None:
     assert repr(nf.inspect(out)).startswith(f"<Inspection: {out}, nanotron TP=2 PP=1, llama: ")
     edit(hf / "config.json", model_type="gpt2")
     assert "'gpt2' is not supported" in repr(nf.inspect(hf))
+
+
+def test_whose_configuration_it_is(hf: Path, tmp_path: Path) -> None:
+    nf.convert(hf, tmp_path / "nanotron")
+    config, model_config = hf / "config.json", tmp_path / "nanotron/model_config.json"
+    more = "a vocabulary of 5000 is larger than the 160 rows that"
+    with pytest.raises(ConfigError, match=f"^--vocab-size: {more} {tmp_path / 'nanotron'} holds$"):
+        nf.plan(tmp_path / "nanotron", tmp_path / "out", vocab_size=5000)
+    edit(tmp_path / "nanotron/nanotron_fast.json", vocab_size=5000)
+    side = f"^{tmp_path / 'nanotron/nanotron_fast.json'}: {more} {tmp_path / 'nanotron'} holds$"
+    with pytest.raises(ConfigError, match=side):
+        nf.plan(tmp_path / "nanotron", tmp_path / "out")
+    other = make("llama", num_hidden_layers=2).save(tmp_path / "other")
+    edit(config, hidden_size="64")
+    for plan in (lambda: nf.plan(hf, tmp_path / "out"), lambda: nf.verify(other, hf)):
+        with pytest.raises(ConfigError, match=f"^{config}: hidden_size is '64', and should be an"):
+            plan()
+    edit(model_config, is_llama_config=None)
+    for plan in (
+        lambda: nf.plan(tmp_path / "nanotron", tmp_path / "out"),
+        lambda: nf.verify(other, tmp_path / "nanotron"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{model_config}: none of is_llama_config"):
+            plan()
+
+
+def test_whose_model_is_refused(hf: Path, tmp_path: Path) -> None:
+    edit(hf / "config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})
+    refused(hf, tmp_path, UnsupportedModelError, f"^{hf}: rope_scaling 'linear': Nanotron stores")
+
+
+def test_a_number_that_the_tensors_contradict_is_told_first(hf: Path, tmp_path: Path) -> None:
+    edit(hf / "config.json", hidden_size=65, head_dim=8)
+    shapes = r"has shape \[160, 64\], config.json calls for \[160, 65\]"
+    refused(hf, tmp_path, CheckpointError, f"^{hf}/model.safetensors: model.embed_tokens.*{shapes}")
+    # This one is as it says, and Nanotron has none such.
+    other = make("llama", num_hidden_layers=1, head_dim=16).save(tmp_path / "other")
+    refused(other, tmp_path, UnsupportedModelError, f"^{other}: head_dim 16 is not hidden_size")

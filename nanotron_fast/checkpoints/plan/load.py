@@ -86,20 +86,22 @@ class _Source:
                     "where q and k always lie in halves"
                 )
             target = target_of(model.family, options.target)
-            self.model_class = choose_class(
-                model.family, model.spec, options.model_class, target, tp=options.topology.tp
-            )
+            with model.judged():
+                self.model_class = choose_class(
+                    model.family, model.spec, options.model_class, target, tp=options.topology.tp
+                )
             version = options.checkpoint_version or "1.5"
             is_old = version == "1.2" and self.model_class.rotates_neighbours_in_1_2
             shall = is_old if rope_interleaved is None else rope_interleaved
-            check_model(
-                model.family,
-                model.spec,
-                self.model_class,
-                target=target,
-                version=version,
-                rope_interleaved=shall,
-            )
+            with model.judged():
+                check_model(
+                    model.family,
+                    model.spec,
+                    self.model_class,
+                    target=target,
+                    version=version,
+                    rope_interleaved=shall,
+                )
         else:
             self.model_class = model.model_class
             shall = model.is_interleaved if rope_interleaved is None else rope_interleaved
@@ -128,11 +130,7 @@ class _Source:
 
     def check(self) -> None:
         """Holds every tensor to the configuration, those of other ranks too. CheckpointError."""
-        reader = self.model.reader()
-        for param in self.stored:
-            for part in param.parts:
-                reader.pieces(param, part)
-        self.model.check_leftovers(reader)
+        self.model.check_leftovers(self.model.hold(self.stored))
 
 
 def plan_load(

@@ -40,14 +40,15 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     model = NanotronModel(source, options)
     family, spec = model.family, model.spec
     # A checkpoint is refused for what was wrong with it in Nanotron, too: it computed otherwise.
-    check_model(
-        family,
-        spec,
-        model.model_class,
-        target=model.target,
-        version=options.checkpoint_version or "1.5",
-        rope_interleaved=None,
-    )
+    with model.judged():
+        check_model(
+            family,
+            spec,
+            model.model_class,
+            target=model.target,
+            version=options.checkpoint_version or "1.5",
+            rope_interleaved=None,
+        )
     check_expressible(family, spec)
     params = model.params(tensors_interleaved=is_interleaved(to, options.names))
     reader = MastersSource(source) if options.master_weights else NanotronSource(source)

@@ -52,15 +52,17 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     source, family, spec = model.checkpoint, model.family, model.spec
     warnings = list(model.warnings)
     target = target_of(family, options.target)
-    model_class = choose_class(family, spec, options.model_class, target, tp=topology.tp)
+    with model.judged():
+        model_class = choose_class(family, spec, options.model_class, target, tp=topology.tp)
     # Nanotron 0.4 has no other way; Starcoder2 rotates halves in every version.
     interleaved = options.rope_interleaved
     if interleaved is None:
         interleaved = version == "1.2" and model_class.rotates_neighbours_in_1_2
-    check_model(
-        family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
-    )
-    check_experts(model_class, spec, topology.ep)
+    with model.judged():
+        check_model(
+            family, spec, model_class, target=target, version=version, rope_interleaved=interleaved
+        )
+        check_experts(model_class, spec, topology.ep)
     multiple = options.pad_vocab_to_multiple_of or 1
     padded_vocab = math.ceil(spec.vocab_size / multiple) * multiple
     padded_spec = replace(spec, vocab_size=padded_vocab)
