@@ -69,7 +69,7 @@ class DestinationError(NanotronFastError, OSError):
 
 
 class MissingPackageError(NanotronFastError, ImportError):
-    """A package that only some uses need is not installed; the message says how to have it."""
+    """A package that only some uses need is not installed, or does not fit; how to have it."""
 
 
 class PlanError(NanotronFastError, ValueError):

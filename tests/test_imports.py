@@ -23,13 +23,14 @@ TRAINING = ROOT / "tests" / "golden" / "training" / "llama_tied_tp2_zero0"
 HEAVY = ("torch", "transformers", "triton", "safetensors", "numpy", "huggingface_hub")
 
 # A room, and what its files may import beside each other. "_C" and "_cuda" are the native parts.
-BASE = ("errors", "extras", "version", "interruption", "units")
+BASE = ("errors", "extras", "version", "interruption", "units", "words")
 CONVERTER = (*BASE, "_C", "moves", "model", "formats", "families")
 ALLOWED: Mapping[str, tuple[str, ...]] = {
     "errors": (),
     "version": (),
     "interruption": (),
     "units": ("errors",),
+    "words": (),
     "extras": ("errors",),
     "moves": (*BASE, "_C"),
     "model": ("errors",),

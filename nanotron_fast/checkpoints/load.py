@@ -130,7 +130,7 @@ def load_into(
         blocks=blocks,
     )
     for warning in plan.warnings:
-        warnings.warn(f"{path}: {warning}", stacklevel=2)
+        warnings.warn(f"{path}: {warning}", stacklevel=3)  # past what checks keywords
     bytes_read = read_moves(
         plan.transfer,
         [named[name] for name in plan.names],

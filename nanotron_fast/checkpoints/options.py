@@ -7,8 +7,9 @@ they were given to `Options.of`, which checks it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import wraps
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, TypeVar, get_type_hints
@@ -344,11 +345,7 @@ class Options:
         from nanotron_fast.checkpoints.remote.packages import require_store
 
         known = described(among)
-        for name in given:
-            if name not in known:
-                raise TypeError(
-                    f"unexpected keyword argument {name!r}: the options are {', '.join(known)}"
-                )
+        check_keywords(given, known)
         require_store(*(value for name, value in given.items() if known[name].check is _folder))
         return cls(
             **{
@@ -389,8 +386,23 @@ def described(among: type = Choices) -> dict[str, Option]:
     }
 
 
+def check_keywords(given: Iterable[str], known: Collection[str]) -> None:
+    """Raises TypeError where one is not known, with what may have been meant and all there are."""
+    for name in given:
+        if name not in known:
+            from nanotron_fast.words import meant
+
+            raise TypeError(
+                f"unexpected keyword argument {name!r}{meant(name, known) or ';'} "
+                f"the keywords are {', '.join(known)}"
+            )
+
+
 def takes(among: type) -> Callable[[_Function], _Function]:
-    """Shows options in the signature and the docstring of a function whose `**choices` they are."""
+    """Shows options in the signature and the docstring of a function whose `**choices` they are.
+
+    A keyword that is neither an option nor a parameter of the function is refused: TypeError.
+    """
     from textwrap import fill
 
     types = get_type_hints(among)
@@ -408,15 +420,22 @@ def takes(among: type) -> Callable[[_Function], _Function]:
             for name, option in described(among).items()
         ]
         shown = signature.replace(parameters=[*parameters, *options])
-        function.__signature__ = shown  # type: ignore[attr-defined]
-        function.__annotations__.pop(choices.name)
-        function.__annotations__.update(types)
         helps = [
             fill(f"{name}: {option.help}", 100, initial_indent=" " * 4, subsequent_indent=" " * 8)
             for name, option in described(among).items()
         ]
         text = inspect.cleandoc(function.__doc__ or "")
-        function.__doc__ = "\n".join((text, "", "Options:", *helps))
-        return function
+
+        @wraps(function)
+        def checked(*args: Any, **given: Any) -> Any:
+            check_keywords(given, shown.parameters)
+            return function(*args, **given)
+
+        checked.__doc__ = "\n".join((text, "", "Options:", *helps))
+        checked.__signature__ = shown  # type: ignore[attr-defined]
+        annotations = {**function.__annotations__, **types}
+        del annotations[choices.name]
+        checked.__annotations__ = annotations
+        return checked  # type: ignore[return-value]
 
     return show

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nanotron_fast.cli import reporting
-from nanotron_fast.cli.usage import meant
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.train.advice import advice
 from nanotron_fast.train.architecture import ModelPlan, architecture
@@ -16,6 +15,7 @@ from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import Estimate, estimate
 from nanotron_fast.train.sources import missing
 from nanotron_fast.units import parse_size, size
+from nanotron_fast.words import meant
 
 
 @dataclass(frozen=True, slots=True)

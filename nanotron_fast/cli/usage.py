@@ -3,47 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from difflib import SequenceMatcher
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from nanotron_fast.cli.help import usage_line
+from nanotron_fast.words import meant
 
-# A word that is less like another was not meant to be it.
-_LEAST_LIKENESS = 0.6
-# Beside the likest one, those that are as like it but for this.
-_MARGIN = 0.05
 _WORDS = (
     (re.compile(r"is not a valid int(eger)?( range)?"), "is no whole number"),
     (re.compile(r"is not a valid float( range)?"), "is no number"),
     (re.compile(r"^Got unexpected extra arguments?(\(s\))? \((.*)\)"), r"\2: more than is taken"),
     (re.compile(r"^Option '(.*)' does not take a value"), r"\1: it takes no value"),
 )
-
-
-def closest(word: str, known: Iterable[str]) -> list[str]:
-    """The words that one may have been meant to be, likest first; dashes before them do not count.
-
-    Of a single letter: those that begin with it.
-    """
-    bare = word.lstrip("-").replace("_", "-").lower()
-    if len(bare) == 1:
-        return sorted(each for each in known if each.lstrip("-").startswith(bare))
-    ratios = {
-        each: SequenceMatcher(None, bare, each.lstrip("-")).ratio() for each in sorted(set(known))
-    }
-    best = max(ratios.values(), default=0.0)
-    if best < _LEAST_LIKENESS:
-        return []
-    near = [each for each, ratio in ratios.items() if ratio >= max(_LEAST_LIKENESS, best - _MARGIN)]
-    return sorted(near, key=lambda each: -ratios[each])
-
-
-def meant(word: str, known: Iterable[str]) -> str:
-    """The end of a message: "; did you mean --dtype?", or nothing."""
-    *others, last = closest(word, known) or [""]
-    listed = f"{', '.join(others)} or {last}" if others else last
-    return f"; did you mean {listed}?" if last else ""
 
 
 def no_such_command(name: str, commands: Collection[str]) -> str:

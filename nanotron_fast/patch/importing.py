@@ -16,6 +16,7 @@ import logging
 import sys
 from types import ModuleType
 
+from nanotron_fast.errors import MissingPackageError
 from nanotron_fast.patch.stand_ins import install_stand_ins
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,13 @@ def import_nanotron() -> ModuleType:
     Nanotron imports from them while it runs too.
 
     Raises:
-        ModuleNotFoundError: Nanotron, or a package that it needs, is not installed.
-        ImportError: a package that it needs is there, but lacks what Nanotron takes from it.
+        MissingPackageError: Nanotron, or a package that it needs, is not installed, or the package
+            lacks what Nanotron takes from it.
+        ImportError: Nanotron itself is at fault.
     """
     spec = importlib.util.find_spec("nanotron")
     if spec is None or spec.origin is None:  # a mere folder of that name has no origin
-        raise ModuleNotFoundError(
+        raise MissingPackageError(
             _missing("Nanotron is not installed", "nanotron"), name="nanotron"
         )
     install_stand_ins()
@@ -58,9 +60,10 @@ def import_nanotron() -> ModuleType:
             raise
         if isinstance(error, ModuleNotFoundError):
             what = f"Nanotron needs {error.name}, which is not installed"
-            raise ModuleNotFoundError(_missing(what, package), name=error.name) from error
+            raise MissingPackageError(_missing(what, package), name=error.name) from error
         what = f"Nanotron and the installed {package} do not fit: {error}"
-        raise ImportError(_missing(what, package), name=error.name, path=error.path) from error
+        said = _missing(what, package)
+        raise MissingPackageError(said, name=error.name, path=error.path) from error
     return sys.modules["nanotron"]
 
 

@@ -122,6 +122,17 @@ WORDS = {
 }
 
 
+@pytest.mark.parametrize("name", TAKEN)
+def test_a_misspelt_keyword(name: str, golden_hf: Path) -> None:
+    function: Callable[..., Any] = getattr(nf, name)
+    with pytest.raises(TypeError, match=r"'famly'; did you mean family\? the keywords are") as told:
+        function(golden_hf, famly="llama")
+    listed = str(told.value).partition("the keywords are ")[2].split(", ")
+    assert listed == [*inspect.signature(function).parameters]
+    with pytest.raises(TypeError, match="'nonsense'; the keywords are"):
+        function(golden_hf, nonsense=1)
+
+
 def test_fields_and_keywords_are_the_same() -> None:
     assert [field.name for field in fields(Options)] == ALL
     assert set(Choices.__annotations__) == set(ALL)

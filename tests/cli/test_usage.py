@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from nanotron_fast.cli.commands import app
-from nanotron_fast.cli.usage import closest
+from nanotron_fast.words import closest
 
 GROUP: Any = get_command(app)
 NO_OPTION = "has no such option"
@@ -94,3 +94,4 @@ def test_what_is_near() -> None:
     assert closest("--tq", known) == []
     assert closest("--no-eso", known) == ["--no-eos"]
     assert closest("--anything", []) == []
+    assert closest("vocabsize", ["vocab_size", "max_shard_size"]) == ["vocab_size"]

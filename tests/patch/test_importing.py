@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from nanotron_fast.errors import MissingPackageError
 from nanotron_fast.patch import stand_ins
 from nanotron_fast.patch.importing import import_nanotron
 
@@ -126,7 +127,7 @@ def test_nanotron_is_missing(
     else:
         monkeypatch.setitem(sys.modules, "nanotron", None)
     with pytest.raises(
-        ModuleNotFoundError, match="Nanotron is not installed: pip install nanotron"
+        MissingPackageError, match="Nanotron is not installed: pip install nanotron"
     ):
         import_nanotron()
 
@@ -144,14 +145,16 @@ def test_a_package_is_missing(
 ) -> None:
     install(WITHOUT | {"config/config.py": f"import {package}\n"})
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ModuleNotFoundError, match=message) as raised:
+    with pytest.raises(MissingPackageError, match=message) as raised:
         import_nanotron()
     assert raised.value.name == package
 
 
 def test_a_package_does_not_fit(install: Callable[..., None]) -> None:
     install(WITHOUT | {"config/config.py": "from json import xPath\n"})
-    with pytest.raises(ImportError, match=r"the installed json do not fit: cannot import .*xPath"):
+    with pytest.raises(
+        MissingPackageError, match=r"the installed json do not fit: cannot import .*xPath"
+    ):
         import_nanotron()
 
 

@@ -104,7 +104,7 @@ def enable(
     Raises:
         ConfigError: an operation or option is unknown, or rope_scaling is asked for without the
             operation "rope", which honours it.
-        ImportError: Nanotron, or what it needs, is not installed.
+        MissingPackageError: Nanotron, or what it needs, is not installed.
     """
     checked = _checked_options(options)
     asked = (_checked_ops(ops) | frozenset(FUSED if checked.fused else ()), checked, force)
