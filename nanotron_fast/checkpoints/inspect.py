@@ -193,7 +193,7 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspe
     there = checkpoint.there
     if there is not None and there.tp is None and model is not None and not missing:
         there = None  # a stage without a file of its own
-    warnings = list(model.warnings) if model else []
+    warnings = model.all_warnings() if model else []
     if missing and there is None:
         warnings.append(
             f"{len(missing):,} parameters that {MODEL_CONFIG} calls for are missing: "

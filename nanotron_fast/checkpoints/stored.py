@@ -115,6 +115,10 @@ class StoredModel:
             self.hold(self.params())
             raise
 
+    def all_warnings(self) -> list[str]:
+        """`warnings`, and what is said of what lies beside the weights."""
+        return list(self.warnings)
+
     def hold(self, params: Iterable[Param]) -> HfSource | NanotronSource:
         """Holds tensors to the parameters that they make; returns the reader that has used them.
 
@@ -254,7 +258,7 @@ class NanotronModel(StoredModel):
             dtypes = self.side.dtypes if self.side else {}
             self.side = replace(read_like(self.like, options.family), dtypes=dtypes)
         self.family = self._choose_family(config, options.family)
-        self.warnings: list[str] = _about_states(source)
+        self.warnings: list[str] = []
         self.is_interleaved = self._is_interleaved(config, options)
         stored = self.model_class.read(
             config, head_dim=head_dim_of(source), moe_sizes=moe_sizes_of(source)
@@ -276,6 +280,10 @@ class NanotronModel(StoredModel):
     def reader(self) -> NanotronSource:
         """See StoredModel."""
         return NanotronSource(self.checkpoint)
+
+    def all_warnings(self) -> list[str]:
+        """See StoredModel. Who goes on with a training reads its states, and ends with an error."""
+        return [*_about_states(self.checkpoint), *self.warnings]
 
     def _choose_family(self, config: Mapping[str, Any], override: str | None) -> Family:
         name = override or (self.side.family if self.side else None)

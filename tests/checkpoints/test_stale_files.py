@@ -11,7 +11,10 @@ import pytest
 import nanotron_fast
 from nanotron_fast.checkpoints.reshard import reshard
 from nanotron_fast.errors import CheckpointError
+from nanotron_fast.train import TrainingConfig
+from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.optimizer_states import StoredStates
+from tests.train.configs import document
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "training" / "llama_tied_tp2_zero0" / "2"
 NORM = "model/model/final_layer_norm/pp_block"
@@ -51,6 +54,9 @@ def warned(source: Path, *said: str) -> None:
     planned = nanotron_fast.plan(source, source.parent / "out").warnings
     for warnings in (inspected, compared, planned):
         assert any(all(words in each for words in said) for each in warnings), warnings
+    # Of a run that begins with the weights alone nothing is said; one that goes on ends with it.
+    begun = document(model={"init_method": {"path": str(source)}})
+    assert not architecture(TrainingConfig.from_dict(begun)).warnings
     for call in (
         lambda: reshard(source, source.parent / "out", tp=1),
         lambda: StoredStates(source),
@@ -144,3 +150,9 @@ def test_states_of_other_stages_than_the_weights(source: Path, tmp_path: Path) -
 def test_a_file_of_the_states_is_missing(source: Path) -> None:
     next((source / "optimizer").glob("*.pt")).unlink()
     warned(source, "1 files of tp=2 pp=1, which has 2; some are missing")
+
+
+def test_no_files_of_the_states(source: Path) -> None:
+    for path in (source / "optimizer").glob("*.pt"):
+        path.unlink()
+    warned(source, "there are no states of an optimizer in it")

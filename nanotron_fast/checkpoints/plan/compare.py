@@ -59,7 +59,7 @@ class _Model:
         self.checkpoint = checkpoint
         self.spec = self.stored.spec
         self.side = self.stored.reader()
-        self.warnings = [f"{label}: {warning}" for warning in self.stored.warnings]
+        self.warnings = [f"{label}: {warning}" for warning in self.stored.all_warnings()]
 
     def params(self, family: Family, spec: ModelSpec, has_rope_pairs: bool) -> list[Param]:
         return family.params(

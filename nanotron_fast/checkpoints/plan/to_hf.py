@@ -62,7 +62,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     copies = tuple(reader.copies(params))
 
     config, warnings = hf_config(model, main_dtype)
-    warnings = [*model.warnings, *warnings]
+    warnings = [*model.all_warnings(), *warnings]
     beside = beside_hf(source, config, options)
     warnings += [*beside.warnings, *_unknown(model, options)]
     documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(_json, config)}
