@@ -143,6 +143,27 @@ def test_links_to_nothing_are_left(source: Path) -> None:
     found = companions(source, used={"config.json", "model.safetensors"})
     assert (found.tokenizer, found.others) == ({}, {})
     assert found.left == ("added_tokens.json", "tokenizer.model")
+    assert found.broken == {"added_tokens.json": "added_tokens.json", "tokenizer.model": "gone"}
+
+
+def broken(warnings: tuple[str, ...]) -> list[str]:
+    return [each for each in warnings if "where nothing is" in each]
+
+
+def test_a_tokenizer_that_is_a_link_to_nothing(source: Path, tmp_path: Path) -> None:
+    """As in a cache of the Hub's whose blobs were removed."""
+    (source / "README.md").symlink_to("../../blobs/0")
+    nanotron_fast.convert(source, tmp_path / "whole")
+    for folder in (source, tmp_path / "whole"):
+        (folder / "tokenizer.json").symlink_to("../../blobs/1")
+        (warning,) = broken(nanotron_fast.plan(folder, tmp_path / "out").warnings)
+        assert warning.startswith(f"{folder}/tokenizer.json is a link to ../../blobs/1, where")
+    for to in ("dcp", "nanotron"):
+        folder = source if to == "dcp" else tmp_path / "whole"
+        assert len(broken(nanotron_fast.plan(folder, tmp_path / "out", to=to).warnings)) == 1
+    put(tmp_path / "other", {"tokenizer.json": b"{}"})
+    plan = nanotron_fast.plan(source, tmp_path / "out", tokenizer=tmp_path / "other")
+    assert not broken(plan.warnings)
 
 
 @pytest.mark.parametrize("target", ["/proc/self/status", "/dev/zero", None])

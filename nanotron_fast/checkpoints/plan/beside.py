@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def beside_published(source: HfCheckpoint, options: Options) -> Beside:
         others = {**others, **like.others}
     if options.tokenizer is not None:
         tokenizer = _tokenizer_of(options.tokenizer)
-    return Beside({**others, **tokenizer}, found.left, bool(tokenizer))
+    copies = {**others, **tokenizer}
+    return Beside(copies, found.left, bool(tokenizer), _broken(source.root, found, copies))
 
 
 def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> Beside:
@@ -71,7 +73,9 @@ def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> B
         tokenizer, warning = _tokenizer_of_training(source.root, options.like)
         if warning:
             warnings.append(warning)
-    return Beside({**others, **tokenizer}, found.left, bool(tokenizer), tuple(warnings))
+    copies = {**others, **tokenizer}
+    warnings += _broken(source.root, found, copies)
+    return Beside(copies, found.left, bool(tokenizer), tuple(warnings))
 
 
 def beside_resharded(source: NanotronCheckpoint, options: Options) -> Beside:
@@ -80,7 +84,18 @@ def beside_resharded(source: NanotronCheckpoint, options: Options) -> Beside:
     tokenizer = found.tokenizer
     if options.tokenizer is not None:
         tokenizer = _tokenizer_of(options.tokenizer)
-    return Beside({**found.others, **tokenizer}, found.left, bool(tokenizer))
+    copies = {**found.others, **tokenizer}
+    return Beside(copies, found.left, bool(tokenizer), _broken(source.root, found, copies))
+
+
+def _broken(root: Path, found: Companions, copies: Mapping[str, Path]) -> tuple[str, ...]:
+    """A warning for each link to nothing in whose place nothing else is written."""
+    return tuple(
+        f"{root / name} is a link to {target}, where nothing is: it is left behind. Of a model "
+        "from the Hub, download the file again"
+        for name, target in found.broken.items()
+        if name not in copies
+    )
 
 
 def _tokenizer_of(root: Path) -> dict[str, Path]:

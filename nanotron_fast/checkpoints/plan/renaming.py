@@ -66,7 +66,7 @@ def plan_renaming(source: HfCheckpoint, options: Options) -> Plan:
         copies=beside.copies,
         published_format=source.format,
         must_be_equal=duplicates,
-        warnings=(*model.warnings, *source.warnings),
+        warnings=(*model.warnings, *source.warnings, *beside.warnings),
         ignored=source.ignored,
         left_behind=beside.left_behind,
         check_source=partial(check_rival_bytes, source) if source.rivals else None,

@@ -101,6 +101,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
     stored_config, kept_warnings = with_unknown_fields(model_config, source.config)
     warnings += kept_warnings
     beside = beside_published(source, options)
+    warnings += beside.warnings
     if source.absent is not None:
         warnings.append(
             f"{source.root}: the index places {source.absent} in a file that does not hold it; the "

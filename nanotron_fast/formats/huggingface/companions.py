@@ -74,6 +74,8 @@ class Companions:
     others: dict[str, Path]
     # Folders end with a slash. What the conversion reads is not here, nor are hidden files.
     left: tuple[str, ...]
+    # Of those that would be carried: links to nothing, and where they point.
+    broken: dict[str, str]
 
 
 def companions(root: Path, config: object = None, *, used: Collection[str] = ()) -> Companions:
@@ -87,6 +89,7 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
     named = named_files(root, config)
     carried: dict[str, Path] = {}
     left: list[str] = []
+    broken: dict[str, str] = {}
     for entry in sorted(os.scandir(root), key=lambda entry: entry.name):
         name, path = entry.name, root / entry.name
         if name in used or (name.startswith(".") and name not in named):
@@ -98,10 +101,14 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
             carried.update((file, root / file) for file in found)
             if not found:
                 left.append(f"{name}/")
-        elif (name in named or not _matches(name, _LEFT_PATTERNS)) and _is_carried(path):
+        elif name not in named and _matches(name, _LEFT_PATTERNS):
+            left.append(name)
+        elif _is_carried(path):
             carried[name] = path
         else:
             left.append(name)
+            if path.is_symlink() and not os.path.exists(path):
+                broken[name] = os.readlink(path)
     for name, path in carried.items():
         _check_is_whole(name, path)
     named_by_tokenizer = _named_by(root / "tokenizer_config.json")
@@ -113,7 +120,7 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
     if not any(name in named_by_tokenizer or _matches(name, _CORE_PATTERNS) for name in tokenizer):
         tokenizer = {}
     others = {name: path for name, path in carried.items() if name not in tokenizer}
-    return Companions(tokenizer, others, tuple(left))
+    return Companions(tokenizer, others, tuple(left), broken)
 
 
 def named_files(root: Path, config: object = None) -> frozenset[str]:
