@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ class Inspection:
     ranks_there: Ranks | None = None
     # How many tensor-parallel ranks have a copy of each key-value head, in a Nanotron checkpoint.
     kv_head_copies: int | None = None
+    # The stage of each other block of the pipeline, as in a Plan.
+    other_stages: Mapping[str, int] = field(default_factory=dict)
     # How a Hugging Face one's weights are quantised, which a conversion dequantises.
     quantization: str | None = None
     warnings: tuple[str, ...] = ()
@@ -181,12 +184,12 @@ def _inspect_hf(checkpoint: HfCheckpoint, options: Options) -> Inspection:
 def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspection:
     topology = Topology(tp=checkpoint.tp, pp=checkpoint.pp, ep=checkpoint.ep)
     model: NanotronModel | None = None
-    stages: tuple[int, ...] = ()
+    stages: Stages | None = None
     problem: str | None = None
     missing: list[str] = []
     try:
         model = NanotronModel(checkpoint, options)
-        stages = Stages(model.padded_spec, model.model_class, topology).layers
+        stages = Stages(model.padded_spec, model.model_class, topology)
         missing = [each.name for each in model.params() if each.name not in checkpoint.params]
     except NanotronFastError as error:
         problem = str(error)
@@ -209,7 +212,8 @@ def _inspect_nanotron(checkpoint: NanotronCheckpoint, options: Options) -> Inspe
         spec=model.spec if model else None,
         num_tensors=len(checkpoint.params),
         tensor_files=len(shards),
-        layer_stages=stages,
+        layer_stages=stages.layers if stages else (),
+        other_stages=stages.others if stages else {},
         has_side_file=model is not None and model.side is not None,
         problem=problem,
         rope_interleaved=model.is_interleaved if model else None,

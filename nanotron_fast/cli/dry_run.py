@@ -61,10 +61,9 @@ class DryRun:
             f"  ranks       {layout.world_size}: dp={layout.dp} pp={layout.pp} tp={layout.tp}{ep}"
             f"{engine}{mode}"
         )
-        stages = self.model.stages()
-        names = {"embedding": "embedding", "norm": "final norm", "head": "head"}
-        others = {name: stages.of(block) % layout.pp for block, name in names.items()}
-        for line in reporting.stage_lines(found.layer_stages, layout.pp, others):
+        others = self.model.stages().others
+        on_ranks = {block: stage % layout.pp for block, stage in others.items()}
+        for line in reporting.stage_lines(found.layer_stages, on_ranks, layout.pp):
             yield f"              {line}"
         yield (
             f"  step        {found.tokens_per_step:,} tokens in {self.config.global_batch_size:,} "

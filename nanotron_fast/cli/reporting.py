@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.remote.mirror import shown
-from nanotron_fast.extras import listed
 from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.units import count, size
 
@@ -23,6 +22,14 @@ if TYPE_CHECKING:
 
 _PLAIN_SECONDS = 5.0
 _MAX_SHOWN = 10
+# Blocks of a pipeline that are no decoder layers.
+_BLOCKS = {
+    "embedding": "embedding",
+    "norm": "final norm",
+    "head": "head",
+    "cast": "cast to fp32",
+    "loss": "loss",
+}
 _FORMATS = {
     "nanotron": "Nanotron",
     "hf": "Hugging Face",
@@ -31,23 +38,21 @@ _FORMATS = {
 
 
 def stage_lines(
-    layer_stages: Sequence[int], num_stages: int, others: Mapping[str, int] | None = None
+    layer_stages: tuple[int, ...], other_stages: Mapping[str, int], pp: int
 ) -> Iterator[str]:
     """For each stage, its layers: "0-11"; "0-5, 12-17" where it has several parts of the model.
 
-    Args:
-        layer_stages: of each layer; none where that is not known, and nothing is told then.
-        num_stages: of the pipeline.
-        others: the stage of what is no layer, by its name, told of stages without layers.
+    Of a stage without layers, what else it has: `other_stages` are those of the other blocks.
     """
-    for stage in range(num_stages if layer_stages else 0):
+    if not layer_stages:
+        return
+    for stage in range(pp):
         layers = [layer for layer, owner in enumerate(layer_stages) if owner == stage]
         # Layers that follow each other are equally far ahead of their places in the list.
         runs = [[layer for _, layer in run] for _, run in groupby(enumerate(layers), _ahead)]
         shown = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
-        own = [name for name, owner in (others or {}).items() if owner == stage]
-        rest = listed(own) if own else "no decoder layer"
-        yield f"stage {stage}: {f'layers {shown}' if layers else rest}"
+        others = [_BLOCKS[block] for block, owner in other_stages.items() if owner == stage]
+        yield f"stage {stage}: {f'layers {shown}' if layers else ', '.join(others) or 'nothing'}"
 
 
 def _ahead(numbered: tuple[int, int]) -> int:
@@ -65,7 +70,7 @@ def plan_lines(plan: Plan, workers: int, share: tuple[int, int] | None = None) -
     was = "" if plan.source_topology is None else f", was {plan.source_topology}"
     if "nanotron" in (plan.source_format, plan.direction):
         yield f"  topology    {plan.topology}{was}{'' if to_nanotron else ' (of the source)'}"
-        for line in stage_lines(plan.layer_stages, plan.topology.pp):
+        for line in stage_lines(plan.layer_stages, plan.other_stages, plan.topology.pp):
             yield f"              {line}"
     if plan.states is not None:
         yield f"  states      {plan.states}, was {plan.source_states}"
@@ -186,7 +191,7 @@ def inspection_lines(found: Inspection) -> Iterator[str]:
         yield "  rotary      neighbours (interleaved)"
     if found.topology:
         yield f"  topology    {found.topology}"
-        for line in stage_lines(found.layer_stages, found.topology.pp):
+        for line in stage_lines(found.layer_stages, found.other_stages, found.topology.pp):
             yield f"              {line}"
     if found.kv_head_copies is not None and found.kv_head_copies > 1:
         yield f"              {found.kv_head_copies} ranks have a copy of each key-value head"

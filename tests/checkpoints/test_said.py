@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import nanotron_fast as nf
-from nanotron_fast.cli.reporting import verification_lines
+from nanotron_fast.cli.reporting import inspection_lines, plan_lines, verification_lines
 from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
 from nanotron_fast.units import size
 from tests.modelzoo import Tensor, make, read_tensors, write_json
@@ -144,6 +144,29 @@ def test_an_empty_string_is_not_this_folder(
         with pytest.raises(ConfigError, match=f"^{what}: an empty string names no place"):
             run()
         assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("pp", "shown"),
+    [
+        (1, ["layers 0-1"]),
+        (2, ["layers 0-1", "final norm, head, cast to fp32, loss"]),
+        (4, ["layers 0", "layers 1", "final norm, head", "cast to fp32, loss"]),
+    ],
+)
+def test_a_stage_without_layers_says_what_it_holds(
+    pp: int, shown: list[str], tmp_path: Path
+) -> None:
+    source = make("llama", num_hidden_layers=2, vocab_size=1024).save(tmp_path / "hf")
+    topology = nf.Topology(pp=pp)
+    nf.convert(source, tmp_path / "out", topology=topology)
+    lines = [f"stage {stage}: {what}" for stage, what in enumerate(shown)]
+    for told in (
+        plan_lines(nf.plan(source, tmp_path / "more", topology=topology), 1),
+        plan_lines(nf.plan(tmp_path / "out", tmp_path / "back"), 1),
+        inspection_lines(nf.inspect(tmp_path / "out")),
+    ):
+        assert [line.strip() for line in told if line.lstrip().startswith("stage ")] == lines
 
 
 def test_what_a_notebook_shows_is_short(hf: Path, tmp_path: Path) -> None:

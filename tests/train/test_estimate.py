@@ -69,26 +69,32 @@ def test_parameters_tokens_and_flops() -> None:
 
 
 def test_layers_of_a_stage_with_several_parts_are_shown_part_by_part() -> None:
-    assert list(stage_lines((0, 0, 1, 0), 2)) == [
+    others = {"embedding": 0, "norm": 1, "head": 1, "loss": 2}
+    assert list(stage_lines((0, 0, 1, 0), others, 2)) == [
         "stage 0: layers 0-1, 3",
         "stage 1: layers 2",
     ]
-    assert list(stage_lines((0, 0, 2, 2), 4)) == [
-        "stage 0: layers 0-1",
-        "stage 1: no decoder layer",
-        "stage 2: layers 2-3",
-        "stage 3: no decoder layer",
+    assert list(stage_lines((0, 0, 0, 0), others, 3)) == [
+        "stage 0: layers 0-3",
+        "stage 1: final norm, head",
+        "stage 2: loss",
     ]
-    assert list(stage_lines((), 2)) == []
+    assert list(stage_lines((0,), {}, 2)) == ["stage 0: layers 0", "stage 1: nothing"]
+    assert list(stage_lines((), {}, 2)) == []
 
 
 def test_what_stages_without_layers_own_is_shown(tmp_path: Path) -> None:
     path = save(tmp_path / "c.yaml")
-    for pp, last in ((6, ["stage 4: final norm", "stage 5: head"]), (5, [])):
+    loss = "head, cast to fp32, loss"
+    ends = {
+        6: ["stage 4: final norm", f"stage 5: {loss}"],
+        5: [f"stage 4: final norm, {loss}"],
+    }
+    for pp, last in ends.items():
         told = [line.strip() for line in dry_run(path, [f"--parallelism.pp={pp}"]).lines()]
         stages = [line for line in told if line.startswith("stage ")]
         expected = [f"stage {stage}: layers {stage}" for stage in range(4)]
-        assert stages == expected + (last or ["stage 4: final norm and head"])
+        assert stages == expected + last
 
 
 def test_a_window_and_experts_count_what_a_token_goes_through() -> None:

@@ -22,7 +22,11 @@ from nanotron_fast.units import count, size
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything a conversion will do. `layer_stages` is the stage of each decoder layer."""
+    """Everything a conversion will do.
+
+    `layer_stages` is the stage of each decoder layer, `other_stages` that of the pipeline's other
+    blocks: "embedding", "norm", "head", "cast" (of logits, to fp32) and "loss".
+    """
 
     direction: str
     source: Path
@@ -37,6 +41,7 @@ class Plan:
     # The small files, by name: what makes their contents, and what is copied as it is.
     documents: dict[str, Callable[[], bytes]]
     copies: dict[str, Path]
+    other_stages: Mapping[str, int] = field(default_factory=dict)
     # "hf" or "dcp", of a source that is a published model; None where it is Nanotron's.
     published_format: str | None = None
     # What the source holds twice, or more: copies of a tied matrix, and of key-value heads.

@@ -172,6 +172,7 @@ def plan_reshard(
         dtype=main_dtype_of(stored_params, reader),
         num_parameters=count_parameters(params),
         layer_stages=stages.layers,
+        other_stages=stages.others,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), tuple(moves)),
         documents=documents,
         copies=copies,

@@ -71,6 +71,7 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
     documents.update(published.documents)
     topology = Topology(tp=source.tp, pp=source.pp, ep=source.ep)
+    stages = Stages(model.padded_spec, model.model_class, topology)
     plan = Plan(
         direction=to,
         source=source.root,
@@ -80,7 +81,8 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         topology=topology,
         dtype=main_dtype,
         num_parameters=count_parameters(params),
-        layer_stages=Stages(model.padded_spec, model.model_class, topology).layers,
+        layer_stages=stages.layers,
+        other_stages=stages.others,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
         copies=beside.copies,

@@ -147,6 +147,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
         dtype=main_dtype,
         num_parameters=count_parameters(params),
         layer_stages=stages.layers,
+        other_stages=stages.others,
         transfer=MovePlan(tuple(reader.files.paths), tuple(writer.outputs), moves),
         documents=documents,
         copies=beside.copies,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.formats.nanotron.classes import NanotronClass
 from nanotron_fast.model.spec import ModelSpec
@@ -22,15 +24,19 @@ class Stages:
                 f"assignment, so {empty} would own no block"
             )
         self.layers = tuple(stages[1 : 1 + spec.num_layers])
-        self._others = {
+        cast = {"cast": stages[-2]} if model_class.casts_to_fp32 else {}
+        # What is no layer: what has parameters, then the cast of logits to fp32 and the loss.
+        self.others: Mapping[str, int] = {
             "embedding": stages[0],
             "norm": stages[1 + spec.num_layers],
             "head": stages[2 + spec.num_layers],
+            **cast,
+            "loss": stages[-1],
         }
 
     def of(self, block: int | str) -> int:
         """The stage of a decoder layer, or of "embedding", "norm" or "head"."""
-        return self.layers[block] if isinstance(block, int) else self._others[block]
+        return self.layers[block] if isinstance(block, int) else self.others[block]
 
 
 def block_costs(spec: ModelSpec, model_class: NanotronClass) -> list[int]:
