@@ -11,7 +11,8 @@ import yaml
 
 import nanotron_fast as nf
 from nanotron_fast.cli.reporting import inspection_lines, plan_lines, verification_lines
-from nanotron_fast.errors import CheckpointError, ConfigError, UnsupportedModelError
+from nanotron_fast.errors import CheckpointError, ConfigError, TopologyError, UnsupportedModelError
+from nanotron_fast.models.architecture import Architecture
 from nanotron_fast.units import size
 from tests.modelzoo import Tensor, make, read_tensors, write_json
 from tests.refusals import refused
@@ -167,6 +168,37 @@ def test_a_stage_without_layers_says_what_it_holds(
         inspection_lines(nf.inspect(tmp_path / "out")),
     ):
         assert [line.strip() for line in told if line.lstrip().startswith("stage ")] == lines
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "starcoder2"])
+@pytest.mark.parametrize("vocab_size", [160, 4096])
+def test_stages_without_parameters_are_warned_of(
+    family: str, vocab_size: int, tmp_path: Path
+) -> None:
+    """By the rule of nanotron-fast train, which refuses them, and with a size that it takes."""
+    source = make(family, num_hidden_layers=4, vocab_size=vocab_size).save(tmp_path / "hf")
+    model = Architecture.of_checkpoint(source)
+
+    def is_taken(pp: int) -> bool:
+        try:
+            model.blocks_by_stage(nf.Topology(pp=pp))
+        except TopologyError:
+            return False
+        return True
+
+    most = max(pp for pp in range(1, 12) if is_taken(pp))
+    refused(source, tmp_path, TopologyError, "would own no block", topology=nf.Topology(pp=12))
+    for pp in (most, most + 1):
+        told = nf.plan(source, tmp_path / "out", topology=nf.Topology(pp=pp)).warnings
+        told = tuple(each for each in told if "no parameters" in each)
+        assert bool(told) is (pp > most)
+    assert told[0].startswith(f"pp={pp}: stage {most} would have no parameters, by Nanotron's own")
+    assert told[0].endswith(f"; with pp={most} every stage has some")
+    nf.convert(source, tmp_path / "there")
+    again = nf.plan(
+        tmp_path / "there", tmp_path / "out", to="nanotron", topology=nf.Topology(pp=pp)
+    )
+    assert told[0] in again.warnings
 
 
 def test_what_a_notebook_shows_is_short(hf: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def plan_reshard(
     model.check_leftovers(reader)
     copies_of_heads = [*reader.copies(stored_params)]
     beside = beside_resharded(source, options)
-    warnings = [*model.all_warnings(), *beside.warnings]
+    warnings = [*model.all_warnings(), *beside.warnings, *stages.warnings()]
     if num_rows != model.padded_vocab_size:
         warnings.append(
             f"the vocabulary gets {num_rows - model.padded_vocab_size} rows of zeros, to "

@@ -107,6 +107,7 @@ def plan_to_nanotron(source: HfCheckpoint, destination: str | Path, options: Opt
             f"{source.root}: the index places {source.absent} in a file that does not hold it; the "
             "model is tied, and needs none"
         )
+    warnings += stages.warnings()
     warnings += _warnings(model_class, topology, version)
     warnings += _target_warnings(spec, model_class)
     side = SideFile(

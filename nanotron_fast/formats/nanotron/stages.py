@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.formats.nanotron.classes import NanotronClass
@@ -14,6 +15,7 @@ class Stages:
     """The pipeline stage of every block of a model. Raises TopologyError on an empty stage."""
 
     def __init__(self, spec: ModelSpec, model_class: NanotronClass, topology: Topology) -> None:
+        self._of = spec, model_class, topology
         stages = assign_stages(block_costs(spec, model_class), topology.pp)
         used = max(stages) + 1
         if used < topology.pp:
@@ -33,6 +35,30 @@ class Stages:
             **cast,
             "loss": stages[-1],
         }
+
+    @property
+    def without_parameters(self) -> list[int]:
+        """The stages at the end that have the cast of logits, or the loss, alone."""
+        first = 1 + max(*self.layers, *(self.others[block] for block in ("norm", "head")))
+        return list(range(first, self._of[2].pp))
+
+    def warnings(self) -> list[str]:
+        """What to tell of stages without parameters."""
+        idle = self.without_parameters
+        if not idle:
+            return []
+        spec, model_class, topology = self._of
+        pp = next(
+            pp
+            for pp in range(topology.pp - 1, 0, -1)
+            if not Stages(spec, model_class, replace(topology, pp=pp)).without_parameters
+        )
+        which = f"stage {idle[0]}" if len(idle) == 1 else f"stages {idle[0]} to {idle[-1]}"
+        return [
+            f"pp={topology.pp}: {which} would have no parameters, by Nanotron's own assignment. "
+            "nanotron-fast train refuses that, and so does Nanotron at dp > 1 without ZeRO-1; with "
+            f"pp={pp} every stage has some"
+        ]
 
     def of(self, block: int | str) -> int:
         """The stage of a decoder layer, or of "embedding", "norm" or "head"."""

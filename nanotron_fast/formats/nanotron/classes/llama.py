@@ -164,7 +164,7 @@ LLAMA_CONFIG = register(
         rotates_neighbours_in_1_2=True,
         pp_warning={
             "1.5": "Nanotron's trainer crashes after the first step of a Llama at pp > 1 (here "
-            "pp={pp}), where stages without a loss log it; nanotron-fast train takes it"
+            "pp={pp}), where stages without a loss log it; nanotron-fast train does not"
         },
     )
 )
@@ -195,7 +195,7 @@ QWEN2_CONFIG = register(
         has_norms_first=True,
         pp_warning={
             "1.5": "Nanotron's Qwen2 model crashes in its forward pass at pp > 1 (here "
-            "pp={pp}); nanotron-fast train takes it"
+            "pp={pp}); nanotron-fast train does not"
         },
     )
 )
