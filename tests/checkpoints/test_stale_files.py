@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -156,3 +158,20 @@ def test_no_files_of_the_states(source: Path) -> None:
     for path in (source / "optimizer").glob("*.pt"):
         path.unlink()
     warned(source, "there are no states of an optimizer in it")
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "shown"),
+    [
+        ([1], r"parallelism is \[1\]"),
+        ({"tp_size": 2, "pp_size": None, "dp_size": 1}, "parallelism is {'tp_size': 2, 'pp_size'"),
+        ({"tp_size": 2}, r"parallelism is {'tp_size': 2}"),
+    ],
+)
+def test_a_configuration_without_the_ranks(parallelism: Any, shown: str, source: Path) -> None:
+    path = source / "optimizer" / "optimizer_config.json"
+    path.write_text(json.dumps({"type": "adam", "parallelism": parallelism}))
+    with pytest.raises(CheckpointError, match=f"{path}: .* tp_size, pp_size and dp_size") as told:
+        reshard(source, source.parent / "out", tp=1)
+    assert re.search(f"type is 'adam', {shown}", str(told.value))
+    assert "Error" not in str(told.value)

@@ -342,10 +342,11 @@ def _described_by(document: Mapping[str, Any], where: Path) -> Sizes | None:
         tp, pp, dp = (int(parallelism[f"{axis}_size"]) for axis in ("tp", "pp", "dp"))
         ep = int(parallelism.get("expert_parallel_size", 1))
         kind = document["type"]
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError):
+        found = f"type is {document.get('type')!r}, parallelism is {parallelism!r}"
         raise CheckpointError(
-            f"{where}: it should have type, and parallelism with tp_size, pp_size and dp_size: "
-            f"{type(error).__name__}: {str(error)[:200]}"
+            f"{where}: it should have type, and parallelism with tp_size, pp_size and dp_size, "
+            f"each a number: {found[:200]}"
         ) from None
     if not all(0 < size <= MAX_RANKS for size in (tp, pp, dp, ep)):
         told = f"tp={tp} pp={pp} dp={dp} ep={ep}"
