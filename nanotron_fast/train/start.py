@@ -124,10 +124,11 @@ def _read_metadata(path: Path) -> tuple[int, Consumed]:
         stages = metas.get("data_stages") or [{**metas, "start_training_step": 1}]
         stages = sorted(stages, key=lambda stage: _count(stage["start_training_step"]))
         samples = tuple(_count(stage["consumed_train_samples"]) for stage in stages)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError):
+        found = repr(metas)
         raise CheckpointError(
             f"{path}: metas should have last_train_step, and consumed_train_samples of each data "
-            f"stage: {type(error).__name__}: {error}"
+            f"stage, each a count: it is {found if len(found) <= 200 else f'{found[:200]} ...'}"
         ) from None
     return step, Consumed(step, samples)
 

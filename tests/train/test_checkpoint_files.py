@@ -31,6 +31,7 @@ from nanotron_fast.train.checkpoint import Snapshot, publish, write
 from nanotron_fast.train.mesh import Mesh
 from nanotron_fast.train.optimizer_files import place_of, sizes_of
 from nanotron_fast.train.optimizer_states import StoredStates, load_states
+from nanotron_fast.train.start import METADATA, _read_metadata
 from tests.train.engine import HIDDEN, VOCAB, Case, Run, rate
 from tests.train.resuming import save_run
 
@@ -298,3 +299,27 @@ def test_rows_that_do_not_divide(run: Run) -> None:
     ids = torch.zeros(3, 16, dtype=torch.int64)
     with pytest.raises(TopologyError, match="3 rows do not divide into micro-batches of 2"):
         run.pipeline.step(ids, ids, micro_batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{}", "it is None"),
+        ('{"metas": 3}', "it is 3"),
+        ('{"metas": {"last_train_step": "x"}}', "it is {'last_train_step': 'x'}"),
+        (
+            '{"metas": {"last_train_step": 1, "data_stages": [{"start_training_step": 1}]}}',
+            "it is {'last_train_step': 1, 'data_stages': [{'start_training_step': 1}]}",
+        ),
+        (json.dumps({"metas": "x" * 300}), f"it is '{199 * 'x'} ..."),
+    ],
+)
+def test_metadata_that_say_too_little(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / METADATA
+    path.write_text(text)
+    with pytest.raises(CheckpointError) as raised:
+        _read_metadata(path)
+    assert str(raised.value) == (
+        f"{path}: metas should have last_train_step, and consumed_train_samples of each data "
+        f"stage, each a count: {told}"
+    )
