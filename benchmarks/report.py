@@ -160,8 +160,9 @@ def training_section(name: str, document: dict[str, Any]) -> Section:
                 f"other's process time, {low:.2f} to {high:.2f} in {len(found['ratios'])} rounds.",
                 "",
                 *table(("", "process s", "clock s"), rows),
+                "",
             ]
-        return Section(name, lines, [])
+        return Section(name, lines[:-1], [])
     rows, groups = [], {}
     for step in document["steps"]:
         key = (step["operation"], step["variant"])
