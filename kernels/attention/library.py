@@ -114,8 +114,8 @@ def _strides_of_out(q: Tensor) -> tuple[int, ...]:
 def _laid_out(tensor: Tensor, strides: tuple[int, ...]) -> Tensor:
     """A copy of these strides, unless it has them.
 
-    Before August 2026 torch found cuDNN's graph of the backward pass again by the strides of q, k
-    and v alone: those of dout and out were as in the first call, and others were read wrongly.
+    Until its pull request 191576 torch found cuDNN's graph of the backward pass by the strides of
+    q, k and v alone: those of dout and out were as in the first call, others were read wrongly.
     """
     given = tensor.stride()
     if given == strides or all(
