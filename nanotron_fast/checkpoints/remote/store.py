@@ -286,6 +286,8 @@ class Store:
                         f"{what}: a key is missing or not accepted: {reason(error)}",
                         self.name_of(name),
                     ) from error
+                if type(error).__name__ == "OfflineModeIsEnabled":  # nothing was asked
+                    break
             if number < NUM_TRIES:
                 pause = FIRST_PAUSE_SECONDS * 2 ** (number - 1)
                 time.sleep(pause * random.uniform(0.75, 1.25))

@@ -16,6 +16,7 @@ import pytest
 from huggingface_hub import HfFileSystem
 
 import nanotron_fast as nf
+from nanotron_fast.checkpoints.remote import store
 from nanotron_fast.checkpoints.source import resolve_companions
 from nanotron_fast.errors import CheckpointError
 from tests.modelzoo import make
@@ -153,3 +154,11 @@ def test_why_the_hub_gives_nothing_is_said_plainly(hub, tmp_path, monkeypatch):
     assert "Errno" not in found.partition("Connection refused")[0]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert said("org/absent") == f"org/absent: {name}: HF_HUB_OFFLINE keeps it from being asked"
+
+
+def test_a_hub_that_may_not_be_asked_is_told_at_once(hub, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(store.time, "sleep", lambda _: pytest.fail("it was tried again"))
+    told = "the Hub does not answer: HF_HUB_OFFLINE keeps it from being asked: 'hf://org/model'"
+    with pytest.raises(OSError, match=re.escape(told)):
+        nf.inspect("hf://org/model")
