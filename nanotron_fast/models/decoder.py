@@ -275,7 +275,8 @@ class Decoder(nn.Module):
             labels: (rows, length) int64, each token's target; -100 counts for nothing. On the last
                 stage alone.
             position_ids: (rows, length) int64 where rows hold several documents: counted from each
-                document's start, so that 0 starts one. Attention stays within a document.
+                document's start, so that 0 starts one. Attention stays within a document. In memory
+                of the CPU nothing waits for the device, whose values have to be seen else.
             shape: (rows, length), where neither x nor labels nor position_ids say it: on a stage
                 in the middle.
             cache: of keys and values, for generation: these tokens come after those in it, and are
@@ -303,7 +304,7 @@ class Decoder(nn.Module):
             counts_load=self.counts_load and torch.is_grad_enabled(),
         )
         if position_ids is not None:
-            batch.cu_seqlens = document_edges(position_ids)
+            batch.cu_seqlens = document_edges(position_ids, x.device)
         if self.is_first:
             x = self._embedded(x)
         residual: Tensor | None = None

@@ -207,8 +207,12 @@ class Run:
         return tensors
 
     def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On the device, but for the positions: documents are counted on the CPU."""
         device = self.mesh.device
-        return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        return {
+            name: tensor if name == "position_ids" else tensor.to(device, non_blocking=True)
+            for name, tensor in tensors.items()
+        }
 
     def _rate(self, step: int) -> Rate:
         """The learning rate of a step, from a parameter's highest one."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanotron_fast.models import build
+from nanotron_fast.models.batch import document_edges
 from nanotron_fast.models.experts import _counts
 from tests.families import zoo
 from tests.models.tiny import save, tokens
@@ -51,6 +52,17 @@ def test_a_step_waits_for_nothing(family: str, tmp_path: Path) -> None:
     with _Watch() as watch:
         decoder(ids, labels=ids).backward()
     assert not watch.found
+
+
+def test_documents_are_counted_where_their_positions_are() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1], [3, 4, 0, 0, 1]])
+    edges = document_edges(positions, positions.device)
+    assert edges.dtype == torch.int32
+    assert edges.tolist() == [0, 3, 5, 7, 8, 10]
+    # This device has no values to count.
+    elsewhere = document_edges(positions, torch.device("meta"))
+    assert elsewhere.is_meta
+    assert (elsewhere.shape, elsewhere.dtype) == (edges.shape, edges.dtype)
 
 
 @pytest.mark.parametrize("choices", [[], [0], [3, 1, 1, 2, 0, 3, 3], [5, 5]])
