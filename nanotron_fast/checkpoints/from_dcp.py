@@ -81,6 +81,7 @@ def read_dcp_model(root: Path, like: Path | None) -> HfCheckpoint:
         warnings=_beside(root, (*left, *saved.others)),
         format="dcp",
         rope_interleaved=is_torchtitan,
+        configured_by=like,
         lacks_config=lacks,
         other_files=frozenset((METADATA, *files)),
         read=located.read,

@@ -57,16 +57,24 @@ _SHOWN = 5
 
 
 @contextmanager
-def _named(root: Path) -> Iterator[None]:
-    """Errors say which checkpoint they are about: of a configuration alone, the code knows none."""
+def _named(root: Path, configured_by: Path | None = None) -> Iterator[None]:
+    """Errors say which checkpoint they are about: of a configuration alone, the code knows none.
+
+    `configured_by` has the config.json, where that is not in `root`. What names a file of either
+    folder is left alone, and what is about an option, which is the caller's.
+    """
     try:
         yield
     except NanotronFastError as error:
         said = str(error)
-        # An option is the caller's, and of no checkpoint.
-        if str(root) not in said and not said.startswith("--"):
-            is_file = said.startswith((CONFIG, MODEL_CONFIG))
-            error.args = (f"{root}{'/' if is_file else ': '}{said}",)
+        folders = [root, *([] if configured_by is None else [configured_by])]
+        # The paths of files in "." begin with the file.
+        known = [f"{folder}{mark}" for folder in folders for mark in "/:"]
+        if not said.startswith(("--", SIDE_FILE, *known)):
+            file = said.partition(":")[0]
+            folder = folders[-1] if file == CONFIG else root
+            is_there = file in (CONFIG, MODEL_CONFIG) and (folder / file).is_file()
+            error.args = (f"{folder}{'/' if is_there else ': '}{said}",)
         raise
 
 
@@ -203,7 +211,7 @@ class HfModel(StoredModel):
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
         if source.lacks_config is not None:
             raise CheckpointError(source.lacks_config)
-        with _named(source.root):
+        with _named(source.root, source.configured_by):
             self._read(source, options)
 
     def _read(self, source: HfCheckpoint, options: Options) -> None:
@@ -243,7 +251,7 @@ class NanotronModel(StoredModel):
 
     def __init__(self, source: NanotronCheckpoint, options: Options) -> None:
         """Raises CheckpointError, ConfigError, UnsupportedModelError."""
-        with _named(source.root):
+        with _named(source.root, options.like):
             self._read(source, options)
 
     def _read(self, source: NanotronCheckpoint, options: Options) -> None:

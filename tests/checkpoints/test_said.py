@@ -245,6 +245,65 @@ def test_whose_configuration_it_is(hf: Path, tmp_path: Path) -> None:
             plan()
 
 
+def test_whose_configuration_it_is_in_the_folder_itself(
+    hf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name as short as `a`, which is in every sentence, is told as any."""
+    hf.rename(tmp_path / "a")
+    make("llama", num_hidden_layers=2).save(tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    nf.convert("a", "model")
+    edit(Path("a/config.json"), hidden_size="64")
+    edit(Path("model/model_config.json"), is_llama_config=None)
+    for folder, file, said in (
+        ("a", "config.json", "hidden_size is '64', and should be"),
+        ("model", "model_config.json", "none of is_llama_config"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{folder}/{file}: {said}"):
+            nf.verify("other", folder)
+    nf.convert("other", "nanotron")
+    edit(Path("other/config.json"), rope_scaling={"rope_type": "linear", "factor": 2.0})
+    with pytest.raises(UnsupportedModelError, match=r"^other: rope_scaling 'linear'"):
+        nf.plan("other", "out")
+    monkeypatch.chdir(tmp_path / "nanotron")
+    edit(Path("nanotron_fast.json"), vocab_size=0)
+    with pytest.raises(CheckpointError, match=r"^nanotron_fast\.json: vocab_size is 0"):
+        nf.plan(".", "out")
+
+
+@pytest.mark.parametrize(
+    ("file", "of_nanotron", "of_dcp"),
+    [
+        ("config.json", "--like {}: config.json: hidden", "{}/config.json: hidden"),
+        ("nanotron_fast.json", "{}: config.json: hidden", "{}: config.json: hidden"),
+        ("generation_config.json", "{}/generation_config.json: ", "{}/generation_config.json: "),
+    ],
+)
+def test_whose_configuration_it_is_that_like_names(
+    file: str, of_nanotron: str, of_dcp: str, hf: Path, tmp_path: Path
+) -> None:
+    """Neither a Nanotron checkpoint nor one of DCP has a config.json of its own."""
+    for to in ("nanotron", "dcp"):
+        nf.convert(hf, tmp_path / to, to=to)
+    (tmp_path / "dcp/config.json").unlink()
+    like = tmp_path / "like"
+    like.mkdir()
+    if file == "nanotron_fast.json":
+        side = json.loads((tmp_path / "nanotron" / file).read_text())
+        side["config"]["hidden_size"] = "64"
+        write_json(like / file, side)
+    else:
+        shutil.copy(hf / "config.json", like)
+    if file == "config.json":
+        edit(like / file, hidden_size="64")
+    if file == "generation_config.json":
+        (like / file).write_text("{")
+    for source, said in (("nanotron", of_nanotron), ("dcp", of_dcp)):
+        with pytest.raises((CheckpointError, ConfigError)) as told:
+            nf.plan(tmp_path / source, tmp_path / "out", to="hf", like=like)
+        assert str(told.value).startswith(said.format(like))
+
+
 def test_whose_model_is_refused(hf: Path, tmp_path: Path) -> None:
     edit(hf / "config.json", rope_scaling={"rope_type": "linear", "factor": 2.0})
     refused(hf, tmp_path, UnsupportedModelError, f"^{hf}: rope_scaling 'linear': Nanotron stores")

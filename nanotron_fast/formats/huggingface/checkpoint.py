@@ -81,6 +81,8 @@ class HfCheckpoint:
     format: str = "hf"
     # Rotary pairs lie beside each other in q and k, as torchtitan has them.
     rope_interleaved: bool = False
+    # The folder that the configuration is from, where it is another.
+    configured_by: Path | None = None
     # Why there is no configuration, where there is none.
     lacks_config: str | None = None
     # Names of further files in the folder that belong to the tensors.
