@@ -11,21 +11,27 @@ def notes_of(error: BaseException) -> tuple[str, ...]:
     return tuple(getattr(error, "__notes__", ()))
 
 
+def printable(text: str) -> str:
+    """A text in which what is no character to print is its escape, such as `\\n`.
+
+    Names and values that others have written are told as they are, and may hold anything.
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
+        for letter in text
+    )
+
+
 def one_line(error: BaseException) -> str:
     """What a command prints of an error.
 
-    Names and values that others have written are told as they are, and may hold anything: what is
-    no character to print becomes its escape, such as `\\n`. What the system says of a file comes
-    after the file's name, without its number.
+    What the system says of a file comes after the file's name, without its number.
     """
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         files = [str(name) for name in (error.filename, error.filename2) if name is not None]
         text = ": ".join([*([" -> ".join(files)] if files else []), error.strerror])
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii")
-        for letter in text
-    )
+    return printable(text)
 
 
 class NanotronFastError(Exception):

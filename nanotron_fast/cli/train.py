@@ -66,6 +66,7 @@ def _dry_run(
     config: str, overrides: list[str], memory: str | None, *, json: bool, is_quiet: bool
 ) -> None:
     from nanotron_fast.cli.dry_run import dry_run
+    from nanotron_fast.cli.writing import print_lines, warn
 
     found = dry_run(config, overrides, memory=memory)
     if _rank() > 0:
@@ -73,10 +74,8 @@ def _dry_run(
     if json:
         _print_json(found.to_json())
     elif not is_quiet:
-        for warning in found.warnings:
-            typer.echo(f"warning: {warning}", err=True)
-        for line in found.lines():
-            typer.echo(line)
+        warn(found.warnings)
+        print_lines(found.lines())
 
 
 def _run(config: str, overrides: list[str], *, is_quiet: bool) -> TrainingResult:

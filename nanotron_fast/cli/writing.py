@@ -11,7 +11,7 @@ from nanotron_fast import interruption
 from nanotron_fast.checkpoints.options import spelled
 from nanotron_fast.cli.flags import beginning
 from nanotron_fast.cli.help import RUNS
-from nanotron_fast.errors import ConfigError
+from nanotron_fast.errors import ConfigError, printable
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.plan.plan import Plan
@@ -181,13 +181,13 @@ def _share_to_json(planned: Plan, share: tuple[int, int] | None) -> dict[str, An
 def print_lines(lines: Iterable[str]) -> None:
     """To stdout."""
     for line in lines:
-        typer.echo(line)
+        typer.echo(printable(line))
 
 
 def warn(warnings: Iterable[str]) -> None:
     """To stderr."""
     for warning in warnings:
-        typer.echo(f"warning: {warning}", err=True)
+        typer.echo(f"warning: {printable(warning)}", err=True)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

@@ -159,6 +159,17 @@ def test_a_url_of_a_folder_to_reshard_to(
     assert (tmp_path / "out" / "model_config.json").exists()
 
 
+def test_what_others_have_named_is_told_in_its_line(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "a\x1b[2J.xyz").symlink_to("gone\nerror: b")
+    code, out, err = run(capsys, "convert", source, tmp_path / "out")
+    assert code == 0
+    assert out.splitlines()[-1] == r"left behind: a\x1b[2J.xyz"
+    assert r"a\x1b[2J.xyz is a link to gone\nerror: b, " in err
+    assert err.count("\n") == 1
+
+
 def test_lines_where_there_is_no_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from nanotron_fast.checkpoints.options import Choices
 from nanotron_fast.cli.entry import EXIT_BAD_INPUT, run_command
 from nanotron_fast.cli.flags import flags, gather
-from nanotron_fast.errors import NanotronFastError, one_line
+from nanotron_fast.errors import NanotronFastError, one_line, printable
 from nanotron_fast.interruption import telling
 
 
@@ -58,7 +58,7 @@ def _convert(given: dict[str, Any], to: str) -> None:
     if processes.rank == 0:
         with telling(lambda: f"{report.destination} is whole"):
             for warning in report.plan.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
+                print(f"warning: {printable(warning)}", file=sys.stderr)
             for line in report_lines(report):
-                print(line)
+                print(printable(line))
             print(f"Model saved to {given['save_path']}")
