@@ -166,6 +166,21 @@ def test_a_tokenizer_that_is_a_link_to_nothing(source: Path, tmp_path: Path) -> 
     assert not broken(plan.warnings)
 
 
+def test_links_to_nothing_in_folders(source: Path, tmp_path: Path) -> None:
+    put(source, {"additional_chat_templates/a.jinja": b"a", "auto/code.py": b""})
+    (source / "additional_chat_templates" / "b.jinja").symlink_to("../../blobs/1")
+    (source / "auto" / "more.py").symlink_to("../../blobs/2")
+    (source / "auto" / "else.py").symlink_to("../../blobs/3")
+    named = {"tokenizer_class": "auto/more.py", "auto_map": {"AutoTokenizer": "auto/code.py"}}
+    write_json(source / "tokenizer_config.json", named)
+    plan = nanotron_fast.plan(source, tmp_path / "out")
+    assert {"additional_chat_templates/a.jinja", "auto/code.py"} <= {*plan.copies}
+    told = broken(plan.warnings)
+    assert [each.partition(" is a link to ")[0] for each in told] == [
+        f"{source}/{name}" for name in ("additional_chat_templates/b.jinja", "auto/more.py")
+    ]
+
+
 @pytest.mark.parametrize("target", ["/proc/self/status", "/dev/zero", None])
 def test_special_files_are_refused(target: str | None, source: Path) -> None:
     if target is None:

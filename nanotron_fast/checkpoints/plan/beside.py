@@ -91,8 +91,8 @@ def beside_resharded(source: NanotronCheckpoint, options: Options) -> Beside:
 def _broken(root: Path, found: Companions, copies: Mapping[str, Path]) -> tuple[str, ...]:
     """A warning for each link to nothing in whose place nothing else is written."""
     return tuple(
-        f"{root / name} is a link to {target}, where nothing is: it is left behind. Of a model "
-        "from the Hub, download the file again"
+        f"{root / name} is a link to {target}, where nothing is to be read: it is left behind. "
+        "Of a model from the Hub, download the file again"
         for name, target in found.broken.items()
         if name not in copies
     )

@@ -11,7 +11,7 @@ import fnmatch
 import glob
 import os
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,10 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
         if _matches(name, _OWN):
             left.append(f"{name}/" if path.is_dir() else name)
         elif path.is_dir():
-            found = [file for file in _in_folder(root, name, named) if _is_carried(root / file)]
+            wanted = _in_folder(root, name, named)
+            found = [file for file in wanted if _is_carried(root / file)]
             carried.update((file, root / file) for file in found)
+            broken.update(_broken(root, wanted))
             if not found:
                 left.append(f"{name}/")
         elif name not in named and _matches(name, _LEFT_PATTERNS):
@@ -107,8 +109,7 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
             carried[name] = path
         else:
             left.append(name)
-            if path.is_symlink() and not os.path.exists(path):
-                broken[name] = os.readlink(path)
+            broken.update(_broken(root, [name]))
     for name, path in carried.items():
         _check_is_whole(name, path)
     named_by_tokenizer = _named_by(root / "tokenizer_config.json")
@@ -186,8 +187,15 @@ def _in_folder(root: Path, folder: str, named: frozenset[str]) -> list[str]:
         if pattern.startswith(f"{folder}/")
         for path in root.glob(pattern)
     }
-    found |= {name for name in named if name.startswith(f"{folder}/") and (root / name).is_file()}
+    inside = {name for name in named if name.startswith(f"{folder}/")}
+    found |= {name for name in inside if (root / name).is_file() or (root / name).is_symlink()}
     return sorted(found)
+
+
+def _broken(root: Path, names: Iterable[str]) -> dict[str, str]:
+    """Those that are links to nothing, and where they point."""
+    links = [name for name in names if (root / name).is_symlink()]
+    return {name: os.readlink(root / name) for name in links if not os.path.exists(root / name)}
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
