@@ -23,7 +23,7 @@ _PREFIXES = {
 }
 _ROOT = "model."
 # The first number in a name is that of its layer: model.layers.3.mlp.experts.0.up_proj.weight.
-_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<number>\d+)\.")
+_LAYER = re.compile(r"(?P<stack>.+?)\.(?P<number>[0-9]{1,9})\.")
 _UNMERGED = (".base_layer.", ".lora_A.", ".lora_B.")
 
 

@@ -254,6 +254,12 @@ def test_tensors_that_the_user_leaves_out(tmp_path: Path) -> None:
     assert "ignored 3 tensors" in next(iter(verification_lines(found)))
 
 
+def test_a_layer_of_a_number_that_is_none(tmp_path: Path) -> None:
+    extra = {f"model.layers.{'9' * 5000}.weight": Tensor("F32", (1,), bytes(4))}
+    source = make("llama", num_hidden_layers=1).save(tmp_path / "source", extra=extra)
+    refused(source, tmp_path, CheckpointError, "1 tensors have no place.*--ignore-tensors GLOB")
+
+
 def test_one_pattern_by_itself(tmp_path: Path) -> None:
     source, names = with_more(tmp_path)
     plan = nanotron_fast.plan(source, tmp_path / "out", ignore_tensors=["*.1.*", "*.summary.*"])
