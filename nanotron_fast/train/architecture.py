@@ -208,7 +208,7 @@ def _dropout(found: Architecture, place: Place) -> list[str]:
 
 def _from_checkpoint(path: str, where: Place) -> tuple[Architecture, list[str]]:
     """The model in a folder of either format, or of a Hub id, and what to tell about it."""
-    root = source.resolve_companions(path)
+    root = source.resolve_companions(path, str(where))
     if is_nanotron_checkpoint(root):
         model = NanotronModel(read_nanotron(root), Options())
         found = Architecture.of_stored(model)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nanotron_fast as nf
-from nanotron_fast.errors import TopologyError, UnsupportedModelError
+from nanotron_fast.errors import ConfigError, TopologyError, UnsupportedModelError
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 from nanotron_fast.model.spec import COMPUTED
 from nanotron_fast.models import Decoder, build, load
@@ -183,3 +183,9 @@ def test_ranks_that_the_model_does_not_spread_over(layout: dict[str, Any], messa
     config = document(parallelism={"dp": 1, "pp": 1, "tp": 1, **layout})
     with pytest.raises(TopologyError, match=message):
         architecture(TrainingConfig.from_dict(config, name="x.yaml"))
+
+
+def test_a_path_of_weights_that_is_empty() -> None:
+    config = TrainingConfig.from_dict(document(model={"init_method": {"path": ""}}), name="x.yaml")
+    with pytest.raises(ConfigError, match=r"^x\.yaml: model\.init_method\.path: an empty string"):
+        architecture(config)
