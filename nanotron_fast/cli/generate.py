@@ -55,7 +55,7 @@ def generate(
             import torch.distributed as dist
 
             group = dist.new_group(backend="gloo" if device.type == "cpu" else "nccl")
-        is_quiet = processes.rank != 0
+        is_quiet = json or processes.rank != 0
         with processes.step(), counting("generating", max_new_tokens, is_quiet=is_quiet) as count:
             found = continued(
                 ckpt,

@@ -86,6 +86,17 @@ def test_the_command_prints_the_new_tokens_from_either_format(
     assert refused.stderr == "error: --top-p 2.0: it should be above 0, and at most 1\n"
 
 
+def test_the_command_with_json_shows_no_bar(
+    golden_hf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    base = ["generate", str(golden_hf), "--prompt", "a", "--max-new-tokens", "2"]
+    for flags, is_shown in (([], True), (["--json"], False)):
+        app([*base, *flags], standalone_mode=False)
+        assert ("generating" in capsys.readouterr().err) is is_shown
+
+
 def test_sampling_draws_by_the_probabilities_that_are_left() -> None:
     logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
     generator = torch.Generator().manual_seed(0)
