@@ -21,9 +21,20 @@ def reason(error: BaseException) -> str:
     if "LocalEntryNotFoundError" in kinds and beneath is not None:
         # It speaks of the cache alone; the request failed before.
         found = reason(beneath)
-        return found if found in _PLAINLY.values() else f"it does not answer: {found}"
+        if found in _PLAINLY.values():
+            return found
+        return f"it does not answer: {_of_system(beneath) or found}"
     for kind in kinds:
         if kind in _PLAINLY:
             return _PLAINLY[kind]
     first = next(iter(str(error).strip().splitlines()), type(error).__name__)
     return _NUMBER.sub("", first)
+
+
+def _of_system(error: BaseException | None) -> str | None:
+    """What the system said, which clients of the Hub wrap in errors of their own."""
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return None

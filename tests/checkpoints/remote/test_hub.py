@@ -149,9 +149,7 @@ def test_why_the_hub_gives_nothing_is_said_plainly(hub, tmp_path, monkeypatch):
         endpoint = f"http://127.0.0.1:{closed.getsockname()[1]}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint)
     found = said("org/absent")
-    assert found.startswith(f"org/absent: {name}: it does not answer: ")
-    assert "Connection refused" in found
-    assert "Errno" not in found.partition("Connection refused")[0]
+    assert found == f"org/absent: {name}: it does not answer: Connection refused"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert said("org/absent") == f"org/absent: {name}: HF_HUB_OFFLINE keeps it from being asked"
 
