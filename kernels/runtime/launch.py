@@ -33,6 +33,7 @@ from nanotron_fast.kernels.runtime import capture
 try:
     import triton
     from triton import knobs
+    from triton.runtime.autotuner import Autotuner
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 except ImportError:  # macOS and Windows have no Triton
@@ -217,9 +218,11 @@ def _by_triton(
 ) -> Any:
     """Triton's own launch; what it launched."""
     device = next((each.device for each in arguments if isinstance(each, Tensor)), None)
-    is_plain = type(kernel) is JITFunction and not kernel.pre_run_hooks  # which warmup calls too
-    if is_plain and device is not None and capture.is_capturing(device):
-        _refuse_to_load(kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS), kernel)
+    if device is not None and capture.is_capturing(device):
+        own = kernel.fn if type(kernel) is Autotuner else kernel
+        if type(own) is JITFunction and not own.pre_run_hooks:  # which this would call too
+            options = {"grid": grid, "warmup": True, **constants, **_OPTIONS}
+            _refuse_to_load(kernel.run(*arguments, **options), own)
     return kernel[grid](*arguments, **constants, **_OPTIONS)
 
 

@@ -8,7 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from nanotron_fast.kernels.attention import configs
 from nanotron_fast.kernels.matmul import kernels as matmul_kernels
@@ -173,11 +177,9 @@ def test_the_packer_refuses_a_table_that_it_would_copy(capturing) -> None:
         pack_choice._items_on(torch.device("cpu"), bytes(8 * pack_choice.NUM_COLUMNS))
 
 
-def test_a_binary_is_loaded_before(capturing, monkeypatch) -> None:
-    """CUDA loads none while a graph is captured, and Triton would not try again after that."""
-    triton_driver = pytest.importorskip("triton.runtime.driver")
-    jit = pytest.importorskip("triton.runtime.jit")
-    target = pytest.importorskip("triton.backends.compiler").GPUTarget("cuda", 90, 32)
+@pytest.fixture
+def loading(monkeypatch) -> list[int]:
+    """A GPU whose binaries do nothing but add the first number of each launch to a list."""
     launched: list[int] = []
 
     class Binary(SimpleNamespace):
@@ -195,12 +197,17 @@ def test_a_binary_is_loaded_before(capturing, monkeypatch) -> None:
     gpu = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
-        get_current_target=lambda: target,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
     )
-    monkeypatch.setattr(triton_driver.driver, "_active", gpu)
-    monkeypatch.setattr(jit.JITFunction, "_do_compile", do_compile)
+    monkeypatch.setattr(driver, "_active", gpu)
+    monkeypatch.setattr(JITFunction, "_do_compile", do_compile)
     monkeypatch.setattr(launch, "_binaries", {})
-    kernel = jit.JITFunction(_scaled)
+    return launched
+
+
+def test_a_binary_is_loaded_before(loading, capturing) -> None:
+    """CUDA loads none while a graph is captured, and Triton would not try again after that."""
+    kernel = JITFunction(_scaled)
     start = launch.on_grid(kernel, (1,))
     first = launch.Prepared((1,), (16,), N=2)
     x = torch.zeros(1)
@@ -213,6 +220,22 @@ def test_a_binary_is_loaded_before(capturing, monkeypatch) -> None:
     # The same binary, whatever we remember of it.
     start(x, 32, N=2)
     first.launch(kernel, x)
-    assert launched == [16, 32, 16]
+    assert loading == [16, 32, 16]
     with pytest.raises(RuntimeError, match="captures _scaled, of a kind that is not loaded"):
         start(x, 17, N=2)
+
+
+def test_a_binary_of_a_tuned_kernel_is_loaded_before(loading, capturing) -> None:
+    """One kind that was timed has several: of numbers that 16 divides, and of others."""
+    kernel = triton.autotune([triton.Config({"N": 2})], [])(JITFunction(_scaled))
+    start = launch.on_grid(kernel, lambda blocks: (blocks["N"],))
+    x = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="captures _scaled, of a kind that is not loaded"):
+        start(x, 16)
+    capturing.undo()
+    start(x, 16)
+    capturing.setattr(capture, "is_capturing", lambda device: True)
+    start(x, 32)
+    assert loading == [16, 32]
+    with pytest.raises(RuntimeError, match="captures _scaled, of a kind that is not loaded"):
+        start(x, 17)
