@@ -41,6 +41,8 @@ except ImportError:  # macOS and Windows have no Triton
 
 # A product and the sum after it are rounded once, whatever Triton's default. Versions of Triton
 # differ in that default, and with it in the bits of a result and in the registers of a kernel.
+# They come before the constants, as in launches by Triton's tuner: their order is a part of what a
+# binary is found by.
 _OPTIONS = {"enable_fp_fusion": True}
 # Versions whose binaries are launched by `_Binary.run` with these arguments.
 _VERSIONS = ("3.6", "3.7", "3.8", "3.9")
@@ -83,7 +85,7 @@ def on_grid(kernel: Any, grid: Any) -> Callable[..., None]:
 
 def compiled(kernel: Any, *arguments: Any, **constants: Any) -> Any:
     """The binary that such a launch would run, loaded onto the current GPU and not launched."""
-    binary = kernel.warmup(*arguments, grid=(1,), **constants, **_OPTIONS)
+    binary = kernel.warmup(*arguments, grid=(1,), **_OPTIONS, **constants)
     _refuse_to_load(binary, kernel)
     binary._init_handles()  # its registers are known once it is loaded
     return binary
@@ -221,9 +223,9 @@ def _by_triton(
     if device is not None and capture.is_capturing(device):
         own = kernel.fn if type(kernel) is Autotuner else kernel
         if type(own) is JITFunction and not own.pre_run_hooks:  # which this would call too
-            options = {"grid": grid, "warmup": True, **constants, **_OPTIONS}
+            options = {"grid": grid, "warmup": True, **_OPTIONS, **constants}
             _refuse_to_load(kernel.run(*arguments, **options), own)
-    return kernel[grid](*arguments, **constants, **_OPTIONS)
+    return kernel[grid](*arguments, **_OPTIONS, **constants)
 
 
 def _binary_of(

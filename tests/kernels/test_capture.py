@@ -190,6 +190,9 @@ def loading(monkeypatch) -> list[int]:
             self.module = "loaded"
             return lambda *given: launched.append(given[-2])
 
+        def _init_handles(self) -> None:
+            self.module = "loaded"
+
     def do_compile(self: Any, key: Any, signature: Any, device: int, *rest: Any) -> Any:
         binary = Binary(module=None, function=0, packed_metadata=(), launch_metadata=lambda *_: 0)
         return self.device_caches[device][0].setdefault(key, binary)
@@ -239,3 +242,19 @@ def test_a_binary_of_a_tuned_kernel_is_loaded_before(loading, capturing) -> None
     assert loading == [16, 32]
     with pytest.raises(RuntimeError, match="captures _scaled, of a kind that is not loaded"):
         start(x, 17)
+
+
+def test_what_the_tuner_has_launched_is_loaded_for_launches_with_its_blocks(
+    loading, capturing
+) -> None:
+    """Triton finds a binary by its options, in their order."""
+    config = triton.Config({"N": 2})
+    kernel = triton.autotune([config], [])(JITFunction(_scaled))
+    x = torch.zeros(1)
+    with pytest.MonkeyPatch.context() as before:
+        before.setattr(capture, "is_capturing", lambda device: False)
+        launch.on_grid(kernel, lambda blocks: (blocks["N"],))(x, 16)
+    launch.Prepared((2,), (16,), **config.all_kwargs()).launch(kernel.fn, x)
+    launch.on_grid(kernel.fn, (2,))(x, 32, **config.all_kwargs())
+    launch.compiled(kernel.fn, x, 48, **config.all_kwargs())
+    assert loading == [16, 16, 32]

@@ -122,7 +122,7 @@ def test_it_is_what_triton_launches(stub: Stub) -> None:
     for case in cases + cases:
         *arguments, named = case.values()
         launch.on_grid(kernel, (3, 2))(*arguments, **named)
-        kernel[(3, 2)](*arguments, **named, enable_fp_fusion=True)
+        kernel[(3, 2)](*arguments, enable_fp_fusion=True, **named)
         ours, tritons = stub.launched[-2:]
         assert ours[:-1] == tritons[:-1]
         assert len(ours[-1]) == len(tritons[-1])
