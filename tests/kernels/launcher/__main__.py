@@ -148,7 +148,7 @@ class Tally:
         name, before = kernel.fn.__name__, len(_launched)
         with _no_new_binary(self.wrong, name):
             again()
-        kernel[grid](*arguments, **constants, **launch._OPTIONS)
+        kernel[grid](*arguments, **launch._OPTIONS, **constants)
         if len(_launched) != before + 2:
             self.wrong.append(f"{name}: {len(_launched) - before} launches instead of 2")
             return
