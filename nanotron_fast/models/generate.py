@@ -139,14 +139,16 @@ def _check(model: Architecture, prompt: Sequence[int], max_new_tokens: int) -> N
     positions, taken = max_positions(model.spec), len(prompt)
     if positions is None or taken + max_new_tokens <= positions:
         return
+    is_stretched = positions > model.spec.max_position_embeddings
+    keys = "max_position_embeddings" + (" and rope_scaling" if is_stretched else "")
     if taken > positions:
         raise ConfigError(
-            f"the prompt has {taken} tokens, and the model {positions} positions "
-            "(max_position_embeddings): shorten it"
+            f"the prompt has {taken} tokens, and the model {positions} positions ({keys}): shorten "
+            "it"
         )
     raise ConfigError(
         f"--max-new-tokens {max_new_tokens}: the prompt takes {taken} of the model's {positions} "
-        f"positions (max_position_embeddings), which leaves {positions - taken}"
+        f"positions ({keys}), which leaves {positions - taken}"
     )
 
 

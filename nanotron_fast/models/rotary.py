@@ -25,8 +25,15 @@ def max_positions(spec: ModelSpec) -> int | None:
 
     None where they follow its length, as with "dynamic" scaling, and where no layer turns anything.
     """
-    turns = any(layer.attention.rotary is not None for layer in spec.layers)
-    return spec.max_position_embeddings if turns and _kind_of(spec) != "dynamic" else None
+    kind, stated = _kind_of(spec), spec.max_position_embeddings
+    if kind == "dynamic" or all(layer.attention.rotary is None for layer in spec.layers):
+        return None
+    if kind not in ("linear", "yarn"):
+        return stated
+    # The configuration states the length before they are stretched (Qwen3) or after (DeepSeek-V3).
+    scaling = spec.rope_scaling or {}
+    original = scaling.get("original_max_position_embeddings") or stated
+    return max(stated, int(original * (scaling.get("factor") or 1)))
 
 
 def _kind_of(spec: ModelSpec) -> str:

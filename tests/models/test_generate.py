@@ -146,6 +146,19 @@ def test_no_more_tokens_than_the_model_has_positions(tmp_path: Path) -> None:
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     longer = save(tmp_path / "x", "llama", max_position_embeddings=16, rope_scaling=scaling)
     assert len(generate_ids(build(longer), [3] * 10, max_new_tokens=7)) == 7
+    # With these a configuration states the length before they stretch it, or the one after.
+    for kind, stated, original, room, told in (
+        ("linear", 16, {}, 32, " and rope_scaling"),
+        ("yarn", 16, {"original_max_position_embeddings": 16}, 32, " and rope_scaling"),
+        ("yarn", 32, {"original_max_position_embeddings": 16}, 32, ""),
+    ):
+        scaling = {"rope_type": kind, "factor": 2.0, **original}
+        changes = {"max_position_embeddings": stated, "rope_scaling": scaling}
+        stretched = build(save(tmp_path / f"{kind}{stated}", "llama", **changes))
+        assert len(generate_ids(stretched, [3] * 30, max_new_tokens=2)) == 2
+        message = rf"{room} positions \(max_position_embeddings{told}\), which leaves 2$"
+        with pytest.raises(ConfigError, match=message):
+            generate_ids(stretched, [3] * 30, max_new_tokens=3)
     # A model none of whose layers turns anything knows no positions.
     changes = {"num_hidden_layers": 2, "no_rope_layers": [0, 0]}
     endless = save(tmp_path / "y", "smollm3", max_position_embeddings=16, **changes)
