@@ -30,11 +30,12 @@ def check_room(config: TrainingConfig, model: ModelPlan, start: Start) -> None:
         raise where.error(
             f" is {root}, where no checkpoint can be written: {error.strerror}: {error.filename}"
         ) from error
-    free, needed = shutil.disk_usage(root).free, checkpoint_bytes(config, model)
-    if free < needed and _saves(config, start):
+    room, needed = shutil.disk_usage(root), checkpoint_bytes(config, model)
+    # A mount of a store or of a network may know no size, and says 0.
+    if room.total and room.free < needed and _saves(config, start):
         raise where.error(
-            f" is {root}, where {free:,} bytes are free, and a checkpoint takes {needed:,}: make "
-            "room, or give another folder"
+            f" is {root}, where {room.free:,} bytes are free, and a checkpoint takes {needed:,}: "
+            "make room, or give another folder"
         )
 
 

@@ -87,6 +87,13 @@ def test_a_disk_without_room_for_a_checkpoint(
             train(tmp_path / "run", **unsaved, **{f"checkpoints__{key}": value})
 
 
+def test_a_file_system_that_knows_no_size_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(0, 0, 0))
+    assert train(tmp_path, tokens__train_steps=1).checkpoint == tmp_path / "1"
+
+
 def test_what_a_killed_run_left_takes_no_room(tmp_path: Path) -> None:
     for name in (".3.partial/model", ".3.hf.partial-0a1b2c3d/content"):
         (tmp_path / name).mkdir(parents=True)
