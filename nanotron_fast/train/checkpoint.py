@@ -271,7 +271,11 @@ def prove_writable(root: Path) -> None:
     root.mkdir(parents=True, exist_ok=True)
     _clear(root)
     proof = root / ".proof.partial"
-    write_file(_made(proof / METADATA), b"{}", fsync=False)
+    try:
+        write_file(_made(proof / METADATA), b"{}", fsync=False)
+    except OSError:
+        shutil.rmtree(proof, ignore_errors=True)
+        raise
     _remove(proof)
 
 

@@ -15,6 +15,7 @@ from nanotron_fast.errors import ConfigError
 from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.estimate import checkpoint_bytes
 from tests.ordinary_user import ordinary_user
+from tests.train.full_disk import no_file_beyond
 from tests.train.runs import config, train
 
 RESUME = "checkpoints__resume_checkpoint_path"
@@ -58,6 +59,15 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     # There is nothing left to write.
     with locked(root):
         assert train(root, tokens__train_steps=1, **{RESUME: str(root)}).step == 1
+
+
+def test_a_disk_that_is_full_already_is_left_as_it_was(tmp_path: Path) -> None:
+    with (
+        no_file_beyond(0),
+        pytest.raises(ConfigError, match=r"written: File too large: .*\.proof\.partial/"),
+    ):
+        train(tmp_path, tokens__train_steps=1)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_disk_without_room_for_a_checkpoint(
