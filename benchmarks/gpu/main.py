@@ -65,6 +65,15 @@ def selected(phases: list[Phase], only: list[str], names: list[str]) -> list[Pha
     return chosen
 
 
+def left_out_of(last: list[Row]) -> set[str]:
+    """The jobs that a run did not come to, or was at when it was killed."""
+    told = [row for row in last if row["operation"] == "left out"]
+    if told:  # with this a run ends
+        return {name for row in told for name in row["jobs"]}
+    planned = {name for row in last if row["operation"] == "planned" for name in row["jobs"]}
+    return planned - {row.get("job") for row in last} | {row.get("job") for row in last[-1:]}
+
+
 def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
     """Of each phase what failed or was left out the last time, and the ceilings.
 
@@ -72,7 +81,7 @@ def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
     """
     failed = failures(last)
     names = {row.get("job") for row in failed}
-    names |= {name for row in last if row["operation"] == "left out" for name in row["jobs"]}
+    names |= left_out_of(last)
     tests = tuple(
         row["variant"] for row in failed if row["kind"] == "test" and "::" in row["variant"]
     )

@@ -144,6 +144,9 @@ class Runner:
         waiting, phases = list(background), list(phases)
         self._waits |= {job.operation for job in waiting}
         self.not_begun = [*waiting, *(job for phase in phases for job in phase.jobs)]
+        # What has been compiled has no row of its own.
+        told = [job.name for job in self.not_begun if not job.target.endswith(":precompile")]
+        self.add({"kind": "machine", "operation": "planned", "ok": True, "jobs": told})
         for phase in phases:
             self._run_phase(phase, waiting)
         if self._postponed:  # nothing else is left to do meanwhile
@@ -211,10 +214,11 @@ class Runner:
         self.left_out = list(dict.fromkeys(self.left_out))
         if why:
             self.add({"kind": "machine", "operation": "cut off", "ok": None, "note": why})
+        row: Row = {"kind": "machine", "operation": "left out", "ok": True, "note": "nothing"}
         if self.left_out:
             note = f"{len(self.left_out)} jobs for want of time: {'; '.join(self.left_out)}"
-            row: Row = {"kind": "machine", "operation": "left out", "ok": None, "note": note}
-            self.add(row | {"jobs": self.left_out})
+            row |= {"ok": None, "note": note}
+        self.add(row | {"jobs": self.left_out})  # the last row of all but what was killed
         print(table(self.rows.rows), flush=True)
 
 

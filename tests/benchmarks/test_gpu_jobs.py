@@ -96,6 +96,32 @@ def test_again_takes_what_failed_and_what_was_left_out() -> None:
     assert [job.name for job in chosen["ratio"]] == ["ratio clip ours"]
 
 
+def test_again_takes_what_a_run_that_was_killed_had_not_come_to() -> None:
+    phases = jobs.phases(False, 2)
+    names = [
+        "check glu silu",
+        "check glu gelu",
+        "ratio glu ours",
+        "ratio glu others",
+        "test pytest",
+    ]
+    last = [
+        {"kind": "machine", "operation": "planned", "ok": True, "jobs": names},
+        {"kind": "check", "operation": "glu", "ok": True, "job": "check glu silu"},
+        {"kind": "check", "operation": "glu", "ok": True, "job": "check glu gelu"},
+        {"kind": "machine", "operation": "phase", "variant": "check", "ok": True},
+        {"kind": "ratio", "operation": "glu", "ok": True, "job": "ratio glu ours"},
+    ]
+
+    def of(phases: list[jobs.Phase]) -> list[str]:
+        return [job.name for phase in phases if phase.name != "machine" for job in phase.jobs]
+
+    # It may have been in the middle of what its last row is of.
+    assert of(again(phases, last)) == ["ratio glu ours", "ratio glu others", "test pytest"]
+    end = {"kind": "machine", "operation": "left out", "ok": True, "jobs": []}
+    assert of(again(phases, [*last, end])) == []
+
+
 @pytest.mark.parametrize(("only", "names"), [(["gul"], []), ([], ["checks"])])
 def test_a_name_that_is_none_is_refused(only: list[str], names: list[str]) -> None:
     with pytest.raises(SystemExit, match="choose of"):

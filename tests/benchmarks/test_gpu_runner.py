@@ -45,6 +45,11 @@ def test_what_waits_for_a_build_lets_the_next_phase_begin(runner: Runner) -> Non
     order = [row["operation"] for row in runner.rows.rows if row["kind"] == "check"]
     assert order[-2:] == ["more", "z"]
     assert runner.left_out == []
+    planned = [row["jobs"] for row in runner.rows.rows if row["operation"] == "planned"]
+    assert planned[1] == ["check more", "check z"]
+    runner.close()
+    assert runner.rows.rows[-1]["operation"] == "left out"
+    assert runner.rows.rows[-1]["jobs"] == []
 
 
 def test_a_job_that_the_budget_ends_is_left_out_and_no_failure(runner: Runner) -> None:
