@@ -224,14 +224,14 @@ class Destination:
         block = room.f_frsize or room.f_bsize or 1
         needed = sum(-(-size // block) * block for size in sizes)
         free = room.f_bavail * block
-        if needed > free:
+        # Some file systems have no limit, and mounts of stores know no size: they say 0.
+        if room.f_blocks and needed > free:
             raise DestinationError(
                 errno.ENOSPC,
                 f"the conversion writes {needed:,} bytes in blocks of {block:,}, and {free:,} "
                 "are free",
                 str(self.path),
             )
-        # Some file systems have no limit, and say 0.
         if room.f_files and len(sizes) > room.f_favail:
             raise DestinationError(
                 errno.ENOSPC,

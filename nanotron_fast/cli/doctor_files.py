@@ -43,6 +43,8 @@ def findings(folder: Path) -> Iterator[Finding]:
 
 def _space(folder: Path) -> Finding:
     found = os.statvfs(folder)
+    if not found.f_blocks:
+        return Finding("destination", "ok", f"{folder.resolve()}, which says no size")
     free = found.f_bavail * found.f_frsize
     told = f"{folder.resolve()}, {size(free)} free"
     if free < _LEAST_FREE_BYTES:

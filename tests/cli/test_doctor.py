@@ -205,6 +205,9 @@ def test_little_room_and_little_memory(monkeypatch: Patch, tmp_path: Path) -> No
     assert told["memory"].found == "100 MB free"
     states = [told[name].state for name in ("destination", "shared memory", "memory")]
     assert states == ["missing", "slow", "slow"]
+    little.f_blocks = little.f_bavail = 0
+    [found] = [each for each in diagnose(tmp_path).findings if each.name == "destination"]
+    assert (found.state, found.found) == ("ok", f"{tmp_path}, which says no size")
 
 
 @pytest.mark.parametrize(

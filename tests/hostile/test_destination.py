@@ -337,6 +337,7 @@ def test_file_systems_without_an_exchange_of_names(
 def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole blocks count: 20 files of a byte and more take 20 of them."""
     fields = dict.fromkeys(("f_bsize", "f_frsize"), 1 << 20) | {"f_bavail": 10, "f_files": 0}
+    fields["f_blocks"] = 1000
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(**fields))
     message = "writes [0-9,]+ bytes in blocks of 1,048,576, and 10,485,760 are free"
     refused(source, tmp_path / "out", message)
@@ -344,7 +345,7 @@ def test_full_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     fields["f_bavail"] = 1000
     fields |= {"f_files": 100, "f_favail": 10}
     refused(source, tmp_path / "out", "writes [0-9]+ files, and the file system has room for 10")
-    fields["f_files"] = 0
+    fields |= {"f_files": 0, "f_blocks": 0, "f_bavail": 0}
     nanotron_fast.convert(source, tmp_path / "out")
 
 

@@ -158,11 +158,11 @@ def holding(
 
 def check_room(folder: Path, num_bytes: int) -> None:
     """Raises DestinationError where a temporary folder lies on a disk that is too small."""
-    free = shutil.disk_usage(folder).free
-    if num_bytes > free:
+    room = shutil.disk_usage(folder)
+    if room.total and num_bytes > room.free:  # a file system that knows no size says 0
         raise DestinationError(
             errno.ENOSPC,
             f"what is read from or written to a store lies here for a while: {num_bytes:,} bytes "
-            f"at once, and {free:,} are free; TMPDIR names another place",
+            f"at once, and {room.free:,} are free; TMPDIR names another place",
             os.fspath(folder.parent),
         )
