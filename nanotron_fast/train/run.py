@@ -200,10 +200,10 @@ class Run:
             "labels": torch.cat([each.labels for each in micro_batches]),
         }
         positions = [each.position_ids for each in micro_batches if each.position_ids is not None]
-        if positions:
-            tensors["position_ids"] = torch.cat(positions)
         if self.mesh.device.type == "cuda":
             tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        if positions:  # of which documents are counted on the CPU
+            tensors["position_ids"] = torch.cat(positions)
         return tensors
 
     def _moved(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
