@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.remote.urls import on_disk
-from nanotron_fast.errors import DataError, NanotronFastError
+from nanotron_fast.errors import DataError, NanotronFastError, one_line
 from nanotron_fast.extras import require
 from nanotron_fast.train.config.data import Dataset, Nanoset
 
@@ -127,7 +127,10 @@ def missing(config: TrainingConfig) -> Iterator[str]:
     for stage in config.data_stages:
         try:
             with named(config, stage):
-                _look_for(stage.data.dataset)
+                try:
+                    _look_for(stage.data.dataset)
+                except OSError as error:  # it may not be looked at
+                    raise DataError(one_line(error)) from error
         except DataError as error:
             yield str(error)
 

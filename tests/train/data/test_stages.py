@@ -21,6 +21,7 @@ from nanotron_fast.train.data import Consumed, StagedBatches, batches_of
 from nanotron_fast.train.data.batches import MicroBatch
 from nanotron_fast.train.data.held_out import num_held_out
 from tests.modelzoo import make
+from tests.ordinary_user import ordinary_user
 from tests.test_guides import ROOT, blocks
 from tests.train.configs import document
 from tests.train.data.material import TEXT, write_tokens
@@ -420,3 +421,24 @@ def test_data_that_are_not_there_are_told_by_their_key(
     assert found.exit_code == 0, found.output
     [*_, told] = found.stderr.splitlines()
     assert told.startswith(f"warning: {path}{said.removeprefix('config')}")
+
+
+@pytest.mark.parametrize("key", ["dataset_folder", "hf_dataset_or_datasets"])
+def test_a_dry_run_warns_of_data_that_may_not_be_looked_at(
+    key: str, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    tokenizer = {"tokenizer__tokenizer_name_or_path": str(tokenizer_folder)}
+    path = tmp_path / "train.yaml"
+    config = config_of(None, {key: str(locked / "in")}, starts=(1, 5), **tokenizer)
+    path.write_text(config.to_yaml())
+    locked.chmod(0)
+    with ordinary_user():
+        found = CliRunner().invoke(app, ["train", str(path), "--dry-run"])
+    locked.chmod(0o755)
+    assert found.exit_code == 0, found.output
+    told = f"warning: {path}: data_stages (stage 1): {key}: {locked / 'in'}: "
+    # Newer Pythons take what they may not look at for nothing.
+    reasons = (f"{told}Permission denied", f"{told}there is no such f")
+    assert found.stderr.splitlines()[-1].startswith(reasons)
