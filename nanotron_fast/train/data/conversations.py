@@ -163,7 +163,7 @@ class _Template:
 
         try:
             return self.tokenizer.apply_chat_template(messages, tools=self.tools, **options)
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
             raise DataError(f"{self.place}: the chat template refuses it: {error}") from error
 
     def text(self, messages: list[Message], *, is_asked: bool = False) -> str:

@@ -119,6 +119,7 @@ def objects(block: Lines) -> Iterator[tuple[str, Any]]:
         if not isinstance(found, dict):
             raise DataError(f"{place}: a {type(found).__name__}, and not an object")
         if block.column is None:
+            _check_characters(line, found, place)
             yield place, found
             continue
         if block.column not in found:
@@ -127,7 +128,20 @@ def objects(block: Lines) -> Iterator[tuple[str, Any]]:
         text = found[block.column]
         if not isinstance(text, str):
             raise DataError(f"{place}: its {block.column!r} is {text!r}, and not text")
+        _check_characters(line, text, place)
         yield place, text
+
+
+def _check_characters(line: bytes, value: Any, place: str) -> None:
+    """Raises DataError where a line of JSON, or a text in it, escapes half of a character."""
+    if b"\\u" not in line:  # a line of UTF-8 has whole ones
+        return
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        told = f"{half!r} is half of a surrogate pair, and no character"
+        raise DataError(f"{place}: {told}") from error
 
 
 def rows_of(block: Block) -> Iterator[tuple[str, Any]]:

@@ -177,6 +177,18 @@ def test_samples_hold_whole_conversations(tmp_path: Path, tokenizer: Any) -> Non
     assert len(PackedConversations(found, 63, pad_token_id=9, max_conversations=1)) == 1
 
 
+def test_conversations_that_are_refused_are_named(tmp_path: Path, tokenizer: Any) -> None:
+    asked = {"role": "user", "content": "q"}
+    row = {"messages": [asked, {"role": "assistant", "content": "smile \ud83d"}]}
+    with pytest.raises(DataError, match=r"a\.jsonl, line 1: '\\ud83d' is half of a surrogate"):
+        conversations_of(tmp_path / "a.jsonl", tokenizer, [row])
+    row["messages"][1]["content"] += "\ude00"
+    conversations_of(tmp_path / "a.jsonl", tokenizer, [row])
+    # transformers takes no conversation without a message, as before this answer.
+    with pytest.raises(DataError, match=r"b\.jsonl, line 1: the chat template refuses it"):
+        conversations_of(tmp_path / "b.jsonl", tokenizer, [{"messages": row["messages"][1:]}])
+
+
 def test_a_conversation_that_is_cut_keeps_what_fits(tmp_path: Path, tokenizer: Any) -> None:
     row = {
         "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "z" * 99}]

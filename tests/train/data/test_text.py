@@ -294,6 +294,7 @@ BAD_JSON = {
     "{": r"bad\.jsonl, line 2: it is not JSON",
     "[1]": r"bad\.jsonl, line 2: a list, and not an object",
     '{"text": null}': r"bad\.jsonl, line 2: its 'text' is None, and not text",
+    r'{"text": "a\ud800"}': r"bad\.jsonl, line 2: '\\ud800' is half of a surrogate pair",
 }
 
 
