@@ -114,7 +114,7 @@ def _launch(
         None if cu_seqlens is None else cu_seqlens.shape,
         *[tensor.dtype for tensor in strided],
         *[tensor.stride() for tensor in strided],
-        *[tensor.storage_offset() * tensor.element_size() % 16 for tensor in copied],
+        *[tensor.storage_offset() % 16 for tensor in copied],
         *options,
     )
     prepared = _prepared.get(key)
@@ -176,21 +176,14 @@ def _grid(
 def _numbers(
     strided: tuple[Tensor, ...], num_documents: int | None, options: Options, is_backward: bool
 ) -> tuple[Any, ...]:
-    """A kernel's arguments after its tensors."""
+    """A kernel's arguments after its tensors: strides, sizes, scales and size_class."""
     (seq_q, num_heads, _), (seq_k, num_kv_heads, _) = (t.shape[-3:] for t in strided[:2])
     scale = options.scale
     longest = max(seq_q, seq_k)
-    return (
-        *map(_strides, strided),
-        seq_q,
-        seq_k,
-        num_documents or 0,
-        num_heads // num_kv_heads,
-        options.window or 0,
-        *_units(scale, options.softcap),
-        *((float(scale),) if is_backward else ()),
-        (longest > 1024) + (longest > 4096),
-    )
+    sizes = (seq_q, seq_k, num_documents or 0, num_heads // num_kv_heads, options.window or 0)
+    scales = (*_units(scale, options.softcap), *((float(scale),) if is_backward else ()))
+    size_class = (longest > 1024) + (longest > 4096)
+    return tuple(map(_strides, strided)), sizes, scales, size_class
 
 
 def _constants(

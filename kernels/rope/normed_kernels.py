@@ -158,12 +158,8 @@ def forward_kernel(
     position_ids_ptr,
     q_out_ptr,
     k_out_ptr,
-    q_strides,
-    k_strides,
-    num_tokens,
-    num_positions,
-    num_q_heads,
-    num_k_heads,
+    strides,
+    sizes,
     eps,
     INTERLEAVED: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
@@ -176,6 +172,8 @@ def forward_kernel(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
+    q_strides, k_strides = strides
+    num_tokens, num_positions, num_q_heads, num_k_heads = sizes
     num_q_groups = tl.cdiv(num_q_heads, Q_HEADS)
     num_groups = num_q_groups + tl.cdiv(num_k_heads, K_HEADS)
     group = tl.program_id(0) % num_groups
@@ -310,14 +308,8 @@ def backward_kernel(
     k_out_ptr,
     q_partial_ptr,
     k_partial_ptr,
-    dq_strides,
-    dk_strides,
-    q_strides,
-    k_strides,
-    num_tokens,
-    num_positions,
-    num_q_heads,
-    num_k_heads,
+    strides,
+    sizes,
     eps,
     INTERLEAVED: tl.constexpr,
     ZERO_CENTERED: tl.constexpr,
@@ -330,6 +322,8 @@ def backward_kernel(
     HEAD_COLS: tl.constexpr,
     HALF_COLS: tl.constexpr,
 ):
+    dq_strides, dk_strides, q_strides, k_strides = strides
+    num_tokens, num_positions, num_q_heads, num_k_heads = sizes
     sides = (
         (dq_ptr, q_ptr, q_out_ptr, q_weight_ptr, q_partial_ptr, dq_strides, q_strides, num_q_heads),
         (dk_ptr, k_ptr, k_out_ptr, k_weight_ptr, k_partial_ptr, dk_strides, k_strides, num_k_heads),

@@ -91,8 +91,8 @@ class _Kind(NamedTuple):
         """The kernel's numbers and its constants."""
         num_tokens, num_q_heads, num_k_heads, _ = self.heads
         unit = unit_of(*(stride for pair in strides for stride in pair))
-        pairs = [(by_token // unit, by_head // unit) for by_token, by_head in strides]
-        numbers = (*pairs, num_tokens, self.table[0], num_q_heads, num_k_heads, self.eps)
+        pairs = tuple([(by_token // unit, by_head // unit) for by_token, by_head in strides])
+        numbers = (pairs, (num_tokens, self.table[0], num_q_heads, num_k_heads), self.eps)
         flags = {"INTERLEAVED": self.interleaved, "ZERO_CENTERED": self.zero_centered}
         return numbers, {**flags, "STRIDE_UNIT": unit, **blocks}
 

@@ -32,8 +32,8 @@ def test_calls_and_lists_stay_short(tmp_path) -> None:
     assert (glu["launches"], glu["launches_backward"]) == (1, 1)
     # Through torch's custom_op it would be some 150 more.
     for row in (glu, attention):
-        assert row["ours calls"] <= row["bare calls"] + 30
-        assert row["ours with backward calls"] <= row["bare with backward calls"] + 30
+        assert row["ours calls"] <= row["bare calls"] + 40
+        assert row["ours with backward calls"] <= row["bare with backward calls"] + 60
     # A call from Python for each of 600 tensors would be at least as many.
     for row in (accumulate, of_new):
         assert row["tensors"] == 300

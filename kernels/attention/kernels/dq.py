@@ -35,19 +35,9 @@ def dq_kernel(
     delta_ptr,
     dq_ptr,
     cu_seqlens_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    out_strides,
-    dout_strides,
-    seq_q,
-    seq_k,
-    num_documents,
-    group,
-    window,
-    scale,
-    cap,
-    out_scale,
+    strides,
+    sizes,
+    scales,
     size_class,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -60,6 +50,9 @@ def dq_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    q_strides, k_strides, v_strides, out_strides, dout_strides = strides
+    seq_q, seq_k, num_documents, group, window = sizes
+    scale, cap, out_scale = scales
     block, start, num_q, document = find_block(
         cu_seqlens_ptr, num_documents, seq_q, BLOCK_M, VARLEN, CAUSAL
     )

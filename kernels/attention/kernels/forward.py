@@ -37,16 +37,9 @@ def forward_kernel(
     out_ptr,
     lse_ptr,
     cu_seqlens_ptr,
-    q_strides,
-    k_strides,
-    v_strides,
-    seq_q,
-    seq_k,
-    num_documents,
-    group,
-    window,
-    scale,
-    cap,
+    strides,
+    sizes,
+    scales,
     size_class,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -59,6 +52,9 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
 ):
+    q_strides, k_strides, v_strides = strides
+    seq_q, seq_k, num_documents, group, window = sizes
+    scale, cap = scales
     block, start, num_q, document = find_block(
         cu_seqlens_ptr, num_documents, seq_q, BLOCK_M, VARLEN, CAUSAL
     )

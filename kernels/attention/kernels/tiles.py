@@ -2,7 +2,9 @@
 
 Rows are counted from the start of a sequence or document. Scores are kept in units of log2, so that
 exp2 undoes them: `scale` is scale * log2(e), or, under a softcap, 2 * log2(e) * scale / softcap,
-the argument of the tanh as exp2 wants it, and `cap` is softcap * log2(e).
+the argument of the tanh as exp2 wants it, and `cap` is softcap * log2(e). Each kernel is given
+`strides`, of batch, row and head of each tensor that it reads by them, `sizes`, `scales`, which
+of the lengths it is tuned for (`size_class`), and its constants.
 """
 
 from __future__ import annotations
