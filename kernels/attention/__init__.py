@@ -213,7 +213,10 @@ def _settle(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, asked: _
         requested_backend(),
         torch.are_deterministic_algorithms_enabled(),
     )
-    found = _settled.get(key)
+    try:
+        found = _settled.get(key)
+    except TypeError:  # sizes are symbols of a tracer, which have no hash
+        return _decide(q, k, v, cu_seqlens, asked)
     if found is None:
         if len(_settled) >= _MOST_SETTLED:
             _settled.clear()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from nanotron_fast.kernels import pack
@@ -86,6 +88,18 @@ def test_is_recomputed(operation, triton_path) -> None:
 
     expected = [tensor.clone() for tensor in run(operation.call, operation.make(triton_path))]
     assert_same(run(recomputed, operation.make(triton_path)), expected)
+
+
+@every_operation
+@pytest.mark.parametrize("path", ["triton", "auto"])
+def test_is_traced_with_sizes_that_are_symbols(operation, path, triton_path, monkeypatch) -> None:
+    skip_without_native_code(operation)
+    expected = reference(operation, monkeypatch, triton_path)
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", path)
+    traced = make_fx(partial(run, operation.call), tracing_mode="symbolic")
+    graph = traced(operation.make(triton_path))
+    with torch.no_grad():  # the backward pass is in the graph
+        assert_same(graph(operation.make(triton_path)), expected)
 
 
 @pytest.mark.gpu
