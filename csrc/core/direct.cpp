@@ -149,7 +149,8 @@ class Direct : public Transfer {
 
 }  // namespace
 
-std::unique_ptr<Transfer> make_direct(int descriptor, const std::string& path, IoPolicy& policy) {
+std::unique_ptr<Transfer> make_direct([[maybe_unused]] int descriptor, const std::string& path,
+                                      IoPolicy& policy) {
 #ifdef O_DIRECT
   // The same file again, whatever its name stands for by now.
   const int access = ::fcntl(descriptor, F_GETFL) & O_ACCMODE;
