@@ -118,6 +118,13 @@ def ignore() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def _is_answered_here() -> bool:
+    """Whether handlers run in this thread. What another one is at is not cut in two by them."""
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def _deferred() -> Iterator[None]:
     _state.depth += 1
@@ -130,6 +137,9 @@ def _deferred() -> Iterator[None]:
 @contextmanager
 def held() -> Iterator[None]:
     """A part that a signal must not cut in two: it raises Interrupted at the end."""
+    if not _is_answered_here():
+        yield
+        return
     with _deferred():
         yield
     number, _state.pending = _state.pending, None
@@ -150,6 +160,9 @@ def wait(event: threading.Event, seconds: float) -> bool:
 @contextmanager
 def ending() -> Iterator[None]:
     """Cleaning up for an error or a signal: another signal changes nothing."""
+    if not _is_answered_here():
+        yield
+        return
     with _deferred():
         yield
     if not _state.depth:

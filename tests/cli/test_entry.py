@@ -365,6 +365,37 @@ except interruption.Interrupted:
     assert (result.stdout, result.stderr) == ("interrupted\n", "")
 
 
+def test_a_signal_is_the_main_threads_whatever_another_one_holds() -> None:
+    """As one that writes a checkpoint does, which it would end on this process alone."""
+    program = """
+import os, signal, threading, time
+from nanotron_fast import interruption
+interruption.install()
+found = []
+
+def work(holding):
+    try:
+        with holding():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)  # the main thread answers meanwhile
+    except BaseException as error:
+        found.append(error)
+
+for holding in (interruption.held, interruption.ending):
+    thread = threading.Thread(target=work, args=(holding,))
+    try:
+        thread.start()
+        time.sleep(30)
+    except interruption.Interrupted:
+        print("interrupted", thread.is_alive())
+    thread.join()
+print(found)
+"""
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, check=False, timeout=90, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("interrupted True\n" * 2 + "[]\n", "")
+
+
 def test_what_the_system_says_comes_after_the_file() -> None:
     full = "No space left on device"
     for given, told in {
