@@ -16,7 +16,19 @@ _Value = TypeVar("_Value")
 _POLL_SECONDS = 0.1
 # How long a process that is interrupted waits for the others to hear of it.
 _FAREWELL_SECONDS = 3.0
-_GONE = "another process is gone"
+_GONE = "is gone, without a word; what started it tells which, and how it ended"
+_SILENT = "has not answered for as long as one waits"
+# By words of errors of gloo, torch's store and NCCL, what became of the process on the other end.
+_LOST = {
+    "Connection closed by peer": _GONE,
+    "Connection reset by peer": _GONE,
+    "Broken pipe": _GONE,
+    "connectFullMesh failed": _GONE,
+    "Connection was likely closed": _GONE,
+    "remote process exited": _GONE,
+    "Timed out waiting": _SILENT,
+    "timeout caused pair closure": _SILENT,
+}
 
 
 class PeerFailed(NanotronFastError):
@@ -27,24 +39,18 @@ class PeerGone(PeerFailed):
     """Another process has ended, and could say nothing."""
 
 
-def is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an error of a collective means that a process on the other end is gone."""
-    text = str(error)
-    return any(
-        words in text
-        for words in (
-            "Connection closed by peer",
-            "Connection reset by peer",
-            "remote process exited",
-        )
-    )
+def peer_gone(error: RuntimeError) -> PeerGone | None:
+    """What an error of a collective, or its cause, says of the process on the other end.
 
-
-def _peer_gone(error: RuntimeError) -> PeerGone:
-    """What is said of a collective that failed, whose own words are for who wrote it."""
-    if is_lost_peer(error):
-        return PeerGone(f"{_GONE}, without a word; what started it tells which, and how it ended")
-    return PeerGone(f"{_GONE}: {error}")
+    None where it says nothing of one.
+    """
+    cause: BaseException | None = error
+    while isinstance(cause, RuntimeError):
+        for words, told in _LOST.items():
+            if words in str(cause):
+                return PeerGone(f"another process {told}")
+        cause = cause.__cause__
+    return None
 
 
 class Processes:
@@ -89,7 +95,7 @@ class TorchProcesses(Processes):
         self._is_ours = not dist.is_initialized()
         self._is_abandoned = False
         if self._is_ours:
-            _call_patiently(lambda: dist.init_process_group("gloo"))
+            join("gloo")
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
@@ -108,7 +114,7 @@ class TorchProcesses(Processes):
                 _FAREWELL_SECONDS if is_interrupted else None,
             )
         except RuntimeError as error:  # a process that is gone says nothing
-            raise (failure or _peer_gone(error)) from error
+            raise (failure or _gone(error)) from error
         except BaseException as error:
             # The others have not come; a connection in use cannot be closed in order.
             self._is_abandoned = True
@@ -126,7 +132,7 @@ class TorchProcesses(Processes):
         try:
             _call_patiently(lambda: self._dist.all_gather_object(values, value, self._group))
         except RuntimeError as error:
-            raise _peer_gone(error) from error
+            raise _gone(error) from error
         except BaseException:
             self._is_abandoned = True
             raise
@@ -164,6 +170,10 @@ def _call_patiently(call: Callable[[], object], limit_seconds: float | None = No
         raise errors[0]
 
 
+def _gone(error: RuntimeError) -> PeerGone:
+    return peer_gone(error) or PeerGone(f"another process is gone: {error}")
+
+
 def _said_of(failure: BaseException | None) -> tuple[str, bool] | None:
     """What the others hear of an error: why, and whether it puts in doubt what was written."""
     if failure is None:
@@ -176,7 +186,12 @@ def told_rank() -> int:
 
     Raises ConfigError.
     """
-    return _told("RANK", "0") if _told("WORLD_SIZE", "1") > 1 else 0
+    return _told("RANK", "0") if told_size() > 1 else 0
+
+
+def told_size() -> int:
+    """How many processes the environment speaks of. Raises ConfigError."""
+    return _told("WORLD_SIZE", "1")
 
 
 def _told(name: str, default: str) -> int:
@@ -186,19 +201,29 @@ def _told(name: str, default: str) -> int:
     return int(value)
 
 
+def join(backend: str) -> None:
+    """Connects the processes that the environment speaks of, and answers signals meanwhile.
+
+    Raises ConfigError.
+    """
+    import torch.distributed as dist
+
+    try:
+        _call_patiently(lambda: dist.init_process_group(backend))
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"WORLD_SIZE is {told_size()} in the environment, and the processes cannot be "
+            f"connected: {error}. Start them with torchrun, or unset WORLD_SIZE"
+        ) from error
+
+
 def connect() -> Processes:
     """The processes that the environment speaks of; torch is imported for more than one alone.
 
     Raises ConfigError, MissingPackageError.
     """
-    world_size = _told("WORLD_SIZE", "1")
-    if world_size <= 1:
+    size = told_size()
+    if size <= 1:
         return Processes()
-    require("kernels", f"WORLD_SIZE is {world_size}, and work shared by processes", ["torch"])
-    try:
-        return TorchProcesses()
-    except (ImportError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"WORLD_SIZE is {world_size} in the environment, and the processes cannot be "
-            f"connected: {error}. Start them with torchrun, or unset WORLD_SIZE"
-        ) from error
+    require("kernels", f"WORLD_SIZE is {size}, and work shared by processes", ["torch"])
+    return TorchProcesses()

@@ -61,7 +61,16 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         code = EXIT_FAULT
     interruption.ignore()
     streams.finish()
+    if code and _is_connected():
+        # Not in order: threads of the connection may wait for what never comes, or abort.
+        os._exit(code)
     sys.exit(code)
+
+
+def _is_connected() -> bool:
+    """Whether this process is connected to the others of its command, torch being imported then."""
+    distributed = sys.modules.get("torch.distributed")
+    return distributed is not None and distributed.is_initialized()
 
 
 def _code_of(ended: SystemExit) -> int:

@@ -123,24 +123,23 @@ class _TokenBar:
 @contextmanager
 def _told_once() -> Iterator[None]:
     """Of several ranks that end for one reason, one says it."""
-    from nanotron_fast.checkpoints.processes import PeerFailed, PeerGone, is_lost_peer
+    from nanotron_fast.checkpoints.processes import PeerFailed, PeerGone, peer_gone
     from nanotron_fast.errors import TrainingError
 
     try:
         yield
-    except PeerGone:
-        raise
+    except (PeerGone, RuntimeError) as error:
+        lost = error if isinstance(error, PeerGone) else peer_gone(error)
+        if lost is None:
+            raise
+        typer.echo(f"error: rank {_rank()} ends, since {lost}", err=True)
+        raise typer.Exit(EXIT_FAULT) from None
     except PeerFailed:
         raise typer.Exit(EXIT_BAD_INPUT) from None
     except TrainingError:
         if _rank() == 0:
             raise
         raise typer.Exit(EXIT_BAD_INPUT) from None
-    except RuntimeError as error:
-        if not is_lost_peer(error):
-            raise
-        typer.echo(f"error: rank {_rank()} ends, since another rank is gone", err=True)
-        raise typer.Exit(EXIT_FAULT) from None
 
 
 def _tell(result: TrainingResult, *, json: bool, is_quiet: bool) -> None:

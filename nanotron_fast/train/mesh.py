@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from nanotron_fast.checkpoints import processes
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.runtime.collectives import Group
 
@@ -208,11 +209,12 @@ def join(device: torch.device | str | None = None) -> bool:
     """Connects the processes that torchrun started: GPUs over NCCL, everything else over gloo.
 
     Returns whether that was done here: there may be one process alone, or they are connected.
+    Raises ConfigError where they cannot be.
     """
     if dist.is_initialized() or num_processes() == 1:
         return False
     where = _device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
+    processes.join("cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo")
     return True
 
 
@@ -243,7 +245,7 @@ def num_processes() -> int:
     """Of this run: those that are connected, or that torchrun has started."""
     if dist.is_initialized():
         return int(dist.get_world_size())
-    return int(os.environ.get("WORLD_SIZE") or 1)
+    return processes.told_size()
 
 
 def _stage_group(dp: int, pp: int, tp: int, groups: Mapping[str, Group]) -> Group:

@@ -313,10 +313,14 @@ def test_a_manifest_keeps_files_whole(cutting: Path, uneven: Path, tmp_path: Pat
     assert nf.check_manifest(tmp_path / "out").intact
 
 
+@pytest.mark.parametrize("command", ["convert", "train"])
 @pytest.mark.parametrize("world_size", ["many", "2"])
-def test_a_world_that_cannot_be_connected(world_size: str, tmp_path: Path, golden_hf: Path) -> None:
+def test_a_world_that_cannot_be_connected(
+    world_size: str, command: str, tmp_path: Path, golden_hf: Path
+) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
-    words = ["-m", "nanotron_fast", "convert", str(golden_hf), str(tmp_path / "out")]
+    words = ["-m", "nanotron_fast", command, str(golden_hf)]
+    words += [str(tmp_path / "out")] if command == "convert" else []
     result = subprocess.run(
         [sys.executable, *words],
         env={**environment, "WORLD_SIZE": world_size},

@@ -274,6 +274,19 @@ def test_a_fault_is_no_difference(error: str, code: int, message: str, golden_hf
     assert err.splitlines()[-1] == message
 
 
+def test_an_error_ends_what_is_connected_at_once(tmp_path: Path) -> None:
+    """Gloo's threads may abort a process that ends in order, and its exit code is lost then."""
+    change = f"""
+import atexit
+import torch.distributed as dist
+dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
+atexit.register(os.abort)
+"""
+    process = start(change, "inspect", tmp_path / "nothing")
+    _, err = process.communicate(timeout=60)
+    assert (process.returncode, err.count("\n")) == (2, 1), err
+
+
 def test_a_signal_waits_for_the_end_of_what_is_held() -> None:
     before = signal.getsignal(signal.SIGTERM)
     interruption.install()
