@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanotron_fast.checkpoints.convert import convert
 from nanotron_fast.checkpoints.load import DTYPES
+from nanotron_fast.checkpoints.partial import new_run
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.renaming import exchange
@@ -211,6 +212,7 @@ def save(
     metadata: Mapping[str, Any],
     fsync: bool = True,
     warn: Callable[[str], None] | None = None,
+    check: Callable[[], None] | None = None,
 ) -> Path:
     """Writes the checkpoint of a step; every rank calls it, and returns when it is whole.
 
@@ -221,6 +223,7 @@ def save(
         metadata: what `metadata_document` gives, from the first rank.
         fsync: return when the disk has it.
         warn: is told what the Hugging Face folder lacks.
+        check: called by the first rank just before others may see the checkpoint; may raise.
 
     Returns:
         Its folder.
@@ -228,17 +231,18 @@ def save(
     Raises:
         OSError: a file cannot be written. PeerFailed: on another rank; it has said why.
     """
-    partial, hf = root / f".{step}.partial", root / f".{step}.{HF}"
+    # A name of its own: a rank that is cut off from the others may be writing to an earlier one.
+    (run, *_) = processes.gather(new_run())
+    partial, hf = root / f".{step}.{run}.partial", root / f".{step}.{run}.{HF}"
     try:
         with processes.step():
             if processes.rank == 0:
-                _clear(root)
                 partial.mkdir(parents=True)
         with processes.step():
             write(partial, taken, fsync=fsync)
             if processes.rank == 0:
                 for name, contents in beside.documents.items():
-                    write_file(_made(partial / name), contents, fsync=fsync)
+                    write_file(_made(partial, name), contents, fsync=fsync)
         if beside.exports_hf:
             _export(partial, hf, processes, fsync=fsync, warn=warn)
         with processes.step():
@@ -247,32 +251,33 @@ def save(
                     hf.rename(partial / HF)
                 text = json.dumps(metadata, indent=2, sort_keys=True)
                 write_file(partial / METADATA, text.encode(), fsync=fsync)
+                if check is not None:
+                    check()
                 publish(root, partial, step, fsync=fsync)
     except BaseException:
         # No rank writes any more. What cannot be removed either is left to the next run.
         if processes.rank == 0:
-            for left in (partial, *root.glob(f".{step}.{HF}*")):
+            for left in (partial, *root.glob(f"{hf.name}*")):
                 shutil.rmtree(left, ignore_errors=True)
         raise
     return root / str(step)
 
 
-def _clear(root: Path) -> None:
-    """Removes what killed runs have left."""
+def clear(root: Path) -> None:
+    """Removes what killed runs have left. Raises OSError."""
     for left in (*root.glob(".*.partial"), *root.glob(f".*.{HF}*")):
         _remove(left)
 
 
 def prove_writable(root: Path) -> None:
-    """Makes and removes in a run's folder what a save would, and removes what killed ones left.
+    """Makes and removes in a run's folder what a save would.
 
     Raises OSError, which names what it was about.
     """
-    root.mkdir(parents=True, exist_ok=True)
-    _clear(root)
     proof = root / ".proof.partial"
     try:
-        write_file(_made(proof / METADATA), b"{}", fsync=False)
+        proof.mkdir(exist_ok=True)
+        write_file(proof / METADATA, b"{}", fsync=False)
     except OSError:
         shutil.rmtree(proof, ignore_errors=True)
         raise
@@ -308,16 +313,22 @@ def _export(
 def write(folder: Path, taken: Snapshot, *, fsync: bool) -> None:
     """Writes a rank's files. Raises OSError, which names the file."""
     for name, header, values in taken.tensors:
-        _write_tensor(_made(folder / name), header, values, fsync=fsync)
+        _write_tensor(_made(folder, name), header, values, fsync=fsync)
     for name, document in taken.documents.items():
-        _write_document(_made(folder / name), document, fsync=fsync)
+        _write_document(_made(folder, name), document, fsync=fsync)
     for name, contents in taken.small_files.items():
-        write_file(_made(folder / name), contents, fsync=fsync)
+        write_file(_made(folder, name), contents, fsync=fsync)
 
 
-def _made(path: Path) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _made(folder: Path, name: str) -> Path:
+    """A file's path within a folder, once the folders between are made.
+
+    The folder itself is not: where it is gone, so is what other files it had.
+    """
+    between = list(Path(name).parents)[:-1]
+    for each in reversed(between):
+        (folder / each).mkdir(exist_ok=True)
+    return folder / name
 
 
 class _Writer:

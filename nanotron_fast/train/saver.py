@@ -5,14 +5,17 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
+from nanotron_fast.checkpoints.ownership import Lock
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.formats.nanotron.checkpoint import is_nanotron_checkpoint
 from nanotron_fast.train.checkpoint import Beside, Snapshot, save
+from nanotron_fast.train.claim import check
 from nanotron_fast.train.mesh import Mesh
 
 
@@ -28,6 +31,7 @@ class Saver:
         beside: from the first rank, what lies beside the weights.
         keep_last: checkpoints to keep; None for all.
         warn: is told what a Hugging Face folder lacks.
+        lock: of the folder, on the first rank; no checkpoint becomes whole where it is lost.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class Saver:
         beside: Beside,
         keep_last: int | None,
         warn: Callable[[str], None],
+        lock: Lock | None,
     ) -> None:
         self._root, self._beside, self._keep_last = root, beside, keep_last
+        self._check = None if lock is None else partial(check, lock)
         self._warn = warn
         self._processes = Processes()
         if mesh.world is not None:
@@ -85,6 +91,7 @@ class Saver:
                 beside=self._beside,
                 metadata=metadata,
                 warn=self._warn,
+                check=self._check,
             )
             with self._processes.step():
                 if self._processes.rank == 0:

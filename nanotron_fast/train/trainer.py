@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from nanotron_fast import interruption
+from nanotron_fast.checkpoints.ownership import Lock
 from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
 from nanotron_fast.checkpoints.source import resolve
 from nanotron_fast.errors import NanotronFastError
@@ -32,7 +33,7 @@ from nanotron_fast.train.engine import engine_of
 from nanotron_fast.train.mesh import Mesh, num_processes
 from nanotron_fast.train.optimizer_states import load_states
 from nanotron_fast.train.reporting import reporting
-from nanotron_fast.train.room import check_room
+from nanotron_fast.train.room import claim_room
 from nanotron_fast.train.run import BatchSource, Run, TrainingResult
 from nanotron_fast.train.saver import Saver
 from nanotron_fast.train.signals import stop_request
@@ -121,9 +122,12 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
         if start.folder is not None:
             last = config.tokens.train_steps
             tell("resuming", f"{start.folder}, after step {start.step} of {last}")
+    lock: Lock | None = None
     with everyone.step():
         if mesh.rank == 0:
-            check_room(config, model, start)
+            lock = claim_room(config, model, start)
+            if lock is not None:
+                stack.callback(lock.release)
     with everyone.step():
         beside = Beside(exports_hf=config.checkpoints.export_hf)
         if mesh.rank == 0:
@@ -154,6 +158,7 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
         beside=beside,
         keep_last=config.checkpoints.keep_last,
         warn=partial(tell, "warning"),
+        lock=lock,
     )
     return Run(config, model, mesh, start, data, engine, saver, report)
 

@@ -243,12 +243,12 @@ def test_a_disk_that_is_full_leaves_the_last_checkpoint(
     inner = saving._write_document
 
     def writing(path: Path, contents: Any, *, fsync: bool) -> None:
-        if "/.4.partial/" in str(path):
+        if "/.4." in str(path):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         inner(path, contents, fsync=fsync)
 
     monkeypatch.setattr(saving, "_write_document", writing)
-    with pytest.raises(OSError, match=r"No space left.*\.4\.partial"):
+    with pytest.raises(OSError, match=r"No space left.*\.4\.\w+\.partial"):
         train(tmp_path, tokens__train_steps=9, checkpoints__checkpoint_interval=2)
     assert (tmp_path / "latest.txt").read_text() == "2"
     # A disk that is full is not kept so.

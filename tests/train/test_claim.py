@@ -1,0 +1,150 @@
+"""Two runs in one folder: the second is refused while the first lives."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nanotron_fast.checkpoints.owners import Owner
+from nanotron_fast.checkpoints.ownership import Lock
+from nanotron_fast.errors import ConfigError, DestinationError
+from nanotron_fast.train import checkpoint as saving
+from nanotron_fast.train import claim as claiming
+from nanotron_fast.train import run as running
+from nanotron_fast.train.claim import LOCK, claim
+from tests.train.runs import train
+
+
+def of_another_machine(root: Path) -> Path:
+    """A lock that was touched just now."""
+    owner = replace(Owner.this("0a1b2c3d"), host="node7", boot="another", pid=4711)
+    root.mkdir(exist_ok=True)
+    (root / LOCK).write_text(json.dumps(asdict(owner)))
+    return root / LOCK
+
+
+def partial_of(root: Path) -> Path:
+    partial = root / ".3.0a1b2c3d.partial"
+    (partial / "model").mkdir(parents=True)
+    return partial
+
+
+def test_a_second_run_is_refused_and_touches_nothing(tmp_path: Path) -> None:
+    lock = claim(tmp_path)
+    partial = partial_of(tmp_path)
+    with pytest.raises(
+        ConfigError,
+        match=rf"checkpoints_path is {tmp_path}, and another run is writing to it: "
+        rf"process {os.getpid()} on .*: wait for its end, or give another folder",
+    ):
+        train(tmp_path, tokens__train_steps=1)
+    assert sorted(os.listdir(tmp_path)) == sorted([partial.name, LOCK])
+    lock.release()
+    assert train(tmp_path, tokens__train_steps=1).step == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_run_that_was_killed_here_keeps_nobody_out(tmp_path: Path) -> None:
+    pid = os.fork()
+    if pid == 0:
+        claim(tmp_path)
+        partial_of(tmp_path)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert (tmp_path / LOCK).exists()
+    began = time.perf_counter()
+    claim(tmp_path).release()
+    assert time.perf_counter() - began < 5
+    assert os.listdir(tmp_path) == []
+
+
+def touch(lock: Path) -> None:
+    os.utime(lock)
+
+
+def grow_old(lock: Path) -> None:
+    os.utime(lock, (time.time() - 31, time.time() - 31))
+
+
+@pytest.mark.parametrize(("becomes", "is_alive"), [(touch, True), (grow_old, False)])
+def test_a_run_of_another_machine_is_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, becomes: Callable[[Path], None], is_alive: bool
+) -> None:
+    """Its job may have been sent off again, here, seconds after it was killed there."""
+    lock = of_another_machine(tmp_path)
+    partial = partial_of(tmp_path)
+    time.sleep(0.01)
+    monkeypatch.setattr(claiming.time, "sleep", lambda _: becomes(lock))
+    if is_alive:
+        with pytest.raises(DestinationError, match="another run is writing to it: process 4711 on"):
+            claim(tmp_path)
+        assert partial.is_dir()
+    else:
+        claim(tmp_path).release()
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_a_killed_run_has_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    partial = partial_of(tmp_path)
+    inner = Lock.acquire
+
+    def acquire(lock: Lock) -> None:
+        if partial.exists() or (tmp_path / "full").exists():
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(lock.path))
+        inner(lock)
+
+    monkeypatch.setattr(Lock, "acquire", acquire)
+    claim(tmp_path).release()
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "full").touch()
+    with pytest.raises(OSError, match="No space left"):
+        claim(tmp_path)
+
+
+def test_a_run_that_has_lost_its_folder_ends_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a machine that was halted, which another takes for dead."""
+    inner = running.Run._step
+
+    def stepping(run: Any, number: int, batch: Any) -> Any:
+        if number == 3:
+            run.saver.finished()
+            of_another_machine(tmp_path)
+        return inner(run, number, batch)
+
+    monkeypatch.setattr(running.Run, "_step", stepping)
+    with pytest.raises(DestinationError, match=r"this run has it no more: process 4711 on node7"):
+        train(tmp_path, tokens__train_steps=6, checkpoints__checkpoint_interval=2)
+    assert (tmp_path / "latest.txt").read_text() == "2"
+    assert not (tmp_path / "4").exists()
+    assert [path.name for path in tmp_path.glob(".*")] == [LOCK]
+
+
+def test_what_others_have_removed_is_not_made_anew_without_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = saving._write_document
+
+    def writing(path: Path, contents: Any, *, fsync: bool) -> None:
+        (partial,) = tmp_path.glob(".*.partial")
+        shutil.rmtree(partial / "model")
+        partial.rename(tmp_path / "elsewhere")
+        inner(path, contents, fsync=fsync)
+
+    monkeypatch.setattr(saving, "_write_document", writing)
+    with pytest.raises(FileNotFoundError):
+        train(tmp_path, tokens__train_steps=1)
+    assert not (tmp_path / "1").exists()
