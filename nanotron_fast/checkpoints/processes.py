@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from nanotron_fast.interruption import Interrupted, wait
 
 _Value = TypeVar("_Value")
 _POLL_SECONDS = 0.1
+_PATIENCE = datetime.timedelta(days=1)
 # How long a process that is interrupted waits for the others to hear of it.
 _FAREWELL_SECONDS = 3.0
 _GONE = "is gone, without a word; what started it tells which, and how it ended"
@@ -83,19 +85,20 @@ class TorchProcesses(Processes):
     """Those of torchrun, over gloo. They see one file system.
 
     Args:
-        group: a process group of all of them, for a thread that works beside others; by default the
-            one that is there, or one that is made here.
+        group: a process group of all of them, for a thread that works beside others; by default one
+            that waits for a day, where torch's own wait for half an hour: while one of them makes
+            tokens or fetches a model, or has slower disks. One that dies is noticed at once.
     """
 
     def __init__(self, group: Any = None) -> None:
         import torch.distributed as dist
 
         self._dist: Any = dist
-        self._group = group
         self._is_ours = not dist.is_initialized()
         self._is_abandoned = False
         if self._is_ours:
             join("gloo")
+        self._group = group or _patient_group()
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
 
@@ -168,6 +171,18 @@ def _call_patiently(call: Callable[[], object], limit_seconds: float | None = No
             raise TimeoutError(f"the other processes have not come in {limit_seconds:g} s")
     if errors:
         raise errors[0]
+
+
+def _patient_group() -> Any:
+    """A group of all processes. Raises PeerGone."""
+    import torch.distributed as dist
+
+    made: list[Any] = []
+    try:
+        _call_patiently(lambda: made.append(dist.new_group(backend="gloo", timeout=_PATIENCE)))
+    except RuntimeError as error:
+        raise _gone(error) from error
+    return made[0]
 
 
 def _gone(error: RuntimeError) -> PeerGone:

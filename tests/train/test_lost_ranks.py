@@ -124,19 +124,28 @@ def test_a_rank_dies_before_the_first_step(tmp_path: Path, victim: int) -> None:
     assert not os.path.exists(tmp_path / "run")
 
 
-@pytest.mark.slow
-def test_a_rank_falls_silent(tmp_path: Path) -> None:
-    """The others wait for it as long as torch's limit says."""
-    silent = """
+# Torch's limit, which is half an hour.
+LIMIT = """
 import datetime
 from torch.distributed import distributed_c10d
 limit = datetime.timedelta(seconds=3)
 distributed_c10d._get_default_timeout = lambda backend: limit
-if RANK == 1:
-    before(run.Run, "_step", lambda *_: time.sleep(9))
 """
+
+
+@pytest.mark.slow
+def test_a_rank_falls_silent(tmp_path: Path) -> None:
+    silent = LIMIT + "if RANK == 1: before(run.Run, '_step', lambda *_: time.sleep(9))"
     first, second = run(tmp_path / "run", silent, **DP)
     assert (first.code, second.code) == (70, 70)
     assert first.err == (
         "error: rank 0 ends, since another process has not answered for as long as one waits\n"
     )
+
+
+@pytest.mark.slow
+def test_a_rank_that_takes_long_before_the_first_step_is_waited_for(tmp_path: Path) -> None:
+    """As the first does that makes tokens of all text, or fetches a model."""
+    slow = LIMIT + "if RANK == 0: before(trainer, 'batches_of', lambda *_, **__: time.sleep(6))"
+    results = run(tmp_path / "run", slow, **DP)
+    assert [each.code for each in results] == [0, 0], results[1].err
