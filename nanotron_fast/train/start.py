@@ -33,6 +33,17 @@ class Start:
     step: int = 0
     consumed: Consumed = field(default_factory=Consumed)
 
+    def check_is_after(self, step: int) -> None:
+        """Refuses another start than the first rank's, as where a mount shows an older state.
+
+        Raises CheckpointError.
+        """
+        if self.step != step:
+            raise CheckpointError(
+                f"one rank would go on after step {self.step} ({self.folder or 'a new run'}), and "
+                f"the first after step {step}: they have to see the same checkpoints"
+            )
+
 
 def find_start(config: TrainingConfig) -> Start:
     """Looks at resume_checkpoint_path, and whether checkpoints_path is free for a new run.

@@ -107,6 +107,9 @@ def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
     everyone = Processes() if mesh.world is None else TorchProcesses()
     with everyone.step():
         start = find_start(config)
+    (first, *_) = everyone.gather(start.step)
+    with everyone.step():
+        start.check_is_after(first)
     weights = start.folder or _initial_weights(config, everyone)
     sourced = config if weights is None else _from_weights(config, weights)
     with everyone.step():

@@ -173,3 +173,19 @@ def test_a_rank_with_a_configuration_of_its_own(
     assert second.err.startswith(f"error: {told}"), second.err
     assert second.err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_sees_another_checkpoint(tmp_path: Path) -> None:
+    """As a mount shows it that has kept what was there before."""
+    root = tmp_path / "run"
+    assert [each.code for each in run(root, **DP)] == [0, 0]
+    option = f"--checkpoints.resume_checkpoint_path={root}/4"
+    older = f"if RANK == 1: sys.argv.append({option!r})"
+    first, second = run(root, older, **{**DP, "tokens__train_steps": 8})
+    assert (first.code, second.code, first.err) == (2, 2, "")
+    assert second.err == (
+        f"error: one rank would go on after step 4 ({root}/4), and the first after step 6: they "
+        "have to see the same checkpoints\n"
+    )
+    assert len(comparable(root)) == 6
