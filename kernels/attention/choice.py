@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields, replace
 
 import torch
 
+from nanotron_fast.kernels.runtime.backend import interprets_products
 from nanotron_fast.kernels.runtime.sizes import next_power_of_2
 from nanotron_fast.kernels.runtime.tuning import Tuned
 
@@ -188,6 +189,8 @@ def _unfit(name: str, request: Request, on_any_device: bool = False) -> str:
         return f"needs a GPU, not tensors on {request.device_type}"
     if request.dtype not in able.dtypes:
         return f"takes no {request.dtype}"
+    if name == "triton" and request.is_interpreting and not interprets_products(request.dtype):
+        return f"takes no {request.dtype} in Triton's interpreter, which gets its products wrong"
     is_fp32 = request.dtype == torch.float32
     limit = able.max_head_dim_in_fp32 if is_fp32 else able.max_head_dim
     if request.head_dim > limit or request.head_dim % able.head_dim_multiple:

@@ -26,7 +26,7 @@ from nanotron_fast.kernels.matmul.choice import Candidates, Key, choose, tokens_
 from nanotron_fast.kernels.matmul.operators import glu_product, rope_product
 from nanotron_fast.kernels.matmul.reference import matmul_glu_reference, matmul_rope_reference
 from nanotron_fast.kernels.rope import check_arguments, rope_qkv_
-from nanotron_fast.kernels.runtime.backend import uses_triton
+from nanotron_fast.kernels.runtime.backend import multiplies
 
 __all__ = [
     "KINDS",
@@ -75,7 +75,7 @@ def matmul_glu(
         raise ValueError(f"matmul_glu: {gate_up_weight.shape[0]} rows have no two equal halves")
     if activation not in ACTIVATIONS:
         raise ValueError(f"matmul_glu: activation {activation!r}: choose {', '.join(ACTIVATIONS)}")
-    if not uses_triton(x) or x.dtype == torch.float64:
+    if not multiplies(x) or x.dtype == torch.float64:
         return matmul_glu_reference(x, gate_up_weight, activation, save_gate_up=save_gate_up)
     x, gate_up_weight = _with_aligned_rows(x), _with_aligned_rows(gate_up_weight)
     h, gate_up = glu_product(x, gate_up_weight, activation, save_gate_up)
@@ -117,7 +117,7 @@ def matmul_rope(
             f"matmul_rope: bias {tuple(bias.shape)} for a weight {tuple(qkv_weight.shape)}"
         )
     is_double = torch.float64 in (x.dtype, cos.dtype)
-    if not uses_triton(x) or is_double or head_dim % 2:
+    if not multiplies(x) or is_double or head_dim % 2:
         return matmul_rope_reference(
             x,
             qkv_weight,

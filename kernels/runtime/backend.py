@@ -52,6 +52,19 @@ def is_interpreting() -> bool:
     return triton is not None and bool(triton.knobs.runtime.interpret)
 
 
+def interprets_products(dtype: torch.dtype) -> bool:
+    """Whether Triton's interpreter multiplies matrices of a dtype.
+
+    It keeps bf16 as whole numbers of 16 bits, and tl.dot multiplies those.
+    """
+    return dtype != torch.bfloat16
+
+
+def multiplies(tensor: torch.Tensor) -> bool:
+    """`uses_triton` for kernels with a matrix product."""
+    return uses_triton(tensor) and (interprets_products(tensor.dtype) or not is_interpreting())
+
+
 def explain(device_type: str) -> tuple[str, str]:
     """The path, "triton" or "torch", that tensors of a device take, and why, for people."""
     backend = requested_backend()

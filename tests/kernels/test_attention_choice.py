@@ -80,8 +80,14 @@ TORCH = ("sdpa_cudnn", "sdpa_flash", "sdpa_varlen", "triton", "torch")
         (
             "triton",
             PREFERENCE,
-            {"backend": "triton", "device_type": "cpu", "is_interpreting": True},
+            {
+                "backend": "triton",
+                "device_type": "cpu",
+                "dtype": torch.float16,
+                "is_interpreting": True,
+            },
         ),
+        ("torch", PREFERENCE, {"environment": "triton", "is_interpreting": True}),
         ("torch", PREFERENCE, {"backend": "torch"}),
     ],
 )
@@ -99,6 +105,10 @@ def test_choice(expected, present, request_) -> None:
         ("flash_attn_2 takes no torch.float32", {"backend": "flash_attn", "dtype": torch.float32}),
         ("triton takes head_dim up to 256", {"backend": "triton", "head_dim": 320}),
         ("more queries than keys", {"backend": "flash_attn", "lengths": MORE_QUERIES}),
+        (
+            "triton takes no torch.bfloat16 in Triton's interpreter, which gets its products wrong",
+            {"backend": "triton", "is_interpreting": True},
+        ),
         ("sdpa_flash needs a GPU, and there is none", {"backend": "sdpa", "architecture": 0}),
     ],
 )
@@ -122,7 +132,7 @@ def test_explain_follows_the_environment(monkeypatch) -> None:
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "auto")
     assert explain("cpu") == ("sdpa_cpu", "tensors on cpu")
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", "triton")
-    assert explain("cpu") == ("triton", "NANOTRON_FAST_BACKEND=triton")
+    assert explain("cpu", dtype=torch.float32) == ("triton", "NANOTRON_FAST_BACKEND=triton")
     name, reason = explain("cpu", dtype=torch.float64)
     assert name == "torch"
     assert "takes no torch.float64" in reason
