@@ -6,7 +6,8 @@
 
 Bytes an element with bf16 (fp32) gradients: accumulate_ 2 (4) read of the gradient, 4 read and 4
 written of main; the norm 2 (4); clipping 4 (8), or none; AdamW with a bf16 copy 28 (30). Each is a
-launch or two for all tensors of a combination of dtypes, see `multi_tensor`.
+launch or two for all tensors of a combination of dtypes, see `multi_tensor`; of DTensors each rank
+takes its shards, see `shards`.
 """
 
 from nanotron_fast.kernels.optimizer.accumulate import accumulate_, accumulate_reference_

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.optimizer import shards
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
     Bundle,
@@ -107,14 +108,16 @@ def accumulate_(mains: Sequence[Tensor], grads: Sequence[Tensor], scale: float =
     """Adds gradients into main gradients: main += scale * grad.
 
     Args:
-        mains: fp32, contiguous, written in place.
+        mains: fp32, contiguous, written in place. DTensors are added to where they lie; their
+            gradients have their mesh and placements.
         grads: the shapes of mains, bf16, fp16 or fp32 in any mixture, contiguous.
         scale: a factor on the gradients, 1 / accumulation steps for instance.
 
     Raises:
         ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
     """
-    mains, grads = list(mains), list(grads)
+    lists = {"mains": list(mains), "grads": list(grads)}
+    mains, grads = shards.local("accumulate_", lists, written=("mains",)).values()
     if takes_plan(mains) and grads:
         check = partial(_check, mains, grads)
         blocks = _Blocks.chosen(grad_itemsize=grads[0].element_size())

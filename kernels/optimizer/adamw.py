@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.optimizer import shards
 from nanotron_fast.kernels.optimizer.adamw_torch import adamw_step_cpu, adamw_step_reference_
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
@@ -308,7 +309,8 @@ def adamw_step_(
     """One step of AdamW, in place: torch.optim.AdamW(fused=True) on lists.
 
     All tensors are contiguous and on one device; lists are as long as `params`, and their tensors
-    have its shapes. Dtypes are bf16, fp16 or fp32 in any mixture.
+    have its shapes. Dtypes are bf16, fp16 or fp32 in any mixture. DTensors are updated where they
+    lie: all that belongs to a parameter has its mesh and placements.
 
     Args:
         params: fp32 masters, or low-precision parameters themselves.
@@ -325,16 +327,24 @@ def adamw_step_(
         maximize: step along the gradient.
 
     Raises:
-        ValueError: lists do not fit, or a tensor is not contiguous; named by its place.
+        ValueError: lists do not fit, or a tensor is not contiguous; named by its place. So is a
+            DTensor that lies in another way, or is yet to be summed.
     """
     if not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"adamw_step_: betas {betas}: each is from 0 to below 1")
-    params, grads, copies = list(params), list(grads), list(copies or ())
-    exp_avgs, exp_avg_sqs = list(exp_avgs), list(exp_avg_sqs)
     steps = [steps] if isinstance(steps, Tensor) else list(steps)
-    lists = {"params": params, "grads": grads, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    lists = {
+        "params": list(params),
+        "grads": list(grads),
+        "exp_avgs": list(exp_avgs),
+        "exp_avg_sqs": list(exp_avg_sqs),
+    }
     if copies:
-        lists["copies"] = copies
+        lists["copies"] = list(copies)
+    written = [label for label in lists if label != "grads"]
+    lists = shards.local("adamw_step_", lists, written=written)
+    params, grads, exp_avgs, exp_avg_sqs, *rest = lists.values()
+    copies = rest[0] if rest else []
     check = partial(_check, lists, steps)
     plan = None
     if takes_plan(params) and grads:

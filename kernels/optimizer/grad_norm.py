@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.optimizer import shards
 from nanotron_fast.kernels.optimizer.multi_tensor import (
     TRITON_DTYPES,
     Bundle,
@@ -31,7 +32,13 @@ from nanotron_fast.kernels.optimizer.multi_tensor import (
     takes_reference,
 )
 from nanotron_fast.kernels.optimizer.plan import plan_of, takes_plan
-from nanotron_fast.kernels.runtime.collectives import Group, all_gather, all_reduce, resolve
+from nanotron_fast.kernels.runtime.collectives import (
+    Group,
+    Ranks,
+    all_gather,
+    all_reduce,
+    resolve,
+)
 from nanotron_fast.kernels.runtime.launch import on_grid
 from nanotron_fast.kernels.runtime.operators import on_device, operator, tell_autograd
 from nanotron_fast.kernels.runtime.tuning import Tuned, powers_of_2
@@ -279,6 +286,15 @@ def _sums(grads: list[Tensor], norm_type: float) -> Tensor:
     return _power_sums(grads, norm_type)
 
 
+def _total(sums: Tensor, is_max: bool, groups: Sequence[Ranks]) -> Tensor:
+    """(1,), the sum or the maximum of what a rank has, over all ranks of some groups."""
+    total = sums.amax(0, keepdim=True) if is_max else sums.sum(0, keepdim=True)
+    for ranks in groups:
+        # One number from each rank: gathering them is no dearer than a reduction by max.
+        total = all_gather(total, ranks).amax(0) if is_max else all_reduce(total, ranks)
+    return total
+
+
 @torch.no_grad()
 def get_total_norm(
     grads: Sequence[Tensor],
@@ -293,9 +309,11 @@ def get_total_norm(
     Args:
         grads: contiguous, bf16, fp16 or fp32 in any mixture. A parameter that several ranks of
             the group hold (tied, or replicated over tensor parallelism) belongs in the list of
-            one of them alone.
+            one of them alone. DTensors count as a whole, by a collective for each dimension of a
+            mesh that splits some of them.
         norm_type: p > 0, or inf.
         group: the ranks that share the parameters; every one of them must call. One collective.
+            Not those of a DTensor's own mesh.
         error_if_nonfinite: raise RuntimeError for a norm that is not finite. Waits for the device.
         device: of the result where the list is empty; the current GPU by default, if there is one.
 
@@ -303,20 +321,23 @@ def get_total_norm(
         0-d, fp32, on the device of the gradients.
 
     Raises:
-        ValueError: no such norm, or a tensor that is not contiguous; named by its place.
+        ValueError: no such norm; a tensor that is not contiguous, or a DTensor that is yet to be
+            summed; named by its place.
     """
     grads, norm_type = list(grads), float(norm_type)
     if not norm_type > 0:
         raise ValueError(f"get_total_norm: norm_type {norm_type}: choose p > 0, or inf")
+    is_max = math.isinf(norm_type)
     if grads:
-        sums = _sums(grads, norm_type)
+        parts = [
+            _total(_sums(part, norm_type), is_max, ranks)
+            for part, ranks in shards.by_ranks("get_total_norm", "grads", grads)
+        ]
+        sums = parts[0] if len(parts) == 1 else torch.cat(parts)
     else:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         sums = torch.zeros(1, dtype=torch.float32, device=default if device is None else device)
-    is_max, ranks = math.isinf(norm_type), resolve(group)
-    # One number from each rank: gathering them is no dearer than a reduction by max.
-    local = sums.amax(0, keepdim=True) if is_max else sums.sum(0, keepdim=True)
-    total = all_gather(local, ranks).amax() if is_max else all_reduce(local, ranks).reshape(())
+    total = _total(sums, is_max, [resolve(group)]).reshape(())
     if not is_max and norm_type != 1.0:
         total = total.sqrt() if norm_type == 2.0 else total.pow(1.0 / norm_type)
     if error_if_nonfinite and not torch.isfinite(total):
@@ -334,20 +355,23 @@ def clip_grads_with_norm_(grads: Sequence[Tensor], max_norm: float, total_norm: 
     Nothing is written where that is 1. Where it is NaN, gradients become NaN, as with torch.
 
     Args:
-        grads: contiguous, bf16, fp16 or fp32 in any mixture, written in place.
+        grads: contiguous, bf16, fp16 or fp32 in any mixture, written in place; DTensors where they
+            lie.
         max_norm: the bound.
-        total_norm: 0-d, fp32, on their device, from `get_total_norm`.
+        total_norm: 0-d, fp32, on their device, from `get_total_norm`; torch's may be a DTensor.
 
     Raises:
         ValueError: a tensor is not contiguous, named by its place; the norm is not one number.
     """
-    grads = list(grads)
+    name = "clip_grads_with_norm_"
+    (grads,) = shards.local(name, {"grads": list(grads)}, written=("grads",)).values()
     if total_norm.numel() != 1:
-        raise ValueError(f"clip_grads_with_norm_: total_norm {tuple(total_norm.shape)}")
-    check = partial(check_lists, "clip_grads_with_norm_", "grads", grads=grads)
+        raise ValueError(f"{name}: total_norm {tuple(total_norm.shape)}")
+    total_norm = shards.whole(total_norm)
+    check = partial(check_lists, name, "grads", grads=grads)
     if takes_plan(grads):
         blocks = _ClipBlocks.chosen(itemsize=grads[0].element_size())
-        plan = plan_of("clip_grads_with_norm_", (grads,), segment=blocks.segment, check=check)
+        plan = plan_of(name, (grads,), segment=blocks.segment, check=check)
         if plan.is_served:
             with on_device(plan.device_index):
                 on_gpu = total_norm.to(grads[0].device, torch.float32)
