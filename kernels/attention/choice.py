@@ -185,7 +185,9 @@ def _unfit(name: str, request: Request, on_any_device: bool = False) -> str:
             return "needs a GPU, and there is none"
         if not low <= request.architecture <= high:
             return f"is for sm_{low} to sm_{high}, not sm_{request.architecture}"
-    elif not on_any_device and not (name == "triton" and request.is_interpreting):
+    elif request.device_type == "meta" or not (
+        on_any_device or (name == "triton" and request.is_interpreting)
+    ):
         return f"needs a GPU, not tensors on {request.device_type}"
     if request.dtype not in able.dtypes:
         return f"takes no {request.dtype}"

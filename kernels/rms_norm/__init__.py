@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm import operators
 from nanotron_fast.kernels.rms_norm.reference import RmsNormOfCpu, rms_norm_reference
+from nanotron_fast.kernels.runtime.autocast import is_autocast
 from nanotron_fast.kernels.runtime.backend import uses_triton
 
 __all__ = ["rms_norm", "rms_norm_reference"]
@@ -59,7 +60,8 @@ def rms_norm(
         x: (..., hidden), bf16, fp16 or fp32.
         weight: (hidden,), any of them.
         eps: added to the mean square.
-        residual: x's shape and dtype.
+        residual: x's shape and dtype. Under autocast, where a product is in a narrower dtype than
+            what it is added to, both are taken in the wider one, as torch adds them.
         zero_centered: the weight is stored less one, as Gemma does.
 
     Returns:
@@ -74,6 +76,9 @@ def rms_norm(
             f"rms_norm: weight {tuple(weight.shape)} {weight.dtype} "
             f"for x {tuple(x.shape)} {x.dtype}"
         )
+    if residual is not None and residual.dtype != x.dtype and is_autocast(x.device):
+        wider = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(wider), residual.to(wider)
     if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
         raise ValueError(
             f"rms_norm: residual {tuple(residual.shape)} {residual.dtype} "

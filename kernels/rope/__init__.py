@@ -86,7 +86,10 @@ def check_arguments(
             f"{name}: cos {tuple(cos.shape)} and sin {tuple(sin.shape)} for head_dim {head_dim}"
         )
     if cos.dtype not in (torch.float32, torch.float64) or sin.dtype != cos.dtype:
-        raise ValueError(f"{name}: cos {cos.dtype} and sin {sin.dtype}: the tables are fp32")
+        raise ValueError(
+            f"{name}: cos {cos.dtype} and sin {sin.dtype}: the tables are fp32. FSDP2 casts what a "
+            "module is given, unless its MixedPrecisionPolicy has cast_forward_inputs=False"
+        )
     check_positions(name, position_ids, shape[0], cos.shape[0])
 
 

@@ -15,16 +15,21 @@ from torch import Tensor
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
 
 
+def is_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for tensors of a device; never for those that have no memory."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
+
+
 def as_autocast(*operands: Tensor | None) -> tuple[Any, ...]:
     """Operands of products, the first of them a tensor, in the dtype of autocast where it is on.
 
     As torch does for a linear layer, all but fp64 are cast; gradients pass through the cast, to a
     `main_grad` too. Without autocast they are given back as they are.
     """
-    kind = operands[0].device.type if operands[0] is not None else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    device = operands[0].device if operands[0] is not None else torch.device("cpu")
+    if not is_autocast(device):
         return operands
-    dtype = torch.get_autocast_dtype(kind)
+    dtype = torch.get_autocast_dtype(device.type)
     return tuple(_cast(operand, dtype) for operand in operands)
 
 

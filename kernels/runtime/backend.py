@@ -92,4 +92,4 @@ def uses_triton(tensor: torch.Tensor) -> bool:
         return triton is not None and tensor.is_cuda
     if triton is None:
         raise RuntimeError(f"{ENVIRONMENT_VARIABLE}=triton, but Triton is not installed")
-    return True
+    return not tensor.is_meta  # which has nothing to launch on

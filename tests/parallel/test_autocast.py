@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
+from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope import rope_tables
 from nanotron_fast.parallel import (
     column_linear,
@@ -145,3 +146,15 @@ def test_doubles_stay() -> None:
     x, weight, bias = (tensor.detach().double() for tensor in leaves("column"))
     with torch.autocast("cpu", BF16):
         assert column_linear(x, weight, bias).dtype == torch.float64
+
+
+def test_a_residual_in_fp32_beside_a_product_in_bf16() -> None:
+    """As torch adds them under autocast; outside of it two dtypes are refused."""
+    x, residual, weight = torch.randn(6, 8).bfloat16(), torch.randn(6, 8), torch.rand(8)
+    with torch.autocast("cpu", BF16):
+        found = rms_norm(x, weight, residual=residual)
+        assert [each.dtype for each in found] == [FP32, FP32]
+    expected = rms_norm(x.float(), weight, residual=residual)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    with pytest.raises(ValueError, match=r"residual .* torch.float32 for x .* torch.bfloat16"):
+        rms_norm(x, weight, residual=residual)
