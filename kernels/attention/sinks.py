@@ -15,9 +15,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
+from nanotron_fast.kernels.runtime.once import once_differentiable
 
 
 class _WithSinks(torch.autograd.Function):
@@ -33,7 +33,7 @@ class _WithSinks(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("attention_with_sinks")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, sinks, y, lse = ctx.saved_tensors
         kept = _kept(lse, sinks)

@@ -62,6 +62,7 @@ from nanotron_fast.kernels.linear_cross_entropy.whole import WholeLosses
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.kernels.runtime.rows import as_row_of_ids
 
 __all__ = ["REDUCTIONS", "linear_cross_entropy", "linear_cross_entropy_reference"]
@@ -98,6 +99,7 @@ class _SummedLoss(torch.autograd.Function):
         return loss.sum(), z
 
     @staticmethod
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx, dloss, _):
         (dhidden, dweight), (of_hidden, of_weight) = ctx.saved_tensors, ctx.needed
         if of_weight and ctx.main_grad is not None:
@@ -130,6 +132,7 @@ class _TokenLosses(torch.autograd.Function):
         return loss, z
 
     @staticmethod
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx, dloss, _):
         hidden, weight, target, maximum_and_sum = ctx.saved_tensors
         dloss = dloss.to(maximum_and_sum.dtype).contiguous()

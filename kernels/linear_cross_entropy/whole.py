@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nanotron_fast.kernels.cross_entropy.operators import gradient_
 from nanotron_fast.kernels.linear_cross_entropy.operators import (
@@ -24,6 +23,7 @@ from nanotron_fast.kernels.linear_cross_entropy.operators import (
     losses_of,
 )
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
+from nanotron_fast.kernels.runtime.once import once_differentiable
 
 
 class WholeLosses(torch.autograd.Function):
@@ -42,7 +42,7 @@ class WholeLosses(torch.autograd.Function):
         return loss, z
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx: Any, dloss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, maximum_and_sum, saved = ctx.saved_tensors
         # With a version of its own: what is saved may be asked for again, and is written over.

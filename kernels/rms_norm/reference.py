@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from nanotron_fast.kernels.runtime.once import once_differentiable
 
 
 def rms_norm_reference(
@@ -40,7 +41,7 @@ class RmsNormOfCpu(torch.autograd.Function):
         return y if residual is None else (y, h)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("rms_norm")
     def backward(ctx, dy, dh_out=None):
         if dy is None:
             return dh_out, dh_out, None, None, None

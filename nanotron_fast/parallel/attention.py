@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
@@ -25,6 +24,7 @@ from nanotron_fast.kernels.rope import rope_qkv_, rope_qkv_backward
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.kernels.runtime.rows import as_row_of_ids
 from nanotron_fast.parallel.chunks import AS_THEY_ARE, Order
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
@@ -175,7 +175,7 @@ class _Attention(torch.autograd.Function):
         return product(layout.as_rows(out), o_weight, None, layout.ranks), lse
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("tensor_parallel_attention")
     def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, o_weight, cos, sin, position_ids, cu_seqlens, packed, out, lse = (
             ctx.saved_tensors

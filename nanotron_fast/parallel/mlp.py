@@ -19,6 +19,7 @@ from nanotron_fast.kernels.matmul import matmul_glu, prefers_fused
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.parallel.chunks import AS_THEY_ARE
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
@@ -69,6 +70,7 @@ class _Mlp(torch.autograd.Function):
         return (linear_scatter if scatters else linear_all_reduce)(h, down_weight, None, ranks)
 
     @staticmethod
+    @once_differentiable("tensor_parallel_mlp")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_up_weight, down_weight, gate_up = ctx.saved_tensors
         needs_x, needs_gate_up, needs_down = ctx.needs_input_grad[:3]

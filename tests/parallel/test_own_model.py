@@ -51,11 +51,27 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor]]] = {
     "column": ([(6, 8), (10, 8), (10,)], column_linear),
     "row": ([(6, 8), (10, 8), (10,)], row_linear),
 }
+# Those that torch differentiates again: products, and on the CPU glu and attention.
+AGAIN = {"column", "row", "glu", "attention"}
 
 
 def leaves(name: str, device: str) -> list[Tensor]:
     torch.manual_seed(0)
     return [torch.randn(shape, device=device).requires_grad_() for shape in CASES[name][0]]
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in AGAIN])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gradient_penalty_is_refused(name: str, backend: str, monkeypatch) -> None:
+    """And not left out, where it is a part of a loss that has a gradient besides."""
+    monkeypatch.setenv("NANOTRON_FAST_BACKEND", backend)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = leaves(name, device)
+    value = CASES[name][1](*tensors).sum()
+    gradients = torch.autograd.grad(value, tensors, create_graph=True)
+    penalty = sum(gradient.square().sum() for gradient in gradients)
+    with pytest.raises(RuntimeError, match=r"has no (second derivative|gradient by itself)"):
+        (value + penalty).backward()
 
 
 @pytest.mark.parametrize("name", CASES)

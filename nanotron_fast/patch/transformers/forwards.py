@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.glu import glu_backward, glu_forward
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.rope.apart import rope_apart
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.patch.hooks import why_not_past
 
 # transformers' activations that are one of ours, by the name of their class.
@@ -138,7 +138,7 @@ class _GatedProducts(torch.autograd.Function):
         return glu_forward(packed, activation)
 
     @staticmethod
-    @once_differentiable
+    @once_differentiable("the gated products of an MLP")
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, up, packed = ctx.saved_tensors
         wanted = ctx.needs_input_grad
