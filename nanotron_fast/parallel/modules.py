@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -37,7 +38,19 @@ def _shard(
     return torch.cat([section.chunk(size, dim)[rank] for section in sections], dim)
 
 
-class _ParallelLinear(nn.Module):
+class _OfRanks(nn.Module):
+    """A module of a group, which its deep copies share: a ProcessGroup cannot be copied."""
+
+    group: Group
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _OfRanks:
+        copied = type(self).__new__(type(self))
+        memo |= {id(self): copied, id(self.group): self.group}
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
+
+
+class _ParallelLinear(_OfRanks):
     """What column and row linears share: a weight, perhaps a bias, a group and a mode."""
 
     weight: nn.Parameter
@@ -183,7 +196,7 @@ class RowParallelLinear(_ParallelLinear):
         return row_linear(x, self.weight, self.bias, group=self.group, mode=self.mode)
 
 
-class VocabParallelEmbedding(nn.Module):
+class VocabParallelEmbedding(_OfRanks):
     """`vocab_parallel_embedding` with this rank's rows of the table.
 
     Takes ids (...) and gives (..., embedding_dim): summed over the ranks, or in mode

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from functools import partial
 from itertools import product
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
-from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear
+from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from tests.parallel.ranks import check, join, leaf, run_cases, shard, with_chunks
 from tests.parallel.stand_ins import agreed, fused_products
 
@@ -88,6 +89,25 @@ def main_gradients(mode: str, mesh) -> None:
     check(layer.bias.main_grad, 1 + dy.double().sum(0), "main grad of the bias", 1e-5)
 
 
+def copies(mesh) -> None:
+    """As an average over time is kept: other weights, the same ranks."""
+    for group in (mesh, mesh.get_group(), None):
+        layers = (
+            ColumnParallelLinear(IN, OUT, group=group),
+            RowParallelLinear(IN, OUT, group=group, bias=True),
+            VocabParallelEmbedding(OUT, IN, group=group),
+        )
+        model = torch.nn.ModuleList(layers).requires_grad_(False)
+        for layer, copied in zip(model, deepcopy(model), strict=True):
+            x = torch.zeros(4, dtype=torch.int64)
+            if layer is not layers[2]:
+                x = torch.randn(4, layer.weight.shape[1])
+            assert torch.equal(copied(x), layer(x))
+            copied.weight.zero_()
+            assert layer.weight.any()
+            assert copied.group is layer.group
+
+
 def with_symmetric_memory(case: Callable[[], None]) -> None:
     """The same case over torch's fused products, whose plain path serves a CPU here."""
     with fused_products() as calls, agreed(True):
@@ -118,6 +138,7 @@ def cases(mesh) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "row over symmetric memory", partial(with_symmetric_memory, case)
     for mode in MODES:
         yield f"main gradients {mode}", partial(main_gradients, mode, mesh)
+    yield "copies", partial(copies, mesh)
 
 
 if __name__ == "__main__":
