@@ -268,6 +268,35 @@ class ModelSpec:
         return self.windows[0] if len(set(self.windows)) == 1 else None
 
     @property
+    def rope_kind(self) -> str:
+        """How the angles are scaled, as in transformers: "default", "linear", "yarn", ..."""
+        scaling = self.rope_scaling or {}
+        return str(scaling.get("rope_type") or scaling.get("type") or "default")
+
+    @property
+    def max_positions(self) -> int | None:
+        """How long a sequence the angles are made for.
+
+        None where they follow its length, as with "dynamic" scaling, and where no layer turns
+        anything.
+        """
+        stated = self.max_position_embeddings
+        if self.rope_kind == "dynamic" or len(self.no_rope_layers) == self.num_layers:
+            return None
+        if self.rope_kind not in ("linear", "yarn"):
+            return stated
+        # Stated is the length before they are stretched (Qwen3) or after (DeepSeek-V3).
+        scaling = self.rope_scaling or {}
+        original = scaling.get("original_max_position_embeddings") or stated
+        return max(stated, int(original * (scaling.get("factor") or 1)))
+
+    @property
+    def keys_of_max_positions(self) -> str:
+        """Of a configuration, those that `max_positions` comes from, in words."""
+        is_stretched = (self.max_positions or 0) > self.max_position_embeddings
+        return "max_position_embeddings" + (" and rope_scaling" if is_stretched else "")
+
+    @property
     def no_rope_layers(self) -> tuple[int, ...]:
         """The layers without rotary embedding."""
         return tuple(i for i, each in enumerate(self.layers) if each.attention.rotary is None)

@@ -26,7 +26,6 @@ from nanotron_fast.models.architecture import Architecture
 from nanotron_fast.models.building import build
 from nanotron_fast.models.cache import Cache
 from nanotron_fast.models.decoder import Decoder
-from nanotron_fast.models.rotary import max_positions
 from nanotron_fast.models.tokenizer import tokenizer_in
 
 if TYPE_CHECKING:
@@ -136,11 +135,10 @@ def _check(model: Architecture, prompt: Sequence[int], max_new_tokens: int) -> N
             f"the prompt has token {largest}, and the model {model.vocab_size} tokens: the "
             "tokenizer is another model's"
         )
-    positions, taken = max_positions(model.spec), len(prompt)
+    positions, taken = model.spec.max_positions, len(prompt)
     if positions is None or taken + max_new_tokens <= positions:
         return
-    is_stretched = positions > model.spec.max_position_embeddings
-    keys = "max_position_embeddings" + (" and rope_scaling" if is_stretched else "")
+    keys = model.spec.keys_of_max_positions
     if taken > positions:
         raise ConfigError(
             f"the prompt has {taken} tokens, and the model {positions} positions ({keys}): shorten "

@@ -20,27 +20,6 @@ _Key = tuple[int, float | None, int, torch.device]
 _MIN_POSITIONS = 512
 
 
-def max_positions(spec: ModelSpec) -> int | None:
-    """How long a sequence the frequencies are made for.
-
-    None where they follow its length, as with "dynamic" scaling, and where no layer turns anything.
-    """
-    kind, stated = _kind_of(spec), spec.max_position_embeddings
-    if kind == "dynamic" or all(layer.attention.rotary is None for layer in spec.layers):
-        return None
-    if kind not in ("linear", "yarn"):
-        return stated
-    # The configuration states the length before they are stretched (Qwen3) or after (DeepSeek-V3).
-    scaling = spec.rope_scaling or {}
-    original = scaling.get("original_max_position_embeddings") or stated
-    return max(stated, int(original * (scaling.get("factor") or 1)))
-
-
-def _kind_of(spec: ModelSpec) -> str:
-    scaling = spec.rope_scaling or {}
-    return str(scaling.get("rope_type") or scaling.get("type") or "default")
-
-
 class Rotary:
     """Cosines and sines for every layer of a model.
 
@@ -50,7 +29,6 @@ class Rotary:
 
     def __init__(self, spec: ModelSpec) -> None:
         self.spec = spec
-        self.kind = _kind_of(spec)
         self._tables: dict[_Key, Tables] = {}
 
     def tables(self, attention: Attention, length: int, device: torch.device) -> Tables:
@@ -75,9 +53,9 @@ class Rotary:
     def _regime(self, length: int) -> int:
         """What the frequencies depend on: a sequence length, or 0 for every short one."""
         limit = self.spec.max_position_embeddings
-        if self.kind == "dynamic":
+        if self.spec.rope_kind == "dynamic":
             return length if length > limit else 0
-        if self.kind in ("longrope", "su"):
+        if self.spec.rope_kind in ("longrope", "su"):
             stated = (self.spec.rope_scaling or {}).get("original_max_position_embeddings")
             return length if length > (stated or limit) else 0
         return 0

@@ -141,7 +141,7 @@ def architecture(config: TrainingConfig, *, min_rows: int = 0) -> ModelPlan:
         found, warnings = _from_checkpoint(init.path, where)
         warnings += _dropout(found, where)
     _check_balance(found, config)
-    check_lengths(config, found.spec.max_position_embeddings, config.place)
+    check_lengths(config, found.spec, config.place)
     plan = ModelPlan(found, (), given, Topology(), 1, tuple(warnings), min_rows)
     return plan.spread(config)
 

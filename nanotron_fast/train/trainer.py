@@ -209,7 +209,7 @@ def _data(
             rows=config.global_batch_size // mesh.dp,
             dp=mesh.dp,
             vocab_size=model.architecture.vocab_size,
-            max_length=model.architecture.spec.max_position_embeddings,
+            max_length=model.architecture.spec.max_positions,
             has_validation=config.tokens.val_check_interval > 0
             and config.tokens.limit_val_batches > 0,
         )

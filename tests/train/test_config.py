@@ -14,6 +14,7 @@ import yaml
 import nanotron_fast
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.train import TrainingConfig
+from nanotron_fast.train.architecture import architecture
 from nanotron_fast.train.config import AdamW, HfDataset, Muon, Nanoset, SftDataset, run_name
 from nanotron_fast.train.config.training_config import with_ours
 from tests.modelzoo import make
@@ -227,6 +228,49 @@ def test_stages_are_sorted_and_found_by_step() -> None:
     assert [config.stage_at(step).name for step in (1, 10, 11, 20)] == ["only"] * 2 + ["late"] * 2
     with pytest.raises(ConfigError, match=r"data_stages.0.sequence_length is 640"):
         read(data_stages=[{**late, "sequence_length": 640}, stage])
+
+
+@pytest.mark.parametrize(
+    ("scaling", "room"),
+    [
+        # As transformers computes them: the first two are stretched, "dynamic" follows any length.
+        ({"rope_type": "linear", "factor": 4.0}, 512),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 1.5, "original_max_position_embeddings": 64}, 128),
+        ({"rope_type": "dynamic", "factor": 2.0}, None),
+        (
+            {
+                "rope_type": "llama3",
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            },
+            128,
+        ),
+    ],
+)
+def test_sequences_are_as_long_as_the_models_frequencies_reach(
+    scaling: dict[str, Any], room: int | None
+) -> None:
+    """What is refused here is what `generate` refuses, too."""
+    scaled = {"model__model_config__rope_scaling": scaling}
+    length = room or 4096
+    config = read(tokens__sequence_length=length, **scaled)
+    assert max_positions_of(config) == room
+    if room is None:
+        return
+    keys = "max_position_embeddings" + (" and rope_scaling" if room > 128 else "")
+    message = (
+        rf"tokens.sequence_length is {room + 1}, and the model has {room} positions "
+        rf"\(model.model_config: {keys}\)"
+    )
+    with pytest.raises(ConfigError, match=message):
+        read(tokens__sequence_length=room + 1, **scaled)
+
+
+def max_positions_of(config: TrainingConfig) -> int | None:
+    return architecture(config).architecture.spec.max_positions
 
 
 def test_an_architecture_without_a_marker_is_that_of_the_first_class_that_fits() -> None:

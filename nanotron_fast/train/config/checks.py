@@ -6,7 +6,9 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.errors import ConfigError, TopologyError
+from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.train.config.data import HfDataset, Nanoset, SftDataset
+from nanotron_fast.train.config.model_config import spec_of
 from nanotron_fast.train.config.place import Place
 from nanotron_fast.train.config.sections import CheckpointInit
 
@@ -30,7 +32,7 @@ def check(config: TrainingConfig, place: Place) -> list[str]:
             "folder or a checkpoint, whose architecture is then taken"
         )
     if config.model.model_config is not None:
-        check_lengths(config, int(config.model.model_config["max_position_embeddings"]), place)
+        check_lengths(config, spec_of(config.model.model_config, place), place)
     return [
         *_unreached(config, place),
         *_about_the_rate(config, place),
@@ -39,8 +41,11 @@ def check(config: TrainingConfig, place: Place) -> list[str]:
     ]
 
 
-def check_lengths(config: TrainingConfig, max_positions: int, place: Place) -> None:
+def check_lengths(config: TrainingConfig, spec: ModelSpec, place: Place) -> None:
     """Refuses sequences that are longer than the model's positions. Raises ConfigError."""
+    max_positions = spec.max_positions
+    if max_positions is None:
+        return
     places = [(place.at("tokens.sequence_length"), config.tokens.sequence_length)]
     for index, stage in enumerate(config.data_stages):
         where = place.at(f"data_stages.{index}.sequence_length")
@@ -49,8 +54,8 @@ def check_lengths(config: TrainingConfig, max_positions: int, place: Place) -> N
         if length > max_positions:
             raise where.error(
                 f" is {length}, and the model has {max_positions} positions "
-                "(model.model_config.max_position_embeddings): shorten it, or raise that, with "
-                "rope_scaling where the model is to be extended"
+                f"(model.model_config: {spec.keys_of_max_positions}): shorten it, or raise that, "
+                "with rope_scaling where the model is to be extended"
             )
 
 

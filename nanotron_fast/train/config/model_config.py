@@ -12,6 +12,7 @@ from nanotron_fast.formats.nanotron.classes import (
     classes,
 )
 from nanotron_fast.formats.nanotron.classes.base import FILE
+from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.train.config.place import Place
 from nanotron_fast.train.config.schema import unknown_key
 
@@ -62,6 +63,11 @@ def complete(config: Mapping[str, Any], place: Place) -> dict[str, Any]:
     except (ConfigError, UnsupportedModelError) as error:
         raise type(error)(_said_here(str(error), place)) from None
     return full
+
+
+def spec_of(complete: Mapping[str, Any], place: Place) -> ModelSpec:
+    """The architecture that a mapping with every field is of. Raises ConfigError."""
+    return class_named(complete, place).read(complete)
 
 
 def _said_here(message: str, place: Place) -> str:

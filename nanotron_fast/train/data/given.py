@@ -135,7 +135,7 @@ class GivenBatches:
         if shape[1] < 1 or (limit is not None and shape[1] > limit):
             raise DataError(
                 f"{where} has the length {shape[1]}, and the model has {limit} positions "
-                "(model.model_config.max_position_embeddings)"
+                "(model.model_config: max_position_embeddings, rope_scaling)"
                 if shape[1]
                 else f"{where} has no tokens"
             )
