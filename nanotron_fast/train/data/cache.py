@@ -157,6 +157,7 @@ def _make(
 
 def _opened(entry: Path, source: Source, token_size: int) -> CachedTokens:
     path = entry / _TOKENS
+    mapped.cache_clear()
     try:
         about = json.loads((entry / "about.json").read_text())
         groups = np.fromfile(entry / "groups", dtype=INDEX_DTYPE)

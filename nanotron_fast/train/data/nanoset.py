@@ -121,6 +121,8 @@ class TokenFolder:
             DataError: the folder, its metadata or an index is missing or malformed.
         """
         self.folder = str(folder)
+        # Files of these names may have been others before.
+        mapped.cache_clear()
         copies = Path(read_path) if read_path is not None else None
         root, names = find_tokens(folder, copies)
         self.token_size = _token_size(root, token_size)

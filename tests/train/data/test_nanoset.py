@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -148,3 +149,11 @@ def test_files_that_are_cut_short(tmp_path: Path) -> None:
         stream.write(b"x")
     with pytest.raises(DataError, match=r"a\.ds: its 81 bytes are no whole number of tokens of 2"):
         TokenFolder(folder, 16)
+
+
+def test_a_folder_that_was_made_anew_is_read_anew(tmp_path: Path) -> None:
+    """By one process, as in a notebook: what was mapped before is of files that are gone."""
+    for value in (1, 2):
+        shutil.rmtree(tmp_path / "tokens", ignore_errors=True)
+        write_tokens(tmp_path / "tokens", "a.ds", [[value] * 40])
+        assert TokenFolder(tmp_path / "tokens", 16)[1].tokens.tolist() == [value] * 17
