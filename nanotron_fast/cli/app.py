@@ -128,6 +128,7 @@ def command(
         if given["json"] or given.get("quiet"):
             # Before the Hub's library is imported: it draws bars of its own on stderr.
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+            os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"
         try:
             flagged(**given)
         except (NanotronFastError, OSError) as error:

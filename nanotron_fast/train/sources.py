@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.remote.urls import on_disk
 from nanotron_fast.errors import DataError, NanotronFastError, one_line
-from nanotron_fast.extras import require
+from nanotron_fast.extras import listed, require
 from nanotron_fast.train.config.data import Dataset, Nanoset
 
 if TYPE_CHECKING:
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".txt", ".jsonl")
 NOT_THERE = "there is no such file or folder"
-# In a folder, these are data that `datasets` reads.
-_DATASET_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".gz", ".zst")
+# These are read by `datasets`.
+_DATASET_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".gz", ".zst", ".bz2", ".xz")
+# Of each kind `datasets` reads all, whatever they are packed with.
+_KINDS = {kind: kind for kind in (".parquet", ".arrow", ".csv", ".json", ".txt")} | {
+    ".tsv": ".csv",
+    ".jsonl": ".json",
+}
+_ABOUT_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
 # As hf_dataset_or_datasets says it.
 Names = str | Sequence[str] | Mapping[str, float]
@@ -50,7 +57,8 @@ def find(name: Names) -> tuple[Path, ...] | None:
     if files:
         return tuple(path for paths in files for path in paths)
     for each in names:
-        what = "as a dataset" if Path(each).exists() else f"{NOT_THERE}; as a dataset of the Hub"
+        is_there = glob.has_magic(each) or Path(each).expanduser().exists()
+        what = "as a dataset" if is_there else f"{NOT_THERE}; as a dataset of the Hub"
         require("train", f"{each}: {what} it", ["datasets"])
     return None
 
@@ -58,33 +66,128 @@ def find(name: Names) -> tuple[Path, ...] | None:
 def find_files(name: str | Path) -> tuple[Path, ...] | None:
     """The text and JSONL files of a file, a folder or a glob, sorted; None for no such thing.
 
-    Raises DataError where a name can be nothing else, and nothing is there.
+    None as well where they are files that `datasets` reads. Raises DataError where a name can be
+    nothing else and nothing is there, and where a folder may not be read: what is in it would be
+    left out.
     """
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix in _DATASET_SUFFIXES:
+            return None
         if path.suffix not in SUFFIXES:
-            raise DataError(f"{path}: it is neither .txt nor .jsonl")
+            raise DataError(f"{path}: it is neither .txt nor .jsonl, nor does `datasets` read it")
         return (path,)
     if path.is_dir():
-        found = [Path(root, each) for root, _, names in os.walk(path) for each in names]
-        visible = [each for each in found if not each.name.startswith(".")]
-        if any(each.suffix in _DATASET_SUFFIXES for each in visible):
+        below = _below(path)
+        if any(each.suffix in _DATASET_SUFFIXES for each in below):
+            _check_links(path, below)
+            _check_kinds(path, below)
             return None
-        texts = sorted(each for each in visible if each.suffix in SUFFIXES)
+        texts = sorted(each for each in below if each.suffix in SUFFIXES)
         if not texts:
             raise DataError(f"{path}: there is no .txt or .jsonl file in it")
         return tuple(texts)
     if glob.has_magic(str(path)):
-        matches = (Path(each) for each in glob.glob(str(path), recursive=True))
-        texts = sorted(each for each in matches if each.suffix in SUFFIXES and each.is_file())
-        if not texts:
+        matches = _matching(path)
+        texts = [each for each in matches if each.suffix in SUFFIXES]
+        if len(texts) < len(matches) and texts:
+            raise DataError(f"{name}: it matches {texts[0]}, and files that `datasets` reads")
+        if not matches:
             raise DataError(f"{name}: it matches no .txt or .jsonl file")
-        return tuple(texts)
+        return tuple(texts) or None
     on_disk(name, "the text")
     is_path = str(name).startswith((".", "~", "/")) or path.suffix in SUFFIXES
     if is_path or str(name).count("/") > 1:
         raise DataError(f"{name}: {NOT_THERE}")
     return None
+
+
+def find_tables(name: str) -> tuple[Path, ...]:
+    """What `datasets` is to read of a file or a glob; nothing for a folder, or no such thing."""
+    path = Path(name).expanduser()
+    if path.is_file():
+        return (path,)
+    return tuple(_matching(path)) if glob.has_magic(name) and not path.is_dir() else ()
+
+
+def _below(folder: Path) -> list[Path]:
+    """The files in a folder and those within it, links to folders included, hidden ones not.
+
+    Raises DataError.
+    """
+    found: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
+        status = os.stat(root)
+        # A link may lead to what it lies in.
+        if (status.st_dev, status.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        folders[:] = sorted(each for each in folders if not each.startswith("."))
+        found += [Path(root, each) for each in names if not each.startswith(".")]
+    return found
+
+
+def _check_links(folder: Path, below: list[Path]) -> None:
+    """Raises DataError where files lie behind a link, into which `datasets` does not look."""
+    for parent in sorted({each.parent for each in below}):
+        within = [parent, *parent.parents]
+        link = next((each for each in within[: within.index(folder)] if each.is_symlink()), None)
+        if link is not None:
+            raise DataError(
+                f"{link}: it is a link to a folder, into which `datasets` does not look; name "
+                "each folder in a list"
+            )
+
+
+def _check_kinds(folder: Path, below: list[Path]) -> None:
+    """Raises DataError where `datasets` would read some files and pass by others.
+
+    It reads the kind that there is most of, but where a README says which files are data. A few
+    texts beside other files are no data, as a licence is.
+    """
+    if (folder / "README.md").is_file():
+        return
+    names = [each.name for each in below if each.name not in _ABOUT_DATA]
+    suffixes = [suffix for name in names for suffix in Path(name).suffixes if suffix in _KINDS]
+    kinds = Counter(_KINDS[suffix] for suffix in suffixes)
+    num_texts = kinds.pop(".txt", 0)
+    if kinds and num_texts >= max(kinds.values()):
+        kinds[".txt"] = num_texts
+    if len(kinds) > 1:
+        raise DataError(
+            f"{folder}: it has {listed(sorted(kinds))} files, of which `datasets` reads one kind "
+            f"alone: name what is meant, as in {folder}/*{min(kinds)}"
+        )
+
+
+def _matching(pattern: Path) -> list[Path]:
+    """The files that a glob matches and that hold data, sorted. Raises DataError."""
+    parts = pattern.parts
+    first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
+    # glob itself passes by folders that it may not read.
+    for number in range(first, len(parts) + (parts[-1] == "**")):
+        for folder in glob.glob(f"{Path(*parts[:number])}/", recursive=True):
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                _refuse(error)
+    matches = (Path(each) for each in sorted(glob.glob(str(pattern), recursive=True)))
+    suffixes = (*SUFFIXES, *_DATASET_SUFFIXES)
+    return [each for each in matches if each.suffix in suffixes and not each.is_dir()]
+
+
+def _refuse(error: OSError) -> None:
+    """Raises DataError: a folder may hold data, and cannot be listed."""
+    folder = Path(error.filename)
+    # Many a file system has one at its root, which only root may read and nobody's data are in.
+    if folder.name == "lost+found" and os.path.ismount(folder.parent):
+        return
+    raise DataError(
+        f"{folder}: it may not be read, and may hold data: {error.strerror}; make it readable, or "
+        "name what is to be read"
+    ) from error
 
 
 def find_tokens(folder: str | Path, copies: str | Path | None = None) -> tuple[Path, list[str]]:
@@ -100,7 +203,10 @@ def find_tokens(folder: str | Path, copies: str | Path | None = None) -> tuple[P
     if not root.is_dir():
         there = "it is a file; name its folder" if root.exists() else "there is no such folder"
         raise DataError(f"{root}: {there}")
-    found = [path.name for path in root.glob("*.ds")]
+    try:
+        found = [name for name in os.listdir(root) if name.endswith(".ds")]
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}") from error
     if not found:
         raise DataError(
             f"{root}: there is no .ds file in it; `nanotron-fast tokenize` makes them from text"

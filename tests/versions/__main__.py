@@ -55,6 +55,8 @@ TRANSFORMERS = (
     # Of each family one model, there and back, with its logits and gradients.
     (*ONE_CASE_EACH, "tests/families/test_zoo.py", "tests/models/test_against_transformers.py"),
 )
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
+DATASETS = (*PYTEST, "tests/train/data/test_with_datasets.py")
 COMMANDS = (*ONE_CASE_EACH, "tests/cli/test_cli.py", "tests/cli/test_usage.py")
 TYPER = (
     *COMMANDS,
@@ -82,6 +84,7 @@ NUMPY_BEFORE_2_4 = (
     "numpy==2.2.6; python_version < '3.14'",
     "numpy==2.3.5; python_version >= '3.14'",
 )
+TABLES = ("pyarrow", "pandas", "xxhash")
 TABLE = (
     # Its interpreter makes numbers of arrays of one element, which numpy refuses from 2.4 on.
     Line("triton 3.6", ("triton==3.6.0", *NUMPY_BEFORE_2_4), KERNELS),
@@ -101,6 +104,13 @@ TABLE = (
     Line("transformers newest", ("transformers",), TRANSFORMERS),
     Line("numpy 1.26", ("numpy==1.26.4",), (CONVERTER,), needs_below=(3, 13)),
     Line("numpy newest", ("numpy",), (CONVERTER,)),
+    # The oldest that the extra `train` takes, and what it needs that nothing else here does.
+    Line(
+        "datasets 3.0",
+        ("datasets==3.0.0", "dill==0.3.8", "multiprocess==0.70.16", *TABLES, "requests"),
+        (DATASETS,),
+    ),
+    Line("datasets newest", ("datasets", "dill", "multiprocess", *TABLES), (DATASETS,)),
     Line("typer 0.16", ("typer==0.16.0", "click==8.2.1"), (TYPER,)),
     # Which that typer gets where nothing else holds it back: the help of arguments is lost.
     Line("typer 0.16, newest click", ("typer==0.16.0", "click"), (COMMANDS,)),

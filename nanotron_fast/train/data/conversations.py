@@ -85,9 +85,10 @@ class ChatEncoder:
             before = _messages(prompt, f"{place}: prompt")
             after = _messages(completion, f"{place}: completion")
             return self._chat([*before, *after], row, place, learned_from=len(before))
+        there = [f"{key} (null)" if row[key] is None else str(key) for key in row]
         raise DataError(
             f"{place}: a conversation has messages, or prompt and completion, and this has "
-            f"{', '.join(map(str, row)) or 'nothing'}"
+            f"{', '.join(there) or 'nothing'}"
         )
 
     def _completion(self, prompt: str, completion: str, place: str) -> Learned:

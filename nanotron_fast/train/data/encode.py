@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
@@ -76,7 +77,8 @@ class TextEncoder:
             texts, ends_group = list(block.rows), block.ends_group
             for number, text in enumerate(texts):
                 if not isinstance(text, str):
-                    raise DataError(f"{block.place}: its text {number} is {text!r}, and not text")
+                    place = block.place_of(number)
+                    raise DataError(f"{place}: its text is {reprlib.repr(text)}, and not text")
         documents = self.encoder.documents(texts)
         return packed(documents, None, ends_group, block.num_bytes)
 
@@ -127,7 +129,7 @@ def objects(block: Lines) -> Iterator[tuple[str, Any]]:
             raise DataError(f"{place}: it has no key {block.column!r}; its keys: {keys}")
         text = found[block.column]
         if not isinstance(text, str):
-            raise DataError(f"{place}: its {block.column!r} is {text!r}, and not text")
+            raise DataError(f"{place}: its {block.column!r} is {reprlib.repr(text)}, and not text")
         _check_characters(line, text, place)
         yield place, text
 
@@ -150,6 +152,6 @@ def rows_of(block: Block) -> Iterator[tuple[str, Any]]:
         yield from objects(block)
     elif isinstance(block, Rows):
         for number, row in enumerate(block.rows):
-            yield f"{block.place}, the row {number:,} of these", row
+            yield block.place_of(number), row
     else:
         raise TypeError("a piece of text has no rows")

@@ -7,6 +7,7 @@ so the tokens, are the same for any number of processes.
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,11 +18,13 @@ from typing import Any, Protocol
 from nanotron_fast.checkpoints.remote.reason import reason
 from nanotron_fast.errors import DataError
 from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
-from nanotron_fast.train.sources import NOT_THERE, find, names_of
+from nanotron_fast.train.sources import NOT_THERE, find, find_tables, names_of
 
 _BLOCK_BYTES = 2**20
 # As `datasets` hands them to Nanotron, which joins the texts of one such group.
 _ROWS_IN_GROUP = 1000
+# Those that conversations are made of.
+_CHAT_COLUMNS = ("messages", "conversations", "prompt", "completion", "tools")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,13 +35,19 @@ class Rows:
         rows: the documents.
         place: where they come from, in words.
         num_bytes: of them, more or less, for a progress bar.
+        first_row: the number of the first of them there, from 0.
         ends_group: the texts after these are not joined to them.
     """
 
     rows: Sequence[Any]
     place: str
     num_bytes: int
+    first_row: int = 0
     ends_group: bool = False
+
+    def place_of(self, number: int) -> str:
+        """Where one of them comes from, in words."""
+        return f"{self.place}, row {self.first_row + number:,} (from 0)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +237,7 @@ class DatasetRows:
     processes: int = 1
 
     def __post_init__(self) -> None:
-        if self.column is not None and self.column not in self.dataset.column_names:
-            raise DataError(
-                f"{self.name}: it has no column {self.column!r}, but "
-                f"{', '.join(self.dataset.column_names)}; name one of these in text_column_name"
-            )
+        check_column(self.name, self.dataset, self.column)
 
     @property
     def num_bytes(self) -> int:
@@ -265,8 +270,16 @@ class DatasetRows:
                 values = [
                     dict(zip(keys, row, strict=True)) for row in zip(*rows.values(), strict=True)
                 ]
-            place = f"{self.name}, rows {begin:,} to {end - 1:,}"
-            yield Rows(values, place, round(a_row * (end - begin)), ends_group=True)
+            yield Rows(values, self.name, round(a_row * (end - begin)), begin, ends_group=True)
+
+
+def check_column(name: str, dataset: Any, column: str | None) -> None:
+    """Raises DataError where a dataset has no such column."""
+    if column is not None and column not in dataset.column_names:
+        raise DataError(
+            f"{name}: it has no column {column!r}, but {', '.join(dataset.column_names)}; name one "
+            "of these in text_column_name"
+        )
 
 
 def row_groups(num_rows: int, processes: int) -> Iterator[tuple[int, int]]:
@@ -296,9 +309,9 @@ def open_source(
     """Documents by name.
 
     Args:
-        name: a file, folder or glob of .txt or .jsonl; what `datasets.load_dataset` takes; several
-            of these, all files or none, one after another; or datasets with the part of each to
-            take, which are shuffled together as Nanotron does it.
+        name: a file, folder or glob of .txt or .jsonl, or of what `datasets` reads; what
+            `datasets.load_dataset` takes; several of these, all text or none, one after another; or
+            datasets with the part of each to take, which are shuffled together as Nanotron does it.
         column: that holds the text; None to take whole rows, as conversations are.
         split: of a dataset; of files there is "train" alone, which is all of them.
         config_name: of a dataset.
@@ -316,41 +329,85 @@ def open_source(
                 "splits nor configurations"
             )
         return Files(shown, files, column)
-    loaded = [_load(each, split, config_name) for each in names]
+    loaded = []
+    for each in names:
+        dataset = _load(each, split, config_name)
+        check_column(each, dataset, column)
+        # Of the others, two datasets may have one name for what does not go together.
+        wanted = _CHAT_COLUMNS if column is None else (column,)
+        found = [each for each in wanted if each in dataset.column_names]
+        loaded.append(dataset.select_columns(found) if found else dataset)
     fractions = list(name.values()) if isinstance(name, Mapping) else None
-    dataset = _mixed(names, loaded, fractions)
-    if column in dataset.column_names:
-        dataset = dataset.select_columns([column])
-    return DatasetRows(shown, dataset, column, processes)
+    return DatasetRows(shown, _mixed(names, loaded, fractions), column, processes)
 
 
 def _load(name: str, split: str, config_name: str | None) -> Any:
     import datasets
 
+    path = Path(os.path.abspath(Path(name).expanduser()))
+    tables = [os.path.abspath(each) for each in find_tables(name)]
+    is_saved = any((path / each).is_file() for each in ("state.json", "dataset_dict.json"))
+    if config_name is not None and (tables or is_saved):
+        what = "they are files, and have" if tables else "it was saved to disk, and has"
+        raise DataError(f"{name}: {what} no configuration {config_name!r}")
     try:
-        if Path(name, "state.json").is_file() and Path(name, "dataset_info.json").is_file():
-            return datasets.load_from_disk(name)
-        return datasets.load_dataset(name, config_name, split=split)
+        if is_saved:
+            return _saved(name, datasets.load_from_disk(str(path)), split)
+        if tables:
+            # Each of the names is a glob for `datasets`.
+            names = [glob.escape(each) for each in tables]
+            folder = os.path.dirname(tables[0])
+            return datasets.load_dataset(folder, data_files=names, split=split)
+        # A folder's whole path is no name of a format, nor of a dataset of the Hub.
+        return datasets.load_dataset(str(path) if path.exists() else name, config_name, split=split)
+    except DataError:
+        raise
     # What a loading script, a builder or the Hub raises has no common type.
     except Exception as error:
-        local = "" if Path(name).exists() else f"{NOT_THERE}, and "
+        local = "" if tables or path.exists() else f"{NOT_THERE}, and "
         raise DataError(
-            f"{name}: {local}`datasets` cannot load its split {split!r}: {reason(error)}"
+            f"{name}: {local}`datasets` cannot load its split {split!r}: {_cause(error)}"
         ) from error
 
 
-def _mixed(names: Sequence[str], loaded: Sequence[Any], fractions: Sequence[float] | None) -> Any:
-    """One dataset of several."""
+def _saved(name: str, loaded: Any, split: str) -> Any:
+    """A split of what was saved to disk: a mapping of splits, or one dataset. Raises DataError."""
+    if isinstance(loaded, Mapping):
+        if split not in loaded:
+            raise DataError(f"{name}: it has no split {split!r}, but {', '.join(loaded)}")
+        return loaded[split]
+    own = "train" if loaded.split is None else str(loaded.split)
+    if split not in (own, "train"):
+        raise DataError(
+            f"{name}: it was saved to disk as one dataset, and has no split {split!r}: all of it "
+            f"is {own!r}"
+        )
+    return loaded
+
+
+def _cause(error: BaseException) -> str:
+    """What went wrong at first: `datasets` says of some errors only that there was one."""
+    while error.__cause__ is not None and type(error).__name__.startswith("DatasetGeneration"):
+        error = error.__cause__
+    first, *others = str(error).strip().splitlines() or [type(error).__name__]
+    # Between them are whole schemas.
+    return f"{first} ... {others[-1]}" if type(error).__name__ == "CastError" else reason(error)
+
+
+def _mixed(names: Sequence[str], loaded: list[Any], fractions: Sequence[float] | None) -> Any:
+    """One dataset of several. Raises DataError."""
     import datasets
 
-    if fractions is None:
-        return loaded[0] if len(loaded) == 1 else datasets.concatenate_datasets(loaded)
-    for name, fraction in zip(names, fractions, strict=True):
+    for number, fraction in enumerate(fractions or ()):
         if not 0 <= fraction <= 1:
-            raise DataError(f"{name}: a part of {fraction} of it; parts are from 0 to 1")
-    chosen = [
-        dataset.select(range(int(fraction * len(dataset))))
-        for dataset, fraction in zip(loaded, fractions, strict=True)
-    ]
+            raise DataError(f"{names[number]}: a part of {fraction} of it; parts are from 0 to 1")
+        whole = loaded[number]
+        loaded[number] = whole.select(range(int(fraction * len(whole))))
+    if fractions is None and len(loaded) == 1:
+        return loaded[0]
+    try:
+        joined = datasets.concatenate_datasets(loaded)
+    except ValueError as error:
+        raise DataError(f"{', '.join(names)}: they cannot be joined: {reason(error)}") from error
     # The seed is Nanotron's own, whatever that of the run.
-    return datasets.concatenate_datasets(chosen).shuffle(seed=42)
+    return joined if fractions is None else joined.shuffle(seed=42)

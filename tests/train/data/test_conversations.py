@@ -214,9 +214,11 @@ def test_packing_wastes_little_and_cuts_nothing() -> None:
 
 
 def test_rows_of_a_dataset_are_conversations_too(tokenizer: Any) -> None:
-    block = Rows([{"messages": MESSAGES}] * 2, "table, rows 0 to 1", 10, ends_group=True)
+    block = Rows([{"messages": MESSAGES}] * 2, "table", 10, ends_group=True)
     encoded = ChatEncoder(tokenizer)(block)
     assert encoded.ends.tolist() == [len(encoded.tokens) // 2, len(encoded.tokens)]
     assert encoded.is_learned is not None
-    with pytest.raises(DataError, match=r"table, rows 0 to 1, the row 0 of these: .*has nothing"):
-        ChatEncoder(tokenizer)(Rows([{}], "table, rows 0 to 1", 10))
+    with pytest.raises(DataError, match=r"table, row 1,000 \(from 0\): .*has nothing"):
+        ChatEncoder(tokenizer)(Rows([{}], "table", 10, 1000))
+    with pytest.raises(DataError, match=r"and this has messages \(null\), id$"):
+        ChatEncoder(tokenizer)(Rows([{"messages": None, "id": 3}], "table", 10))

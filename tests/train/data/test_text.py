@@ -30,7 +30,6 @@ from nanotron_fast.train.data.tokenizer import (
 )
 from nanotron_fast.train.data.windows import TextWindows
 from nanotron_fast.train.data.worker import encode
-from nanotron_fast.train.sources import find_files
 from tests.train.data.material import TEXT, make_tokenizer
 from tests.train.data.nanotron_order import clm_windows, positions_from_ends
 
@@ -316,41 +315,6 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path: Path, tokenizer: Any) -> No
         tokens_of(open_source(str(path)), tokenizer)
 
 
-def test_finding_files(tmp_path: Path) -> None:
-    (tmp_path / "below").mkdir()
-    for name in ("b.txt", "a.jsonl", "below/c.txt", "d.md", ".hidden.txt"):
-        (tmp_path / name).write_text("{}")
-    found = find_files(tmp_path)
-    assert found is not None
-    assert [str(path.relative_to(tmp_path)) for path in found] == [
-        "a.jsonl",
-        "b.txt",
-        "below/c.txt",
-    ]
-    assert find_files(tmp_path / "b.txt") == (tmp_path / "b.txt",)
-    assert find_files(tmp_path / "*.txt") == (tmp_path / "b.txt",)
-    assert find_files(tmp_path / "**" / "*.txt") == (
-        tmp_path / "b.txt",
-        tmp_path / "below" / "c.txt",
-    )
-    assert find_files("HuggingFaceFW/fineweb") is None
-    for name, message in {
-        str(tmp_path / "e.txt"): r"e\.txt: there is no such file or folder",
-        str(tmp_path / "nothing"): "nothing: there is no such file or folder",
-        "some.jsonl": r"some\.jsonl: there is no such file",
-        str(tmp_path / "*.nothing"): r"it matches no \.txt or \.jsonl file",
-        str(tmp_path / "d.md"): r"d\.md: it is neither \.txt nor \.jsonl",
-    }.items():
-        with pytest.raises(DataError, match=message):
-            find_files(name)
-    (tmp_path / "x.parquet").write_text("")
-    assert find_files(tmp_path) is None
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(DataError, match=r"empty: there is no \.txt or \.jsonl file in it"):
-        find_files(empty)
-
-
 def test_files_do_not_mix_with_datasets(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a")
     path = str(tmp_path / "a.txt")
@@ -423,6 +387,15 @@ def test_a_tokenizer_of_the_hub_is_asked_for_once(
     with pytest.raises(CheckpointError, match="nope: no such directory, and it cannot be had from"):
         load_tokenizer("nope")
     assert asked[2:] == [None]
+
+
+def test_a_value_that_is_no_text_is_named_and_not_shown_whole(tokenizer: Any) -> None:
+    table = Table({"text": ["a"] * 1500 + [["long"] * 10_000]})
+    with pytest.raises(
+        DataError, match=r"^table, row 1,500 \(from 0\): its text is .*not text$"
+    ) as e:
+        tokens_of(DatasetRows("table", table, "text"), tokenizer)
+    assert len(str(e.value)) < 200
 
 
 def test_columns_that_are_not_there() -> None:
