@@ -24,9 +24,8 @@ NOT_THERE = "there is no such file or folder"
 # These are read by `datasets`.
 _DATASET_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".gz", ".zst", ".bz2", ".xz")
 # Of each kind `datasets` reads all, whatever they are packed with.
-_KINDS = {kind: kind for kind in (".parquet", ".arrow", ".csv", ".json", ".txt")} | {
-    ".tsv": ".csv",
-    ".jsonl": ".json",
+_KINDS = {kind: kind for kind in (".parquet", ".arrow", ".csv", ".tsv", ".json", ".txt")} | {
+    ".jsonl": ".json"
 }
 _ABOUT_DATA = ("dataset_dict.json", "dataset_info.json", "dataset_infos.json", "state.json")
 
@@ -57,7 +56,7 @@ def find(name: Names) -> tuple[Path, ...] | None:
     if files:
         return tuple(path for paths in files for path in paths)
     for each in names:
-        is_there = glob.has_magic(each) or Path(each).expanduser().exists()
+        is_there = glob.has_magic(each) or os.path.exists(os.path.expanduser(each))
         what = "as a dataset" if is_there else f"{NOT_THERE}; as a dataset of the Hub"
         require("train", f"{each}: {what} it", ["datasets"])
     return None
@@ -70,7 +69,7 @@ def find_files(name: str | Path) -> tuple[Path, ...] | None:
     nothing else and nothing is there, and where a folder may not be read: what is in it would be
     left out.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         if path.suffix in _DATASET_SUFFIXES:
             return None
@@ -94,6 +93,12 @@ def find_files(name: str | Path) -> tuple[Path, ...] | None:
             raise DataError(f"{name}: it matches {texts[0]}, and files that `datasets` reads")
         if not matches:
             raise DataError(f"{name}: it matches no .txt or .jsonl file")
+        kinds = {_kind(each) or each.suffix for each in matches}
+        if not texts and len(kinds) > 1:
+            raise DataError(
+                f"{name}: it matches {listed(sorted(kinds))} files, and `datasets` reads one kind "
+                "at a time: name one"
+            )
         return tuple(texts) or None
     on_disk(name, "the text")
     is_path = str(name).startswith((".", "~", "/")) or path.suffix in SUFFIXES
@@ -104,7 +109,7 @@ def find_files(name: str | Path) -> tuple[Path, ...] | None:
 
 def find_tables(name: str) -> tuple[Path, ...]:
     """What `datasets` is to read of a file or a glob; nothing for a folder, or no such thing."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return (path,)
     return tuple(_matching(path)) if glob.has_magic(name) and not path.is_dir() else ()
@@ -117,15 +122,18 @@ def _below(folder: Path) -> list[Path]:
     """
     found: list[Path] = []
     seen: set[tuple[int, int]] = set()
-    for root, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
-        status = os.stat(root)
-        # A link may lead to what it lies in.
-        if (status.st_dev, status.st_ino) in seen:
-            folders.clear()
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        folders[:] = sorted(each for each in folders if not each.startswith("."))
-        found += [Path(root, each) for each in names if not each.startswith(".")]
+    # Links come last: a file goes by its own name, whatever links to its folder are called.
+    tops = [str(folder)]
+    for top in tops:
+        for root, folders, names in os.walk(top, onerror=_refuse):
+            status = os.stat(root)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders[:] = sorted(each for each in folders if not each.startswith("."))
+            tops += filter(os.path.islink, (os.path.join(root, each) for each in folders))
+            found += [Path(root, each) for each in names if not each.startswith(".")]
     return found
 
 
@@ -141,24 +149,33 @@ def _check_links(folder: Path, below: list[Path]) -> None:
             )
 
 
+def _kind(path: Path) -> str | None:
+    """What a file is, whatever it is packed with; None for what is no data."""
+    return next((_KINDS[each] for each in reversed(path.suffixes) if each in _KINDS), None)
+
+
 def _check_kinds(folder: Path, below: list[Path]) -> None:
     """Raises DataError where `datasets` would read some files and pass by others.
 
     It reads the kind that there is most of, but where a README says which files are data. A few
-    texts beside other files are no data, as a licence is.
+    .txt or .json beside other files are no data: a licence, or numbers about the data.
     """
     if (folder / "README.md").is_file():
         return
-    names = [each.name for each in below if each.name not in _ABOUT_DATA]
-    suffixes = [suffix for name in names for suffix in Path(name).suffixes if suffix in _KINDS]
-    kinds = Counter(_KINDS[suffix] for suffix in suffixes)
-    num_texts = kinds.pop(".txt", 0)
-    if kinds and num_texts >= max(kinds.values()):
-        kinds[".txt"] = num_texts
+    data, beside = Counter[str](), Counter[str]()
+    for path in below:
+        kind = _kind(path)
+        if kind is not None and path.name not in _ABOUT_DATA:
+            (beside if path.suffix in (".txt", ".json") else data)[kind] += 1
+    kinds = set(data or beside)
+    for most, number in data.most_common(1):
+        # Of as many files of two kinds, every version of `datasets` reads .parquet.
+        few = number + (most == ".parquet")
+        kinds |= {kind for kind, count in beside.items() if count >= few}
     if len(kinds) > 1:
         raise DataError(
             f"{folder}: it has {listed(sorted(kinds))} files, of which `datasets` reads one kind "
-            f"alone: name what is meant, as in {folder}/*{min(kinds)}"
+            "alone: name a folder or a glob of those that are meant"
         )
 
 
@@ -173,7 +190,7 @@ def _matching(pattern: Path) -> list[Path]:
                 os.scandir(folder).close()
             except OSError as error:
                 _refuse(error)
-    matches = (Path(each) for each in sorted(glob.glob(str(pattern), recursive=True)))
+    matches = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
     suffixes = (*SUFFIXES, *_DATASET_SUFFIXES)
     return [each for each in matches if each.suffix in suffixes and not each.is_dir()]
 

@@ -344,7 +344,7 @@ def open_source(
 def _load(name: str, split: str, config_name: str | None) -> Any:
     import datasets
 
-    path = Path(os.path.abspath(Path(name).expanduser()))
+    path = Path(os.path.abspath(os.path.expanduser(name)))
     tables = [os.path.abspath(each) for each in find_tables(name)]
     is_saved = any((path / each).is_file() for each in ("state.json", "dataset_dict.json"))
     if config_name is not None and (tables or is_saved):

@@ -48,6 +48,7 @@ def test_finding_files(tmp_path: Path) -> None:
         str(tmp_path / "e.txt"): r"e\.txt: there is no such file or folder",
         str(tmp_path / "nothing"): "nothing: there is no such file or folder",
         "some.jsonl": r"some\.jsonl: there is no such file",
+        "~nobody-of-this-name/x": r"^~nobody-of-this-name/x: there is no such file or folder$",
         str(tmp_path / "*.nothing"): r"it matches no \.txt or \.jsonl file",
         str(tmp_path / "d.md"): r"d\.md: it is neither \.txt nor \.jsonl",
     }.items():
@@ -74,6 +75,24 @@ def test_links_to_folders_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "texts" / "more").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "texts")
     assert found_in(tmp_path, "texts") == ["texts/a.txt", "texts/more/b.txt"]
+
+
+def test_files_go_by_their_own_names_and_not_by_those_of_links(tmp_path: Path) -> None:
+    """A link that is made later changes neither their order nor what tokens are known by."""
+    written(tmp_path, "texts/b/x.txt", "texts/c/y.txt", "tables/b/x.parquet")
+    for folder in ("texts", "tables"):
+        (tmp_path / folder / "a").symlink_to("c" if folder == "texts" else "b")
+    assert found_in(tmp_path, "texts") == ["texts/b/x.txt", "texts/c/y.txt"]
+    # `datasets` leaves nothing out.
+    assert find_files(tmp_path / "tables") is None
+
+
+@pytest.mark.parametrize("name", ["", "*/*.txt", "**/*.txt", "**"])
+def test_order_is_by_folders_and_not_by_characters(name: str, tmp_path: Path) -> None:
+    """A hyphen and a space come before the slash; a run that goes on reads on in its order."""
+    names = ["a/x.txt", "a b/x.txt", "a-b/x.txt"]
+    written(tmp_path, *names)
+    assert found_in(tmp_path, name) == names
 
 
 @pytest.mark.parametrize("name", ["", "**/*.txt", "*/*.txt", "*/a/x.txt", "*/**"])
@@ -121,6 +140,31 @@ def test_files_that_datasets_reads(tmp_path: Path) -> None:
     assert find_tables(str(tmp_path / "c")) == find_tables("owner/name") == ()
     with pytest.raises(DataError, match=r"matches .*e\.txt, and files that `datasets` reads"):
         find_files(tmp_path / "*")
+    written(tmp_path, "b.json.parquet")
+    assert find_files(tmp_path / "*.parquet") is None
+    (tmp_path / "e.txt").unlink()
+    written(tmp_path, "b.gz")
+    with pytest.raises(DataError, match=r"\*: it matches \.gz and \.parquet files"):
+        find_files(tmp_path / "*")
+    os.rename(tmp_path / "b.gz", tmp_path / "f.csv.gz")
+    with pytest.raises(DataError, match=r"\*: it matches \.csv and \.parquet files, and `data"):
+        find_files(tmp_path / "*")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("a.parquet", "LICENSE.txt"),
+        ("a.parquet", "config.json"),
+        ("a.jsonl.gz", "b.jsonl.gz", "LICENSE.txt"),
+        ("data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "about.json"),
+        ("a.json.parquet", "b.json.parquet"),
+        ("a.jsonl", "b.json"),
+    ],
+)
+def test_what_lies_beside_data_stops_nothing(names: tuple[str, ...], tmp_path: Path) -> None:
+    written(tmp_path, *names)
+    assert find_files(tmp_path) is None
 
 
 def test_what_datasets_would_leave_out_is_refused(tmp_path: Path) -> None:
@@ -136,6 +180,10 @@ def test_what_datasets_would_leave_out_is_refused(tmp_path: Path) -> None:
     written(tmp_path, "y/a.txt", "y/stats.csv")
     with pytest.raises(DataError, match=r"y: it has \.csv and \.txt files"):
         find_files(tmp_path / "y")
+    # A table whose columns are parted by tabs is read as one of one column beside those.
+    written(tmp_path, "w/a.csv", "w/b.tsv")
+    with pytest.raises(DataError, match=r"w: it has \.csv and \.tsv files"):
+        find_files(tmp_path / "w")
     written(tmp_path, "z/a.parquet", "far/deep/b.parquet")
     (tmp_path / "z" / "link").symlink_to(tmp_path / "far")
     with pytest.raises(DataError, match=r"z/link: it is a link to a folder, into which"):
