@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nanotron_fast.kernels.optimizer import shards
 from nanotron_fast.kernels.runtime import capture
 from nanotron_fast.kernels.runtime.backend import is_interpreting, uses_triton
 
@@ -250,6 +251,7 @@ def check_lists(name: str, first: str, **lists: Sequence[Tensor]) -> None:
             and all(tensor.is_contiguous() for tensor in tensors)
             and all(tensor.device == device for tensor in tensors)
             and all(tensor.is_floating_point() for tensor in tensors)
+            and not shards.are_among(tensors)
         )
         if not fits:
             _raise_for(name, first, leaders, label, tensors)
@@ -276,6 +278,10 @@ def _raise_for(
             )
         if not tensor.is_floating_point():
             raise ValueError(f"{name}: {label}[{place}] is {tensor.dtype}")
+        if shards.are_among([tensor]):
+            raise ValueError(
+                f"{name}: {label}[{place}] is a DTensor where {first}[{place}] is a plain tensor"
+            )
 
 
 @triton.jit

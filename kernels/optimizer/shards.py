@@ -22,17 +22,18 @@ _Layout = tuple[Any, tuple[Any, ...]]
 
 @constant_in_a_graph
 def _dtensor() -> Any:
-    """torch's class; None where nobody has imported it, so that there are none."""
-    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    """torch's class; no class where nobody has imported it, so that there are none."""
+    return getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", ())
 
 
-def _are_among(tensors: Sequence[Tensor]) -> bool:
-    return _dtensor() in set(map(type, tensors))
+def are_among(tensors: Sequence[Tensor]) -> bool:
+    """Whether some of these are DTensors."""
+    return any(issubclass(kind, _dtensor()) for kind in set(map(type, tensors)))
 
 
 def _layout(name: str, label: str, place: int, tensor: Any) -> _Layout | None:
     """How a tensor lies; None for a plain one. Raises ValueError for what is yet to be summed."""
-    if type(tensor) is not _dtensor():
+    if not isinstance(tensor, _dtensor()):
         return None
     if any(placement.is_partial() for placement in tensor.placements):
         raise ValueError(
@@ -59,7 +60,7 @@ def local(
         ValueError: tensors of one place lie in different ways, or one is yet to be summed.
     """
     (first, leaders), *_ = lists.items()
-    if not _are_among(leaders):
+    if not are_among(leaders):
         return lists
     layouts = [_layout(name, first, place, tensor) for place, tensor in enumerate(leaders)]
     for label, tensors in lists.items():
@@ -81,7 +82,7 @@ def _words(layout: _Layout | None) -> str:
 
 
 def _shard(tensor: Any) -> Tensor:
-    return tensor.to_local() if type(tensor) is _dtensor() else tensor
+    return tensor.to_local() if isinstance(tensor, _dtensor()) else tensor
 
 
 def by_ranks(
@@ -91,7 +92,7 @@ def by_ranks(
 
     Raises ValueError for a tensor that is yet to be summed itself.
     """
-    if not _are_among(tensors):
+    if not are_among(tensors):
         return [(tensors, [])]
     parts: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
     for place, tensor in enumerate(tensors):
@@ -106,4 +107,4 @@ def by_ranks(
 
 def whole(tensor: Any) -> Tensor:
     """A DTensor's value on every rank; other tensors as they are."""
-    return tensor.full_tensor() if type(tensor) is _dtensor() else tensor
+    return tensor.full_tensor() if isinstance(tensor, _dtensor()) else tensor

@@ -113,10 +113,31 @@ def refusals(mesh) -> None:
     unsummed = DTensor.from_local(torch.ones(4), mesh, [Replicate(), Partial()])
     with pytest.raises(ValueError, match=r"grads\[0\] has placements .*: it is yet to be summed"):
         get_total_norm([unsummed])
+    for call in (
+        lambda: adamw_step_([kept], [param], [kept], [kept], step, lr=0.1),
+        lambda: adamw_step_([kept], [kept], [kept], [kept], step, lr=0.1, copies=[param]),
+        lambda: accumulate_([kept], [param]),
+    ):
+        with pytest.raises(ValueError, match=r"\[0\] is a DTensor where \w+\[0\] is a plain"):
+            call()
     with pytest.raises(ValueError, match="accumulate_: 0 grads for 1 mains"):
         accumulate_([param], [])
     assert torch.equal(param.full_tensor(), kept)
+    assert torch.equal(kept, whole(0)[0])
     assert step == 0
+
+
+class Own(DTensor):
+    """A class of somebody's own."""
+
+
+def of_a_class_of_its_own(mesh) -> None:
+    grad = whole(0)[0]
+    tensor = placed(grad, mesh, [Replicate(), Shard(0)])
+    tensor.__class__ = Own
+    norm = get_total_norm([tensor])
+    assert not isinstance(norm, DTensor)
+    assert_close(norm, torch.linalg.vector_norm(grad))
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -129,6 +150,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"{path}, torch's norm", partial(clip_to_the_norm_of_torch, mesh)
         yield f"{path}, accumulate", partial(accumulate, mesh)
         yield f"{path}, refusals", partial(refusals, mesh)
+        yield f"{path}, a class of its own", partial(of_a_class_of_its_own, mesh)
 
 
 if __name__ == "__main__":
