@@ -329,10 +329,10 @@ def get_total_norm(
         raise ValueError(f"get_total_norm: norm_type {norm_type}: choose p > 0, or inf")
     is_max = math.isinf(norm_type)
     if grads:
-        parts = [
-            _total(_sums(part, norm_type), is_max, ranks)
-            for part, ranks in shards.by_ranks("get_total_norm", "grads", grads)
-        ]
+        parts = []
+        for part, ranks in shards.by_ranks("get_total_norm", "grads", grads):
+            own = _sums(part, norm_type)
+            parts.append(_total(own, is_max, ranks) if ranks else own)
         sums = parts[0] if len(parts) == 1 else torch.cat(parts)
     else:
         default = "cuda" if torch.cuda.is_available() else "cpu"

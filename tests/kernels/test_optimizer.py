@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nanotron_fast.kernels.optimizer import (
     accumulate,
@@ -193,6 +194,24 @@ def test_an_overflow_changes_nothing(path, device) -> None:
     grads[0][0, 0] = math.inf
     ours.step(grads, found_inf=torch.ones((), device=device), **OPTIONS)
     assert all(torch.equal(*pair) for pair in zip(tensors, kept, strict=True))
+
+
+class _Sums(TorchDispatchMode):
+    """Counts them."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten.sum.dim_IntList
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_blocks_add_up_to_is_summed_once(path, device) -> None:
+    """Each sum is a launch of its own."""
+    with _Sums() as sums:
+        norm = get_total_norm([torch.ones(size, device=device) for size in (9, 16)])
+    assert norm == 5
+    assert sums.number == 1
 
 
 def test_a_norm_above_its_bound_as_grad_scale_is_clipping(path, device) -> None:
