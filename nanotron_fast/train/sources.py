@@ -23,6 +23,7 @@ SUFFIXES = (".txt", ".jsonl")
 NOT_THERE = "there is no such file or folder"
 # These are read by `datasets`.
 _DATASET_SUFFIXES = (".parquet", ".arrow", ".csv", ".tsv", ".json", ".gz", ".zst", ".bz2", ".xz")
+DATA_SUFFIXES = (*SUFFIXES, *_DATASET_SUFFIXES)
 # Of each kind `datasets` reads all, whatever they are packed with.
 _KINDS = {kind: kind for kind in (".parquet", ".arrow", ".csv", ".tsv", ".json", ".txt")} | {
     ".jsonl": ".json"
@@ -191,8 +192,7 @@ def _matching(pattern: Path) -> list[Path]:
             except OSError as error:
                 _refuse(error)
     matches = sorted(map(Path, glob.glob(str(pattern), recursive=True)))
-    suffixes = (*SUFFIXES, *_DATASET_SUFFIXES)
-    return [each for each in matches if each.suffix in suffixes and not each.is_dir()]
+    return [each for each in matches if each.suffix in DATA_SUFFIXES and not each.is_dir()]
 
 
 def _refuse(error: OSError) -> None:

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from nanotron_fast.checkpoints.remote.reason import reason
 from nanotron_fast.errors import DataError
+from nanotron_fast.formats.lfs import HINT, is_pointer
 from nanotron_fast.train.data.tokenizer import MAX_CHARACTERS, split
-from nanotron_fast.train.sources import NOT_THERE, find, find_tables, names_of
+from nanotron_fast.train.sources import DATA_SUFFIXES, NOT_THERE, find, find_tables, names_of
 
 _BLOCK_BYTES = 2**20
 # As `datasets` hands them to Nanotron, which joins the texts of one such group.
@@ -146,6 +147,7 @@ class Files:
         texts: list[str] = []
         size = 0
         for path in self.paths:
+            _check_downloaded(path)
             if path.suffix == ".jsonl":
                 if texts:
                     yield Rows(texts, self.name, size)
@@ -169,6 +171,13 @@ class Files:
             yield from _long_document(first, second, pieces)
         if texts:
             yield Rows(texts, self.name, size)
+
+
+def _check_downloaded(path: Path) -> None:
+    """Raises DataError for what stands in a clone for a file."""
+    with path.open("rb") as stream:
+        if is_pointer(stream.read(64)):
+            raise DataError(f"{path}: {HINT}")
 
 
 def _lines(path: Path, column: str | None) -> Iterator[Block]:
@@ -364,6 +373,9 @@ def _load(name: str, split: str, config_name: str | None) -> Any:
         raise
     # What a loading script, a builder or the Hub raises has no common type.
     except Exception as error:
+        for each in map(Path, tables or path.rglob("*.*")):
+            if each.suffix in DATA_SUFFIXES and each.is_file() and os.access(each, os.R_OK):
+                _check_downloaded(each)
         local = "" if tables or path.exists() else f"{NOT_THERE}, and "
         raise DataError(
             f"{name}: {local}`datasets` cannot load its split {split!r}: {_cause(error)}"

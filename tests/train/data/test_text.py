@@ -305,6 +305,14 @@ def test_bad_json_is_named(tmp_path: Path, tokenizer: Any, line: str) -> None:
         tokens_of(open_source(str(path)), tokenizer)
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_was_not_downloaded_is_no_text(tmp_path: Path, name: str) -> None:
+    """In a clone without git-lfs a few lines stand for each file."""
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DataError, match=rf"^{tmp_path}/a\.\w+: a git-lfs pointer, not the file"):
+        list(open_source(str(tmp_path)).blocks())
+
+
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path, tokenizer: Any) -> None:
     path = tmp_path / "bad.txt"
     path.write_bytes("ä".encode() * 700_000 + b"\xff" + b"rest")

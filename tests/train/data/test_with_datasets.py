@@ -117,6 +117,10 @@ def test_what_went_wrong_is_told(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(DataError, match=r"cannot load its split 'train': (?!An error occurred)"):
         open_source(str(tmp_path / "d"))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    for name in (tmp_path / "d", path):
+        with pytest.raises(DataError, match=r"^\S*a\.parquet: a git-lfs pointer, not the file"):
+            open_source(str(name))
     save(tmp_path / "e" / "a.parquet", id=list(range(20)))
     save(tmp_path / "e" / "b.parquet", other=list(range(20)))
     told = r"Couldn't cast \.\.\. because column names don't match$"
