@@ -18,7 +18,9 @@ CPU = torch.device("cpu")
 
 def of_a_model():
     """Asks for the tables of so many positions."""
-    spec = SimpleNamespace(rope_scaling=None, max_position_embeddings=64, rope_theta=1e4)
+    spec = SimpleNamespace(
+        rope_scaling=None, rope_kind="default", max_position_embeddings=64, rope_theta=1e4
+    )
     rotary, layer = Rotary(spec), SimpleNamespace(rotary=(0, 8), rope_theta=None)
     return lambda length: rotary.tables(layer, length, CPU)
 
