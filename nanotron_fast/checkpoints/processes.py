@@ -18,6 +18,7 @@ _POLL_SECONDS = 0.1
 _PATIENCE = datetime.timedelta(days=1)
 # How long a process that is interrupted waits for the others to hear of it.
 _FAREWELL_SECONDS = 3.0
+_has_joined = threading.Event()
 _GONE = "is gone, without a word; what started it tells which, and how it ended"
 _SILENT = "has not answered for as long as one waits"
 # By words of errors of gloo, torch's store and NCCL, what became of the process on the other end.
@@ -230,6 +231,16 @@ def join(backend: str) -> None:
             f"WORLD_SIZE is {told_size()} in the environment, and the processes cannot be "
             f"connected: {error}. Start them with torchrun, or unset WORLD_SIZE"
         ) from error
+    _has_joined.set()
+
+
+def is_joined() -> bool:
+    """Whether `join` has connected this process, and it still is; what others connect is theirs."""
+    if not _has_joined.is_set():
+        return False
+    import torch.distributed as dist
+
+    return bool(dist.is_initialized())
 
 
 def connect() -> Processes:

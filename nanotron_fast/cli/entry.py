@@ -61,16 +61,19 @@ def run_command(command: Callable[[], None]) -> NoReturn:
         code = EXIT_FAULT
     interruption.ignore()
     streams.finish()
-    if code and _is_connected():
+    if code and _has_joined():
         # Not in order: threads of the connection may wait for what never comes, or abort.
         os._exit(code)
     sys.exit(code)
 
 
-def _is_connected() -> bool:
-    """Whether this process is connected to the others of its command, torch being imported then."""
-    distributed = sys.modules.get("torch.distributed")
-    return distributed is not None and distributed.is_initialized()
+def _has_joined() -> bool:
+    """Whether the command has connected this process to others.
+
+    A script that is run may do so itself, and ends as its libraries want.
+    """
+    processes = sys.modules.get("nanotron_fast.checkpoints.processes")
+    return processes is not None and bool(processes.is_joined())
 
 
 def _code_of(ended: SystemExit) -> int:

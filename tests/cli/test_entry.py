@@ -274,17 +274,32 @@ def test_a_fault_is_no_difference(error: str, code: int, message: str, golden_hf
     assert err.splitlines()[-1] == message
 
 
-def test_an_error_ends_what_is_connected_at_once(tmp_path: Path) -> None:
-    """Gloo's threads may abort a process that ends in order, and its exit code is lost then."""
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_an_error_ends_what_we_have_connected_at_once(is_ours: bool) -> None:
+    """Gloo's threads may abort a process that ends in order, and its exit code is lost then.
+
+    What a script has connected ends in order: its trackers may have something to send.
+    """
     change = f"""
 import atexit
 import torch.distributed as dist
-dist.init_process_group("gloo", init_method="file://{tmp_path}/store", rank=0, world_size=1)
-atexit.register(os.abort)
+from nanotron_fast.checkpoints import processes
+connect = processes.join if {is_ours} else dist.init_process_group
+atexit.register(print, "in order")
 """
-    process = start(change, "inspect", tmp_path / "nothing")
-    _, err = process.communicate(timeout=60)
-    assert (process.returncode, err.count("\n")) == (2, 1), err
+    # As torchrun's ranks are connected, within the command.
+    works = """
+from nanotron_fast.cli import commands
+def fails(*_, **__):
+    connect("gloo")
+    raise SystemExit(3)
+commands.app = fails
+"""
+    world = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    env = {**world, "MASTER_PORT": str(free_port())}
+    process = start(change + works, "inspect", "nothing", env=env)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (3, "" if is_ours else "in order\n", "")
 
 
 def test_a_signal_waits_for_the_end_of_what_is_held() -> None:
