@@ -81,7 +81,6 @@ def _dry_run(
 def _run(config: str, overrides: list[str], *, is_quiet: bool) -> TrainingResult:
     from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
     from nanotron_fast.train import Trainer, TrainingConfig
-    from nanotron_fast.train.config.agreement import check_agreement, what_ranks_share
     from nanotron_fast.train.config.checks import check_world_size
     from nanotron_fast.train.mesh import join, leave, num_processes
 
@@ -90,9 +89,6 @@ def _run(config: str, overrides: list[str], *, is_quiet: bool) -> TrainingResult
     with everyone.step():
         read = TrainingConfig.load(config, overrides)
         check_world_size(read, num_processes())
-    (first, *_) = everyone.gather(what_ranks_share(read))
-    with everyone.step():
-        check_agreement(read, first)
     with ExitStack() as stack:
         bar = _TokenBar(stack, is_quiet=is_quiet or _rank() > 0)
         trainer = Trainer(read, is_quiet=is_quiet, on_tokens=bar)

@@ -62,7 +62,6 @@ class Mesh:
         tied_group: the first and the last stage of a pipeline, with the same dp and tp rank; None
             on other stages and without a pipeline.
         world: all ranks; None for one rank.
-        is_ours: the processes were connected here, and `close` has them disconnected.
     """
 
     dp: int = 1
@@ -82,7 +81,6 @@ class Mesh:
     expert_stage_group: Group = None
     tied_group: Group = None
     world: Group = None
-    is_ours: bool = False
 
     @classmethod
     def connect(
@@ -94,9 +92,7 @@ class Mesh:
         ep: int = 1,
         device: torch.device | str | None = None,
     ) -> Mesh:
-        """Joins the processes that torchrun started, or stands alone where one is enough.
-
-        NCCL connects GPUs, gloo CPUs; a process group that is there already is used as it is.
+        """Where this process is among those that are connected, or alone where one is enough.
 
         Args:
             dp, pp, tp, ep: sizes of the groups.
@@ -124,7 +120,6 @@ class Mesh:
             torch.cuda.set_device(where)
         if wanted == 1:
             return cls(device=where)
-        is_ours = join(where)
         mesh = init_device_mesh(where.type, (pp, dp, tp), mesh_dim_names=AXES)
         groups = {
             f"{axis}_group": mesh.get_group(axis) if size > 1 else None
@@ -154,7 +149,6 @@ class Mesh:
             stage_group=stage_group,
             tied_group=_tied_group(dp, pp, tp),
             world=dist.group.WORLD,
-            is_ours=is_ours,
             **groups,
             **same,
         )
@@ -198,11 +192,6 @@ class Mesh:
         """Returns when every rank has come here."""
         if self.world is not None:
             dist.barrier(group=self.world)
-
-    def close(self) -> None:
-        """Has the processes disconnected at the end, where `connect` has connected them."""
-        if self.is_ours:
-            leave()
 
 
 def join(device: torch.device | str | None = None) -> bool:

@@ -24,13 +24,14 @@ from nanotron_fast.train.architecture import ModelPlan, architecture
 from nanotron_fast.train.beside import beside_of_run
 from nanotron_fast.train.checkpoint import Beside
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
+from nanotron_fast.train.config.agreement import check_agreement, what_ranks_share
 from nanotron_fast.train.config.checks import check_world_size
 from nanotron_fast.train.contradictions import check_against_weights
 from nanotron_fast.train.data import StagedBatches, batches_of
 from nanotron_fast.train.data.cache import Progress
 from nanotron_fast.train.data.given import GivenBatches
 from nanotron_fast.train.engine import engine_of
-from nanotron_fast.train.mesh import Mesh, num_processes
+from nanotron_fast.train.mesh import Mesh, join, leave, num_processes
 from nanotron_fast.train.optimizer_states import load_states
 from nanotron_fast.train.reporting import reporting
 from nanotron_fast.train.room import claim_room
@@ -76,35 +77,41 @@ class Trainer:
                 not do; TrainingError: the loss is no number any more. PeerFailed: on another rank,
                 which raises the reason. OSError: a file cannot be read or written.
         """
-        layout = self.config.parallelism
         check_world_size(self.config, num_processes())
-        mesh = Mesh.connect(
-            dp=layout.dp,
-            pp=layout.pp,
-            tp=layout.tp,
-            ep=layout.expert_parallel_size,
-            device=self._device,
-        )
+        is_ours = join(self._device)
+        everyone = TorchProcesses() if num_processes() > 1 else Processes()
         try:
+            (first, *_) = everyone.gather(what_ranks_share(self.config))
+            with everyone.step():
+                check_agreement(self.config, first)
             with ExitStack() as stack:
-                run = _prepared(self, mesh, stack)
+                run = _prepared(self, everyone, stack)
                 # Until here there is nothing that could be saved, and signals end the process.
                 run.stop = stack.enter_context(stop_request())
                 stack.enter_context(interruption.telling(run.remains))
                 result = run.to_the_end()
         except (NanotronFastError, OSError):
             # All ranks come here. After any other error the rest may be waiting for ever.
-            mesh.close()
+            if is_ours:
+                leave()
             raise
-        mesh.close()
+        if is_ours:
+            leave()
         return result
 
 
-def _prepared(trainer: Trainer, mesh: Mesh, stack: ExitStack) -> Run:
+def _prepared(trainer: Trainer, everyone: Processes, stack: ExitStack) -> Run:
     """All that a run needs, ready for its first step. Raises what `Trainer.run` does."""
     config = trainer.config
+    layout = config.parallelism
+    mesh = Mesh.connect(
+        dp=layout.dp,
+        pp=layout.pp,
+        tp=layout.tp,
+        ep=layout.expert_parallel_size,
+        device=trainer._device,
+    )
     tell = _Teller(is_silent=trainer._is_quiet or mesh.rank > 0)
-    everyone = Processes() if mesh.world is None else TorchProcesses()
     with everyone.step():
         start = find_start(config)
     (first, *_) = everyone.gather(start.step)

@@ -221,6 +221,19 @@ def a_disk_without_room_ends_both_before_the_first_step(root: Path) -> None:
     assert not (root / "metrics.jsonl").exists()
 
 
+def configurations_that_differ_are_refused(root: Path) -> None:
+    """Also where the groups of ranks would be others, and making them would not end."""
+    own: tuple[dict[str, Any], dict[str, Any]]
+    for own, told in (
+        ((DP, TP), "optimizer.zero_stage is 0 on one rank, and 1 on the first"),
+        (({**DP}, {**DP, "general__seed": 7}), "general.seed is 7 on one rank, and 42 on the"),
+    ):
+        error = PeerFailed if dist.get_rank() == 0 else ConfigError
+        with pytest.raises(error, match=told):
+            train(root / "run", tokens__train_steps=1, **own[dist.get_rank()])
+    assert not (root / "run").exists()
+
+
 def the_command_says_an_error_once(root: Path) -> None:
     """Whatever is wrong with the configuration, the data or the ranks: exit code 2, no hang."""
     root.mkdir(exist_ok=True)
@@ -284,6 +297,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             what_fails_on_one_rank_after_a_step_ends_both,
             a_rank_whose_disk_is_full_ends_both,
             a_disk_without_room_ends_both_before_the_first_step,
+            configurations_that_differ_are_refused,
             the_command_says_an_error_once,
             the_command_trains,
         )

@@ -10,18 +10,25 @@ from nanotron_fast.train.config.training_config import TrainingConfig
 
 # Places of a machine's own disks, and what it says; these may be others on each.
 _OWN = ("checkpoints.resume_checkpoint_path", "model.init_method.path", "tokenizer", "logging")
+# So may those of a dataset, of which there are as many on each, and how it is made into tokens.
+_PLACES = ("dataset_folder", "hf_dataset_or_datasets")
+_OWN_OF_DATASET = (
+    "dataset_read_path",
+    "tokenizer_name",
+    "dataset_processing_num_proc_per_process",
+    "dataset_overwrite_cache",
+)
 _DERIVED = "optimizer.learning_rate_scheduler.lr_decay_"
-_OWN_OF_STAGE = ".data.dataset"
 
 
 def what_ranks_share(config: TrainingConfig) -> dict[str, Any]:
     """The values that must be the same on all ranks, by their dotted keys."""
-    found = {**dict(_values(config.to_dict())), **dict(_values(config.ours()))}
-    return {
-        key: value
-        for key, value in found.items()
-        if not key.startswith(_OWN) and _OWN_OF_STAGE not in key
-    }
+    document = config.to_dict()
+    for stage in document["data_stages"]:
+        if stage["data"]["dataset"] is not None:
+            stage["data"]["dataset"] = _shared_of(stage["data"]["dataset"])
+    found = {**dict(_values(document)), **dict(_values(config.ours()))}
+    return {key: value for key, value in found.items() if not key.startswith(_OWN)}
 
 
 def check_agreement(config: TrainingConfig, first: Mapping[str, Any]) -> None:
@@ -37,6 +44,18 @@ def check_agreement(config: TrainingConfig, first: Mapping[str, Any]) -> None:
                 f" is {shown(mine.get(key))} on one rank, and {shown(first.get(key))} on the "
                 "first: all ranks train by one configuration"
             )
+
+
+def _shared_of(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    shared = {key: value for key, value in dataset.items() if key not in _OWN_OF_DATASET}
+    return {**shared, **{key: _without_names(shared[key]) for key in _PLACES if key in shared}}
+
+
+def _without_names(places: Any) -> list[Any]:
+    """What is the same of places wherever they lie: their weights, or that they are there."""
+    if isinstance(places, Mapping):
+        return list(places.values())
+    return ["a path"] * (1 if isinstance(places, str) else len(places))
 
 
 def _values(found: Any, key: str = "") -> Iterator[tuple[str, Any]]:
