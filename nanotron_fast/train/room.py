@@ -23,7 +23,7 @@ def claim_room(config: TrainingConfig, model: ModelPlan, start: Start) -> Lock |
     at, and the space is where steps are to be saved.
 
     Returns the claim, to be released when the run ends; None where nothing will be written. Raises
-    ConfigError.
+    ConfigError; CheckpointError where another run has saved since `start` was found; OSError.
     """
     root = Path(config.checkpoints.checkpoints_path)
     if start.folder is not None and start.step == config.tokens.train_steps:
@@ -43,6 +43,7 @@ def claim_room(config: TrainingConfig, model: ModelPlan, start: Start) -> Lock |
                 f" is {root}, where no checkpoint can be written: {error.strerror}: "
                 f"{error.filename}"
             ) from error
+        start.check_is_still(config)
         room, needed = shutil.disk_usage(root), checkpoint_bytes(config, model)
         # A mount of a store or of a network may know no size, and says 0.
         if room.total and room.free < needed and _saves(config, start):

@@ -44,6 +44,20 @@ class Start:
                 f"the first after step {step}: they have to see the same checkpoints"
             )
 
+    def check_is_still(self, config: TrainingConfig) -> None:
+        """Refuses a start that is none any more, for a run that has just claimed its folder.
+
+        The one that had it may have saved after this one looked. Raises CheckpointError,
+        ConfigError, OSError.
+        """
+        found = find_start(config)
+        if found != self:
+            raise CheckpointError(
+                f"another run has saved to {config.checkpoints.checkpoints_path} while this one "
+                f"began: it would go on after step {found.step} now, and not after step "
+                f"{self.step}; start it again"
+            )
+
 
 def find_start(config: TrainingConfig) -> Start:
     """Looks at resume_checkpoint_path, and whether checkpoints_path is free for a new run.

@@ -17,12 +17,15 @@ import pytest
 
 from nanotron_fast.checkpoints.owners import Owner
 from nanotron_fast.checkpoints.ownership import Lock
-from nanotron_fast.errors import ConfigError, DestinationError
+from nanotron_fast.errors import CheckpointError, ConfigError, DestinationError
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import claim as claiming
 from nanotron_fast.train import run as running
+from nanotron_fast.train import trainer
 from nanotron_fast.train.claim import LOCK, claim
 from tests.train.runs import train
+
+RESUME = "checkpoints__resume_checkpoint_path"
 
 
 def of_another_machine(root: Path) -> Path:
@@ -52,6 +55,32 @@ def test_a_second_run_is_refused_and_touches_nothing(tmp_path: Path) -> None:
     lock.release()
     assert train(tmp_path, tokens__train_steps=1).step == 1
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_what_another_run_has_saved_meanwhile_is_not_written_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_resumed: bool
+) -> None:
+    """It was writing when this one looked for where to begin, and has ended before the claim."""
+    changes = {RESUME: str(tmp_path)} if is_resumed else {}
+    inner = trainer.claim_room
+
+    def claiming(*given: Any) -> Lock | None:
+        monkeypatch.setattr(trainer, "claim_room", inner)
+        train(tmp_path, tokens__train_steps=2, **changes)
+        return inner(*given)
+
+    monkeypatch.setattr(trainer, "claim_room", claiming)
+    told = (
+        rf"another run has saved to {tmp_path} while this one began: it would go on after step 2 "
+        "now, and not after step 0; start it again"
+        if is_resumed
+        else "has the checkpoints of a run already"
+    )
+    with pytest.raises((CheckpointError, ConfigError), match=told):
+        train(tmp_path, tokens__train_steps=3, **changes)
+    assert sorted(os.listdir(tmp_path)) == ["2", "latest.txt", "metrics.jsonl"]
+    assert train(tmp_path, **{**changes, RESUME: str(tmp_path)}, tokens__train_steps=3).step == 3
 
 
 def test_a_run_that_was_killed_here_keeps_nobody_out(tmp_path: Path) -> None:
