@@ -178,6 +178,9 @@ def _text_of(path: Path) -> bytes:
     descriptor = os.open(path, flags)
     try:
         return os.read(descriptor, _MAX_BYTES)
+    except OSError as error:  # which names no file, as where it is a folder
+        error.filename = os.fspath(path)
+        raise
     finally:
         os.close(descriptor)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import time
 from pathlib import Path
@@ -55,9 +56,15 @@ def claim(root: Path) -> Lock:
     try:
         clear(root)
     except BaseException:
-        lock.release()
+        give_up(lock)
         raise
     return lock
+
+
+def give_up(lock: Lock) -> None:
+    """Ends a claim. A lock that cannot be removed counts as dead once this process has ended."""
+    with contextlib.suppress(OSError):
+        lock.release()
 
 
 def check(lock: Lock) -> None:

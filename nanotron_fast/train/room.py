@@ -10,7 +10,7 @@ from nanotron_fast.checkpoints.ownership import Lock
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.train.architecture import ModelPlan
 from nanotron_fast.train.checkpoint import prove_writable
-from nanotron_fast.train.claim import claim
+from nanotron_fast.train.claim import claim, give_up
 from nanotron_fast.train.config import TrainingConfig
 from nanotron_fast.train.estimate import checkpoint_bytes
 from nanotron_fast.train.start import Start
@@ -32,7 +32,7 @@ def claim_room(config: TrainingConfig, model: ModelPlan, start: Start) -> Lock |
     with ExitStack() as undone:
         try:
             lock = claim(root)
-            undone.callback(lock.release)
+            undone.callback(give_up, lock)
             prove_writable(root)
         except DestinationError as error:
             raise where.error(

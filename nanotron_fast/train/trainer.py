@@ -23,6 +23,7 @@ from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG
 from nanotron_fast.train.architecture import ModelPlan, architecture
 from nanotron_fast.train.beside import beside_of_run
 from nanotron_fast.train.checkpoint import Beside
+from nanotron_fast.train.claim import give_up
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
 from nanotron_fast.train.config.agreement import check_agreement, what_ranks_share
 from nanotron_fast.train.config.checks import check_world_size
@@ -137,7 +138,7 @@ def _prepared(trainer: Trainer, everyone: Processes, stack: ExitStack) -> Run:
         if mesh.rank == 0:
             lock = claim_room(config, model, start)
             if lock is not None:
-                stack.callback(lock.release)
+                stack.callback(give_up, lock)
     with everyone.step():
         beside = Beside(exports_hf=config.checkpoints.export_hf)
         if mesh.rank == 0:

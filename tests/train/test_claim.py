@@ -123,6 +123,27 @@ def test_a_run_of_another_machine_is_watched(
         assert os.listdir(tmp_path) == []
 
 
+def test_a_lock_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(ConfigError, match=rf"can be written: Is a directory: {tmp_path}/{LOCK}$"):
+        train(tmp_path, tokens__train_steps=1)
+    assert os.listdir(tmp_path) == [LOCK]
+
+
+def test_a_lock_that_cannot_be_given_up_ends_no_run_that_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a disk of a network that fails."""
+    inner = Lock.release
+
+    def fails(lock: Lock) -> None:
+        inner(lock)
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(lock.path))
+
+    monkeypatch.setattr(Lock, "release", fails)
+    assert train(tmp_path, tokens__train_steps=1).step == 1
+
+
 def test_a_disk_that_a_killed_run_has_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
