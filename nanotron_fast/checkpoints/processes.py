@@ -143,8 +143,9 @@ class TorchProcesses(Processes):
         return values
 
     def close(self) -> None:
-        if self._is_ours and not self._is_abandoned:
-            self._dist.destroy_process_group()
+        if not self._is_abandoned:
+            # A connection that was there stays; what was made for this alone does not.
+            self._dist.destroy_process_group(None if self._is_ours else self._group)
 
 
 def _call_patiently(call: Callable[[], object], limit_seconds: float | None = None) -> None:

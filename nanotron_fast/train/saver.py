@@ -81,6 +81,10 @@ class Saver:
             self._thread = None
         return self._error
 
+    def close(self) -> None:
+        """Ends the connection of the threads, where nothing is being written on any rank."""
+        self._processes.close()
+
     def _save(self, step: int, taken: Snapshot, metadata: Mapping[str, Any]) -> None:
         try:
             self.last = save(

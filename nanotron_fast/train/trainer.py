@@ -91,6 +91,8 @@ class Trainer:
                 run.stop = stack.enter_context(stop_request())
                 stack.enter_context(interruption.telling(run.remains))
                 result = run.to_the_end()
+            run.saver.close()
+            everyone.close()
         except (NanotronFastError, OSError):
             # All ranks come here. After any other error the rest may be waiting for ever.
             if is_ours:

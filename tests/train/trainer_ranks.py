@@ -234,6 +234,23 @@ def configurations_that_differ_are_refused(root: Path) -> None:
     assert not (root / "run").exists()
 
 
+def a_run_leaves_no_connection_of_its_own(root: Path) -> None:
+    """Those that ranks agree over and save by; a script may train a hundred times."""
+    inner, made = dist.new_group, []
+
+    def making(*given: Any, **options: Any) -> dist.ProcessGroup:
+        made.append(inner(*given, **options))
+        return made[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "new_group", making)
+        train(root, tokens__train_steps=1, **DP)
+    assert len(made) == 2
+    for group in made:
+        with pytest.raises(ValueError, match="not registered"):
+            dist.get_rank(group)
+
+
 def the_command_says_an_error_once(root: Path) -> None:
     """Whatever is wrong with the configuration, the data or the ranks: exit code 2, no hang."""
     root.mkdir(exist_ok=True)
@@ -298,6 +315,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             a_rank_whose_disk_is_full_ends_both,
             a_disk_without_room_ends_both_before_the_first_step,
             configurations_that_differ_are_refused,
+            a_run_leaves_no_connection_of_its_own,
             the_command_says_an_error_once,
             the_command_trains,
         )
