@@ -297,7 +297,10 @@ def _export(
     def on_plan(plan: Plan) -> None:
         if warn is not None:
             for warning in plan.warnings:
-                warn(f"{HF}: {warning}")
+                # The folder has a name of its own in each save, and the option is a conversion's.
+                told = warning.replace(str(partial), "the checkpoint")
+                told = told.replace("--tokenizer DIR_OR_ID", "tokenizer.tokenizer_name_or_path")
+                warn(f"{HF}: {told}")
 
     convert(
         partial,

@@ -365,6 +365,20 @@ def test_a_run_stands_alone_when_it_is_resumed(tmp_path: Path) -> None:
     assert exported["architectures"] == original["architectures"]
 
 
+def test_what_an_export_lacks_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each is made in a folder of its own, whose name nobody has given."""
+    changes = {"checkpoints__checkpoint_interval": 1, "checkpoints__export_hf": True}
+    Trainer(config(tmp_path, tokens__train_steps=3, **changes), device="cpu").run()
+    said = capsys.readouterr().err
+    warning = (
+        "warning: hf: no tokenizer is written: none lies in the checkpoint. Give it with "
+        "tokenizer.tokenizer_name_or_path\n"
+    )
+    assert said.count(warning) == said.count("no tokenizer") == 1
+
+
 def test_batches_of_the_user(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randint(512, (4, 17), generator=generator) for _ in range(4)]
