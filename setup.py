@@ -141,7 +141,9 @@ class NinjaBuildExt(build_ext):
         command = [str(Path(ninja.BIN_DIR, "ninja")), "-f", str(build_file)]
         if self.parallel:
             command += ["-j", str(self.parallel)]
-        if subprocess.run(command).returncode != 0:
+        # Within make it is told of jobs that make keeps to itself, and says so.
+        environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+        if subprocess.run(command, env=environment).returncode != 0:
             way_out = "; NANOTRON_FAST_CUDA=0 builds without CUDA" if self.cuda else ""
             raise CompileError(f"compilation failed, see the messages above{way_out}")
 

@@ -139,6 +139,14 @@ def build_extensions(target: Path, **variables: str) -> subprocess.CompletedProc
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+def test_a_build_within_make_says_nothing_of_its_jobs(tmp_path: Path) -> None:
+    """Of which make hands none out here, whatever it says to its children."""
+    flags = " -j2 --jobserver-auth=98,99"
+    done = build_extensions(tmp_path, NANOTRON_FAST_CUDA="0", MAKEFLAGS=flags)
+    assert done.returncode == 0, done.stderr
+    assert "jobserver" not in (done.stdout + done.stderr).lower()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(
     shutil.which("nvcc") is None and not Path("/usr/local/cuda/bin/nvcc").exists(),
