@@ -28,7 +28,8 @@ def _dtensor() -> Any:
 
 def are_among(tensors: Sequence[Tensor]) -> bool:
     """Whether some of these are DTensors."""
-    return any(issubclass(kind, _dtensor()) for kind in set(map(type, tensors)))
+    dtensor = _dtensor()
+    return bool(dtensor) and any(issubclass(kind, dtensor) for kind in set(map(type, tensors)))
 
 
 def _layout(name: str, label: str, place: int, tensor: Any) -> _Layout | None:
