@@ -25,7 +25,12 @@ from nanotron_fast.train.beside import beside_of_run
 from nanotron_fast.train.checkpoint import Beside
 from nanotron_fast.train.claim import give_up
 from nanotron_fast.train.config import CheckpointInit, TrainingConfig
-from nanotron_fast.train.config.agreement import check_agreement, what_ranks_share
+from nanotron_fast.train.config.agreement import (
+    check_agreement,
+    check_packages,
+    packages,
+    what_ranks_share,
+)
 from nanotron_fast.train.config.checks import check_world_size
 from nanotron_fast.train.contradictions import check_against_weights
 from nanotron_fast.train.data import StagedBatches, batches_of
@@ -82,9 +87,10 @@ class Trainer:
         is_ours = join(self._device)
         everyone = TorchProcesses() if num_processes() > 1 else Processes()
         try:
-            (first, *_) = everyone.gather(what_ranks_share(self.config))
+            (first, *_) = everyone.gather((packages(), what_ranks_share(self.config)))
             with everyone.step():
-                check_agreement(self.config, first)
+                check_packages(first[0])
+                check_agreement(self.config, first[1])
             with ExitStack() as stack:
                 run = _prepared(self, everyone, stack)
                 # Until here there is nothing that could be saved, and signals end the process.

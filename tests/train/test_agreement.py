@@ -6,8 +6,14 @@ from typing import Any
 
 import pytest
 
-from nanotron_fast.errors import ConfigError
-from nanotron_fast.train.config.agreement import check_agreement, what_ranks_share
+from nanotron_fast.errors import ConfigError, MissingPackageError
+from nanotron_fast.train.config import agreement
+from nanotron_fast.train.config.agreement import (
+    check_agreement,
+    check_packages,
+    packages,
+    what_ranks_share,
+)
 from tests.train.configs import read
 
 Changes = dict[str, Any]
@@ -62,3 +68,14 @@ def test_what_may_be_a_machines_own(first: Changes, other: Changes) -> None:
 def test_what_must_be_alike(first: Changes, other: Changes, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         check_agreement(read(**other), what_ranks_share(read(**first)))
+
+
+def test_packages_must_be_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = packages()
+    check_packages(first)
+    with pytest.raises(MissingPackageError, match=r"^torch is 2.* on one rank, and 1\.0 on"):
+        check_packages({**first, "torch": "1.0"})
+    monkeypatch.setattr(agreement, "_PACKAGES", ("torch", "triton", "not-there"))
+    check_packages(first)
+    with pytest.raises(MissingPackageError, match=r"^not-there is missing on one rank, and 2\.0"):
+        check_packages({**first, "not-there": "2.0"})

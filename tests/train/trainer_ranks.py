@@ -23,10 +23,11 @@ from nanotron_fast.checkpoints.inspect import inspect
 from nanotron_fast.checkpoints.processes import PeerFailed
 from nanotron_fast.checkpoints.verify import verify
 from nanotron_fast.cli import commands
-from nanotron_fast.errors import ConfigError, DataError, TopologyError
+from nanotron_fast.errors import ConfigError, DataError, MissingPackageError, TopologyError
 from nanotron_fast.train import TrainingResult
 from nanotron_fast.train import checkpoint as saving
 from nanotron_fast.train import run as running
+from nanotron_fast.train.config import agreement
 from nanotron_fast.train.metrics import MetricsFile, read_metrics
 from tests.modelzoo import make
 from tests.parallel.ranks import join, run_cases
@@ -234,6 +235,17 @@ def configurations_that_differ_are_refused(root: Path) -> None:
     assert not (root / "run").exists()
 
 
+def packages_that_differ_are_refused(root: Path) -> None:
+    """What is common to ranks would drift apart by what each rounds."""
+    error = PeerFailed if dist.get_rank() == 0 else MissingPackageError
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(agreement, "__version__", "9.9")
+        with pytest.raises(error, match=r"nanotron_fast is 9\.9 on one rank, and 0.* on the"):
+            train(root / "run", tokens__train_steps=1, **DP)
+    assert not (root / "run").exists()
+
+
 def a_run_leaves_no_connection_of_its_own(root: Path) -> None:
     """Those that ranks agree over and save by; a script may train a hundred times."""
     inner, made = dist.new_group, []
@@ -315,6 +327,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             a_rank_whose_disk_is_full_ends_both,
             a_disk_without_room_ends_both_before_the_first_step,
             configurations_that_differ_are_refused,
+            packages_that_differ_are_refused,
             a_run_leaves_no_connection_of_its_own,
             the_command_says_an_error_once,
             the_command_trains,

@@ -1,13 +1,18 @@
-"""Whether all ranks of a run have the same configuration: each reads a file of its own machine."""
+"""Whether all ranks of a run have the same packages and configuration, each of its own machine."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from typing import Any
 
+from nanotron_fast.errors import MissingPackageError
 from nanotron_fast.train.config.place import shown
 from nanotron_fast.train.config.training_config import TrainingConfig
+from nanotron_fast.version import __version__
 
+# What computes, besides this package.
+_PACKAGES = ("torch", "triton")
 # Places of a machine's own disks, and what it says; these may be others on each.
 _OWN = ("checkpoints.resume_checkpoint_path", "model.init_method.path", "tokenizer", "logging")
 # So may those of a dataset, of which there are as many on each, and how it is made into tokens.
@@ -19,6 +24,31 @@ _OWN_OF_DATASET = (
     "dataset_overwrite_cache",
 )
 _DERIVED = "optimizer.learning_rate_scheduler.lr_decay_"
+
+
+def packages() -> dict[str, str | None]:
+    """The version of each package that a rank computes with, None of one that is not there."""
+    found: dict[str, str | None] = {"nanotron_fast": __version__}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def check_packages(first: Mapping[str, str | None]) -> None:
+    """Refuses packages that are not the first rank's, as `packages` gives those.
+
+    Ranks would round otherwise, and parameters that they have in common drift apart in silence.
+    Raises MissingPackageError.
+    """
+    for name, mine in packages().items():
+        if mine != first.get(name):
+            raise MissingPackageError(
+                f"{name} is {mine or 'missing'} on one rank, and {first.get(name) or 'missing'} "
+                "on the first: install the same packages on all machines"
+            )
 
 
 def what_ranks_share(config: TrainingConfig) -> dict[str, Any]:
