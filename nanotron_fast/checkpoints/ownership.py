@@ -208,7 +208,7 @@ class Holder:
             f"touched it for {DEAD_AFTER_SECONDS:g} s"
         )
         who = f"{self.owner}" if self.owner else unread
-        return f"{destination}: another conversion is writing to it: {who}"
+        return f"{destination}: another run is writing to it: {who}"
 
 
 def holder_of(path: Path, *, now: float) -> Holder | None:

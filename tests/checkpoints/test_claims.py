@@ -74,7 +74,7 @@ def test_a_second_run_is_refused(state: str, source: Path, tmp_path: Path) -> No
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         before = sorted(tmp_path.rglob("*"))
         for options in WAYS:
-            refusal = f"another conversion is writing to it: process {os.getpid()} on"
+            refusal = f"another run is writing to it: process {os.getpid()} on"
             if state == "old" and "overwrite" not in options:
                 refusal = "it is not empty"
             with pytest.raises(DestinationError, match=refusal):
@@ -99,7 +99,7 @@ def test_a_lock_lies_wherever_another_run_may_look(source: Path, tmp_path: Path)
     assert within.is_file()
     for gone in (beside, within):
         gone.rename(tmp_path / "kept")
-        with pytest.raises(DestinationError, match="another conversion is writing to it"):
+        with pytest.raises(DestinationError, match="another run is writing to it"):
             nf.convert(source, out)
         (tmp_path / "kept").rename(gone)
     first.abort()
@@ -117,7 +117,7 @@ def test_one_that_took_another_place_is_seen(
     monkeypatch.setattr(claims, "_places", lambda *given: places(*given)[:1])
     first.lock()
     monkeypatch.setattr(claims, "_places", lambda *given: places(*given)[1:])
-    with pytest.raises(DestinationError, match="another conversion is writing to it"):
+    with pytest.raises(DestinationError, match="another run is writing to it"):
         nf.convert(source, out, overwrite_partial=True)
     first.abort()
     monkeypatch.setattr(claims, "_PATIENCE_SECONDS", 0.1)
@@ -224,7 +224,7 @@ for one, other in (("data", "bound"), ("bound", "data")):
         env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("another conversion is writing to it") == 2
+    assert result.stdout.count("another run is writing to it") == 2
     assert names(root) == ["bound", "data"]
 
 

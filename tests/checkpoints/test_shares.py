@@ -125,11 +125,11 @@ def test_a_plain_run_beside_a_share_that_begins(source: Path, tmp_path: Path) ->
     """It has claimed its share, and has no folder yet."""
     share = Destination(tmp_path / "out", source=source, overwrite=False, share=(2, 3))
     share.lock()
-    with pytest.raises(DestinationError, match=r"another conversion .* \(share 2 of 3\)"):
+    with pytest.raises(DestinationError, match=r"another run .* \(share 2 of 3\)"):
         nf.convert(source, tmp_path / "out")
     share.open()
     for options in ({}, {"overwrite_partial": True}, {"finish": True}, {"share": (2, 3)}):
-        with pytest.raises(DestinationError, match="another conversion is writing to it"):
+        with pytest.raises(DestinationError, match="another run is writing to it"):
             nf.convert(source, tmp_path / "out", **options)
     nf.convert(source, tmp_path / "out", share=(1, 3))
     assert share.partial.is_in_place()

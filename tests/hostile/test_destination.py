@@ -207,14 +207,14 @@ def test_second_run_is_refused(source: Path, tmp_path: Path) -> None:
     first.lock()
     first.open()
     (first.partial.content_path / "half").write_text("half")
-    message = f"out: another conversion is writing to it: process {os.getpid()} on .*, since 20"
+    message = f"out: another run is writing to it: process {os.getpid()} on .*, since 20"
     refused(source, tmp_path / "out", message)
     first.abort()
     nanotron_fast.convert(source, tmp_path / "out")
 
 
 def test_second_run_in_another_process_is_refused(stuck: Any, source: Path, tmp_path: Path) -> None:
-    refused(source, tmp_path / "out", f"another conversion .*: process {stuck.pid} on")
+    refused(source, tmp_path / "out", f"another run .*: process {stuck.pid} on")
     for given in ("resume", "overwrite_partial", "finish"):
         refused(source, tmp_path / "out", f"process {stuck.pid} on", **{given: True})
 
@@ -393,7 +393,7 @@ def test_file_systems_without_links(
     monkeypatch.setattr(os, "link", unsupported)
     first = Destination(tmp_path / "out", source=source, overwrite=False)
     first.lock()
-    refused(source, tmp_path / "out", f"another conversion .*: process {os.getpid()} on")
+    refused(source, tmp_path / "out", f"another run .*: process {os.getpid()} on")
     first.abort()
     nanotron_fast.convert(source, tmp_path / "out")
     assert names(tmp_path) == ["out", "source"]

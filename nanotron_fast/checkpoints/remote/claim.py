@@ -110,7 +110,7 @@ class StoreClaim:
     def _refusal(self, other: _Other) -> str:
         who = f"{other.owner}" if other.owner else "by whom cannot be read"
         return (
-            f"{self._store.url}: another conversion is writing to it: {who}, as {other.name} in it "
+            f"{self._store.url}: another run is writing to it: {who}, as {other.name} in it "
             f"says, which counts as dead when nobody has written it for {DEAD_AFTER_SECONDS:g} s"
         )
 

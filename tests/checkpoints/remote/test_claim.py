@@ -70,7 +70,7 @@ def test_a_second_run_is_refused(faulty, model, when):
 
     def second() -> None:
         before = set(files())  # other threads go on writing
-        message = f"{URL}: another conversion is writing to it: process {os.getpid()} on"
+        message = f"{URL}: another run is writing to it: process {os.getpid()} on"
         for overwrite in (False, True):
             with pytest.raises(DestinationError, match=message):
                 nf.convert(model, URL, overwrite=overwrite)

@@ -212,7 +212,7 @@ def test_a_second_upload_is_refused(s3, model, tmp_path, monkeypatch):
     def late(self, path, name):
         if "lm_head" in name and not refusals:
             refusals.append(name)
-            with pytest.raises(DestinationError, match="another conversion is writing to it: proc"):
+            with pytest.raises(DestinationError, match="another run is writing to it: proc"):
                 nf.convert(model, DST, overwrite=True)
         return upload(self, path, name)
 
