@@ -8,15 +8,6 @@
 
 namespace nanotron_fast {
 
-std::byte* Buffer::reserve(int64_t num_bytes) {
-  if (num_bytes > capacity_bytes_) {
-    data_.reset();  // first, so that the two are never held at once
-    data_.reset(new std::byte[static_cast<size_t>(num_bytes)]);
-    capacity_bytes_ = num_bytes;
-  }
-  return data_.get();
-}
-
 const File& SourceFiles::get(int64_t index) {
   const auto found = open_.find(index);
   if (found != open_.end()) return found->second;
@@ -48,23 +39,25 @@ void fill_zeros(const Move& move, int64_t num_rows, std::byte* destination) {
 }  // namespace
 
 const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t num_rows) {
-  std::byte* const out = destination_buffer_.reserve(job.destination_buffer_bytes);
-  std::vector<std::byte*> destinations;
-  std::byte* next = out;
-  for (const View& view : job.destinations) {
-    destinations.push_back(next);
-    next += view.block_bytes(num_rows);
-  }
-
+  const int64_t write_offset = job.destinations.front().offset_of(first_row);
   const PlacedMove& only = job.moves.front();
   const bool is_plain_copy = job.moves.size() == 1 && only.source_view == 0 &&
                              only.move.source_dtype == only.move.destination_dtype &&
                              only.move.source_strides == only.move.destination_strides;
   if (is_plain_copy) {
     const View& view = job.sources.front();
-    sources_.get(view.file).pread_exact(out, view.block_bytes(num_rows),
-                                        view.offset_bytes + first_row * view.row_stride_bytes);
-    return out;
+    const int64_t read_offset = view.offset_of(first_row);
+    std::byte* const both =
+        destination_buffer_.reserve(job.destination_buffer_bytes, read_offset, write_offset);
+    sources_.get(view.file).pread_exact(both, view.block_bytes(num_rows), read_offset);
+    return both;
+  }
+  std::byte* const out = destination_buffer_.reserve(job.destination_buffer_bytes, write_offset);
+  std::vector<std::byte*> destinations;
+  std::byte* next = out;
+  for (const View& view : job.destinations) {
+    destinations.push_back(next);
+    next += view.block_bytes(num_rows);
   }
   if (job.reads_runs) {
     for (const PlacedMove& placed : job.moves) {
@@ -75,11 +68,13 @@ const std::byte* BlockBuilder::build(const Job& job, int64_t first_row, int64_t 
     return out;
   }
   std::vector<const std::byte*> loaded;
-  std::byte* in = source_buffer_.reserve(job.source_buffer_bytes);
+  std::byte* in = job.sources.empty()
+                      ? nullptr
+                      : source_buffer_.reserve(job.source_buffer_bytes,
+                                               job.sources.front().offset_of(first_row));
   for (const View& view : job.sources) {
     const int64_t num_bytes = view.block_bytes(num_rows);
-    sources_.get(view.file).pread_exact(in, num_bytes,
-                                        view.offset_bytes + first_row * view.row_stride_bytes);
+    sources_.get(view.file).pread_exact(in, num_bytes, view.offset_of(first_row));
     loaded.push_back(in);
     in += num_bytes;
   }
@@ -146,11 +141,11 @@ void BlockBuilder::build_from_runs(const Job& job, const PlacedMove& placed, int
     packed[dim] = stride;
     stride *= sizes[dim];
   }
-  std::byte* const in = source_buffer_.reserve(job.source_buffer_bytes);
   const File& file = sources_.get(move.source_file);
   const auto [inner, middle, outer] = order;
   const int64_t run_elements = move.source_strides[inner] == 1 ? sizes[inner] : 1;
   const int64_t base = move.source_offset_bytes + first_row * move.source_strides[0] * item;
+  std::byte* const in = source_buffer_.reserve(job.source_buffer_bytes, base);
   for (int64_t i = 0; i < sizes[outer]; ++i) {
     for (int64_t j = 0; j < sizes[middle]; ++j) {
       for (int64_t k = 0; k < sizes[inner]; k += run_elements) {

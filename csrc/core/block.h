@@ -1,26 +1,16 @@
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "core/buffer.h"
 #include "core/dequantise.h"
 #include "core/file.h"
 #include "core/schedule.h"
 
 namespace nanotron_fast {
-
-// Memory that grows and is not initialised.
-class Buffer {
- public:
-  std::byte* reserve(int64_t num_bytes);
-
- private:
-  std::unique_ptr<std::byte[]> data_;
-  int64_t capacity_bytes_ = 0;
-};
 
 // Open source files of one worker: the last few it used.
 class SourceFiles {

@@ -4,6 +4,7 @@
 #include <atomic>
 
 #include "core/block.h"
+#include "core/buffer.h"
 #include "core/error.h"
 #include "core/pool.h"
 
@@ -32,7 +33,7 @@ std::vector<Sha256::Digest> digest(const std::vector<SourceFile>& files,
   std::atomic<size_t> next{0};
   run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
     SourceFiles open(files, policy);
-    const std::unique_ptr<std::byte[]> memory(new std::byte[kPieceBytes]);
+    Buffer buffer;
     for (size_t i; !should_stop && (i = next.fetch_add(1)) < ranges.size();) {
       const File& file = open.get(ranges[i].file);
       const auto [offset, num_bytes] = ranges[i].range;
@@ -41,8 +42,9 @@ std::vector<Sha256::Digest> digest(const std::vector<SourceFile>& files,
         if (progress.is_cancelled) throw Cancelled();
         if (should_stop) return;
         const int64_t piece = std::min(kPieceBytes, num_bytes - done);
-        file.pread_exact(memory.get(), piece, offset + done);
-        sha.update(memory.get(), piece);
+        std::byte* const memory = buffer.reserve(kPieceBytes, offset + done);
+        file.pread_exact(memory, piece, offset + done);
+        sha.update(memory, piece);
         done += piece;
         progress.bytes_done += piece;
       }

@@ -8,11 +8,10 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
-#include <cstdlib>
 #include <cstring>
 #include <iterator>
-#include <new>
 
+#include "core/buffer.h"
 #include "core/calls.h"
 #include "core/error.h"
 #include "core/transfer.h"
@@ -21,25 +20,11 @@ namespace nanotron_fast {
 
 namespace {
 
-constexpr int64_t kPageBytes = 4096;
-
 int64_t page_down(int64_t offset) { return offset - offset % kPageBytes; }
 int64_t page_up(int64_t offset) { return page_down(offset + kPageBytes - 1); }
 
 bool is_aligned(const std::byte* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kPageBytes == 0;
-}
-
-struct Free {
-  void operator()(std::byte* pointer) const { std::free(pointer); }
-};
-
-std::unique_ptr<std::byte, Free> aligned_memory(int64_t num_bytes) {
-  void* pointer = nullptr;
-  if (::posix_memalign(&pointer, kPageBytes, static_cast<size_t>(num_bytes)) != 0) {
-    throw std::bad_alloc();
-  }
-  return std::unique_ptr<std::byte, Free>(static_cast<std::byte*>(pointer));
 }
 
 class Direct : public Transfer {
@@ -54,7 +39,7 @@ class Direct : public Transfer {
       return read_all(descriptor_, path_, destination, num_bytes, offset_bytes);
     }
     Outcome total;
-    std::unique_ptr<std::byte, Free> bounce;
+    AlignedMemory bounce;
     while (total.num_bytes < num_bytes) {
       const int64_t at = offset_bytes + total.num_bytes, left = num_bytes - total.num_bytes;
       std::byte* const to = destination + total.num_bytes;
@@ -104,7 +89,7 @@ class Direct : public Transfer {
       return part.error_number == 0;
     };
     if (!cached_until(first_page)) return total;
-    std::unique_ptr<std::byte, Free> bounce;
+    AlignedMemory bounce;
     while (!is_refused_ && offset_bytes + total.num_bytes < last_page) {
       const int64_t at = offset_bytes + total.num_bytes;
       const std::byte* from = source + total.num_bytes;

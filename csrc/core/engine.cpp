@@ -149,8 +149,7 @@ std::string execute(const std::vector<SourceFile>& sources, const Folder& root,
     return [&](const Job& job, int64_t first_row, int64_t num_rows, const std::byte* data) {
       for (const View& view : job.destinations) {
         const int64_t num_bytes = view.block_bytes(num_rows);
-        files.write(view.file, data, num_bytes,
-                    view.offset_bytes + first_row * view.row_stride_bytes);
+        files.write(view.file, data, num_bytes, view.offset_of(first_row));
         data += num_bytes;
       }
     };
@@ -174,9 +173,9 @@ std::vector<Difference> compare(const std::vector<SourceFile>& sources,
       for (size_t i = 0; i < job.destinations.size(); ++i) {
         const View& view = job.destinations[i];
         const int64_t num_bytes = view.block_bytes(num_rows);
-        std::byte* found = buffer->reserve(num_bytes);
-        files->get(view.file).pread_exact(found, num_bytes,
-                                          view.offset_bytes + first_row * view.row_stride_bytes);
+        const int64_t offset = view.offset_of(first_row);
+        std::byte* const found = buffer->reserve(num_bytes, offset);
+        files->get(view.file).pread_exact(found, num_bytes, offset);
         if (std::memcmp(wanted, found, static_cast<size_t>(num_bytes)) != 0) {
           counter.count(job, static_cast<int>(i), first_row, num_rows, wanted, found);
         }
@@ -209,8 +208,8 @@ int64_t worker_buffer_bytes(const MoveTable& table, IoMode io, bool compares) {
   const Schedule schedule = schedule_of(
       table, std::vector<int64_t>(static_cast<size_t>(num_sources), no_limit),
       std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit), block_bytes_of(io));
-  const int64_t destination = schedule.max_destination_buffer_bytes();
-  return schedule.max_source_buffer_bytes() + schedule.max_scales_bytes() +
+  const int64_t destination = schedule.max_destination_buffer_bytes() + Buffer::kSlackBytes;
+  return schedule.max_source_buffer_bytes() + Buffer::kSlackBytes + schedule.max_scales_bytes() +
          destination * (compares ? 2 : 1);
 }
 

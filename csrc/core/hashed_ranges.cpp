@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "core/buffer.h"
 #include "core/error.h"
 
 namespace nanotron_fast {
@@ -64,7 +65,7 @@ bool HashedRanges::add_to(State& state, const File& file, const std::byte* data,
   lock.unlock();
   // Nobody else touches sha and next while is_at_work.
   state.sha.update(data, end - begin);
-  std::unique_ptr<std::byte[]> memory;
+  Buffer buffer;
   for (;;) {
     lock.lock();
     state.next = end;
@@ -74,12 +75,13 @@ bool HashedRanges::add_to(State& state, const File& file, const std::byte* data,
     end = following->second;
     state.written.erase(following);
     lock.unlock();
-    if (memory == nullptr) memory.reset(new std::byte[kPieceBytes]);
     while (begin < end) {
       if (is_cancelled) throw Cancelled();
       const int64_t piece = std::min(kPieceBytes, end - begin);
-      file.pread_exact(memory.get(), piece, state.range.offset_bytes + begin);
-      state.sha.update(memory.get(), piece);
+      const int64_t offset = state.range.offset_bytes + begin;
+      std::byte* const memory = buffer.reserve(kPieceBytes, offset);
+      file.pread_exact(memory, piece, offset);
+      state.sha.update(memory, piece);
       begin += piece;
     }
   }

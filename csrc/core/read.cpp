@@ -114,8 +114,7 @@ void read_block(const Job& job, int64_t number, BlockBuilder& builder,
   const std::byte* values = builder.build(job, first_row, num_rows);
   for (const View& view : job.destinations) {
     const int64_t num_bytes = view.block_bytes(num_rows);
-    std::memcpy(destinations[static_cast<size_t>(view.file)].data + view.offset_bytes +
-                    first_row * view.row_stride_bytes,
+    std::memcpy(destinations[static_cast<size_t>(view.file)].data + view.offset_of(first_row),
                 values, static_cast<size_t>(num_bytes));
     values += num_bytes;
   }

@@ -6,13 +6,12 @@
 #include <unordered_map>
 #include <utility>
 
+#include "core/buffer.h"
 #include "core/group.h"
 
 namespace nanotron_fast {
 
 namespace {
-
-constexpr int64_t kPageBytes = 4096;
 
 // The view that holds both of two views; none where their files or row strides differ.
 bool merge_views(const View& a, const View& b, View& merged) {

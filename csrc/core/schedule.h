@@ -14,6 +14,7 @@ struct View {
   int64_t row_stride_bytes;  // from a row to the next
   int64_t row_span_bytes;    // of one row, gaps included
 
+  int64_t offset_of(int64_t row) const { return offset_bytes + row * row_stride_bytes; }
   int64_t block_bytes(int64_t num_rows) const {
     return (num_rows - 1) * row_stride_bytes + row_span_bytes;
   }

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cerrno>
 
+#include "core/buffer.h"
 #include "core/calls.h"
 #include "core/transfer.h"
 
@@ -54,8 +55,6 @@ class Uncached : public Transfer {
   int finish() override { return knows_flag_ || num_written_ == 0 ? 0 : forget(); }
 
  private:
-  static constexpr int64_t kPageBytes = 4096;
-
   // Whether the flag is what was wrong; nothing was carried then.
   bool is_refused(const Outcome& outcome) {
     const int error = outcome.error_number;
