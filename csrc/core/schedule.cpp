@@ -114,9 +114,14 @@ void choose_blocks(Job& job, int64_t file_block_bytes) {
   job.rows_per_block = rows;
   job.first_block_rows = rows;
   const View& destination = job.destinations.front();
-  if (job.moves.size() == 1 && rows < job.num_rows) {
-    const int64_t aligned_bytes = rows * destination.row_stride_bytes;
-    const int64_t past_boundary = destination.offset_bytes % aligned_bytes;
+  const int64_t aligned_bytes = rows * destination.row_stride_bytes;
+  const int64_t past_boundary = destination.offset_bytes % aligned_bytes;
+  const bool can_align =
+      std::all_of(job.destinations.begin(), job.destinations.end(), [&](const View& each) {
+        return each.row_stride_bytes == destination.row_stride_bytes &&
+               each.offset_bytes % aligned_bytes == past_boundary;
+      });
+  if (can_align && rows < job.num_rows) {
     job.first_block_rows =
         std::max<int64_t>(1, (aligned_bytes - past_boundary) / destination.row_stride_bytes);
   }

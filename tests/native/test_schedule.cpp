@@ -84,6 +84,23 @@ void test_column_split_is_one_scatter() {
   CHECK(!job.reads_runs);
 }
 
+// The same, behind headers of a page: but for the first, each rank's writes begin where those of
+// whole files do.
+void test_column_split_is_cut_at_aligned_offsets() {
+  std::vector<Move> moves;
+  for (int64_t rank = 0; rank < 8; ++rank) {
+    moves.push_back(
+        make_move(0, 2048 + 256 * rank, {2048, 1, 1}, rank, 2048, {256, 1, 1}, {2048, 256, 1}));
+  }
+  const Job job = schedule_of(moves).jobs[0];
+  CHECK(job.num_blocks == 9);
+  for (int64_t block = 1; block < job.num_blocks; ++block) {
+    for (const View& view : job.destinations) {
+      CHECK(view.offset_of(job.first_row(block)) % kBlockBytes == 0);
+    }
+  }
+}
+
 // One rank's narrow share of a wide matrix: what lies between is not read.
 void test_lonely_column_reads_runs() {
   const Job job = schedule_of({make_move(0, 0, {64, 1, 1}, 0, 0, {4, 1, 1}, {40, 4, 1})}).jobs[0];
@@ -182,6 +199,7 @@ int main() {
   test_contiguous();
   test_large_contiguous_is_cut_at_aligned_offsets();
   test_column_split_is_one_scatter();
+  test_column_split_is_cut_at_aligned_offsets();
   test_lonely_column_reads_runs();
   test_column_join_is_one_gather();
   test_columns_with_a_gap_are_written_row_by_row();
