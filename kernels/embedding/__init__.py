@@ -36,6 +36,7 @@ from nanotron_fast.kernels.runtime.collectives import (
     resolve,
 )
 from nanotron_fast.kernels.runtime.main_grad import eager_main_grad
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.kernels.runtime.rows import as_row_of_ids
 
 __all__ = ["MODES", "vocab_parallel_embedding", "vocab_parallel_embedding_reference"]
@@ -58,6 +59,7 @@ class _Embedding(torch.autograd.Function):
         return reduce_scatter(out, ranks) if is_scattered else all_reduce(out, ranks)
 
     @staticmethod
+    @once_differentiable("vocab_parallel_embedding")
     def backward(ctx, dy):
         (ids,) = ctx.saved_tensors
         if ctx.is_scattered:

@@ -79,7 +79,10 @@ def _scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _SummedLoss(torch.autograd.Function):
-    """The sum over tokens, whose gradients forward computes."""
+    """The sum over tokens, whose gradients forward computes; z; nothing, which leads back to them.
+
+    Of hidden and weight nothing is kept, and the sum itself may be written over.
+    """
 
     @staticmethod
     def forward(ctx, hidden, weight, target, settings, of_hidden, of_weight):
@@ -91,17 +94,18 @@ class _SummedLoss(torch.autograd.Function):
             of_hidden=of_hidden,
             of_weight=of_weight,
         )
-        ctx.save_for_backward(dhidden, dweight)
+        nothing = loss.new_empty(0)
+        ctx.save_for_backward(dhidden, dweight, nothing)
         ctx.dtypes = (hidden.dtype, weight.dtype)
         ctx.needed, ctx.main_grad = (of_hidden, of_weight), eager_main_grad(weight)
         z = z.sum()
         ctx.mark_non_differentiable(z)
-        return loss.sum(), z
+        return loss.sum(), z, nothing
 
     @staticmethod
     @once_differentiable("linear_cross_entropy")
-    def backward(ctx, dloss, _):
-        (dhidden, dweight), (of_hidden, of_weight) = ctx.saved_tensors, ctx.needed
+    def backward(ctx, dloss, *_):
+        (dhidden, dweight, _), (of_hidden, of_weight) = ctx.saved_tensors, ctx.needed
         if of_weight and ctx.main_grad is not None:
             ctx.main_grad.addcmul_(dweight, dloss.reshape(1, 1))
             of_weight = False
@@ -231,7 +235,7 @@ def linear_cross_entropy(
     else:
         of = (torch.is_grad_enabled() and t.requires_grad for t in (hidden, weight))
         function = _TokenLosses if reduction == "none" else _SummedLoss
-        loss, z = function.apply(hidden, weight, target, settings, *of)
+        loss, z, *_ = function.apply(hidden, weight, target, settings, *of)
     if reduction != "none":
         loss, z = (scale_sum(t, target, ignore_index, reduction) for t in (loss, z))
     return (loss, z) if z_loss > 0 else loss

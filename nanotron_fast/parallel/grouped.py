@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.parallel.products import weight_gradient
 
 # Bytes that rows of a grouped product's operands have to be a multiple of.
@@ -89,6 +90,7 @@ class _GroupedLinear(torch.autograd.Function):
         return _multiplied(x, weight, runs)
 
     @staticmethod
+    @once_differentiable("grouped_linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, _ = ctx.needs_input_grad

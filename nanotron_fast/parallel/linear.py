@@ -21,6 +21,7 @@ from nanotron_fast.errors import TopologyError
 from nanotron_fast.kernels.runtime.autocast import as_autocast
 from nanotron_fast.kernels.runtime.collectives import Group, Ranks, resolve
 from nanotron_fast.kernels.runtime.main_grad import main_gradients
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.parallel.chunks import AS_THEY_ARE
 from nanotron_fast.parallel.communication import check_mode, start_all_gather
 from nanotron_fast.parallel.products import (
@@ -44,6 +45,11 @@ def _check(name: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"{name}: x {tuple(x.shape)} for weight {tuple(weight.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"{name}: bias {tuple(bias.shape)} for weight {tuple(weight.shape)}")
+
+
+def _is_torchs(ctx: Any) -> bool:
+    """Whether torch differentiates a backward: that of one rank, and into no main_grad."""
+    return ctx.ranks.size == 1 and all(each is None for each in ctx.main_grads)
 
 
 class _ColumnLinear(torch.autograd.Function):
@@ -76,6 +82,7 @@ class _ColumnLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable("column_linear", unless=_is_torchs)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -117,6 +124,7 @@ class _RowLinear(torch.autograd.Function):
         return linear_all_reduce(x, weight, bias, ranks)
 
     @staticmethod
+    @once_differentiable("row_linear", unless=_is_torchs)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nanotron_fast.kernels.rms_norm import rms_norm
 from nanotron_fast.kernels.runtime.collectives import Ranks, all_reduce
+from nanotron_fast.kernels.runtime.once import once_differentiable
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -20,6 +21,7 @@ class _SumOverRanks(torch.autograd.Function):
         return all_reduce(x.clone(), ranks)
 
     @staticmethod
+    @once_differentiable("rms_norm_over_ranks")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return all_reduce(dy.clone(), ctx.ranks), None
 

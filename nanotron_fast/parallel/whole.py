@@ -15,6 +15,7 @@ from nanotron_fast.kernels.runtime.collectives import (
     reduce_scatter,
     resolve,
 )
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.parallel.communication import check_mode
 
 
@@ -27,6 +28,7 @@ class _Copied(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable("for_all_ranks")
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         return all_reduce(dx.clone(), ctx.ranks), None
 
@@ -40,6 +42,7 @@ class _Gathered(torch.autograd.Function):
         return all_gather(x.contiguous(), ranks).flatten(0, 1)
 
     @staticmethod
+    @once_differentiable("for_all_ranks")
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter(dx.contiguous(), ctx.ranks), None
 
@@ -56,6 +59,7 @@ class GatheredWhole(torch.autograd.Function):
         return all_gather(x, ranks).flatten(0, 1)
 
     @staticmethod
+    @once_differentiable("a gather of tokens")
     def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None]:
         return dx.chunk(ctx.ranks.size)[ctx.ranks.rank].contiguous(), None
 

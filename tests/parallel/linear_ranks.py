@@ -7,6 +7,7 @@ from copy import deepcopy
 from functools import partial
 from itertools import product
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
@@ -108,6 +109,25 @@ def copies(mesh) -> None:
             assert copied.group is layer.group
 
 
+def gradients_of_gradients(mode: str, mesh) -> None:
+    """Torch does not follow what ranks send each other: asked for, the graph refuses."""
+    layers = (
+        ColumnParallelLinear(IN, OUT, group=mesh, mode=mode),
+        RowParallelLinear(IN, OUT, group=mesh, mode=mode),
+        VocabParallelEmbedding(OUT, IN, group=mesh, mode=mode),
+    )
+    for layer in layers:
+        x = torch.zeros(4, dtype=torch.int64)
+        if layer is not layers[2]:
+            x = torch.randn(4, layer.weight.shape[1])
+        loss = layer(x).square().sum()
+        (expected,) = torch.autograd.grad(loss, layer.weight, retain_graph=True)
+        (found,) = torch.autograd.grad(loss, layer.weight, create_graph=True)
+        assert torch.equal(found, expected)
+        with pytest.raises(RuntimeError, match="has no second derivative"):
+            torch.autograd.grad(found.sum(), layer.weight)
+
+
 def with_symmetric_memory(case: Callable[[], None]) -> None:
     """The same case over torch's fused products, whose plain path serves a CPU here."""
     with fused_products() as calls, agreed(True):
@@ -138,6 +158,7 @@ def cases(mesh) -> Iterator[tuple[str, Callable[[], None]]]:
         yield "row over symmetric memory", partial(with_symmetric_memory, case)
     for mode in MODES:
         yield f"main gradients {mode}", partial(main_gradients, mode, mesh)
+        yield f"gradients of gradients {mode}", partial(gradients_of_gradients, mode, mesh)
     yield "copies", partial(copies, mesh)
 
 

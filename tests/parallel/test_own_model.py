@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nanotron_fast.kernels.attention import attention
 from nanotron_fast.kernels.attention.sinks import attention_with_sinks
+from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.glu import glu
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
 from nanotron_fast.kernels.rms_norm import rms_norm
@@ -19,6 +22,7 @@ from nanotron_fast.parallel import (
     tensor_parallel_attention,
     tensor_parallel_mlp,
 )
+from nanotron_fast.parallel.grouped import Runs, grouped_linear
 
 HEADS = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 
@@ -26,6 +30,15 @@ HEADS = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 def loss(hidden: Tensor, weight: Tensor, **options) -> Tensor:
     target = torch.zeros(len(hidden), dtype=torch.int64, device=hidden.device)
     return linear_cross_entropy(hidden, weight, target, **options)
+
+
+def embedding(weight: Tensor) -> Tensor:
+    return vocab_parallel_embedding(torch.arange(4, device=weight.device), weight)
+
+
+def experts(x: Tensor, weight: Tensor) -> Tensor:
+    counts = torch.tensor([4, 2])  # which have values where x has none
+    return grouped_linear(x, weight, Runs(counts.cuda() if x.is_cuda else counts))
 
 
 def whole_attention(x: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
@@ -48,6 +61,8 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor]]] = {
     ),
     "mlp": ([(6, 8), (16, 8), (8, 8)], tensor_parallel_mlp),
     "attention block": ([(6, 8), (32, 8), (8, 16)], whole_attention),
+    "embedding": ([(6, 8)], embedding),
+    "experts": ([(6, 8), (2, 8, 10)], experts),
     "column": ([(6, 8), (10, 8), (10,)], column_linear),
     "row": ([(6, 8), (10, 8), (10,)], row_linear),
 }
@@ -62,16 +77,58 @@ def leaves(name: str, device: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("name", [name for name in CASES if name not in AGAIN])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_a_gradient_penalty_is_refused(name: str, backend: str, monkeypatch) -> None:
+@pytest.mark.parametrize("asks_for_all", [True, False])
+def test_a_gradient_penalty_is_refused(
+    name: str, backend: str, asks_for_all: bool, monkeypatch
+) -> None:
     """And not left out, where it is a part of a loss that has a gradient besides."""
     monkeypatch.setenv("NANOTRON_FAST_BACKEND", backend)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors = leaves(name, device)
-    value = CASES[name][1](*tensors).sum()
+    value = CASES[name][1](*tensors).square().sum()
     gradients = torch.autograd.grad(value, tensors, create_graph=True)
-    penalty = sum(gradient.square().sum() for gradient in gradients)
+    total = value + sum(gradient.square().sum() for gradient in gradients)
     with pytest.raises(RuntimeError, match=r"has no (second derivative|gradient by itself)"):
-        (value + penalty).backward()
+        total.backward() if asks_for_all else torch.autograd.grad(total, tensors)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name not in AGAIN])
+def test_a_gradient_penalty_is_refused_for_each_tensor(name: str) -> None:
+    """Where the others have no gradient, and what is asked for leads to the operation."""
+    for place, _ in enumerate(CASES[name][0]):
+        tensors = [tensor.detach() for tensor in leaves(name, "cpu")]
+        leaf = tensors[place].requires_grad_()
+        tensors[place] = leaf * 1
+        value = CASES[name][1](*tensors).square().sum()
+        (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match=r"has no (second derivative|gradient by itself)"):
+            torch.autograd.grad(gradient.square().sum(), leaf)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("is_checkpointed", [True, False])
+def test_a_graph_of_gradients_changes_none(name: str, is_checkpointed: bool) -> None:
+    """Nobody differentiates them: some loops ask for the graph in every step."""
+    operation = CASES[name][1]
+    if is_checkpointed:
+        operation = partial(checkpoint, operation, use_reentrant=False)
+    expected, found = (
+        torch.autograd.grad(operation(*tensors).square().sum(), tensors, create_graph=asks)
+        for asks in (False, True)
+        for tensors in [leaves(name, "cpu")]
+    )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward")
+@pytest.mark.parametrize("name", ["mlp", "column", "row", "experts", "embedding"])
+def test_a_graph_of_gradients_leaves_main_gradients_out(name: str) -> None:
+    *others, weight = [tensor for tensor in leaves(name, "cpu") if tensor.dim() > 1]
+    weight.main_grad = torch.zeros_like(weight)
+    CASES[name][1](*others, weight).square().sum().backward(create_graph=True)
+    assert weight.main_grad.any()
+    assert not weight.main_grad.requires_grad
 
 
 @pytest.mark.parametrize("name", CASES)
