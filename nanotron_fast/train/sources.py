@@ -79,7 +79,8 @@ def find_files(name: str | Path) -> tuple[Path, ...] | None:
         return (path,)
     if path.is_dir():
         below = _below(path)
-        if any(each.suffix in _DATASET_SUFFIXES for each in below):
+        # What is packed, of nobody knows what, is not read by `datasets` either.
+        if any(each.suffix in _DATASET_SUFFIXES and _kind(each) for each in below):
             _check_links(path, below)
             _check_kinds(path, below)
             return None

@@ -202,3 +202,10 @@ def test_a_nanoset_that_may_not_be_read_is_not_called_empty(tmp_path: Path) -> N
     finally:
         (tmp_path / "tokens").chmod(0o755)
     assert len(TokenFolder(tmp_path / "tokens", 16)) == 2
+
+
+@pytest.mark.parametrize("archive", ["old.tar.gz", "old.tar.xz", "old.bz2"])
+def test_what_is_packed_and_no_data_changes_nothing(tmp_path: Path, archive: str) -> None:
+    """`datasets` cannot read it, and would take each line of the texts for a document."""
+    written(tmp_path, "a.txt", "b.jsonl", archive)
+    assert found_in(tmp_path) == ["a.txt", "b.jsonl"]
