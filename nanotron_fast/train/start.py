@@ -47,15 +47,15 @@ class Start:
     def check_is_still(self, config: TrainingConfig) -> None:
         """Refuses a start that is none any more, for a run that has just claimed its folder.
 
-        The one that had it may have saved after this one looked. Raises CheckpointError,
-        ConfigError, OSError.
+        The one that had it may have saved after this one looked; one that lives in another folder,
+        which this one goes on from, may do so. Raises CheckpointError, ConfigError, OSError.
         """
-        found = find_start(config)
-        if found != self:
+        found, root = find_start(config), Path(config.checkpoints.checkpoints_path)
+        is_own = found.folder is None or root.resolve() in found.folder.resolve().parents
+        if found != self and is_own:
             raise CheckpointError(
-                f"another run has saved to {config.checkpoints.checkpoints_path} while this one "
-                f"began: it would go on after step {found.step} now, and not after step "
-                f"{self.step}; start it again"
+                f"another run has saved to {root} while this one began: it would go on after "
+                f"step {found.step} now, and not after step {self.step}; start it again"
             )
 
 

@@ -83,6 +83,22 @@ def test_what_another_run_has_saved_meanwhile_is_not_written_over(
     assert train(tmp_path, **{**changes, RESUME: str(tmp_path)}, tokens__train_steps=3).step == 3
 
 
+def test_a_run_that_this_one_goes_on_from_may_live_and_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It writes to another folder."""
+    old, inner = tmp_path / "old", trainer.claim_room
+    train(old, tokens__train_steps=1)
+
+    def claiming(*given: Any) -> Lock | None:
+        monkeypatch.setattr(trainer, "claim_room", inner)
+        train(old, tokens__train_steps=2, **{RESUME: str(old)})
+        return inner(*given)
+
+    monkeypatch.setattr(trainer, "claim_room", claiming)
+    assert train(tmp_path / "new", tokens__train_steps=3, **{RESUME: str(old)}).step == 3
+
+
 def test_a_run_that_was_killed_here_keeps_nobody_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
