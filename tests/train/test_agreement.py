@@ -79,3 +79,22 @@ def test_packages_must_be_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     check_packages(first)
     with pytest.raises(MissingPackageError, match=r"^not-there is missing on one rank, and 2\.0"):
         check_packages({**first, "not-there": "2.0"})
+
+
+def test_a_stage_goes_by_its_name() -> None:
+    """Their order in the document need not be that of their steps."""
+
+    def staged(seed: int) -> Changes:
+        steps = {"late": 3, "early": 1}
+        data = {"dataset": None, "seed": seed, "num_loading_workers": 1}
+        return {
+            "data_stages": [
+                {"name": name, "start_training_step": step, "data": data}
+                for name, step in steps.items()
+            ]
+        }
+
+    with pytest.raises(
+        ConfigError, match=r"data_stages\.early\.data\.seed is 1 on one rank, and 2"
+    ):
+        check_agreement(read(**staged(1)), what_ranks_share(read(**staged(2))))

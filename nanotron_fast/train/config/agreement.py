@@ -57,6 +57,8 @@ def what_ranks_share(config: TrainingConfig) -> dict[str, Any]:
     for stage in document["data_stages"]:
         if stage["data"]["dataset"] is not None:
             stage["data"]["dataset"] = _shared_of(stage["data"]["dataset"])
+    # By their names: the configuration has sorted them, and lost their indices.
+    document["data_stages"] = {stage["name"]: stage for stage in document["data_stages"]}
     found = {**dict(_values(document)), **dict(_values(config.ours()))}
     return {key: value for key, value in found.items() if not key.startswith(_OWN)}
 
