@@ -262,6 +262,7 @@ def _scalar(name: str, value: Tensor | None, device: torch.device) -> Tensor | N
         return None
     if value.numel() != 1:
         raise ValueError(f"adamw_step_: {name} {tuple(value.shape)} is not one number")
+    value = shards.whole(value)
     if value.device != device:
         capture.refuse_if_capturing(device, f"a step of AdamW whose {name} is on {value.device}")
     return value.to(device=device, dtype=torch.float32, non_blocking=True)
@@ -322,7 +323,7 @@ def adamw_step_(
         betas, eps, weight_decay: as torch has them; betas are below 1.
         copies: receive the new parameters, cast; the bf16 weights that the model computes with.
         grad_scale: gradients are divided by it. To clip without a pass of its own, give
-            ((norm + 1e-6) / max_norm).clamp(min=1).
+            ((norm + 1e-6) / max_norm).clamp(min=1), where norm may be torch's, a DTensor.
         found_inf: where it is not zero, nothing changes, the steps included.
         maximize: step along the gradient.
 

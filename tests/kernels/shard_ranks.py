@@ -95,6 +95,21 @@ def clip_to_the_norm_of_torch(mesh) -> None:
     check(ours, [grad / (expected + 1e-6) for grad in grads])
 
 
+def adamw_by_the_norm_of_torch(mesh) -> None:
+    """Whose gradients are clipped within the step."""
+    grads = whole(0)[:2]
+    params, ours, exp_avgs, exp_avg_sqs = (laid_out(whole(0), mesh)[:2] for _ in range(4))
+    for tensor in (*exp_avgs, *exp_avg_sqs):
+        tensor.zero_()
+    grad_scale = (torch.nn.utils.get_total_norm(ours) + 1e-6).clamp(min=1)
+    assert isinstance(grad_scale, DTensor)
+    adamw_step_(
+        *(params, ours, exp_avgs, exp_avg_sqs, torch.zeros(())), grad_scale=grad_scale, **OPTIONS
+    )
+    norm = torch.linalg.vector_norm(torch.cat([grad.flatten() for grad in grads]))
+    check(exp_avgs, [0.1 * grad / (norm + 1e-6) for grad in grads])
+
+
 def accumulate(mesh) -> None:
     mains, grads = whole(0), whole(1)
     ours = laid_out(mains, mesh)
@@ -148,6 +163,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
         for norm_type in (2.0, 3.0, math.inf):
             yield f"{path}, clip to {norm_type}", partial(clip, norm_type, mesh)
         yield f"{path}, torch's norm", partial(clip_to_the_norm_of_torch, mesh)
+        yield f"{path}, a step by torch's norm", partial(adamw_by_the_norm_of_torch, mesh)
         yield f"{path}, accumulate", partial(accumulate, mesh)
         yield f"{path}, refusals", partial(refusals, mesh)
         yield f"{path}, a class of its own", partial(of_a_class_of_its_own, mesh)
