@@ -9,10 +9,12 @@ A spec speaks layer by layer. Where all layers are alike, as in most models, its
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from nanotron_fast.errors import ConfigError
 from nanotron_fast.model.spread import Heads
 
 # Activations that Nanotron's ACT2FN knows (nanotron/nn/activations.py at 2411b022).
@@ -278,7 +280,7 @@ class ModelSpec:
         """How long a sequence the angles are made for.
 
         None where they follow its length, as with "dynamic" scaling, and where no layer turns
-        anything.
+        anything. Raises ConfigError where rope_scaling has no numbers.
         """
         stated = self.max_position_embeddings
         if self.rope_kind == "dynamic" or len(self.no_rope_layers) == self.num_layers:
@@ -286,9 +288,14 @@ class ModelSpec:
         if self.rope_kind not in ("linear", "yarn"):
             return stated
         # Stated is the length before they are stretched (Qwen3) or after (DeepSeek-V3).
-        scaling = self.rope_scaling or {}
-        original = scaling.get("original_max_position_embeddings") or stated
-        return max(stated, int(original * (scaling.get("factor") or 1)))
+        original = self._scaling_number("original_max_position_embeddings") or stated
+        return max(stated, int(original * (self._scaling_number("factor") or 1)))
+
+    def _scaling_number(self, key: str) -> float | None:
+        value = (self.rope_scaling or {}).get(key)
+        if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+            return value
+        raise ConfigError(f"rope_scaling.{key} is {value!r}, and should be a number")
 
     @property
     def keys_of_max_positions(self) -> str:

@@ -269,6 +269,13 @@ def test_sequences_are_as_long_as_the_models_frequencies_reach(
         read(tokens__sequence_length=room + 1, **scaled)
 
 
+@pytest.mark.parametrize("number", ["4", float("inf")])
+def test_a_scaling_without_a_number_is_named(number: Any) -> None:
+    scaling = {"rope_type": "linear", "factor": number}
+    with pytest.raises(ConfigError, match=rf"rope_scaling\.factor is '?{number}'?, and should be"):
+        read(model__model_config__rope_scaling=scaling)
+
+
 def max_positions_of(config: TrainingConfig) -> int | None:
     return architecture(config).architecture.spec.max_positions
 
