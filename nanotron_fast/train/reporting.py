@@ -30,13 +30,15 @@ def reporting(
 ) -> Iterator[Report]:
     """What to call after each step; on every rank but the first it does nothing.
 
+    Where no step is left no file is touched: such a run has no claim on the folder.
+
     Args:
         is_quiet: nothing is shown; the file and the trackers have it all the same.
         done: steps that were taken before.
 
     Raises OSError, CheckpointError where the metrics of an earlier run cannot be gone on with.
     """
-    if not is_first_rank:
+    if not is_first_rank or done == config.tokens.train_steps:
         yield lambda metrics: None
         return
     root = Path(config.checkpoints.checkpoints_path)

@@ -23,6 +23,7 @@ from nanotron_fast.train import claim as claiming
 from nanotron_fast.train import run as running
 from nanotron_fast.train import trainer
 from nanotron_fast.train.claim import LOCK, claim
+from nanotron_fast.train.metrics import read_metrics
 from tests.train.runs import train
 
 RESUME = "checkpoints__resume_checkpoint_path"
@@ -97,6 +98,23 @@ def test_a_run_that_this_one_goes_on_from_may_live_and_save(
 
     monkeypatch.setattr(trainer, "claim_room", claiming)
     assert train(tmp_path / "new", tokens__train_steps=3, **{RESUME: str(old)}).step == 3
+
+
+def test_a_run_that_has_no_step_to_take_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no claim, so another may be writing."""
+    inner = running.Run._step
+
+    def stepping(run: Any, number: int, batch: Any) -> Any:
+        if number == 4:
+            run.saver.finished()
+            assert train(tmp_path, tokens__train_steps=2, **{RESUME: str(tmp_path)}).step == 2
+        return inner(run, number, batch)
+
+    monkeypatch.setattr(running.Run, "_step", stepping)
+    train(tmp_path, tokens__train_steps=5, checkpoints__checkpoint_interval=2)
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
 
 
 def test_a_run_that_was_killed_here_keeps_nobody_out(
