@@ -83,7 +83,6 @@ class Trainer:
                 not do; TrainingError: the loss is no number any more. PeerFailed: on another rank,
                 which raises the reason. OSError: a file cannot be read or written.
         """
-        check_world_size(self.config, num_processes())
         is_ours = join(self._device)
         everyone = TorchProcesses() if num_processes() > 1 else Processes()
         try:
@@ -91,6 +90,7 @@ class Trainer:
             with everyone.step():
                 check_packages(first[0])
                 check_agreement(self.config, first[1])
+                check_world_size(self.config, num_processes())
             with ExitStack() as stack:
                 run = _prepared(self, everyone, stack)
                 # Until here there is nothing that could be saved, and signals end the process.

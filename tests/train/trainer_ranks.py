@@ -228,6 +228,7 @@ def configurations_that_differ_are_refused(root: Path) -> None:
     for own, told in (
         ((DP, TP), "optimizer.zero_stage is 0 on one rank, and 1 on the first"),
         (({**DP}, {**DP, "general__seed": 7}), "general.seed is 7 on one rank, and 42 on the"),
+        ((DP, {**DP, "parallelism__dp": 1}), "parallelism.dp is 1 on one rank, and 2 on the"),
     ):
         error = PeerFailed if dist.get_rank() == 0 else ConfigError
         with pytest.raises(error, match=told):
