@@ -53,6 +53,10 @@ def test_files_folders_and_globs_are_read(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     assert rows("~/d/b.parquet") == TEXTS[0::3]
     assert sorted(rows("~/d")) == sorted(TEXTS)
+    # As the Hub's cache has them, whose folders are full of links.
+    (tmp_path / "d" / "e.parquet").symlink_to(save(tmp_path / "elsewhere.parquet", ["linked"]))
+    assert sorted(rows("~/d")) == sorted([*TEXTS, "linked"])
+    (tmp_path / "d" / "e.parquet").unlink()
     # A folder with the name of a format is a folder.
     (tmp_path / "csv").mkdir()
     os.rename(tmp_path / "d" / "b.parquet", tmp_path / "csv" / "b.parquet")
