@@ -109,8 +109,8 @@ gpu: ## everything worth knowing of a GPU in 580 seconds, most valuable first (D
 gpu-again: ## what failed or was left out in the last `make gpu`, and ncu over PROFILE=rms_norm,glu
 	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE))
 
-# OUT is the file that is written. It goes into kernels/measured/, under the architecture's name, for
-# everybody to have.
+# OUT is the file that is written, or a folder for tuned.json. It goes into kernels/measured/, under
+# the architecture's name, for everybody to have.
 tune: ## time configurations of the kernels beside their rules in 580 seconds, and keep what is faster
 	$(PYTHON) benchmarks/sweep.py $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry) \
 	  $(if $(BUDGET),--budget $(BUDGET)) $(if $(ONLY),--only $(ONLY))

@@ -46,6 +46,8 @@ SWEPT: dict[str, tuple[str, str, str]] = {
     "rope_normed_backward": ("rope_normed", "backward", "ours"),
     "pack": ("pack", "forward", "ours"),
 }
+# What the file is called in a folder.
+NAME = "tuned.json"
 _SECONDS = 120.0
 # No kernel of its own is compiled for it.
 _WITHOUT_PRECOMPILING = ("attention_order", "linear_cross_entropy")
@@ -57,7 +59,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--only", default="", help="operations, between commas")
     parser.add_argument("--budget", type=float, default=580.0, help="seconds for all of it")
-    parser.add_argument("--out", type=Path, help="the file of measured entries to write")
+    parser.add_argument("--out", type=Path, help=f"the file to write, or a folder for {NAME}")
     parser.add_argument("--dry", action="store_true", help="on the CPU, tiny, kernels interpreted")
     return parser.parse_args()
 
@@ -164,7 +166,9 @@ def main() -> int:
     options = _options()
     if not (options.dry or list(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi")):
         raise SystemExit("sweep.py: no NVIDIA GPU here; --dry runs all of it on the CPU")
-    out = options.out or BUILD / ("tuned-dry.json" if options.dry else "tuned.json")
+    out = options.out or BUILD / ("tuned-dry.json" if options.dry else NAME)
+    if out.is_dir():  # OUT is one for `make gpu`, also where the environment has it
+        out /= NAME
     if out.suffix == ".jsonl":
         raise SystemExit(f"sweep.py: --out {out}: that is where the rows go; name a .json")
     chosen = phases(words(options.only), dry=options.dry, cpus=os.cpu_count() or 1)

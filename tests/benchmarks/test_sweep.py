@@ -56,6 +56,22 @@ def test_rows_and_entries_are_two_files(tmp_path: Path, monkeypatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_is_where_the_file_goes(tmp_path: Path, monkeypatch) -> None:
+    class Found(Exception):
+        pass
+
+    def sweep_file(out: Path, *, dry: bool) -> None:
+        raise Found(out)
+
+    monkeypatch.setattr(sweep, "SweepFile", sweep_file)
+    monkeypatch.setattr(sweep, "end_with_make", lambda: None)
+    for given, expected in ((tmp_path, tmp_path / "tuned.json"), (tmp_path / "x", tmp_path / "x")):
+        monkeypatch.setattr(sys, "argv", ["sweep.py", "--dry", "--out", str(given)])
+        with pytest.raises(Found) as found:
+            sweep.main()
+        assert found.value.args == (expected,)
+
+
 def test_the_sweeper_imports_neither_torch_nor_triton() -> None:
     code = (
         f"import sys; sys.path.append({str(ROOT)!r}); import benchmarks.gpu.sweep\n"
