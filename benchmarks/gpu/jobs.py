@@ -70,7 +70,12 @@ RATIO_CASES = {
     "attention_block": (2, 2),
 }
 # Those that are timed beside torch and nothing else.
-_WITHOUT_OTHERS = ("adamw", "accumulate", "clip", "pack")
+_WITHOUT_OTHERS = ("adamw", "accumulate", "clip", "column_linear", "row_linear")
+# Those that are timed beside what torch.compile makes of the same.
+_COMPILED = (
+    *("rms_norm", "glu", "rope_qkv", "rope_apart", "rope_normed", "cross_entropy"),
+    *("linear_cross_entropy", "embedding", "mlp_block", "attention_block"),
+)
 MODELS = ("1.1B", "3B")
 
 CHECK_SECONDS = 20.0
@@ -120,6 +125,8 @@ class Phase:
     jobs: tuple[Job, ...]
     workers: int
     until: float = 1.0
+    # What was tuned by the clock before, while other jobs had the GPU too, is tuned anew.
+    tunes_anew: bool = False
 
 
 def variant_of(operation: str, variant: str) -> str:
@@ -180,6 +187,13 @@ def precompilation() -> Iterator[Job]:
                 )
 
 
+def inductions() -> Iterator[Job]:
+    """What torch.compile makes for the timings, of several at a time: each takes it ten seconds."""
+    for name in _COMPILED:
+        target, limit = "ratios:precompile", PRECOMPILE_SECONDS
+        yield Job("machine", name, "by torch.compile", target, limit=limit)
+
+
 def native_builds(dry: bool) -> Iterator[Job]:
     command = (sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
     common = {"kind": "machine", "command": command, "limit": BUILD_SECONDS, "says_when_done": True}
@@ -204,7 +218,8 @@ def timings(dry: bool) -> Iterator[Job]:
     """Ours and torch in the first case of every operation, then all else in it, then the rest."""
 
     def job(operation: str, variant: str) -> Job:
-        after = "native build" if operation == "pack" else ""
+        build = "native build" if dry else "native build with CUDA"
+        after = build if operation == "pack" else ""
         return Job("ratio", operation, variant, "ratios:run", limit=RATIO_SECONDS, after=after)
 
     yield from (job(operation, "ours") for operation in OPERATIONS)
@@ -216,10 +231,10 @@ def timings(dry: bool) -> Iterator[Job]:
 
 def phases(dry: bool, cpus: int) -> list[Phase]:
     """All of it, the most valuable facts first."""
-    several = min(2, cpus) if dry else 4
+    several = min(2, cpus) if dry else min(8, max(4, cpus // 2))
     machine = [Job("machine", "versions", target="machine:versions")]
     machine += [Job("machine", "ceilings", target="machine:ceilings", limit=60.0)]
-    compiling = () if dry else tuple(precompilation())
+    compiling = () if dry else (*precompilation(), *inductions())
     steps = [
         Job("step", model, side, target="step:run", limit=STEP_SECONDS)
         for model in MODELS
@@ -230,7 +245,7 @@ def phases(dry: bool, cpus: int) -> list[Phase]:
         Phase("machine", tuple(machine), 1),
         Phase("precompile", compiling, min(12, cpus), 0.25),
         Phase("check", tuple(correctness(dry)), several, 0.5),
-        Phase("ratio", tuple(timings(dry)), one, 0.7),
+        Phase("ratio", tuple(timings(dry)), one, 0.7, tunes_anew=True),
         Phase("step", tuple(steps), one, 0.85),
         Phase("test", (suite(dry, 1 if dry else min(8, cpus)),), 1),
     ]

@@ -7,6 +7,7 @@ import ctypes
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.gpu import jobs
@@ -61,7 +62,7 @@ def selected(phases: list[Phase], only: list[str], names: list[str]) -> list[Pha
         kept = phase.jobs
         if only:
             kept = tuple(j for j in kept if phase.name == "machine" or j.operation in only)
-        chosen.append(Phase(phase.name, kept, phase.workers, phase.until))
+        chosen.append(replace(phase, jobs=kept))
     return chosen
 
 
@@ -93,7 +94,7 @@ def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
             command = (*(word for word in whole.command if not word.startswith("tests/")), *tests)
             first = Job("test", whole.operation, "that failed", command=command, limit=whole.limit)
             kept = (first, *kept)
-        chosen.append(Phase(phase.name, kept, phase.workers, phase.until))
+        chosen.append(replace(phase, jobs=kept))
     return chosen
 
 

@@ -115,13 +115,14 @@ def _is_chosen(name: str, case: Case, chosen: str) -> bool:
         return True
     names = [*case.variants, *case.absent]
     ours = next((each for each in names if each.startswith("ours")), "")
-    return (name in (names[0], ours)) == (chosen == "ours")
+    return (name in (names[0], ours, *case.unlike)) == (chosen == "ours")
 
 
 def rows_of(case: Case, context: Context, chosen: str = "") -> Iterator[Row]:
     """A row for each variant and phase, or one that says why it has none.
 
-    `chosen` is "ours" for the reference and the first of ours, "others" for all that this leaves.
+    `chosen` is "ours" for the reference, the first of ours and what only stands for comparison,
+    "others" for all that this leaves.
     """
     about: Row = {"kind": "ratio", "operation": case.operation, "shape": case.shape}
     expected = expected_of(case)
@@ -135,7 +136,7 @@ def rows_of(case: Case, context: Context, chosen: str = "") -> Iterator[Row]:
         try:
             with counted() as kernels:
                 error = 0.0 if name in case.unlike else disagreement(case, name, expected)
-            row["path"] = "triton" if kernels else "torch"
+            row["path"] = "triton" if kernels else case.paths.get(name, "torch")
             if not error <= case.tolerance:
                 wrong = f"off by {error:.3g} of the norm, allowed {case.tolerance:.3g}: not timed"
                 yield row | {"ok": False, "error": wrong}
@@ -161,6 +162,15 @@ def rows_of(case: Case, context: Context, chosen: str = "") -> Iterator[Row]:
     for name, reason in case.absent.items():
         if _is_chosen(name, case, chosen):
             yield about | {"variant": name, "ok": None, "note": reason}
+
+
+def precompile(operation: str, variant: str, context: Context) -> None:
+    """What torch.compile makes of the cases, into Inductor's cache, where the timings find it."""
+    from benchmarks.gpu.cases.registry import cases_of
+
+    for case in cases_of(operation, Setting.of(context)):
+        for name in filter("torch.compile".__eq__, case.variants):
+            with_gradients(case.variants[name], case.tensors())
 
 
 def run(operation: str, variant: str, context: Context) -> None:

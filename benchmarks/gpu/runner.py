@@ -58,6 +58,13 @@ def why_no_build() -> str:
     return f"there is no {', no '.join(missing)}" if missing else ""
 
 
+def forget_times(cache: Path) -> None:
+    """Removes what Triton's tuner and Inductor's have timed; what they compiled stays."""
+    for name in ("triton/*/*.autotune.json", "inductor/*/*.best_config"):
+        for path in cache.glob(name):
+            path.unlink()
+
+
 class Runner:
     """One run. Rows go to `out`; processes and their logs live in `scratch`."""
 
@@ -73,7 +80,7 @@ class Runner:
     ) -> None:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
-        self.rows, self.dry, self.budget = rows, dry, budget
+        self.rows, self.dry, self.budget, self.cache = rows, dry, budget, cache
         self.limit = float("inf") if limit is None else limit
         self.started = time.monotonic()
         self.ceilings: dict[str, float] = {}
@@ -148,6 +155,8 @@ class Runner:
         told = [job.name for job in self.not_begun if not job.target.endswith(":precompile")]
         self.add({"kind": "machine", "operation": "planned", "ok": True, "jobs": told})
         for phase in phases:
+            if phase.tunes_anew:
+                forget_times(self.cache)
             self._run_phase(phase, waiting)
         if self._postponed:  # nothing else is left to do meanwhile
             self._run_phase(Phase("postponed", tuple(self._postponed), 4), waiting, is_last=True)

@@ -89,7 +89,7 @@ def phases(only: list[str], *, dry: bool, cpus: int) -> list[Phase]:
             min(12, cpus),
             0.3,
         ),
-        Phase("tune", tuple(job(name, "run", _SECONDS) for name in names), 1),
+        Phase("tune", tuple(job(name, "run", _SECONDS) for name in names), 1, tunes_anew=True),
     ]
 
 

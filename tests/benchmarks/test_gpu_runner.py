@@ -66,6 +66,18 @@ def test_a_job_that_the_budget_ends_is_left_out_and_no_failure(runner: Runner) -
     assert runner.rows.rows[-1]["jobs"] == runner.left_out
 
 
+def test_what_was_timed_beside_others_is_timed_anew(runner: Runner, tmp_path: Path) -> None:
+    kept = [tmp_path / "triton" / "A" / "kernel.cubin", tmp_path / "inductor" / "ab" / "cab.py"]
+    timed = [kept[0].with_name("kernel.autotune.json"), kept[1].with_name("c.best_config")]
+    for path in (*kept, *timed):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    runner.run([Phase("first", (_sleep("a", 0),), 1)])
+    assert all(path.exists() for path in (*kept, *timed))
+    runner.run([Phase("second", (_sleep("b", 0),), 1, tunes_anew=True)])
+    assert [path.exists() for path in (*kept, *timed)] == [True, True, False, False]
+
+
 def test_what_had_not_begun_when_a_run_was_cut_off_is_named(runner: Runner) -> None:
     runner.not_begun = [_sleep("a", 0), _sleep("b", 0)]
     runner.close("SIGTERM after 1 s")

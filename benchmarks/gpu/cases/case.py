@@ -84,9 +84,11 @@ class Case:
     tolerance: float = 2e-2
     # Forward and backward are timed as one where backward may run once only.
     is_joint: bool = False
-    # Variants that compute something else, timed for comparison.
+    # Variants that compute something else, timed for comparison, beside the first of ours.
     unlike: tuple[str, ...] = ()
     absent: dict[str, str] = field(default_factory=dict)
+    # What a variant runs on where that is neither a kernel in Triton nor plain torch.
+    paths: dict[str, str] = field(default_factory=dict)
 
     def add_peer(self, name: str, module: str, attribute: str, call: Callable[..., Any]) -> Case:
         """`call(function, *tensors)` as a variant, or a note where the function is not there."""

@@ -1,15 +1,32 @@
-"""The packer: bytes that go where they belong."""
+"""The packers: bytes that go where they belong."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.gpu.cases.case import Case, Setting
-from nanotron_fast.kernels.pack import pack_qkv, shard
+from nanotron_fast.kernels.pack import explain, pack_qkv, shard
+from nanotron_fast.kernels.runtime.backend import ENVIRONMENT_VARIABLE
+
+
+def _in_triton(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same by the packer in Triton, also where there is the one in CUDA."""
+
+    def call(*tensors: Tensor) -> Any:
+        asked = os.environ.get(ENVIRONMENT_VARIABLE, "")
+        os.environ[ENVIRONMENT_VARIABLE] = "triton"
+        try:
+            return function(*tensors)
+        finally:
+            os.environ[ENVIRONMENT_VARIABLE] = asked
+
+    return call
 
 
 def pack_cases(setting: Setting) -> Iterator[Case]:
@@ -48,8 +65,15 @@ def pack_cases(setting: Setting) -> Iterator[Case]:
             tolerance=0.0,
         ),
     ]
+    path, why = explain(setting.device)
     for case in cases:
+        case.paths["ours"] = path
+        if setting.size in ("real", "swept"):
+            case.variants["ours, Triton"] = _in_triton(case.variants["ours"])
+        if path != "cuda":
+            case.absent["the packer in CUDA"] = f"ours is in {path}: {why}"
         if find_spec("nanotron_fast._C") is None:
-            del case.variants["ours"]
-            case.absent["ours"] = "nanotron_fast._C is not built, which checks the table of moves"
+            for name in [name for name in case.variants if name.startswith("ours")]:
+                del case.variants[name]
+                case.absent[name] = "nanotron_fast._C is not built, which checks the table of moves"
         yield case

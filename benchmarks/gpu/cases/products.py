@@ -19,6 +19,24 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.transpose(1, 2)
 
 
+def _add_backends(case: Case, setting: Setting, head_dim: int) -> Case:
+    """Each library by its name, or why it is none here: "auto" is to be the fastest of them."""
+    from nanotron_fast.kernels.attention import attention, explain
+    from nanotron_fast.kernels.attention.choice import PREFERENCE
+
+    facts = {"dtype": setting.product_dtype, "head_dim": head_dim}
+    case.paths["ours, auto"] = explain(setting.device, **facts)[0]
+    for name in PREFERENCE[: PREFERENCE.index("triton")]:
+        try:
+            explain(setting.device, **facts, backend=name)
+        except ValueError as error:
+            case.absent[name] = str(error)
+            continue
+        case.variants[name] = partial(attention, backend=name)
+        case.paths[name] = name
+    return case
+
+
 def attention_cases(setting: Setting) -> Iterator[Case]:
     from nanotron_fast.kernels.attention import attention
 
@@ -38,7 +56,7 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
         }
         if setting.size in ("tiny", "cpu"):  # no kernel runs on a CPU, or "auto" is it already
             del variants["ours, Triton"]
-        yield Case(
+        case = Case(
             "attention",
             f"causal, {batch}x{seq}, {q_heads}/{kv_heads} heads of {head_dim}",
             tensors,
@@ -46,6 +64,7 @@ def attention_cases(setting: Setting) -> Iterator[Case]:
             flops_forward=flops,
             flops_backward=5 * flops // 2,
         )
+        yield _add_backends(case, setting, head_dim)
 
 
 def _linear_cases(setting: Setting, operation: str) -> Iterator[Case]:
