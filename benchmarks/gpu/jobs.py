@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 
+from benchmarks.training.variants import ANCHOR, COMPILED, LIGER, OURS, ROW_SECONDS
+
 # Operation -> the module of benchmarks.gpu.checks that has it, and its variants. The first of them
 # is what graph capture and torch.compile are tried on too.
 CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -77,6 +79,9 @@ _COMPILED = (
     *("linear_cross_entropy", "embedding", "mlp_block", "attention_block"),
 )
 MODELS = ("1.1B", "3B")
+# Of benchmarks/training: what is timed there is timed here side by side, the compiled last.
+_SETTINGS = ("1B, 4k tokens", "3B, 4k tokens")
+_SIDES = (ANCHOR, OURS, LIGER)
 
 CHECK_SECONDS = 20.0
 # Inductor's first code in a process alone can take as long as a whole check.
@@ -237,15 +242,19 @@ def phases(dry: bool, cpus: int) -> list[Phase]:
     compiling = () if dry else (*precompilation(), *inductions())
     steps = [
         Job("step", model, side, target="step:run", limit=STEP_SECONDS)
-        for model in MODELS
         for side in ("ours", "torch")
+        for model in MODELS
     ]
+    pairs = [(setting, side) for setting in _SETTINGS for side in _SIDES]
+    pairs += [(setting, COMPILED) for setting in _SETTINGS]
+    beside = [Job("step", *pair, target="beside:run", limit=ROW_SECONDS) for pair in pairs]
     one = several if dry else 1  # side by side they would share the GPU, and time each other
     return [
         Phase("machine", tuple(machine), 1),
         Phase("precompile", compiling, min(12, cpus), 0.25),
         Phase("check", tuple(correctness(dry)), several, 0.5),
-        Phase("ratio", tuple(timings(dry)), one, 0.7, tunes_anew=True),
-        Phase("step", tuple(steps), one, 0.85),
+        Phase("ratio", tuple(timings(dry)), one, 0.64, tunes_anew=True),
+        Phase("step", tuple(steps), one, 0.78),
+        Phase("beside", tuple(beside), one, 0.9),
         Phase("test", (suite(dry, 1 if dry else min(8, cpus)),), 1),
     ]

@@ -18,6 +18,7 @@ from benchmarks.gpu.jobs import Job, Phase
 from benchmarks.gpu.pool import Pool, Running
 from benchmarks.gpu.rows import Row, RowFile
 from benchmarks.gpu.table import line, table
+from benchmarks.training.variants import ANCHOR, checked
 
 # Kept for what must be killed and said at the end.
 _LAST_SECONDS = 5.0
@@ -84,6 +85,7 @@ class Runner:
         self.limit = float("inf") if limit is None else limit
         self.started = time.monotonic()
         self.ceilings: dict[str, float] = {}
+        self._anchors: dict[str, Row] = {}
         self.left_out: list[str] = []
         # What has not begun yet, in order; and of it what waits for a job in the background.
         self.not_begun: list[Job] = []
@@ -103,9 +105,17 @@ class Runner:
     def add(self, row: Row) -> None:
         if row["operation"] == "ceilings" and row.get("ok"):
             self.ceilings = {name: row[name] for name in ("copy_gb_per_s", "matmul_tflop_per_s")}
+        if row["kind"] == "step":
+            row = self._held_to_anchor(row)
         self.rows.append(row)
         if row["ok"] is False or row["operation"] == "phase":
             print(line(row), flush=True)  # the table comes at the end, if the run gets there
+
+    def _held_to_anchor(self, row: Row) -> Row:
+        """The row of a step, or a failure where its first one is not transformers'."""
+        if row["variant"] == ANCHOR:
+            self._anchors[row["operation"]] = row
+        return {"job": row["job"]} | checked(row, self._anchors.get(row["operation"], {}))
 
     def _start(self, job: Job) -> None:
         context = asdict(Context(dry=self.dry, ceilings=self.ceilings))

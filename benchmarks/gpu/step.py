@@ -1,4 +1,7 @@
-"""A whole training step of a Llama: tokens a second, MFU, CPU time, top kernels, peak memory."""
+"""A whole training step of a Llama: tokens a second, MFU, CPU time, top kernels, peak memory.
+
+`mfu` is the share of the vendor's peak, `mfu_of_ceiling` that of the product measured here.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from benchmarks.gpu.context import Context
 from benchmarks.gpu.decoder import SHAPES, Shape, Trainer, narrow, tiny
 from benchmarks.gpu.launches import counted
 from benchmarks.gpu.rows import Row, emit
+from nanotron_fast.train.devices import peak_flops
 
 _TOP = 12
 _NAME_CHARACTERS = 90
@@ -84,6 +88,9 @@ def run(operation: str, variant: str, context: Context) -> None:
         "first_loss": round(losses[0], 4),
         "last_loss": round(losses[-1], 4),
     }
+    peak = None if context.dry else peak_flops(torch.cuda.get_device_name(), "bfloat16")
+    if peak:
+        row["mfu"] = round(shape.flops / seconds / peak, 4)
     ceiling = context.ceilings.get("matmul_tflop_per_s", 0.0)
     if ceiling:
         row["mfu_of_ceiling"] = round(rate / ceiling, 4)

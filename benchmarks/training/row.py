@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from benchmarks.training.sides import (
     transformers_model,
     transformers_step,
 )
-from benchmarks.training.variants import NEEDS
+from benchmarks.training.variants import lacking
 
 _WARMUP, _STEPS = 3, 10
 # Takes a number, gives the loss and, where the side says it, the norm of the gradient.
@@ -131,9 +130,9 @@ def row(setting: str, variant: str, *, dry: bool) -> Row:
     shape = tiny(SETTINGS[setting]) if dry else SETTINGS[setting]
     about: Row = {"kind": "step", "operation": setting, "variant": variant}
     about |= {"parameters_m": round(shape.parameters / 1e6, 3), "tokens": shape.tokens}
-    missing = NEEDS.get(variant, "")
-    if missing and find_spec(missing) is None:
-        return about | {"ok": None, "note": f"{missing} is not installed"}
+    note = lacking(variant)
+    if note:
+        return about | {"ok": None, "note": note}
     with ExitStack() as stack:
         try:
             found = _measured(shape, _step(variant, shape, context, stack), context)

@@ -7,22 +7,31 @@ import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 ANCHOR, OURS = "transformers, SDPA", "ours"
-# A variant and the package that it needs. Nanotron's are its own trainer's step.
-NEEDS: Mapping[str, str] = {
-    ANCHOR: "",
-    OURS: "",
-    "transformers, Liger": "liger_kernel",
-    "transformers, torch.compile": "",
-    "Nanotron": "nanotron",
-    "Nanotron, drop-in": "nanotron",
+LIGER, COMPILED = "transformers, Liger", "transformers, torch.compile"
+# A variant and the packages that it needs. Ours takes its weights from transformers' model.
+# Nanotron's are its own trainer's step.
+NEEDS: Mapping[str, tuple[str, ...]] = {
+    ANCHOR: ("transformers",),
+    OURS: ("transformers",),
+    LIGER: ("transformers", "liger_kernel"),
+    COMPILED: ("transformers",),
+    "Nanotron": ("nanotron",),
+    "Nanotron, drop-in": ("nanotron",),
 }
 ROW_SECONDS = 120.0
 # In bf16, of weights that are the same (of Nanotron: of the same spread).
 _LOSS_TOLERANCE, _NORM_TOLERANCE = 0.02, 0.05
 Row = dict[str, Any]
+
+
+def lacking(variant: str) -> str:
+    """A note of what a variant needs and is not here; empty where nothing is missing."""
+    missing = [name for name in NEEDS[variant] if find_spec(name) is None]
+    return f"{missing[0]} is not installed" if missing else ""
 
 
 def selected(settings: Sequence[str], words: Sequence[str]) -> list[tuple[str, str]]:

@@ -11,7 +11,9 @@ import pytest
 
 from benchmarks.gpu import jobs
 from benchmarks.gpu.main import again, copies_of, selected
-from benchmarks.gpu.rows import RowFile, Tail, read_rows, set_aside
+from benchmarks.gpu.rows import ROWS_VARIABLE, RowFile, Tail, read_rows, set_aside
+from benchmarks.training.shapes import SETTINGS
+from benchmarks.training.variants import NEEDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -68,6 +70,33 @@ def test_every_operation_has_checks_and_a_time() -> None:
         assert len({job.operation for job in cases[:4]}) == 4
         every = [job.name for chosen in of_phase.values() for job in chosen]
         assert len(set(every)) == len(every)
+
+
+def test_a_step_of_ours_is_timed_beside_what_users_have() -> None:
+    (beside,) = [phase for phase in jobs.phases(False, 16) if phase.name == "beside"]
+    names = [job.name for job in beside.jobs]
+    assert names[:3] == [
+        f"step 1B, 4k tokens {side}"
+        for side in ("transformers, SDPA", "ours", "transformers, Liger")
+    ]
+    assert {job.operation for job in beside.jobs} <= set(SETTINGS)
+    assert {job.variant for job in beside.jobs} == {
+        name for name, packages in NEEDS.items() if packages[0] == "transformers"
+    }
+    assert beside.workers == 1
+
+
+def test_what_a_side_lacks_is_said_before_it_is_imported(tmp_path: Path, monkeypatch) -> None:
+    from benchmarks.gpu import beside
+    from benchmarks.gpu.context import Context
+    from benchmarks.training import variants
+
+    monkeypatch.setattr(variants, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "benchmarks.training.row", None)
+    monkeypatch.setenv(ROWS_VARIABLE, str(tmp_path / "rows"))
+    beside.run("1B, 4k tokens", "ours", Context(dry=True))
+    (row,) = read_rows(tmp_path / "rows")
+    assert (row["ok"], row["note"]) == (None, "transformers is not installed")
 
 
 def test_only_what_can_be_captured_waits_for_the_build_with_cuda() -> None:

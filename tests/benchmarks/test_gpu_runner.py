@@ -15,6 +15,7 @@ from benchmarks.gpu import server
 from benchmarks.gpu.jobs import Job, Phase
 from benchmarks.gpu.rows import RowFile
 from benchmarks.gpu.runner import Runner
+from benchmarks.training.variants import ANCHOR
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -76,6 +77,24 @@ def test_what_was_timed_beside_others_is_timed_anew(runner: Runner, tmp_path: Pa
     assert all(path.exists() for path in (*kept, *timed))
     runner.run([Phase("second", (_sleep("b", 0),), 1, tunes_anew=True)])
     assert [path.exists() for path in (*kept, *timed)] == [True, True, False, False]
+
+
+def test_a_step_that_is_not_transformers_has_no_time(runner: Runner) -> None:
+    about = {"kind": "step", "operation": "1B", "ok": True, "first_loss": 9.0, "first_norm": 2.0}
+    timed = [
+        about | {"variant": "ours", "first_loss": 9.5, "p50_ms": 0.5},  # nothing to hold it to yet
+        about | {"variant": ANCHOR, "p50_ms": 2.0},
+        about | {"variant": "ours", "p50_ms": 1.0},
+        about | {"variant": "Liger", "first_norm": 2.5, "p50_ms": 1.0},
+        about | {"variant": "ours", "operation": "3B", "first_loss": 9.5, "p50_ms": 3.0},
+        {"kind": "step", "operation": "1B", "variant": "ours", "ok": False, "error": "killed"},
+    ]
+    for row in timed:
+        runner.add(row | {"job": "step"})
+    found = [row.get("p50_ms", row.get("error")) for row in runner.rows.rows]
+    assert found == [0.5, 2.0, 1.0, found[3], 3.0, "killed"]
+    assert found[3].startswith("first_norm 2.5, transformers has 2: ")
+    assert all(row["job"] == "step" for row in runner.rows.rows)
 
 
 def test_what_had_not_begun_when_a_run_was_cut_off_is_named(runner: Runner) -> None:
