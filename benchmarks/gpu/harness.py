@@ -1,4 +1,4 @@
-"""How an operation is held to its reference: at once, in a captured graph, under torch.compile.
+"""How an operation is held to its reference: at once, in a graph, under torch.compile, and twice.
 
 The reference is computed in fp64 (or fp32 where that takes too much memory) from the same inputs;
 `agreement` says how near each result must come to it. NaN never passes.
@@ -145,7 +145,20 @@ def compiled(check: Check, context: Context) -> Row:
     return compare(check, with_gradients(function, check.inputs))
 
 
-_WAYS = {"captured": captured, "compiled": compiled}
+def repeated(check: Check, context: Context) -> Row:
+    """Twice the same bits, where torch's algorithms are to be deterministic."""
+    runs = []
+    for _ in range(2):
+        poison(context.device)
+        runs.append([t.detach().clone() for t in with_gradients(check.ours, check.inputs)])
+    pairs = enumerate(zip(*runs, strict=True))
+    places = [place for place, (first, second) in pairs if not torch.equal(first, second)]
+    if places:
+        return {"ok": False, "error": f"results {places} of two runs are not the same bits"}
+    return compare(check, runs[0])
+
+
+_WAYS = {"captured": captured, "compiled": compiled, "deterministic": repeated}
 
 
 def _build(operation: str, variant: str, context: Context) -> Check:
@@ -160,7 +173,10 @@ def row_of(operation: str, variant: str, context: Context) -> Row:
     """Runs one check."""
     started = time.perf_counter()
     row: Row = {"kind": "check", "operation": operation, "variant": variant, "path": "torch"}
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
     try:
+        if variant == "deterministic":  # before the choice of a library
+            torch.use_deterministic_algorithms(True)
         built = _build(operation, variant, context)
         why_not = {"captured": built.not_captured, "compiled": built.not_compiled}.get(variant)
         if why_not:
@@ -173,6 +189,8 @@ def row_of(operation: str, variant: str, context: Context) -> Row:
             row |= {"ok": False, "error": "no kernel of ours was launched"}
     except LeftOut as reason:
         row |= {"ok": None, "note": str(reason)}
+    finally:
+        torch.use_deterministic_algorithms(was_deterministic)
     return row | {"seconds": round(time.perf_counter() - started, 3)}
 
 

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from benchmarks.training.variants import ANCHOR, COMPILED, LIGER, OURS, ROW_SECONDS
 
 # Operation -> the module of benchmarks.gpu.checks that has it, and its variants. The first of them
-# is what graph capture and torch.compile are tried on too.
+# is what the ways of `WAYS` are tried on.
 CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "rms_norm": (
         "norms",
@@ -54,8 +54,13 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "attention_block": ("blocks", ("fused", "unfused", "main_grad", "documents", "a group of one")),
 }
 OPERATIONS = tuple(CHECKS)
-# Of which variant a graph or compiled code is made, where that is not the first.
-_WAYS = {("pack", "captured"): "cuda qkv"}
+# How a variant is tried beside its own check, and how many seconds that may take: Inductor's first
+# code in a process alone can take as long as a whole check.
+WAYS = {"captured": 20.0, "compiled": 40.0, "deterministic": 20.0}
+# Of which variant, where that is not the first.
+_WAYS = {("pack", "captured"): "cuda qkv", ("attention", "deterministic"): "auto dense"}
+# Without it torch refuses cuBLAS's products where its algorithms are to be deterministic.
+_DETERMINISTIC = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)
 # How many cases each operation is timed in, where that is more than one: on a GPU, and dry.
 RATIO_CASES = {
     "rms_norm": (6, 2),
@@ -84,13 +89,12 @@ _SETTINGS = ("1B, 4k tokens", "3B, 4k tokens")
 _SIDES = (ANCHOR, OURS, LIGER)
 
 CHECK_SECONDS = 20.0
-# Inductor's first code in a process alone can take as long as a whole check.
-COMPILE_SECONDS = 40.0
 PRECOMPILE_SECONDS = 60.0
 RATIO_SECONDS = 45.0
 STEP_SECONDS = 75.0
 BUILD_SECONDS = 500.0
-TEST_SECONDS = 30.0
+# A run of training compiles twenty kernels before its first step.
+TEST_SECONDS = 60.0
 # What launches kernels that have many configurations: dealt out to so many processes.
 _SHARDS = {
     "triton dense": 4,
@@ -135,8 +139,8 @@ class Phase:
 
 
 def variant_of(operation: str, variant: str) -> str:
-    """The variant that a check builds: of "captured" and "compiled", what is treated so."""
-    if variant in ("captured", "compiled"):
+    """The variant that a check builds: of a way, what is treated so."""
+    if variant in WAYS:
         return _WAYS.get((operation, variant), CHECKS[operation][1][0])
     return variant
 
@@ -163,9 +167,10 @@ def correctness(dry: bool) -> Iterator[Job]:
                 continue
             job = Job("check", operation, variant, target, after=needs(variant))
             plain.append((place, job))
-        for place, (way, limit) in enumerate((("captured", 20.0), ("compiled", COMPILE_SECONDS))):
+        for place, (way, limit) in enumerate(WAYS.items()):
             if not (dry and way == "captured"):
-                how = Job("check", operation, way, target, limit=limit, after=needs(way))
+                environment = _DETERMINISTIC if way == "deterministic" else ()
+                how = Job("check", operation, way, target, (), environment, limit, needs(way))
                 extra.append((place, how))
     yield from _later(plain)
     yield from _later(extra)

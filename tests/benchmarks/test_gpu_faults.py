@@ -144,6 +144,29 @@ def test_the_softmax_of_a_whole_vocabulary_shows_beside_the_targets() -> None:
     assert "of its elements" in excess(wrong, gradient(1.0).double(), loose)[2]
 
 
+def test_bits_that_change_from_run_to_run_are_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which the tolerances let pass; and torch's algorithms are left as they were."""
+    from benchmarks.gpu.checks.norms import BUILDERS
+    from benchmarks.gpu.harness import Check
+
+    calls = itertools.count()
+    asked = []
+
+    def changing(x: torch.Tensor) -> torch.Tensor:
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return x * (1 + 1e-7 * next(calls))
+
+    def build(variant: str, context: Context) -> Check:
+        return Check([torch.ones(4)], changing, lambda x: x, path="torch")
+
+    monkeypatch.setitem(BUILDERS, "glu", build)
+    row = row_of("glu", "deterministic", Context(dry=True))
+    assert (row["ok"], row["error"]) == (False, "results [0] of two runs are not the same bits")
+    assert row_of("glu", "silu", Context(dry=True))["ok"]
+    assert asked == [True, True, False]
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 def test_nan_and_another_shape_never_agree() -> None:
     ones = torch.ones(3, 4)
     one_nan = ones.clone()

@@ -105,6 +105,8 @@ def test_only_what_can_be_captured_waits_for_the_build_with_cuda() -> None:
     assert captured.after == "native build with CUDA"
     assert jobs.variant_of("pack", "compiled") == "triton qkv"
     assert jobs.variant_of("glu", "captured") == "silu"
+    # A library that is not deterministic is to be passed over.
+    assert jobs.variant_of("attention", "deterministic") == "auto dense"
 
 
 def test_again_takes_what_failed_and_what_was_left_out() -> None:
