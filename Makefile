@@ -100,14 +100,15 @@ bench-gpu: build-here ## time the kernels, and training steps, beside torch and 
 	  else echo "nanotron is not here: its training step is not timed" >&2; fi
 
 # One command for a GPU's first minutes. OUT=dir is where gpu.jsonl goes, DRY=1 runs all of it on the
-# CPU, BUDGET is in seconds, ONLY names operations, PROFILE those whose kernels ncu looks at.
+# CPU, BUDGET is in seconds, ONLY names operations, PROFILE those whose kernels ncu looks at, SANITIZE
+# those for compute-sanitizer, or all.
 RUN_GPU = $(PYTHON) benchmarks/run_gpu.py $(if $(OUT),--out $(OUT)) $(if $(DRY),--dry) \
   $(if $(BUDGET),--budget $(BUDGET)) $(if $(ONLY),--only $(ONLY))
 gpu: ## everything worth knowing of a GPU in 580 seconds, most valuable first (DRY=1: on the CPU)
 	$(RUN_GPU)
 
-gpu-again: ## what failed or was left out in the last `make gpu`, and ncu over PROFILE=rms_norm,glu
-	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE))
+gpu-again: ## what failed or was left out in the last `make gpu`; ncu over PROFILE=rms_norm,glu; SANITIZE=all
+	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE)) $(if $(SANITIZE),--sanitize $(SANITIZE))
 
 # OUT is the file that is written, or a folder for tuned.json. It goes into kernels/measured/, under
 # the architecture's name, for everybody to have.

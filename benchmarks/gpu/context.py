@@ -42,3 +42,21 @@ class Context:
 
         if not self.dry:
             torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Small(Context):
+    """The tiny shapes of a dry run, on a GPU: for a tool that makes every access of memory slow."""
+
+    dry: bool = True
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device("cuda")
+
+    def dtype(self, *, multiplies: bool = False) -> torch.dtype:
+        import torch
+
+        return torch.bfloat16

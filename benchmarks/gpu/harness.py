@@ -161,7 +161,7 @@ def repeated(check: Check, context: Context) -> Row:
 _WAYS = {"captured": captured, "compiled": compiled, "deterministic": repeated}
 
 
-def _build(operation: str, variant: str, context: Context) -> Check:
+def build(operation: str, variant: str, context: Context) -> Check:
     from benchmarks.gpu.jobs import CHECKS, variant_of
 
     module = importlib.import_module(f"benchmarks.gpu.checks.{CHECKS[operation][0]}")
@@ -177,7 +177,7 @@ def row_of(operation: str, variant: str, context: Context) -> Row:
     try:
         if variant == "deterministic":  # before the choice of a library
             torch.use_deterministic_algorithms(True)
-        built = _build(operation, variant, context)
+        built = build(operation, variant, context)
         why_not = {"captured": built.not_captured, "compiled": built.not_compiled}.get(variant)
         if why_not:
             raise LeftOut(why_not)
@@ -202,6 +202,6 @@ def check(operation: str, variant: str, context: Context) -> None:
 def precompile(operation: str, variant: str, context: Context) -> None:
     """Compiles what a check will launch. What that computes is garbage, and nobody looks at it."""
     share = shard_asked_for()
-    built = _build(operation, variant.removesuffix(f" {share}"), context)
+    built = build(operation, variant.removesuffix(f" {share}"), context)
     with compiled_only(share):
         with_gradients(built.ours, built.inputs)

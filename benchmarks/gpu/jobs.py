@@ -145,6 +145,15 @@ def variant_of(operation: str, variant: str) -> str:
     return variant
 
 
+def variants_of_ours(operation: str) -> tuple[str, ...]:
+    """Those whose checks launch kernels of ours in Triton, and not a library's or the CUDA ones."""
+    module, variants = CHECKS[operation]
+    if operation in ("column_linear", "row_linear"):
+        return ()
+    kinds = {"attention": ("triton",), "packing": ("triton",)}.get(module, ("",))
+    return tuple(v for v in variants if v.startswith(kinds) and v != "a group of one")
+
+
 def _later(jobs: Iterable[tuple[int, Job]]) -> Iterator[Job]:
     """The first of each operation before the second of any."""
     return (job for _, job in sorted(jobs, key=lambda placed: placed[0]))

@@ -20,15 +20,16 @@ _PACKAGES = ("torch", "triton", "numpy", "pytest", "transformers", "liger-kernel
 
 
 def commit() -> str:
-    """The short hash of the tree; "unknown" without git or a repository."""
+    """The short hash of the tree; without git or a repository what COMMIT says, or "unknown"."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=10
         )
+        found = done.stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
-    return done.stdout.strip() or "unknown"
+        found = ""
+    return found or os.environ.get("COMMIT") or "unknown"
 
 
 def circumstances(context: Context) -> Row:

@@ -34,6 +34,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="what failed the last time")
     parser.add_argument("--last", type=Path, help="the rows of the last time, for --again")
     parser.add_argument("--profile", default="", help="operations whose kernels ncu looks at")
+    parser.add_argument("--sanitize", default="", help="operations for compute-sanitizer, or all")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--target", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -100,7 +101,10 @@ def again(phases: list[Phase], last: list[Row]) -> list[Phase]:
 
 def copies_of(options: argparse.Namespace) -> tuple[Path, ...]:
     """Where rows go too, for `make gpu-again`: those of a whole run on a GPU alone."""
-    parts = (options.again, options.profile, options.only, options.phases)
+    parts = (
+        *(options.again, options.profile, options.sanitize),
+        *(options.only, options.phases),
+    )
     return () if options.dry or any(parts) else (LAST,)
 
 
@@ -126,7 +130,8 @@ def main() -> int:
         raise SystemExit("run_gpu.py: no NVIDIA GPU here; --dry runs all of it on the CPU")
     phases = jobs.phases(options.dry, os.cpu_count() or 1)
     name = "gpu.jsonl"
-    if options.again or options.profile:
+    with_tools = options.profile or options.sanitize
+    if options.again or with_tools:
         name = "gpu-again.jsonl"
         last = options.last or next(
             (path for path in (options.out / "gpu.jsonl", LAST) if path.exists()), LAST
@@ -136,7 +141,12 @@ def main() -> int:
         phases = again(phases, read_rows(last)) if options.again else phases[:1]
     phases = selected(phases, words(options.only), words(options.phases))
     if options.profile:
-        phases.append(Phase("profile", profiles(words(options.profile)), 1))
+        phases.append(Phase("profile", watched("profile", words(options.profile), "ncu"), 1))
+    if options.sanitize:
+        names = words(options.sanitize)
+        if names == ["all"]:
+            names = [name for name in jobs.OPERATIONS if jobs.variants_of_ours(name)]
+        phases.append(Phase("sanitize", watched("sanitize", names, "compute-sanitizer"), 8))
     end_with_make()
     earlier = set_aside(options.out / name)
     if earlier:
@@ -162,11 +172,12 @@ def main() -> int:
     return 1 if failures(rows.rows) else 0
 
 
-def profiles(operations: list[str]) -> tuple[Job, ...]:
-    """One for each operation; raises SystemExit for one that is not there."""
+def watched(module: str, operations: list[str], tool: str) -> tuple[Job, ...]:
+    """A job for each operation, of a module that has a tool watch it; raises SystemExit for an
+    operation that is not there."""
     unknown = [name for name in operations if name not in jobs.OPERATIONS]
     if unknown:
-        raise SystemExit(f"run_gpu.py: --profile {unknown[0]}: choose of {jobs.OPERATIONS}")
+        raise SystemExit(f"run_gpu.py: --{module} {unknown[0]}: choose of {jobs.OPERATIONS}")
     return tuple(
-        Job("machine", name, "ncu", target="profile:run", limit=120.0) for name in operations
+        Job("machine", name, tool, target=f"{module}:run", limit=120.0) for name in operations
     )

@@ -84,11 +84,16 @@ def run(operation: str, variant: str, context: Context) -> None:
 
 
 def run_alone(kind: str, operation: str, variant: str, *, dry: bool) -> None:
-    """One check in this process, for tools that watch a process; its row goes nowhere."""
+    """In this process, for tools that watch a process: one check, whose row goes nowhere, or the
+    launches of an operation's checks."""
     from benchmarks.gpu.harness import check
     from benchmarks.gpu.rows import ROWS_VARIABLE
+    from benchmarks.gpu.sanitize import launch
 
+    if kind == "launch":
+        launch(operation)
+        return
     if kind != "check":
-        raise SystemExit(f"run_gpu.py: --target {kind}: only a check runs by itself")
+        raise SystemExit(f"run_gpu.py: --target {kind}: choose of check, launch")
     os.environ.setdefault(ROWS_VARIABLE, os.devnull)
     check(operation, variant, Context(dry=dry))

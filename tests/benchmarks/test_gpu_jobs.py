@@ -26,6 +26,16 @@ def test_the_runner_imports_neither_torch_nor_triton() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd="/")
 
 
+def test_a_copy_without_a_repository_is_told_its_commit(tmp_path: Path, monkeypatch) -> None:
+    from benchmarks.gpu import machine
+
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    monkeypatch.delenv("COMMIT", raising=False)
+    assert machine.commit() == "unknown"
+    monkeypatch.setenv("COMMIT", "1234567")
+    assert machine.commit() == "1234567"
+
+
 def test_half_a_line_is_no_row_yet(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     tail = Tail(path)
@@ -160,7 +170,7 @@ def test_a_name_that_is_none_is_refused(only: list[str], names: list[str]) -> No
 
 
 def test_what_is_no_whole_run_on_a_gpu_leaves_the_rows_of_one_alone() -> None:
-    whole = {"dry": False, "again": False, "profile": "", "only": "", "phases": ""}
+    whole = {"dry": False, "again": False, "profile": "", "sanitize": "", "only": "", "phases": ""}
     assert copies_of(Namespace(**whole))
     for name, value in {
         "dry": True,
