@@ -18,6 +18,7 @@ from benchmarks.gpu.jobs import Job, Phase
 from benchmarks.gpu.pool import Pool, Running
 from benchmarks.gpu.rows import Row, RowFile
 from benchmarks.gpu.table import line, table
+from benchmarks.gpu.targets import targets
 from benchmarks.training.variants import ANCHOR, checked
 
 # Kept for what must be killed and said at the end.
@@ -239,6 +240,8 @@ class Runner:
             row |= {"ok": None, "note": note}
         self.add(row | {"jobs": self.left_out})  # the last row of all but what was killed
         print(table(self.rows.rows), flush=True)
+        if not self.dry and any(row["kind"] in ("ratio", "step") for row in self.rows.rows):
+            print("targets", *targets(self.rows.rows), sep="\n", flush=True)
 
 
 def guarded(runner: Runner, work: Callable[[], Any]) -> None:
