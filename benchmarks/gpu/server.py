@@ -43,6 +43,9 @@ PRELOADED = (
 # Names, between spaces, that are imported in their place.
 PRELOAD_VARIABLE = "NANOTRON_FAST_PRELOAD"
 _PR_SET_PDEATHSIG = 1
+# A process within a kernel that never ends may not even end when it is killed: after so long nobody
+# waits for it any more.
+_STUCK_SECONDS = 10.0
 
 
 @dataclass
@@ -109,10 +112,11 @@ def _reap(children: dict[int, Child]) -> None:
             child.is_late = True
             kill_group(pid)
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
+        is_stuck = child.is_late and now - child.started > child.limit + _STUCK_SECONDS
+        if done or is_stuck:
             del children[pid]
             seconds = round(time.monotonic() - child.started, 3)
-            code = os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status) if done else -signal.SIGKILL
             _answer(number=child.number, code=code, is_late=child.is_late, seconds=seconds)
 
 

@@ -67,6 +67,20 @@ def test_a_job_that_the_budget_ends_is_left_out_and_no_failure(runner: Runner) -
     assert runner.rows.rows[-1]["jobs"] == runner.left_out
 
 
+def test_what_cannot_be_killed_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[dict[str, Any]] = []
+    clock = [100.0]
+    monkeypatch.setattr(server, "_answer", lambda **fields: answers.append(fields))
+    monkeypatch.setattr(server, "kill_group", lambda pid: None)
+    monkeypatch.setattr(server.os, "waitpid", lambda pid, options: (0, 0))
+    monkeypatch.setattr(server.time, "monotonic", lambda: clock[0])
+    children = {1: server.Child(7, started=100.0, limit=20.0)}
+    for clock[0], left in ((119.0, [1]), (121.0, [1]), (129.0, [1]), (131.0, [])):
+        server._reap(children)
+        assert [*children] == left
+    assert answers == [{"number": 7, "code": -9, "is_late": True, "seconds": 31.0}]
+
+
 def test_what_was_timed_beside_others_is_timed_anew(runner: Runner, tmp_path: Path) -> None:
     kept = [tmp_path / "triton" / "A" / "kernel.cubin", tmp_path / "inductor" / "ab" / "cab.py"]
     timed = [kept[0].with_name("kernel.autotune.json"), kept[1].with_name("c.best_config")]
