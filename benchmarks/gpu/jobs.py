@@ -56,7 +56,7 @@ CHECKS: dict[str, tuple[str, tuple[str, ...]]] = {
 OPERATIONS = tuple(CHECKS)
 # How a variant is tried beside its own check, and how many seconds that may take: Inductor's first
 # code in a process alone can take as long as a whole check.
-WAYS = {"captured": 20.0, "compiled": 40.0, "deterministic": 20.0}
+WAYS = {"captured": 20.0, "compiled": 60.0, "deterministic": 20.0}
 # Of which variant, where that is not the first.
 _WAYS = {("pack", "captured"): "cuda qkv", ("attention", "deterministic"): "auto dense"}
 # Without it torch refuses cuBLAS's products where its algorithms are to be deterministic.
