@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again tune report demo sanitize run-native clean docs
+.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again gpu-keep tune report demo sanitize run-native clean docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -109,6 +109,9 @@ gpu: ## everything worth knowing of a GPU in 580 seconds, most valuable first (D
 
 gpu-again: ## what failed or was left out in the last `make gpu`; ncu over PROFILE=rms_norm,glu; SANITIZE=all
 	$(RUN_GPU) --again $(if $(PROFILE),--profile $(PROFILE)) $(if $(SANITIZE),--sanitize $(SANITIZE))
+
+gpu-keep: ## the rows that `make gpu` left in OUT=dir, into benchmarks/results for `make report`
+	$(RUN_GPU) --keep
 
 # OUT is the file that is written, or a folder for tuned.json. It goes into kernels/measured/, under
 # the architecture's name, for everybody to have.

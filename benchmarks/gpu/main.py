@@ -12,6 +12,7 @@ from pathlib import Path
 
 from benchmarks.gpu import jobs
 from benchmarks.gpu.jobs import Job, Phase
+from benchmarks.gpu.keep import keep
 from benchmarks.gpu.rows import Row, RowFile, failures, read_rows, set_aside
 from benchmarks.gpu.runner import Runner, guarded, why_no_build
 
@@ -35,6 +36,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--last", type=Path, help="the rows of the last time, for --again")
     parser.add_argument("--profile", default="", help="operations whose kernels ncu looks at")
     parser.add_argument("--sanitize", default="", help="operations for compute-sanitizer, or all")
+    parser.add_argument("--keep", action="store_true", help="the rows of --out, for the report")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--target", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -125,6 +127,10 @@ def main() -> int:
         from benchmarks.gpu.profile import run_alone
 
         run_alone(*options.target, dry=options.dry)
+        return 0
+    if options.keep:
+        for path in keep(options.out, ROOT / "benchmarks" / "results"):
+            print(path.relative_to(ROOT))
         return 0
     if not (options.dry or list(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi")):
         raise SystemExit("run_gpu.py: no NVIDIA GPU here; --dry runs all of it on the CPU")

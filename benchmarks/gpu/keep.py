@@ -1,0 +1,56 @@
+"""The rows of a run on a GPU as files of benchmarks/results, which `make report` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.rows import Row, read_rows
+
+_CEILINGS = ("copy_gb_per_s", "matmul_tflop_per_s")
+_OF_THE_ROW = ("kind", "operation", "ok", "job", "tools_absent")
+
+
+def documents(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+    """Name of a file -> what belongs into it. Of a figure that was taken twice the later one.
+
+    Raises SystemExit for rows of a dry run, and of one that knows nothing of its machine.
+    """
+    of_machine = {row["operation"]: row for row in rows if row["kind"] == "machine"}
+    if "dry run" in of_machine:
+        raise SystemExit("run_gpu.py: --keep: rows of a dry run are no figures of a GPU")
+    versions, ceilings = of_machine.get("versions", {}), of_machine.get("ceilings", {})
+    if not (versions.get("ok") and ceilings.get("ok")):
+        raise SystemExit("run_gpu.py: --keep: the rows have no versions or no ceilings")
+    about = {name: value for name, value in versions.items() if name not in _OF_THE_ROW}
+    timed: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row["kind"] == "ratio" and "shape" in row:
+            names = ("operation", "shape", "variant", "phase")
+            timed[tuple(row.get(name) for name in names)] = row
+    steps = {
+        (row["operation"], row["variant"]): row
+        for row in rows
+        # Those of benchmarks/training, and not of benchmarks/gpu/step.py.
+        if row["kind"] == "step" and "tokens" in row["operation"]
+    }
+    kernels = {"ceilings": {name: ceilings[name] for name in _CEILINGS}, "rows": [*timed.values()]}
+    found = {"kernels.json": {"environment": about} | kernels}
+    if steps:
+        found["train.json"] = {"environment": about, "steps": [*steps.values()]}
+    return found
+
+
+def keep(out: Path, results: Path) -> list[Path]:
+    """Writes the rows of `make gpu`, and of `make gpu-again` after it, in `out`: the files."""
+    paths = [out / name for name in ("gpu.jsonl", "gpu-again.jsonl")]
+    if not paths[0].exists():
+        raise SystemExit(f"run_gpu.py: --keep: no {paths[0]}")
+    rows = [row for path in paths if path.exists() for row in read_rows(path)]
+    written = []
+    for name, document in documents(rows).items():
+        written.append(results / name)
+        written[-1].write_text(json.dumps(document, indent=1) + "\n")
+    return written
