@@ -8,7 +8,9 @@ means of g * n first, as those of rows in parts do (part_kernels.py): h and dy w
 10 bytes an element, 12 with the residual.
 Accesses are as wide as suits all rows: 16 bytes where hidden is a multiple of 8. Within each row of
 an odd hidden there are aligned vectors too, but they begin at other columns in every row, so that
-neither the weight nor the sums of dw could stay with a thread.
+neither the weight nor the sums of dw could stay with a thread. Columns are said to be multiples of
+UNIT and no more: for the weight and dw, which begin at an aligned address, an access would have
+another layout than for the rows, and each row take a way through shared memory.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ def forward_kernel(
 ):
     num_cols = num_units * UNIT
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    cols = tl.arange(0, COLS)[None, :]
+    cols = tl.multiple_of(tl.arange(0, COLS), UNIT)[None, :]
     mask = (rows < num_rows) & (cols < num_cols)
     h = tl.load(x_ptr + rows * x_row_units * UNIT + cols, mask=mask, other=0.0).to(tl.float32)
     if HAS_RESIDUAL:
@@ -87,7 +89,7 @@ def backward_kernel(
     STAGES: tl.constexpr,
 ):
     num_cols = num_units * UNIT
-    cols = tl.arange(0, COLS)[None, :]
+    cols = tl.multiple_of(tl.arange(0, COLS), UNIT)[None, :]
     if means_ptr is not None:
         # The program has a part of a row that is in parts.
         cols += tl.program_id(1) * COLS

@@ -46,7 +46,7 @@ def forward_by_parts_kernel(
         h_row = h_ptr + row * num_cols
     squares = tl.zeros((COLS,), dtype=tl.float32)
     for start in tl.range(0, num_cols, COLS):
-        cols = start + tl.arange(0, COLS)
+        cols = start + tl.multiple_of(tl.arange(0, COLS), UNIT)
         mask = cols < num_cols
         if HAS_RESIDUAL:
             # What is not read again leaves the caches to h.
@@ -67,7 +67,7 @@ def forward_by_parts_kernel(
     # From the last part to the first: what was read last is the likeliest to be in a cache.
     last = (num_cols - 1) // COLS * COLS
     for start in tl.range(0, num_cols, COLS):
-        cols = last - start + tl.arange(0, COLS)
+        cols = last - start + tl.multiple_of(tl.arange(0, COLS), UNIT)
         mask = cols < num_cols
         h = tl.load(h_row + cols, mask=mask, other=0.0, eviction_policy="evict_first")
         weight = load_weight(weight_ptr, cols, num_cols, ZERO_CENTERED)
@@ -94,7 +94,7 @@ def means_kernel(
     row = tl.program_id(0).to(tl.int64)
     products = tl.zeros((COLS,), dtype=tl.float32)
     for start in tl.range(0, num_cols, COLS):
-        cols = start + tl.arange(0, COLS)
+        cols = start + tl.multiple_of(tl.arange(0, COLS), UNIT)
         mask = cols < num_cols
         h = tl.load(h_ptr + row * h_row_units * UNIT + cols, mask=mask, other=0.0)
         dy = tl.load(dy_ptr + row * dy_row_units * UNIT + cols, mask=mask, other=0.0)

@@ -119,6 +119,20 @@ def test_the_norm_reads_ahead(
 
 @pytest.mark.slow
 @WITHOUT_GPU
+@pytest.mark.parametrize("module", ["glu", "rms_norm"])
+def test_short_accesses_of_a_kernel_have_one_layout(
+    module: str, compiled: dict[str, list[str]]
+) -> None:
+    """Shared memory is there for the sums alone, of 16 rows over 8 warps or of one over 32."""
+    pattern = re.compile(r" (\d+) bytes shared.* UNIT=[124],(?!.* STAGES=[23])")
+    found = [match for line in compiled[module] if (match := pattern.search(line))]
+    assert found
+    for match in found:
+        assert int(match[1]) <= (0 if module == "glu" else 512), match.string
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
 @pytest.mark.parametrize(
     ("module", "pattern", "accesses"),
     [

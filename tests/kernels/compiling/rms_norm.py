@@ -21,10 +21,13 @@ def _step(dtype: torch.dtype, hidden: int, has_residual: bool) -> None:
 
 
 CASES = [
-    partial(_step, *case)
-    for case in product(
-        (torch.bfloat16, torch.float16, torch.float32),
-        (576, 577, 580, 584, 16385, 65536, 4096, 8192, 16384),
-        (False, True),
-    )
+    *(partial(_step, torch.bfloat16, hidden, True) for hidden in (5461, 9001, 9002)),
+    *(
+        partial(_step, *case)
+        for case in product(
+            (torch.bfloat16, torch.float16, torch.float32),
+            (576, 577, 580, 584, 16385, 65536, 4096, 8192, 16384),
+            (False, True),
+        )
+    ),
 ]
