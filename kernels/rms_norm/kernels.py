@@ -3,9 +3,10 @@
 A row is in registers as a whole, and its share of dw with it. In backward one of more than 8192
 columns takes all registers of a multiprocessor, so the next row of two-byte elements is copied to
 shared memory meanwhile: 128 KB for two rows, 192 KB with the residual; where there is less (sm_80
-has 163 KB) it is read when its turn comes. Programs of a part of the columns each would need the
-means of g * n first, as those of rows in parts do (part_kernels.py): h and dy would be read twice,
-10 bytes an element, 12 with the residual.
+has 163 KB) it is read when its turn comes, and so is one of four-byte elements, two of which take
+256 KB. Programs of a part of the columns each would need the means of g * n first, as those of rows
+in parts do (part_kernels.py): h and dy would be read twice, 10 bytes an element, 12 with the
+residual; 20 for 12 and 24 for 16 of four-byte elements.
 Accesses are as wide as suits all rows: 16 bytes where hidden is a multiple of 8. Within each row of
 an odd hidden there are aligned vectors too, but they begin at other columns in every row, so that
 neither the weight nor the sums of dw could stay with a thread. Columns are said to be multiples of
