@@ -247,7 +247,7 @@ def _backward_heads(
             src += heads.to(tl.int64) * (x_strides[1] * STRIDE_UNIT)
             grad = dy_ptr + tokens * (dy_strides[0] * STRIDE_UNIT)
             grad += heads.to(tl.int64) * (dy_strides[1] * STRIDE_UNIT)
-            dst = dx_ptr + (tokens * num_heads + heads) * HEAD_DIM
+            dst = dx_ptr + tokens * (num_heads * HEAD_DIM) + heads * HEAD_DIM
             a, b = _load_pairs(src, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
             dya, dyb = _load_pairs(grad, mask, INTERLEAVED, HALF, TOKENS, HEADS, HALF_COLS)
             squares = tl.sum(a * a + b * b, axis=2, keep_dims=True)
