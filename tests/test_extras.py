@@ -14,6 +14,7 @@ import pytest
 import nanotron_fast as nf
 from nanotron_fast.errors import MissingPackageError
 from nanotron_fast.extras import EXTRAS, is_installed, require
+from tests.modelzoo import make
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGITS = ["verify", "no-such-a", "no-such-b", "--logits", "--family", "nonsense"]
@@ -195,3 +196,22 @@ def test_pyproject_has_the_extras_that_messages_name() -> None:
     needless = {name for packages in EXTRAS.values() for name in packages}
     assert not any(line.startswith(tuple(needless)) for line in project["dependencies"])
     assert extras["all"] == {f"nanotron_fast[{','.join(sorted({*EXTRAS, 'bench'}))}]"}
+
+
+def test_a_conversion_imports_no_more_than_it_needs(tmp_path: Path) -> None:
+    """A third of the time of a small model's is imports: what few conversions need waits."""
+    make("llama").save(tmp_path / "hf")
+    convert = (
+        "import sys, nanotron_fast as nf; nf.convert(*sys.argv[1:]); "
+        "print(*(name.removeprefix('nanotron_fast.') for name in sys.modules))"
+    )
+    unneeded = {
+        *("concurrent.futures", "random", "socket", "tempfile", "torch"),
+        *("formats.dcp.writing", "formats.nanotron.optimizer", "formats.torch_file"),
+    }
+    for names in (("hf", "nanotron"), ("nanotron", "back")):
+        paths = [str(tmp_path / name) for name in names]
+        done = subprocess.run(
+            [sys.executable, "-c", convert, *paths], check=True, capture_output=True, text=True
+        )
+        assert not unneeded & set(done.stdout.split())

@@ -15,7 +15,6 @@ from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.manifest import NAME, Manifest, ManifestFile, ManifestTensor
 from nanotron_fast.formats.plain_file import open_plain
 from nanotron_fast.formats.safetensors import header_of
-from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
 from nanotron_fast.moves import engine
 from nanotron_fast.moves.plan import OutputFile
 from nanotron_fast.version import __version__
@@ -99,6 +98,8 @@ def _names_in(root: Path, output: OutputFile) -> dict[int, str]:
     """What torch.save's tensors are called in their document, by where they begin in the file."""
     if not output.path.endswith(_TORCH):
         return {}
+    from nanotron_fast.formats.torch_file import StoredTensor, read_torch_file
+
     found: dict[int, str] = {}
 
     def walk(value: Any, name: str) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 from dataclasses import asdict, dataclass
 
@@ -72,7 +71,7 @@ class Owner:
         pid = os.getpid()
         return cls(
             run,
-            socket.gethostname(),
+            os.uname().nodename,
             boot_id(),
             _namespace(),
             pid,

@@ -17,8 +17,8 @@ from typing import Any
 from nanotron_fast.checkpoints.rank_states import RankStates, mapping, read_rank_states
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
+from nanotron_fast.formats.nanotron.checkpoint import OPTIMIZER
 from nanotron_fast.formats.nanotron.optimizer import (
-    OPTIMIZER,
     OPTIMIZER_CONFIG,
     Found,
     Place,

@@ -43,9 +43,12 @@ from nanotron_fast.formats.huggingface.quantization import (
     names_of_activation_scales,
     read_quantization,
 )
-from nanotron_fast.formats.nanotron.checkpoint import MODEL_CONFIG, NanotronCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import (
+    MODEL_CONFIG,
+    OPTIMIZER,
+    NanotronCheckpoint,
+)
 from nanotron_fast.formats.nanotron.classes import NanotronClass, class_of
-from nanotron_fast.formats.nanotron.optimizer import OPTIMIZER, check_beside_weights, find_states
 from nanotron_fast.formats.nanotron.side_file import NAME as SIDE_FILE
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.model.spec import ModelSpec
@@ -355,6 +358,8 @@ def _about_states(source: NanotronCheckpoint) -> list[str]:
     """What is wrong with the states of training beside weights that are whole."""
     if not (source.root / OPTIMIZER).is_dir():
         return []
+    from nanotron_fast.formats.nanotron.optimizer import check_beside_weights, find_states
+
     try:
         check_beside_weights(find_states(source.root), source)
     except (CheckpointError, OSError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from nanotron_fast.moves.files import Folder
@@ -43,6 +42,8 @@ def write_checksums(
     try:
         descriptor = os.open(path, flags, dir_fd=folder.descriptor)
         if workers > 1 and len(checksums) > 1:
+            from concurrent.futures import ThreadPoolExecutor
+
             pool = ThreadPoolExecutor(workers)
             try:
                 list(pool.map(lambda each: _write(descriptor, each), checksums))

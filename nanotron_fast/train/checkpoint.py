@@ -30,11 +30,11 @@ from nanotron_fast.checkpoints.small_files import write_file
 from nanotron_fast.formats.nanotron.checkpoint import (
     LATEST,
     METADATA,
+    OPTIMIZER,
     tensor_header,
     tensor_path,
 )
 from nanotron_fast.formats.nanotron.optimizer import (
-    OPTIMIZER,
     OPTIMIZER_CONFIG,
     Described,
     Sizes,

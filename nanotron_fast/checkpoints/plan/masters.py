@@ -15,8 +15,8 @@ from nanotron_fast.checkpoints.plan.sides import NanotronSource, piece_of
 from nanotron_fast.checkpoints.states import TrainingStates
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param, Part, Share, Sizes
-from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
-from nanotron_fast.formats.nanotron.optimizer import MASTERS, OPTIMIZER, check_beside_weights
+from nanotron_fast.formats.nanotron.checkpoint import OPTIMIZER, NanotronCheckpoint
+from nanotron_fast.formats.nanotron.optimizer import MASTERS, check_beside_weights
 from nanotron_fast.model.spread import has_copies
 from nanotron_fast.moves.boxes import Box
 from nanotron_fast.moves.dtypes import Dtype

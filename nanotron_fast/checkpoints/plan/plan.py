@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.plan.equality import MustBeEqual
 from nanotron_fast.checkpoints.remote.mirror import shown
-from nanotron_fast.formats.nanotron.optimizer import Sizes
 from nanotron_fast.model.ranks import Ranks
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
@@ -18,6 +17,9 @@ from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.move import scales_of, table_of
 from nanotron_fast.moves.plan import MovePlan
 from nanotron_fast.units import count, size
+
+if TYPE_CHECKING:
+    from nanotron_fast.formats.nanotron.optimizer import Sizes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ from nanotron_fast.errors import UnsupportedModelError
 from nanotron_fast.families import Family, torchtitan
 from nanotron_fast.families.parts import Param
 from nanotron_fast.formats.dcp import METADATA
-from nanotron_fast.formats.dcp.writing import layout_dcp
 from nanotron_fast.formats.huggingface import checkpoint as hf
 from nanotron_fast.moves.dtypes import Dtype
 
@@ -50,6 +49,8 @@ def publish(
         files, index = hf.layout_shards(tensors, max_bytes)
         documents = {} if index is None else {hf.INDEX: partial(bytes, index)}
         return Published(PublishedTarget(files, dtypes), documents)
+    from nanotron_fast.formats.dcp.writing import layout_dcp
+
     is_tied = TIED_HEAD not in shapes
     names = {name: _names(name, family, options.names, is_tied) for name in shapes}
     dcp_files, metadata = layout_dcp(

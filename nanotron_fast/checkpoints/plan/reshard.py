@@ -37,10 +37,9 @@ from nanotron_fast.families.refusals import check_experts, check_kv_heads
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron import side_file
-from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import OPTIMIZER, NanotronCheckpoint
 from nanotron_fast.formats.nanotron.optimizer import (
     LR_SCHEDULER,
-    OPTIMIZER,
     OPTIMIZER_CONFIG,
     RANDOM,
     Sizes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.equality import MustBeEqual, of_kv_heads
@@ -13,7 +14,6 @@ from nanotron_fast.checkpoints.plan.quantised import QuantisedTensor, QuantisedT
 from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
 from nanotron_fast.families.parts import Address, Param, Part, Share, Sizes
 from nanotron_fast.formats.chunks import Chunk
-from nanotron_fast.formats.dcp.writing import NewFile as NewDcpFile
 from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, StoredTensor
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
@@ -24,6 +24,9 @@ from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.pieces import Piece, intersect
 from nanotron_fast.moves.plan import OutputFile
 from nanotron_fast.moves.scales import Quantised, Scales
+
+if TYPE_CHECKING:
+    from nanotron_fast.formats.dcp.writing import NewFile as NewDcpFile
 
 # A tied model's file may hold its matrix under this name as well, or under this name alone.
 TIED_HEAD = "lm_head.weight"

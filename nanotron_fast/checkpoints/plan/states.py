@@ -19,9 +19,9 @@ from nanotron_fast.checkpoints.stored import some
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.families.parts import Param
 from nanotron_fast.families.roles import is_row_bias
+from nanotron_fast.formats.nanotron.checkpoint import OPTIMIZER
 from nanotron_fast.formats.nanotron.optimizer import (
     MASTERS,
-    OPTIMIZER,
     PLAIN,
     RANDOM,
     ZERO,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_training
 from nanotron_fast.checkpoints.plan.hf_config import hf_config
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
-from nanotron_fast.checkpoints.plan.masters import MastersSource
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.plan.publishing import is_interleaved, publish
 from nanotron_fast.checkpoints.plan.sides import NanotronSource
@@ -28,6 +27,9 @@ from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.plan import MovePlan
+
+if TYPE_CHECKING:
+    from nanotron_fast.checkpoints.plan.masters import MastersSource
 
 
 def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
@@ -51,7 +53,8 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         )
     check_expressible(family, spec)
     params = model.params(tensors_interleaved=is_interleaved(to, options.names))
-    reader = MastersSource(source) if options.master_weights else NanotronSource(source)
+    masters = _masters(source) if options.master_weights else None
+    reader = masters or NanotronSource(source)
     main_dtype = options.dtype or main_dtype_of(params, reader)
     cast = main_dtype if options.master_weights else options.dtype
     dtypes = _hf_dtypes(params, reader, model, cast, main_dtype)
@@ -90,10 +93,17 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         warnings=tuple(warnings),
         ignored=source.ignored,
         left_behind=beside.left_behind,
-        sources_read=reader.states.read_files if isinstance(reader, MastersSource) else {},
+        sources_read=masters.states.read_files if masters else {},
     )
     plan.check()
     return plan
+
+
+def _masters(source: NanotronCheckpoint) -> MastersSource:
+    # The states of training are what few conversions read.
+    from nanotron_fast.checkpoints.plan.masters import MastersSource
+
+    return MastersSource(source)
 
 
 def _hf_dtypes(

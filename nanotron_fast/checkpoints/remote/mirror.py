@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import tempfile
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -45,6 +44,8 @@ class Mirror:
 
     def __init__(self, store: Store, *, with_tensors: bool = True) -> None:
         """Raises CheckpointError, OSError."""
+        import tempfile
+
         self.store = store
         self.root = Path(tempfile.mkdtemp(prefix="nanotron_fast-mirror-")).resolve()
         self._remove = weakref.finalize(self, shutil.rmtree, self.root, ignore_errors=True)

@@ -11,7 +11,6 @@ import contextlib
 import errno
 import hashlib
 import queue
-import random
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -289,6 +288,8 @@ class Store:
                 if type(error).__name__ == "OfflineModeIsEnabled":  # nothing was asked
                     break
             if number < NUM_TRIES:
+                import random
+
                 pause = FIRST_PAUSE_SECONDS * 2 ** (number - 1)
                 time.sleep(pause * random.uniform(0.75, 1.25))
         tries = "" if number == 1 else f" in {number} tries"

@@ -24,6 +24,8 @@ METADATA = "checkpoint_metadata.json"
 CONFIG_YAML = "config.yaml"
 LATEST = "latest.txt"
 WEIGHTS = "model"
+# The folder of the optimizer's states.
+OPTIMIZER = "optimizer"
 TENSOR = "data"
 # What to do where files are mixed, which Nanotron would merge in silence.
 STALE = "Remove those of the topology that did not write this checkpoint"

@@ -23,9 +23,9 @@ from typing import Any
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.json_file import read_json_object
-from nanotron_fast.formats.nanotron.checkpoint import METADATA, STALE, NanotronCheckpoint
+from nanotron_fast.formats.nanotron.checkpoint import METADATA, OPTIMIZER, STALE, NanotronCheckpoint
 
-OPTIMIZER, LR_SCHEDULER, RANDOM = "optimizer", "lr_scheduler", "random"
+LR_SCHEDULER, RANDOM = "lr_scheduler", "random"
 OPTIMIZER_CONFIG = "optimizer_config.json"
 MASTERS = "gradient_accumulator"
 ZERO, PLAIN = "ZeroDistributedOptimizer", "OptimizerFromGradientAccumulator"
