@@ -23,6 +23,7 @@ from nanotron_fast.parallel import (
     tensor_parallel_mlp,
 )
 from nanotron_fast.parallel.grouped import Runs, grouped_linear
+from nanotron_fast.patch.transformers.forwards import _GatedProducts
 
 HEADS = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8}
 
@@ -39,6 +40,10 @@ def embedding(weight: Tensor) -> Tensor:
 def experts(x: Tensor, weight: Tensor) -> Tensor:
     counts = torch.tensor([4, 2])  # which have values where x has none
     return grouped_linear(x, weight, Runs(counts.cuda() if x.is_cuda else counts))
+
+
+def gated(*tensors: Tensor) -> Tensor:
+    return _GatedProducts.apply(*tensors, "silu")
 
 
 def whole_attention(x: Tensor, qkv: Tensor, out: Tensor) -> Tensor:
@@ -59,6 +64,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor]]] = {
         [(6, 8), (12, 8)],
         lambda x, w: loss(x, w, reduction="none", chunk_tokens=4),
     ),
+    "gated products": ([(6, 8), (8, 8), (8, 8), (8,), (8,)], gated),
     "mlp": ([(6, 8), (16, 8), (8, 8)], tensor_parallel_mlp),
     "attention block": ([(6, 8), (32, 8), (8, 16)], whole_attention),
     "embedding": ([(6, 8)], embedding),
@@ -92,14 +98,26 @@ def test_a_gradient_penalty_is_refused(
         total.backward() if asks_for_all else torch.autograd.grad(total, tensors)
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name not in AGAIN])
-def test_a_gradient_penalty_is_refused_for_each_tensor(name: str) -> None:
-    """Where the others have no gradient, and what is asked for leads to the operation."""
+@pytest.mark.parametrize(
+    ("name", "after"),
+    [
+        *((name, torch.square) for name in CASES if name not in AGAIN),
+        # An embedding's gradient is then the same whatever its weight is.
+        *((name, torch.clone) for name in CASES if name not in {*AGAIN, "embedding"}),
+    ],
+)
+def test_a_gradient_penalty_is_refused_for_each_tensor(
+    name: str, after: Callable[[Tensor], Tensor]
+) -> None:
+    """Where the others have no gradient, and what is asked for leads to the operation.
+
+    Also where the incoming gradient is a number, and does not lead there.
+    """
     for place, _ in enumerate(CASES[name][0]):
         tensors = [tensor.detach() for tensor in leaves(name, "cpu")]
         leaf = tensors[place].requires_grad_()
         tensors[place] = leaf * 1
-        value = CASES[name][1](*tensors).square().sum()
+        value = after(CASES[name][1](*tensors)).sum()
         (gradient,) = torch.autograd.grad(value, leaf, create_graph=True)
         with pytest.raises(RuntimeError, match=r"has no (second derivative|gradient by itself)"):
             torch.autograd.grad(gradient.square().sum(), leaf)

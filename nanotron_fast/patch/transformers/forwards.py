@@ -112,8 +112,8 @@ def with_global(function: types.FunctionType, name: str, value: Any) -> types.Fu
 class _GatedProducts(torch.autograd.Function):
     """act(x @ gate^T) * (x @ up^T); x (tokens, hidden), weights (inter, hidden), one dtype.
 
-    Both products are written into the halves of one (tokens, 2 * inter) tensor. Kept: it, x and the
-    weights.
+    Both products are written into the halves of one (tokens, 2 * inter) tensor. Kept: it, x, the
+    weights and the biases.
     """
 
     @staticmethod
@@ -133,14 +133,14 @@ class _GatedProducts(torch.autograd.Function):
                 torch.mm(x, weight.t(), out=half)
             else:
                 torch.addmm(bias, x, weight.t(), out=half)
-        ctx.save_for_backward(x, gate, up, packed)
+        ctx.save_for_backward(x, gate, up, packed, gate_bias, up_bias)
         ctx.activation = activation
         return glu_forward(packed, activation)
 
     @staticmethod
     @once_differentiable("the gated products of an MLP")
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, packed = ctx.saved_tensors
+        x, gate, up, packed, *_ = ctx.saved_tensors
         wanted = ctx.needs_input_grad
         d_gate, d_up = glu_backward(dh, packed, ctx.activation).chunk(2, dim=1)
         dx = torch.addmm(d_gate @ gate, d_up, up) if wanted[0] else None
