@@ -9,7 +9,6 @@ A spec speaks layer by layer. Where all layers are alike, as in most models, its
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -293,9 +292,9 @@ class ModelSpec:
 
     def _scaling_number(self, key: str) -> float | None:
         value = (self.rope_scaling or {}).get(key)
-        if value is None or (isinstance(value, int | float) and math.isfinite(value)):
+        if value is None or (isinstance(value, int | float) and abs(value) < 2**31):
             return value
-        raise ConfigError(f"rope_scaling.{key} is {value!r}, and should be a number")
+        raise ConfigError(f"rope_scaling.{key} is {value!r}, and should be a number below 2**31")
 
     @property
     def keys_of_max_positions(self) -> str:
