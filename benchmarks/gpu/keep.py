@@ -9,12 +9,15 @@ from typing import Any
 
 from benchmarks.gpu.rows import Row, read_rows
 
+# Where the rows of a whole run go, and those of what is taken again after it.
+WHOLE, AGAIN = "gpu.jsonl", "gpu-again.jsonl"
 _CEILINGS = ("copy_gb_per_s", "matmul_tflop_per_s")
 _OF_THE_ROW = ("kind", "operation", "ok", "job", "tools_absent")
 
 
 def documents(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-    """Name of a file -> what belongs into it. Of a figure that was taken twice the later one.
+    """Name of a file -> what belongs into it. Of a figure that was taken twice the later one, and
+    of what failed before it had one that alone.
 
     Raises SystemExit for rows of a dry run, and of one that knows nothing of its machine.
     """
@@ -28,8 +31,9 @@ def documents(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     timed: dict[tuple[Any, ...], Row] = {}
     for row in rows:
         if row["kind"] == "ratio" and "shape" in row:
-            names = ("operation", "shape", "variant", "phase")
-            timed[tuple(row.get(name) for name in names)] = row
+            name = (row["operation"], row["shape"], row["variant"])
+            timed.pop((*name, None), None)
+            timed[(*name, row.get("phase"))] = row
     steps = {
         (row["operation"], row["variant"]): row
         for row in rows
@@ -45,7 +49,7 @@ def documents(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
 
 def keep(out: Path, results: Path) -> list[Path]:
     """Writes the rows of `make gpu`, and of `make gpu-again` after it, in `out`: the files."""
-    paths = [out / name for name in ("gpu.jsonl", "gpu-again.jsonl")]
+    paths = [out / name for name in (WHOLE, AGAIN)]
     if not paths[0].exists():
         raise SystemExit(f"run_gpu.py: --keep: no {paths[0]}")
     rows = [row for path in paths if path.exists() for row in read_rows(path)]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmarks.gpu import jobs
 from benchmarks.gpu.jobs import Job, Phase
-from benchmarks.gpu.keep import keep
+from benchmarks.gpu.keep import AGAIN, WHOLE, keep
 from benchmarks.gpu.rows import Row, RowFile, failures, read_rows, set_aside
 from benchmarks.gpu.runner import Runner, guarded, why_no_build
 
@@ -110,6 +110,16 @@ def copies_of(options: argparse.Namespace) -> tuple[Path, ...]:
     return () if options.dry or any(parts) else (LAST,)
 
 
+def row_file(options: argparse.Namespace, name: str) -> RowFile:
+    """Where rows go; what is taken again is added to, until the next whole run sets all aside."""
+    is_added = name == AGAIN and not options.dry
+    for old in () if is_added else dict.fromkeys((name, AGAIN)):
+        earlier = set_aside(options.out / old)
+        if earlier:
+            print(f"the rows of an earlier run are in {earlier}")
+    return RowFile(options.out / name, *copies_of(options), keeps=is_added)
+
+
 def end_with_make() -> None:
     """Has this process end, by SIGTERM, when the make that runs it is killed."""
     if "MAKELEVEL" in os.environ:
@@ -135,12 +145,12 @@ def main() -> int:
     if not (options.dry or list(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi")):
         raise SystemExit("run_gpu.py: no NVIDIA GPU here; --dry runs all of it on the CPU")
     phases = jobs.phases(options.dry, os.cpu_count() or 1)
-    name = "gpu.jsonl"
+    name = WHOLE
     with_tools = options.profile or options.sanitize
     if options.again or with_tools:
-        name = "gpu-again.jsonl"
+        name = AGAIN
         last = options.last or next(
-            (path for path in (options.out / "gpu.jsonl", LAST) if path.exists()), LAST
+            (path for path in (options.out / WHOLE, LAST) if path.exists()), LAST
         )
         if not last.exists() and options.again:
             raise SystemExit(f"run_gpu.py: no rows of a last run in {last}: `make gpu` comes first")
@@ -154,10 +164,7 @@ def main() -> int:
             names = [name for name in jobs.OPERATIONS if jobs.variants_of_ours(name)]
         phases.append(Phase("sanitize", watched("sanitize", names, "compute-sanitizer"), 8))
     end_with_make()
-    earlier = set_aside(options.out / name)
-    if earlier:
-        print(f"the rows of an earlier run are in {earlier}")
-    rows = RowFile(options.out / name, *copies_of(options))
+    rows = row_file(options, name)
     runner = Runner(
         rows,
         BUILD / "scratch",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.gpu.keep import documents, keep
+from benchmarks.gpu.main import row_file
 
 _TIMES = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0}
 _VERSIONS = {"kind": "machine", "operation": "versions", "ok": True, "gpu": "NVIDIA H200"}
@@ -57,6 +59,35 @@ def test_the_report_reads_what_is_kept(tmp_path: Path, monkeypatch) -> None:
     assert "quack is not there" in kernels
     assert "| 50.0% |" in train
     assert "1.1B" not in train
+
+
+def test_all_that_was_taken_again_counts_until_the_next_whole_run(tmp_path: Path) -> None:
+    """As what was left out, and compute-sanitizer after it."""
+
+    def run(name: str, p50_ms: float, variant: str = "ours") -> list[tuple[str, float]]:
+        words = dict.fromkeys(("profile", "sanitize", "only", "phases"), "")
+        options = Namespace(out=tmp_path, dry=False, again=True, **words)  # with no copy
+        file = row_file(options, name)
+        for row in (_VERSIONS, _CEILINGS, _rows()[2] | {"variant": variant, "p50_ms": p50_ms}):
+            file.append(row)
+        keep(tmp_path, tmp_path)
+        rows = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+        return [(row["variant"], row["p50_ms"]) for row in rows]
+
+    assert run("gpu.jsonl", 4.0) == [("ours", 4.0)]
+    assert run("gpu-again.jsonl", 3.0) == [("ours", 3.0)]
+    assert run("gpu-again.jsonl", 2.0, "liger") == [("ours", 3.0), ("liger", 2.0)]
+    assert run("gpu.jsonl", 1.0) == [("ours", 1.0)]
+
+
+def test_a_failure_that_is_mended_is_not_kept() -> None:
+    failed = _RATIO | {"ok": False, "error": "off"}
+    backward = _rows()[2] | {"phase": "backward"}
+    rows = documents([*_rows()[:2], failed, _rows()[2], backward])["kernels.json"]["rows"]
+    assert [row.get("phase") for row in rows] == ["forward", "backward"]
+    # But one that comes after it, as that of a backward pass, is.
+    rows = documents([*_rows()[:3], failed])["kernels.json"]["rows"]
+    assert [row["ok"] for row in rows] == [True, False]
 
 
 @pytest.mark.parametrize("lacking", [0, 1])
