@@ -85,7 +85,7 @@ _COMPILED = (
 )
 MODELS = ("1.1B", "3B")
 # Of benchmarks/training: what is timed there is timed here side by side, the compiled last.
-_SETTINGS = ("1B, 4k tokens", "3B, 4k tokens")
+BESIDE = ("1B, 4k tokens", "3B, 4k tokens")
 _SIDES = (ANCHOR, OURS, LIGER)
 
 CHECK_SECONDS = 20.0
@@ -259,8 +259,8 @@ def phases(dry: bool, cpus: int) -> list[Phase]:
         for side in ("ours", "torch")
         for model in MODELS
     ]
-    pairs = [(setting, side) for setting in _SETTINGS for side in _SIDES]
-    pairs += [(setting, COMPILED) for setting in _SETTINGS]
+    pairs = [(setting, side) for setting in BESIDE for side in _SIDES]
+    pairs += [(setting, COMPILED) for setting in BESIDE]
     beside = [Job("step", *pair, target="beside:run", limit=ROW_SECONDS) for pair in pairs]
     one = several if dry else 1  # side by side they would share the GPU, and time each other
     return [

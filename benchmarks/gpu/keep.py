@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.jobs import BESIDE
 from benchmarks.gpu.rows import Row, read_rows
 
 # Where the rows of a whole run go, and those of what is taken again after it.
@@ -37,8 +38,7 @@ def documents(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     steps = {
         (row["operation"], row["variant"]): row
         for row in rows
-        # Those of benchmarks/training, and not of benchmarks/gpu/step.py.
-        if row["kind"] == "step" and "tokens" in row["operation"]
+        if row["kind"] == "step" and row["operation"] in BESIDE
     }
     kernels = {"ceilings": {name: ceilings[name] for name in _CEILINGS}, "rows": [*timed.values()]}
     found = {"kernels.json": {"environment": about} | kernels}

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.cases.case import Setting
 from benchmarks.gpu.cases.registry import cases_of
-from benchmarks.gpu.jobs import MODELS
+from benchmarks.gpu.jobs import BESIDE, MODELS
 from benchmarks.gpu.targets import _LOSS, _MFU, _SHARES, Target, targets
 
 
@@ -28,7 +28,7 @@ def _named(rows: list[dict[str, Any]], start: str) -> list[Target]:
 
 def test_without_rows_nothing_is_reached() -> None:
     found = [*targets([{"kind": "ratio", "operation": "glu", "ok": False, "variant": "ours"}])]
-    assert len(found) == len(_SHARES) + len(_MFU) + 4
+    assert len(found) == len(_SHARES) + len(_MFU) + len(BESIDE) + 3
     assert not any(each.is_reached for each in found)
     assert all("not measured" in str(each) for each in found)
 
@@ -86,7 +86,8 @@ def test_a_step_is_held_to_the_vendors_peak_and_to_the_others() -> None:
     ]
     one, three = (next(iter(_named(rows, f"{model}, MFU"))) for model in MODELS)
     assert (one.found, one.is_reached, three.found) == (0.52, True, None)
-    (beside,) = _named(rows, "1B, 4k tokens")
+    beside, not_reached = (next(iter(_named(rows, setting))) for setting in BESIDE)
+    assert not_reached.found is None
     assert beside.found == pytest.approx(110 / 120)
     assert not beside.is_reached
 
