@@ -35,13 +35,24 @@ def documents(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
             name = (row["operation"], row["shape"], row["variant"])
             timed.pop((*name, None), None)
             timed[(*name, row.get("phase"))] = row
+    # By operation and shape, and there by phase: what is compared stands together.
+    places: dict[tuple[Any, ...], int] = {}
+    for operation, shape, _, phase in timed:
+        for place in ((operation, shape), (operation, shape, phase)):
+            places.setdefault(place, len(places))
+    compared = sorted(timed, key=lambda key: (places[key[:2]], places[(*key[:2], key[3])]))
     steps = {
         (row["operation"], row["variant"]): row
         for row in rows
         if row["kind"] == "step" and row["operation"] in BESIDE
     }
-    kernels = {"ceilings": {name: ceilings[name] for name in _CEILINGS}, "rows": [*timed.values()]}
-    found = {"kernels.json": {"environment": about} | kernels}
+    found: dict[str, dict[str, Any]] = {
+        "kernels.json": {
+            "environment": about,
+            "ceilings": {name: ceilings[name] for name in _CEILINGS},
+            "rows": [timed[key] for key in compared],
+        }
+    }
     if steps:
         found["train.json"] = {"environment": about, "steps": [*steps.values()]}
     return found

@@ -80,6 +80,23 @@ def test_all_that_was_taken_again_counts_until_the_next_whole_run(tmp_path: Path
     assert run("gpu.jsonl", 1.0) == [("ours", 1.0)]
 
 
+def test_what_is_compared_stands_together() -> None:
+    """A run times ours everywhere first, and what is beside it later."""
+    ours = _rows()[2]
+    rope, quack = ours | {"operation": "rope"}, {"variant": "quack"}
+    backward = quack | {"phase": "backward"}
+    run = [*_rows()[:2], ours, rope, ours | backward, ours | quack, rope | quack]
+    rows = documents(run)["kernels.json"]["rows"]
+    told = [(row["operation"], row["phase"], row["variant"]) for row in rows]
+    assert told == [
+        ("glu", "forward", "ours"),
+        ("glu", "forward", "quack"),
+        ("glu", "backward", "quack"),
+        ("rope", "forward", "ours"),
+        ("rope", "forward", "quack"),
+    ]
+
+
 def test_a_failure_that_is_mended_is_not_kept() -> None:
     failed = _RATIO | {"ok": False, "error": "off"}
     backward = _rows()[2] | {"phase": "backward"}
