@@ -23,6 +23,7 @@ from nanotron_fast.parallel import (
     tensor_parallel_mlp,
 )
 from nanotron_fast.parallel.grouped import Runs, grouped_linear
+from nanotron_fast.patch.nanotron.attention_with_lse import attention_with_lse
 from nanotron_fast.patch.transformers.forwards import _GatedProducts
 
 HEADS = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 8}
@@ -57,6 +58,7 @@ CASES: dict[str, tuple[list[tuple[int, ...]], Callable[..., Tensor]]] = {
     "glu": ([(6, 8)], glu),
     "attention": ([(1, 6, 2, 8)] * 3, attention),
     "attention with sinks": ([(1, 6, 2, 8)] * 3 + [(2,)], attention_with_sinks),
+    "attention with lse": ([(1, 6, 2, 8)] * 3, lambda *qkv: attention_with_lse(*qkv)[0]),
     "loss": ([(6, 8), (12, 8)], loss),
     "loss in chunks": ([(6, 8), (12, 8)], lambda x, w: loss(x, w, chunk_tokens=4)),
     "losses": ([(6, 8), (12, 8)], lambda x, w: loss(x, w, reduction="none")),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.attention import attention_backward, attention_forward
+from nanotron_fast.kernels.runtime.once import once_differentiable
 
 
 class _WithLse(torch.autograd.Function):
@@ -22,6 +23,7 @@ class _WithLse(torch.autograd.Function):
         return out, lse
 
     @staticmethod
+    @once_differentiable("attention_with_lse")
     def backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         return *attention_backward(dout, q, k, v, out, lse, **ctx.options), None
