@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from nanotron_fast.kernels.runtime.collectives import Ranks
+from nanotron_fast.kernels.runtime.once import once_differentiable
 from nanotron_fast.parallel.communication import Pending, start_all_to_all
 
 
@@ -89,6 +90,7 @@ class _Leave(torch.autograd.Function):
         return trip.start(rows)
 
     @staticmethod
+    @once_differentiable("a trip to experts")
     def backward(ctx: Any, _: Tensor) -> tuple[Tensor, None]:
         return ctx.trip.back.finish(), None
 
@@ -101,6 +103,7 @@ class _Arrive(torch.autograd.Function):
         return rows.view_as(rows) if rows is under_way else rows
 
     @staticmethod
+    @once_differentiable("a trip to experts")
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         # What it hands on stands for the gradient, which is under way to `_Leave`.
         ctx.trip.back.start(gradient)

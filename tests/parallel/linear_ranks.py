@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import init_device_mesh
 
+from nanotron_fast.kernels.runtime.collectives import resolve
 from nanotron_fast.parallel import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from nanotron_fast.parallel.dispatch import Routes
 from tests.parallel.ranks import check, join, leaf, run_cases, shard, with_chunks
 from tests.parallel.stand_ins import agreed, fused_products
 
@@ -128,6 +130,17 @@ def gradients_of_gradients(mode: str, mesh) -> None:
             torch.autograd.grad(found.sum(), layer.weight)
 
 
+def gradients_of_gradients_of_trips(mesh) -> None:
+    """Of rows that go to the ranks of their experts and come back, likewise."""
+    routes = Routes(torch.full((mesh.size(),), 2), resolve(mesh))
+    x = torch.randn(2 * mesh.size(), 3, requires_grad=True)
+    loss = routes.bring_back(routes.arrive(*routes.leave(x))).square().sum()
+    (found,) = torch.autograd.grad(loss, x, create_graph=True)
+    assert torch.equal(found, 2 * x)
+    with pytest.raises(RuntimeError, match="has no second derivative"):
+        torch.autograd.grad(loss + found.square().sum(), x)
+
+
 def with_symmetric_memory(case: Callable[[], None]) -> None:
     """The same case over torch's fused products, whose plain path serves a CPU here."""
     with fused_products() as calls, agreed(True):
@@ -159,6 +172,7 @@ def cases(mesh) -> Iterator[tuple[str, Callable[[], None]]]:
     for mode in MODES:
         yield f"main gradients {mode}", partial(main_gradients, mode, mesh)
         yield f"gradients of gradients {mode}", partial(gradients_of_gradients, mode, mesh)
+    yield "gradients of gradients of trips", partial(gradients_of_gradients_of_trips, mesh)
     yield "copies", partial(copies, mesh)
 
 
