@@ -57,8 +57,8 @@ OPERATIONS = tuple(CHECKS)
 # How a variant is tried beside its own check, and how many seconds that may take: Inductor's first
 # code in a process alone can take as long as a whole check.
 WAYS = {"captured": 20.0, "compiled": 60.0, "deterministic": 20.0}
-# Of which variant, where that is not the first.
-_WAYS = {("pack", "captured"): "cuda qkv", ("attention", "deterministic"): "auto dense"}
+# The variant that a way is tried on, where that is not the first.
+_TRIED_ON = {("pack", "captured"): "cuda qkv", ("attention", "deterministic"): "auto dense"}
 # Without it torch refuses cuBLAS's products where its algorithms are to be deterministic.
 _DETERMINISTIC = (("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),)
 # How many cases each operation is timed in, where that is more than one: on a GPU, and dry.
@@ -141,7 +141,7 @@ class Phase:
 def variant_of(operation: str, variant: str) -> str:
     """The variant that a check builds: of a way, what is treated so."""
     if variant in WAYS:
-        return _WAYS.get((operation, variant), CHECKS[operation][1][0])
+        return _TRIED_ON.get((operation, variant), CHECKS[operation][1][0])
     return variant
 
 

@@ -90,10 +90,8 @@ class DifferenceCounter {
                 item * (i * move.destination_strides[0] + j * move.destination_strides[1] +
                         k * move.destination_strides[2]);
             if (std::memcmp(wanted + at, found + at, static_cast<size_t>(item)) == 0) continue;
-            const int64_t offset_bytes =
-                job.destinations[static_cast<size_t>(view_index)].offset_bytes +
-                first_row * job.destinations[static_cast<size_t>(view_index)].row_stride_bytes + at;
-            add(placed.index, offset_bytes);
+            const View& view = job.destinations[static_cast<size_t>(view_index)];
+            add(placed.index, view.offset_of(first_row) + at);
           }
         }
       }
