@@ -81,14 +81,12 @@ def _dry_run(
 def _run(config: str, overrides: list[str], *, is_quiet: bool) -> TrainingResult:
     from nanotron_fast.checkpoints.processes import Processes, TorchProcesses
     from nanotron_fast.train import Trainer, TrainingConfig
-    from nanotron_fast.train.config.checks import check_world_size
     from nanotron_fast.train.mesh import join, leave, num_processes
 
     is_ours = join()
     everyone = TorchProcesses() if num_processes() > 1 else Processes()
     with everyone.step():
         read = TrainingConfig.load(config, overrides)
-        check_world_size(read, num_processes())
     with ExitStack() as stack:
         bar = _TokenBar(stack, is_quiet=is_quiet or _rank() > 0)
         trainer = Trainer(read, is_quiet=is_quiet, on_tokens=bar)

@@ -291,6 +291,15 @@ def the_command_says_an_error_once(root: Path) -> None:
         assert code == 2, said
         assert (words in said) is (dist.get_rank() == 0), (number, said)
         assert (said == "") is (dist.get_rank() > 0), said
+    # Where one machine's command has another number of ranks, it is told what the first has.
+    changes = {**SIZES, **DP, "checkpoints__checkpoints_path": f"{root}/own"}
+    path = prepared(root / "own.yaml", partial(save, **changes))
+    own = ["--parallelism.dp=1"] * (dist.get_rank() > 0)
+    code, said = command(["train", str(path), "--quiet", *own])
+    assert code == 2, said
+    told = "parallelism.dp is 1 on one rank, and 2 on the first"
+    assert (told in said) is (dist.get_rank() > 0), said
+    assert (said == "") is (dist.get_rank() == 0), said
 
 
 def the_command_trains(root: Path) -> None:
