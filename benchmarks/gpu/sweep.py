@@ -167,7 +167,8 @@ def main() -> int:
     if not (options.dry or list(Path("/dev").glob("nvidia*")) or shutil.which("nvidia-smi")):
         raise SystemExit("sweep.py: no NVIDIA GPU here; --dry runs all of it on the CPU")
     out = options.out or BUILD / ("tuned-dry.json" if options.dry else NAME)
-    if out.is_dir():  # OUT is one for `make gpu`, also where the environment has it
+    # OUT is a folder for `make gpu`, also where the environment has it, and may not be there yet.
+    if out.is_dir() or not out.suffix:
         out /= NAME
     if out.suffix == ".jsonl":
         raise SystemExit(f"sweep.py: --out {out}: that is where the rows go; name a .json")

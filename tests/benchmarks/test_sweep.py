@@ -65,7 +65,11 @@ def test_a_folder_is_where_the_file_goes(tmp_path: Path, monkeypatch) -> None:
 
     monkeypatch.setattr(sweep, "SweepFile", sweep_file)
     monkeypatch.setattr(sweep, "end_with_make", lambda: None)
-    for given, expected in ((tmp_path, tmp_path / "tuned.json"), (tmp_path / "x", tmp_path / "x")):
+    for given, expected in (
+        (tmp_path, tmp_path / "tuned.json"),
+        (tmp_path / "none yet", tmp_path / "none yet" / "tuned.json"),
+        (tmp_path / "x.json", tmp_path / "x.json"),
+    ):
         monkeypatch.setattr(sys, "argv", ["sweep.py", "--dry", "--out", str(given)])
         with pytest.raises(Found) as found:
             sweep.main()
