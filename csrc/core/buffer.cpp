@@ -6,13 +6,16 @@ namespace nanotron_fast {
 
 namespace {
 
-// A cache line: it leads out of the slow places with room to spare.
-constexpr int64_t kStepBytes = 64;
+constexpr int64_t kAlignmentBytes = 64;
 
-// Whether a copy is slow, by what is left of two addresses within their pages.
-bool is_slow(int64_t to, int64_t from) {
-  const int64_t behind = ((to - from) % kPageBytes + kPageBytes) % kPageBytes;
-  return behind > 0 && behind < kStepBytes;
+// Halfway from where bytes are read to where they are written, in a page: as far from the one as
+// from the other, and from neither less than an alignment or more than half a page and as much.
+int64_t halfway(int64_t read_offset, int64_t write_offset) {
+  const int64_t between = (write_offset - read_offset) & (kPageBytes - 1);
+  int64_t step = between / 2;
+  if (step < 2 * kAlignmentBytes) step += kPageBytes / 2;
+  const int64_t place = (read_offset + step) & (kPageBytes - 1);
+  return place - place % kAlignmentBytes;
 }
 
 }  // namespace
@@ -32,10 +35,7 @@ std::byte* Buffer::reserve(int64_t num_bytes, int64_t read_offset, int64_t write
     data_ = aligned_memory(num_bytes + kSlackBytes);
     capacity_bytes_ = num_bytes;
   }
-  // A step out of the one's way may lead into the other's, and a second one out of both.
-  int64_t place = 0;
-  while (is_slow(place, read_offset) || is_slow(write_offset, place)) place += kStepBytes;
-  return data_.get() + place;
+  return data_.get() + halfway(read_offset, write_offset);
 }
 
 }  // namespace nanotron_fast

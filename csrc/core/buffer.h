@@ -20,16 +20,17 @@ AlignedMemory aligned_memory(int64_t num_bytes);
 
 // Memory that grows, is not initialised, and lies where the kernel copies to and from files fast.
 //
-// The kernel copies with `rep movsb`, which on AMD's Zen 3 and 4 takes five times as long where the
-// target lies 1 to 31 bytes behind the source, both counted from the beginning of their pages. The
-// page cache keeps a byte at its offset in the file; what malloc gives for a large piece lies 16
-// bytes behind a page's beginning: just there, for files whose data begin with a page.
+// The kernel copies with `rep movsb`. On AMD's Zen 3 and 4 that takes up to five times as long
+// where target and source begin nearly alike in their pages: 1 to 31 bytes behind on one processor,
+// 0 to 15 on another. The page cache keeps a byte at its offset in the file, and data mostly begin
+// with a page; what malloc gives for a large piece lies 16 bytes behind a page's beginning.
 class Buffer {
  public:
   // The most that a place lies behind the memory's beginning.
-  static constexpr int64_t kSlackBytes = 128;
+  static constexpr int64_t kSlackBytes = kPageBytes;
 
-  // For bytes read from a file's offset on and written to another's; valid until the next call.
+  // For bytes read from a file's offset on and written to another's, aligned to 64 bytes; valid
+  // until the next call.
   std::byte* reserve(int64_t num_bytes, int64_t read_offset, int64_t write_offset);
   // For bytes that are read or written, and not both.
   std::byte* reserve(int64_t num_bytes, int64_t offset) {
