@@ -108,10 +108,11 @@ def test_a_rank_of_a_pipeline_dies(tmp_path: Path) -> None:
     for rank, each in enumerate(results[:3]):
         assert each.err.startswith(f"error: rank {rank} ends, {GONE}"), each.err
         assert each.err.count("\n") == 1, each.err
-    # It was at its first checkpoint, and what it left of that is in nobody's way.
-    (left,) = (tmp_path / "run").glob(".*.partial")
+    # It was at its first checkpoint. Where the first rank has not noticed that while it saved, but
+    # in the step after, something of it is left, which is in nobody's way.
+    assert len(list((tmp_path / "run").glob(".*.partial"))) <= 1
     assert [each.code for each in run(tmp_path / "run", parallelism__pp=2)] == [0, 0]
-    assert not left.exists()
+    assert not list((tmp_path / "run").glob(".*.partial"))
 
 
 @pytest.mark.slow
