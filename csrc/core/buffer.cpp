@@ -8,8 +8,8 @@ namespace {
 
 constexpr int64_t kAlignmentBytes = 64;
 
-// Halfway from where bytes are read to where they are written, in a page: as far from the one as
-// from the other, and from neither less than an alignment or more than half a page and as much.
+// Within a page, halfway from where bytes are read to where they are written: 65 to 2239 bytes
+// behind the first, and likewise before the second.
 int64_t halfway(int64_t read_offset, int64_t write_offset) {
   const int64_t between = (write_offset - read_offset) & (kPageBytes - 1);
   int64_t step = between / 2;
