@@ -11,8 +11,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,20 +109,37 @@ def cached_tokens(
         on_progress: called now and then while they are made.
 
     Raises:
-        DataError: the documents are malformed.
-        OSError: the cache cannot be written to.
+        DataError: the documents are malformed, or the cache cannot be written to.
+        OSError: the documents cannot be read.
     """
+    folder = default_folder() if folder is None else folder
     words = (_VERSION, source.identity(), recipe_identity, str(token_size))
     key = hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
-    entry = (default_folder() if folder is None else folder) / "tokens" / key
+    entry = folder / "tokens" / key
     if overwrite or not entry.is_dir():
-        entry.parent.mkdir(parents=True, exist_ok=True)
-        with locked(entry.with_name(f"{key}.lock"), waits=True):
-            if overwrite and entry.is_dir():
-                shutil.rmtree(entry)
-            if not entry.is_dir():
-                _make(entry, source, recipe, token_size, workers, on_progress)
+        with _kept_in(folder, source.name):
+            entry.parent.mkdir(parents=True, exist_ok=True)
+            with locked(entry.with_name(f"{key}.lock"), waits=True):
+                if overwrite and entry.is_dir():
+                    shutil.rmtree(entry)
+                if not entry.is_dir():
+                    _make(entry, source, recipe, token_size, workers, on_progress)
     return _opened(entry, source, token_size)
+
+
+@contextmanager
+def _kept_in(folder: Path, name: str) -> Iterator[None]:
+    """What cannot be written to the cache is told with the way out: few know that there is one."""
+    try:
+        yield
+    except OSError as error:
+        path = Path(str(error.filename))
+        if not path.is_relative_to(folder) and not folder.is_relative_to(path):
+            raise
+        raise DataError(
+            f"{folder}: the tokens of {name} are kept there, and cannot be: "
+            f"{error.strerror}: {path}; NANOTRON_FAST_CACHE names another folder"
+        ) from error
 
 
 def _make(

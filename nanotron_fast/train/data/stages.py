@@ -181,7 +181,7 @@ def batches_of(
     Raises:
         DataError: data are missing, malformed, or not for this model.
         CheckpointError: a tokenizer or an architecture is not where it should be.
-        OSError: the cache cannot be written to.
+        OSError: documents cannot be read.
     """
     if config.model.model_config is None or vocab_size is None:
         model = architecture(config)

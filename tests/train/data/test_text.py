@@ -30,8 +30,10 @@ from nanotron_fast.train.data.tokenizer import (
 )
 from nanotron_fast.train.data.windows import TextWindows
 from nanotron_fast.train.data.worker import encode
+from tests.ordinary_user import ordinary_user
 from tests.train.data.material import TEXT, make_tokenizer
 from tests.train.data.nanotron_order import clm_windows, positions_from_ends
+from tests.train.full_disk import no_file_beyond
 
 
 def tokens_of(source: Source, tokenizer: Any, **options: Any) -> CachedTokens:
@@ -237,6 +239,44 @@ def test_an_error_leaves_nothing_in_the_cache(tmp_path: Path, tokenizer: Any, ca
     with pytest.raises(DataError, match=r"line 4: it has no key 'text'; its keys: no text"):
         tokens_of(source, tokenizer)
     assert [each for each in (cache / "tokens").iterdir() if each.is_dir()] == []
+
+
+def test_a_cache_that_cannot_be_written_is_said_to_be_one(
+    tmp_path: Path, tokenizer: Any, cache: Path
+) -> None:
+    """As in a home of which nothing is left, or that may only be read."""
+    path = tmp_path / "a.txt"
+    path.write_text(TEXT * 100)
+    source = open_source(str(path))
+    way_out = "NANOTRON_FAST_CACHE names another folder"
+    with (
+        no_file_beyond(1000),
+        pytest.raises(
+            DataError,
+            match=rf"^{cache}: the tokens of .*a\.txt are kept there, and cannot be: "
+            rf"File too large: .*/tokens\.ds; {way_out}$",
+        ),
+    ):
+        tokens_of(source, tokenizer)
+    assert [each for each in (cache / "tokens").iterdir() if each.is_dir()] == []
+    home = tmp_path / "home"
+    home.mkdir(mode=0o500)
+    with (
+        ordinary_user(),
+        pytest.raises(DataError, match=rf"Permission denied: {home}/\.cache; {way_out}$"),
+    ):
+        tokens_of(source, tokenizer, folder=home / ".cache" / "nanotron_fast")
+    # What it has already is read all the same.
+    tokens = tokens_of(source, tokenizer)
+    (cache / "tokens").chmod(0o500)
+    with ordinary_user():
+        assert tokens_of(source, tokenizer) == tokens
+    # What else cannot be read is no fault of the cache's.
+    path.write_text(TEXT * 101)
+    source = open_source(str(path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"a\.txt"):
+        tokens_of(source, tokenizer)
 
 
 def test_ranks_without_locks_do_not_harm_each_other(
