@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from nanotron_fast.families.decoder import (
     BLOCK,
@@ -19,10 +17,9 @@ from nanotron_fast.families.decoder import (
 )
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.own_scaling import OwnScaling
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rules import Number, Rule
-from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
-from nanotron_fast.model.spec import ModelSpec
 
 _NAMES = {
     "input_layernorm": "attention_layernorm",
@@ -65,18 +62,10 @@ _ACTIVATION: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class LearnedActivation:
-    """`hidden_act: xielu`, which has parameters."""
+class LearnedActivation(Quirk):
+    """`hidden_act: xielu`, which has parameters; no other key says so."""
 
-    keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"learned_activation"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """Nothing beside hidden_act says it."""
-
-    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Nor is anything else written."""
 
 
 FAMILY = Family(

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.families import cohere
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.windows import ALL_BUT_EVERY_NTH
 from nanotron_fast.formats.fields import Fields
-from nanotron_fast.model.spec import Layer, ModelSpec
+from nanotron_fast.model.spec import Layer
 
 
 @dataclass(frozen=True, slots=True)
-class RopeInWindows:
-    """Layers without a window have no rotary embedding."""
+class RopeInWindows(Quirk):
+    """Layers without a window have no rotary embedding: the windows say it."""
 
-    keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"no_rope_layers", "some_no_rope_layers"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Takes it from them."""
@@ -29,9 +27,6 @@ class RopeInWindows:
             else replace(each, attention=replace(each.attention, rotary=None))
             for each in layers
         ]
-
-    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """The windows say it."""
 
 
 FAMILY = replace(

@@ -128,6 +128,14 @@ def norms(
     )
 
 
+def layer_norm(hf: str, param: str, block: str = "layer") -> tuple[Rule, ...]:
+    """A LayerNorm's weight and bias, by the names of the norm on both sides."""
+    return tuple(
+        Copy(f"{hf}.{kind}", f"{param}.{kind}", rows="hidden", block=block)
+        for kind in ("weight", "bias")
+    )
+
+
 def mlp(
     hf: str,
     param: str,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.families.decoder import DEFAULTS, EMBEDDINGS, PROJECTIONS, mlp, norms, qk_norm
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.windows import check_no_windows, read_kinds, written_kinds
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
@@ -17,7 +17,7 @@ _WINDOW = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class HybridLayers:
+class HybridLayers(Quirk):
     """With a `sliding_window`, layers have either the window or no rotary embedding.
 
     Which, `layer_types` says, or sliding_window_pattern: every n-th layer has no window. Where
@@ -28,7 +28,6 @@ class HybridLayers:
     expresses: frozenset[str] = frozenset(
         {"sliding_window", "some_windows", "no_rope_layers", "some_no_rope_layers"}
     )
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives each layer its window, or takes its rotary embedding. Raises ConfigError."""

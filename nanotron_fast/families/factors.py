@@ -2,34 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
+from nanotron_fast.families.quirk import OneKey, Quirk, set_attention
 from nanotron_fast.formats.fields import Fields
-from nanotron_fast.model.spec import Layer, ModelSpec
-
-_NOTHING: frozenset[str] = frozenset()
+from nanotron_fast.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class ScaledEmbedding:
+class ScaledEmbedding(Quirk):
     """Embeddings are multiplied by the root of the hidden size, which no key says."""
 
-    keys: frozenset[str] = _NOTHING
     expresses: frozenset[str] = frozenset({"scales"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Scales them."""
         fields["embedding_scale"] = fields["hidden_size"] ** 0.5
 
-    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Nothing says it."""
-
 
 @dataclass(frozen=True, slots=True)
-class Factor:
+class Factor(OneKey):
     """One of ModelSpec's scales.
 
     Args:
@@ -38,16 +31,9 @@ class Factor:
         divides: what config.json has is divided by.
     """
 
-    key: str
     name: str
     divides: bool = False
     expresses: frozenset[str] = frozenset({"scales"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The one."""
-        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Raises ConfigError where it is no number, or one that makes nothing of a model."""
@@ -59,24 +45,17 @@ class Factor:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreScale:
+class ScoreScale(OneKey):
     """What attention multiplies its scores by, as the `power` of a number in config.json."""
 
-    key: str
     power: float
     expresses: frozenset[str] = frozenset({"attention_scale"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The one."""
-        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives it to every layer where it is not the usual one. Raises ConfigError."""
         scale = _power(_positive(reader, self.key), self.power)
         usual = fields["layers"][0].attention.head_dim ** -0.5
-        _set_attention(fields, scale=None if scale == usual else scale)
+        set_attention(fields, scale=None if scale == usual else scale)
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds the key."""
@@ -85,21 +64,15 @@ class ScoreScale:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreCap:
+class ScoreCap(OneKey):
     """The cap of attention's scores; null is none."""
 
     key: str = "attn_logit_softcapping"
     expresses: frozenset[str] = frozenset({"softcap"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The one."""
-        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives it to every layer. Raises ConfigError where it is no positive number."""
-        _set_attention(fields, softcap=_positive_or_none(reader, self.key))
+        set_attention(fields, softcap=_positive_or_none(reader, self.key))
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds the key."""
@@ -107,17 +80,11 @@ class ScoreCap:
 
 
 @dataclass(frozen=True, slots=True)
-class LogitCap:
+class LogitCap(OneKey):
     """The cap of logits; null is none."""
 
     key: str = "final_logit_softcapping"
     expresses: frozenset[str] = frozenset({"logit_softcap"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The one."""
-        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Raises ConfigError where it is no positive number."""
@@ -126,13 +93,6 @@ class LogitCap:
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds the key."""
         config[self.key] = spec.logit_softcap
-
-
-def _set_attention(fields: dict[str, Any], **changes: Any) -> None:
-    layers: list[Layer] = fields["layers"]
-    fields["layers"] = [
-        replace(each, attention=replace(each.attention, **changes)) for each in layers
-    ]
 
 
 def _positive(reader: Fields, key: str) -> float:

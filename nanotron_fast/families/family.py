@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from nanotron_fast.families.parts import Param
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rules import Context, Rule
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NanotronClass
@@ -38,36 +39,6 @@ COMMON_KEYS: Mapping[str, str] = {
     "pad_token_id": "pad_token_id",
     "use_cache": "use_cache",
 }
-
-
-class Quirk(Protocol):
-    """What a family's `config.json` says in a way of its own, or of single layers."""
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The keys it gives a meaning to, which --family cannot take from another model."""
-        ...
-
-    @property
-    def expresses(self) -> frozenset[str]:
-        """What of `model.needs` can be written so."""
-        ...
-
-    @property
-    def aliases(self) -> Mapping[str, tuple[str, ...]]:
-        """Other names under which a config may say a key's value once more."""
-        ...
-
-    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """Changes the fields of the ModelSpec that is being read: "layers" is a list of Layer.
-
-        Raises ConfigError, UnsupportedModelError.
-        """
-        ...
-
-    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Adds its keys to a config."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

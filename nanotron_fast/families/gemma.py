@@ -11,17 +11,15 @@ from nanotron_fast.families import gemma2
 from nanotron_fast.families.decoder import DENSE
 from nanotron_fast.families.factors import ScaledEmbedding
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
-from nanotron_fast.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class Gelu:
+class Gelu(Quirk):
     """`hidden_act`, which some versions of transformers take for another one."""
 
-    keys: frozenset[str] = frozenset()
-    expresses: frozenset[str] = frozenset()
     # Some versions read this one alone, others not at all.
     aliases: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {"hidden_act": ("hidden_activation",)}
@@ -34,9 +32,6 @@ class Gelu:
                 f"{reader.file}: hidden_act is 'gelu', which transformers 4 computes and version 5 "
                 "takes for 'gelu_pytorch_tanh': released models mean the latter, so write that"
             )
-
-    def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
-        """Nothing beside the key itself."""
 
 
 FAMILY = Family(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
-from nanotron_fast.families.decoder import BLOCK, DEFAULTS, EMBEDDING
+from nanotron_fast.families.decoder import BLOCK, DEFAULTS, EMBEDDING, layer_norm
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.fused_by_head import FusedByHead
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rotary import PartialRotary, rope_of_a_part
 from nanotron_fast.families.rules import Copy, Rule
 from nanotron_fast.formats.fields import Fields
@@ -22,13 +22,6 @@ _RESIDUAL, _SHARE, _BASE = "use_parallel_residual", "rotary_pct", "rotary_emb_ba
 _DROPOUTS = ("attention_dropout", "hidden_dropout", "classifier_dropout")
 
 
-def _norm(hf: str, param: str, block: str = "layer") -> tuple[Rule, ...]:
-    return tuple(
-        Copy(f"{hf}.{kind}", f"{param}.{kind}", rows="hidden", block=block)
-        for kind in ("weight", "bias")
-    )
-
-
 _matrix = partial(Copy, rows="vocab", columns="hidden", split="rows")
 _square = partial(Copy, rows="hidden", columns=("heads", "head_dim"), split="columns")
 _HEAD, _IN = "embed_out.weight", "gpt_neox.embed_in.weight"
@@ -38,8 +31,8 @@ RULES: tuple[Rule, ...] = (
     _matrix(
         _HEAD, "model.lm_head.pp_block.weight", block="head", when="untied", alias="lm_head.weight"
     ),
-    *_norm("gpt_neox.final_layer_norm", "model.final_layer_norm.pp_block", "norm"),
-    *_norm(f"{_LAYER}input_layernorm", f"{BLOCK}input_layernorm"),
+    *layer_norm("gpt_neox.final_layer_norm", "model.final_layer_norm.pp_block", "norm"),
+    *layer_norm(f"{_LAYER}input_layernorm", f"{BLOCK}input_layernorm"),
     FusedByHead(
         f"{_LAYER}attention.query_key_value.weight",
         f"{BLOCK}attn.qkv_proj.weight",
@@ -55,7 +48,7 @@ RULES: tuple[Rule, ...] = (
         rows="hidden",
         when="output_bias",
     ),
-    *_norm(f"{_LAYER}post_attention_layernorm", f"{BLOCK}post_attention_layernorm"),
+    *layer_norm(f"{_LAYER}post_attention_layernorm", f"{BLOCK}post_attention_layernorm"),
     Copy(
         f"{_UP}.weight",
         f"{BLOCK}mlp.gate_up_proj.weight",
@@ -76,15 +69,13 @@ RULES: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class Beside:
+class Beside(Quirk):
     """`use_parallel_residual`, and rotary embeddings under the names of such a config.json."""
 
     keys: frozenset[str] = frozenset({_RESIDUAL, _SHARE, _BASE})
     expresses: frozenset[str] = frozenset({"norm_places"})
     aliases: Mapping[str, tuple[str, ...]] = field(
-        default_factory=lambda: MappingProxyType(
-            {"rope_theta": (_BASE,), "partial_rotary_factor": (_SHARE,)}
-        )
+        default_factory=lambda: {"rope_theta": (_BASE,), "partial_rotary_factor": (_SHARE,)}
     )
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:

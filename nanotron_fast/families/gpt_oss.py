@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.families.decoder import ATTENTION, BLOCK, DEFAULTS, EMBEDDINGS, LAYER
 from nanotron_fast.families.expert_rules import InterleavedExperts
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.moe import ExpertLayers
+from nanotron_fast.families.moe import LOCAL_EXPERTS
 from nanotron_fast.families.own_scaling import OwnScaling
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rules import Copy, Rule
 from nanotron_fast.families.windows import EVERY_OTHER
 from nanotron_fast.formats.fields import Fields
@@ -76,12 +76,10 @@ RULES: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class _Oddities:
+class _Oddities(Quirk):
     """Sinks in every layer, biases in all experts, and what those clamp."""
 
     keys: frozenset[str] = frozenset({"swiglu_alpha", "swiglu_limit"})
-    expresses: frozenset[str] = frozenset()
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Changes every layer."""
@@ -130,13 +128,7 @@ FAMILY = Family(
     output_bias="attention_bias",
     quirks=(
         EVERY_OTHER,
-        ExpertLayers(
-            count="num_local_experts",
-            size="intermediate_size",
-            renormalises=True,
-            has_dense_layers=False,
-            aliases={"num_local_experts": ("num_experts",)},
-        ),
+        LOCAL_EXPERTS,
         _Oddities(),
         _SCALING,
     ),

@@ -8,12 +8,13 @@ is shared; the first layers are dense.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.decoder import BLOCK, LAYER, mlp
 from nanotron_fast.families.moe import experts
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rules import Copy, Rule
 from nanotron_fast.formats.fields import MAX_COUNT, Fields
 from nanotron_fast.model.spec import Experts, ModelSpec
@@ -58,14 +59,13 @@ DEFAULTS: Mapping[str, Any] = {
 
 
 @dataclass(frozen=True, slots=True)
-class GroupedExperts:
+class GroupedExperts(Quirk):
     """Experts on every layer but the first `first_k_dense_replace`."""
 
     keys: frozenset[str] = frozenset(
         {"n_routed_experts", "num_local_experts", "n_shared_experts", "routed_scaling_factor"}
     )
     expresses: frozenset[str] = frozenset({"moe", "shared_expert"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers their experts. Raises ConfigError, UnsupportedModelError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from nanotron_fast.families.decoder import ATTENTION, DEFAULTS, EMBEDDINGS
 from nanotron_fast.families.family import Family
-from nanotron_fast.families.moe import ExpertLayers, experts
+from nanotron_fast.families.moe import LOCAL_EXPERTS, experts
 from nanotron_fast.families.windows import PLAIN
 from nanotron_fast.formats.nanotron.classes import NANOTRON_FAST_CONFIG
 
@@ -31,12 +31,6 @@ FAMILY = Family(
     renamed={"num_experts": "num_local_experts"},
     quirks=(
         PLAIN,
-        ExpertLayers(
-            count="num_local_experts",
-            size="intermediate_size",
-            renormalises=True,
-            has_dense_layers=False,
-            aliases={"num_local_experts": ("num_experts",)},
-        ),
+        LOCAL_EXPERTS,
     ),
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nanotron_fast.families.decoder import BLOCK, LAYER
+from nanotron_fast.families.quirk import Quirk, set_attention
 from nanotron_fast.families.rules import Copy, Rows, Rule
 from nanotron_fast.formats.fields import Fields
-from nanotron_fast.model.spec import Attention, Latent, ModelSpec
+from nanotron_fast.model.spec import Latent, ModelSpec
 
 _HF, _OURS = f"{LAYER}self_attn.", f"{BLOCK}attn."
 
@@ -57,12 +58,11 @@ PROJECTIONS: tuple[Rule, ...] = (
 
 
 @dataclass(frozen=True, slots=True)
-class LatentHeads:
+class LatentHeads(Quirk):
     """The sizes of latent attention, of every layer, and the scale that goes with YaRN."""
 
     keys: frozenset[str] = frozenset({"q_lora_rank", "kv_lora_rank"})
     expresses: frozenset[str] = frozenset({"partial_rotary"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Makes every layer's attention latent. Raises ConfigError."""
@@ -79,19 +79,13 @@ class LatentHeads:
         )
         if latent.value_dim > plain + turned:
             raise reader.error("v_head_dim", f"at most the {plain + turned} rows of a key's head")
-
-        def changed(attention: Attention) -> Attention:
-            return replace(
-                attention,
-                head_dim=plain + turned,
-                rotary=(plain, plain + turned),
-                latent=latent,
-                scale=_scale(plain + turned, fields["rope_scaling"]),
-            )
-
-        fields["layers"] = [
-            replace(each, attention=changed(each.attention)) for each in fields["layers"]
-        ]
+        set_attention(
+            fields,
+            head_dim=plain + turned,
+            rotary=(plain, plain + turned),
+            latent=latent,
+            scale=_scale(plain + turned, fields["rope_scaling"]),
+        )
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds its keys."""

@@ -8,6 +8,7 @@ from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
 from nanotron_fast.families.decoder import BLOCK, LAYER
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rules import Copy, Rule, StackExperts
 from nanotron_fast.formats.fields import MAX_COUNT, Fields
 from nanotron_fast.model.spec import Experts, ModelSpec
@@ -61,7 +62,7 @@ def experts(
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertLayers:
+class ExpertLayers(Quirk):
     """Experts on every layer, or on every decoder_sparse_step-th but those of mlp_only_layers.
 
     Args:
@@ -145,3 +146,13 @@ class ExpertLayers:
         if isinstance(self.renormalises, str):
             config[self.renormalises] = moe.is_renormalised
         config["router_aux_loss_coef"] = spec.router_aux_loss_coef
+
+
+# On every layer, under the names that Mixtral gave the keys.
+LOCAL_EXPERTS = ExpertLayers(
+    count="num_local_experts",
+    size="intermediate_size",
+    renormalises=True,
+    has_dense_layers=False,
+    aliases={"num_local_experts": ("num_experts",)},
+)

@@ -7,10 +7,11 @@ words alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.rope import read_rope
 from nanotron_fast.model.spec import ModelSpec
@@ -19,7 +20,7 @@ _KEYS = ("rope_parameters", "rope_scaling")
 
 
 @dataclass(frozen=True, slots=True)
-class OwnScaling:
+class OwnScaling(Quirk):
     """A class's own scaling: how it is read, and a Quirk that writes that there is none.
 
     Args:
@@ -30,9 +31,6 @@ class OwnScaling:
 
     words: str
     unsaid: Mapping[str, Any] | None = None
-    keys: frozenset[str] = frozenset()
-    expresses: frozenset[str] = frozenset()
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rope(self, fields: Fields) -> tuple[float, Mapping[str, Any] | None]:
         """See `read_rope`. Raises ConfigError where nothing says which scaling there is."""
@@ -52,9 +50,6 @@ class OwnScaling:
             f"scaling and version 5 for {self.words}: say rope_scaling, with rope_type default "
             "where there is none"
         )
-
-    def read(self, reader: Fields, fields: dict[str, Any]) -> None:
-        """`rope` has read it."""
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Says that there is no scaling, which null does not in every version."""

@@ -2,38 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nanotron_fast.families.decoder import BLOCK, LAYER
 from nanotron_fast.families.parts import Address, Cut, Param, Part, Seat
+from nanotron_fast.families.quirk import OneKey, set_attention
 from nanotron_fast.families.rules import Context, Rotary, Rule, runs
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.model.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class QkNorm:
+class QkNorm(OneKey):
     """The `key` that says whether queries and keys are normalised, by norms of a `kind`."""
 
-    key: str
     kind: str
     expresses: frozenset[str] = frozenset({"qk_norm"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The one."""
-        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers the norms. Raises ConfigError."""
-        kind = self.kind if reader.flag(self.key) else None
-        fields["layers"] = [
-            replace(each, attention=replace(each.attention, qk_norm=kind))
-            for each in fields["layers"]
-        ]
+        set_attention(fields, qk_norm=self.kind if reader.flag(self.key) else None)
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds its key."""

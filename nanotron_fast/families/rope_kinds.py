@@ -7,10 +7,11 @@ another base, or none of the scaling, in `Attention.rope_theta`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.families.quirk import OneKey, Quirk
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.formats.rope import must_agree, read_rope
 from nanotron_fast.model.spec import Layer, ModelSpec
@@ -58,7 +59,7 @@ def _give(fields: dict[str, Any], theta: float) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class UnscaledWindows:
+class UnscaledWindows(Quirk):
     """Layers with a window take no part in rope_scaling, and may have a base of their own.
 
     Args:
@@ -69,9 +70,7 @@ class UnscaledWindows:
     """
 
     assumed: float
-    keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"some_rope_thetas"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers with a window their base. Raises ConfigError, UnsupportedModelError."""
@@ -121,7 +120,7 @@ class UnscaledWindows:
 
 
 @dataclass(frozen=True, slots=True)
-class LocalBase:
+class LocalBase(OneKey):
     """Layers with a window have a base of their own, `rope_local_base_freq`, and no scaling.
 
     Transformers 4 and 5 both read it; 5 writes `rope_parameters` for each kind of layer instead.
@@ -129,12 +128,6 @@ class LocalBase:
 
     key: str = "rope_local_base_freq"
     expresses: frozenset[str] = frozenset({"some_rope_thetas"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> frozenset[str]:
-        """The one."""
-        return frozenset({self.key})
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers with a window their base. Raises ConfigError, UnsupportedModelError."""

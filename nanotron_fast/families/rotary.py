@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 from nanotron_fast.errors import ConfigError, UnsupportedModelError
+from nanotron_fast.families.quirk import Quirk, set_attention
 from nanotron_fast.formats.fields import Fields, is_number
 from nanotron_fast.formats.rope import must_agree, read_partial_rotary, read_rope
 from nanotron_fast.model.spec import ModelSpec
@@ -23,7 +24,7 @@ def rope_of_a_part(fields: Fields) -> tuple[float, Mapping[str, Any] | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class PartialRotary:
+class PartialRotary(Quirk):
     """`partial_rotary_factor`: the first rows of each head turn, that share of them.
 
     A family with it has `rope=rope_of_a_part`.
@@ -31,7 +32,6 @@ class PartialRotary:
 
     keys: frozenset[str] = frozenset({_FACTOR})
     expresses: frozenset[str] = frozenset({"partial_rotary"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers the rows that turn. Raises ConfigError."""
@@ -44,10 +44,7 @@ class PartialRotary:
                 f"config.json: {_FACTOR} {factor:g} turns {rows} of a head's {head_dim} rows, and "
                 "that should be an even number of them"
             )
-        fields["layers"] = [
-            replace(each, attention=replace(each.attention, rotary=(0, rows)))
-            for each in fields["layers"]
-        ]
+        set_attention(fields, rotary=(0, rows))
 
     def write(self, config: dict[str, Any], spec: ModelSpec) -> None:
         """Adds its key. Raises UnsupportedModelError where layers turn other rows."""
@@ -65,15 +62,13 @@ class PartialRotary:
 
 
 @dataclass(frozen=True, slots=True)
-class LongRope:
+class LongRope(Quirk):
     """LongRoPE is the only scaling, and its first context a key beside it.
 
     A spec has that among the other values of the scaling.
     """
 
     keys: frozenset[str] = frozenset({_ORIGINAL})
-    expresses: frozenset[str] = frozenset()
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Puts the first context into the scaling. Raises ConfigError."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.families.decoder import DENSE
 from nanotron_fast.families.family import Family
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.qwen2 import DEFAULTS
 from nanotron_fast.families.windows import Windows
 from nanotron_fast.formats.fields import Fields
@@ -17,12 +18,11 @@ from nanotron_fast.model.spec import Layer, ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
-class NoRopeLayers:
+class NoRopeLayers(Quirk):
     """`no_rope_layers`, a list of 0 (none) and 1, or every n-th layer by no_rope_layer_interval."""
 
     keys: frozenset[str] = frozenset({"no_rope_layers", "no_rope_layer_interval"})
     expresses: frozenset[str] = frozenset({"no_rope_layers", "some_no_rope_layers"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Takes the rotary embedding from those layers. Raises ConfigError."""

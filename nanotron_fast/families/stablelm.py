@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.families.decoder import (
@@ -17,6 +16,7 @@ from nanotron_fast.families.decoder import (
 )
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.qk_norms import QkNorm, norms_of_heads
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.families.rotary import PartialRotary, rope_of_a_part
 from nanotron_fast.families.rules import Copy, Rule
 from nanotron_fast.formats.fields import Fields
@@ -28,12 +28,11 @@ _DROPOUTS = ("hidden_dropout", "attention_dropout")
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelResidual:
+class ParallelResidual(Quirk):
     """`use_parallel_residual`: attention and MLP work side by side on one norm."""
 
     keys: frozenset[str] = frozenset({_KEY})
     expresses: frozenset[str] = frozenset({"norm_places"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Says it of the layers. Raises ConfigError."""

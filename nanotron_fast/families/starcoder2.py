@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from nanotron_fast.families.decoder import BLOCK, DEFAULTS, LAYER, embeddings, qkv
+from nanotron_fast.families.decoder import BLOCK, DEFAULTS, LAYER, embeddings, layer_norm, qkv
 from nanotron_fast.families.family import Family
 from nanotron_fast.families.rules import Copy, FuseByKvHead, Rule
 from nanotron_fast.families.windows import PLAIN
 from nanotron_fast.formats.nanotron.classes import STARCODER2_CONFIG
 
-
-def _norm(hf: str, param: str, block: str = "layer") -> tuple[Rule, ...]:
-    return tuple(
-        Copy(f"{hf}.{kind}", f"{param}.{kind}", rows="hidden", block=block)
-        for kind in ("weight", "bias")
-    )
-
-
 RULES: tuple[Rule, ...] = (
     *embeddings("model.token_embeddings.pp_block.token_embedding.weight"),
-    *_norm(f"{LAYER}input_layernorm", f"{BLOCK}ln_1"),
+    *layer_norm(f"{LAYER}input_layernorm", f"{BLOCK}ln_1"),
     FuseByKvHead(qkv("weight"), f"{BLOCK}attn.query_key_value.weight", columns="hidden"),
     FuseByKvHead(qkv("bias"), f"{BLOCK}attn.query_key_value.bias", when="qkv_bias"),
     Copy(
@@ -34,7 +26,7 @@ RULES: tuple[Rule, ...] = (
         rows="hidden",
         when="output_bias",
     ),
-    *_norm(f"{LAYER}post_attention_layernorm", f"{BLOCK}ln_2"),
+    *layer_norm(f"{LAYER}post_attention_layernorm", f"{BLOCK}ln_2"),
     Copy(
         f"{LAYER}mlp.c_fc.weight",
         f"{BLOCK}ff.c_fc.weight",
@@ -57,7 +49,7 @@ RULES: tuple[Rule, ...] = (
         split="columns",
     ),
     Copy(f"{LAYER}mlp.c_proj.bias", f"{BLOCK}ff.c_proj.bias", rows="hidden", when="mlp_bias"),
-    *_norm("model.norm", "model.final_layer_norm.pp_block", block="norm"),
+    *layer_norm("model.norm", "model.final_layer_norm.pp_block", block="norm"),
 )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nanotron_fast.errors import ConfigError
+from nanotron_fast.families.quirk import Quirk
 from nanotron_fast.formats.fields import Fields
 from nanotron_fast.model.spec import Layer, ModelSpec
 
@@ -14,7 +15,7 @@ _KINDS = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True, slots=True)
-class Windows:
+class Windows(Quirk):
     """`sliding_window`, on the layers that `layer_types` or an older field names.
 
     Args:
@@ -32,7 +33,6 @@ class Windows:
     unused_size: int | None = None
     keys: frozenset[str] = frozenset()
     expresses: frozenset[str] = frozenset({"sliding_window", "some_windows"})
-    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def read(self, reader: Fields, fields: dict[str, Any]) -> None:
         """Gives layers their windows. Raises ConfigError where two fields say different things."""
