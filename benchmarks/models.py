@@ -9,7 +9,8 @@ import numpy as np
 
 from nanotron_fast.families import family_of_config
 from nanotron_fast.families.hf_config import read_config
-from nanotron_fast.formats.huggingface.checkpoint import CONFIG, INDEX, NewFile, layout_shards
+from nanotron_fast.formats.huggingface.checkpoint import CONFIG, INDEX, layout_shards
+from nanotron_fast.formats.new_files import NewFile
 from nanotron_fast.moves.dtypes import Dtype
 
 # Architectures by name; what is not here has transformers' defaults.

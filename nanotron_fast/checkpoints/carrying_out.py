@@ -125,8 +125,7 @@ def carry_out(
         seconds = time.perf_counter() - started
         peak = peak_resident_bytes()
         return Report(ready, shown, seconds, engine_seconds, peak, ready.transfer)
-    run = _Run(dst, processes, wishes, fsync=fsync, io=io, manifest=manifest)
-    run.workers = workers
+    run = _Run(dst, processes, wishes, workers=workers, fsync=fsync, io=io, manifest=manifest)
     try:
         run.prepare(make_plan, on_plan, overwrite=overwrite)
         run.write(on_total, on_progress)
@@ -160,7 +159,6 @@ def check_choices(dst: str | Path, wishes: Wishes, *, fsync: bool, io: str, mani
 class _Run:
     """One process's part in carrying out a plan."""
 
-    workers: int
     _plan: Plan
     _destination: Destination
     _journal: Journal
@@ -177,6 +175,7 @@ class _Run:
         processes: Processes,
         wishes: Wishes,
         *,
+        workers: int,
         fsync: bool,
         io: str,
         manifest: bool,
@@ -184,8 +183,9 @@ class _Run:
         self._dst = Path(dst)
         self._processes = processes
         self._wishes = wishes
+        self._workers = workers
         self._fsync = fsync
-        self._io = check_mode(io)
+        self._io = io
         self._has_manifest = manifest
         # Of the outputs that this process has written, in hexadecimal.
         self._digests: dict[str, Sequence[str]] = {}
@@ -257,7 +257,7 @@ class _Run:
         destination.check(names)
         destination.lock()
         earlier = settle(destination, made, plan.transfer, wishes, boots)
-        check_source(plan, self.workers)
+        check_source(plan, self._workers)
         if on_plan is not None:
             on_plan(plan)
         done: set[str] = set()
@@ -307,7 +307,7 @@ class _Run:
             refusal = running.execute(
                 part,
                 partial.content,
-                workers=self.workers,
+                workers=self._workers,
                 fsync=self._fsync,
                 states={path: read.state for path, read in self._states.items()},
                 on_progress=on_progress,
@@ -364,7 +364,7 @@ class _Run:
                             destination.partial,
                             outputs,
                             digests,
-                            workers=self.workers,
+                            workers=self._workers,
                             io=self._io,
                             fsync=self._fsync,
                         )
@@ -431,15 +431,13 @@ def _again(wishes: Wishes, *, in_doubt: bool) -> str:
 def _sizes(ready: Plan, outputs: Sequence[OutputFile]) -> Iterator[int]:
     """Bytes of every file and folder that will be written; a folder takes a block."""
     folders = {os.path.dirname(output.path) for output in outputs}
-    parents = {folder[:at] for folder in folders for at in _slashes(folder)}
+    parents = {
+        folder[:at] for folder in folders for at, letter in enumerate(folder) if letter == "/"
+    }
     yield from (1 for _ in folders | parents)
     yield from (output.size_bytes for output in outputs)
     yield from (_DOCUMENT_BYTES for _ in ready.documents)
     yield from (path.stat().st_size for path in ready.copies.values())
-
-
-def _slashes(path: str) -> Iterator[int]:
-    return (at for at, letter in enumerate(path) if letter == "/")
 
 
 def _inputs(ready: Plan) -> set[Path]:

@@ -115,18 +115,15 @@ class Choices(LoadChoices, total=False):
     ranks_only: Sequence[str]
 
 
-def _one_of(flag: str, given: str, allowed: Sequence[str]) -> str:
-    if given not in allowed:
-        raise ConfigError(f"{flag} {given}: choose {' or '.join(allowed)}")
-    return given
+def _one_of(values: Callable[[], Sequence[str]]) -> Callable[[str, str], str]:
+    """A check that a value is one of those, which are asked for then."""
 
+    def check(flag: str, given: str) -> str:
+        if given not in (allowed := values()):
+            raise ConfigError(f"{flag} {given}: choose {' or '.join(allowed)}")
+        return given
 
-def _direction(flag: str, given: str) -> str:
-    return _one_of(flag, given, option_values.formats())
-
-
-def _naming(flag: str, given: str) -> str:
-    return _one_of(flag, given, option_values.namings())
+    return check
 
 
 def _topology(flag: str, given: object) -> Topology:
@@ -145,14 +142,6 @@ def _family(flag: str, given: str) -> str:
     from nanotron_fast.families import family_named
 
     return family_named(given).name
-
-
-def _target(flag: str, given: str) -> str:
-    return _one_of(flag, given, option_values.targets())
-
-
-def _version(flag: str, given: str) -> str:
-    return _one_of(flag, given, option_values.versions())
 
 
 def _rows(flag: str, given: int) -> int:
@@ -191,7 +180,7 @@ class Options:
         None,
         "nanotron, hf, or dcp (torch.distributed.checkpoint); a Nanotron SRC can be written to "
         "nanotron at another topology. (default: hf for a Nanotron SRC, else nanotron)",
-        check=_direction,
+        check=_one_of(option_values.formats),
         metavar="FORMAT",
         values=option_values.formats,
     )
@@ -239,7 +228,7 @@ class Options:
         "own, biases, windows on some layers), or not over so many ranks (copies of key-value "
         "heads where TP outnumbers them), for nanotron-fast train. "
         "(default: nanotron, where one of its classes holds the family)",
-        check=_target,
+        check=_one_of(option_values.targets),
         metavar="NAME",
         group=DETAILS,
         values=option_values.targets,
@@ -256,7 +245,7 @@ class Options:
     checkpoint_version: str | None = _option(
         None,
         "1.5 (Nanotron main) or 1.2 (PyPI's 0.4). (default: 1.5)",
-        check=_version,
+        check=_one_of(option_values.versions),
         metavar="VERSION",
         group=DETAILS,
         values=option_values.versions,
@@ -290,7 +279,7 @@ class Options:
         "hf",
         "Whose names tensors get in a DCP checkpoint: hf, torchtitan, or torchtitan-0.2 (those it "
         "gave until then); with torchtitan's, rows of wq and wk are in its order.",
-        check=_naming,
+        check=_one_of(option_values.namings),
         metavar="WHOSE",
         group=FILES,
         values=option_values.namings,

@@ -144,8 +144,8 @@ def verify(
     if on_plan is not None:
         on_plan(plan.num_bytes)
     found = running.compare(
-        plan.files,
-        plan.files,
+        plan.files.paths,
+        plan.files.paths,
         [named.move for named in plan.moves],
         workers=engine.default_workers() if workers is None else workers,
         on_progress=on_progress,
@@ -196,7 +196,7 @@ def _reasons(plan: ComparisonPlan, found: list[tuple[int, int, int]]) -> dict[st
             name = f"{name} (padding)"
             totals[name] = totals.get(name, 0) + named.move.num_elements
         counts[name] = counts.get(name, 0) + count
-        places.setdefault(name, f"byte {offset} of {plan.files[named.move.destination]}")
+        places.setdefault(name, f"byte {offset} of {plan.files.paths[named.move.destination]}")
     return {
         name: f"{count} of {totals[name]} elements differ, the first at {places[name]}"
         for name, count in counts.items()

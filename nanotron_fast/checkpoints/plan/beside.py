@@ -44,15 +44,7 @@ class Beside:
 def beside_published(source: HfCheckpoint, options: Options) -> Beside:
     """For a conversion of a published model. Raises CheckpointError, OSError."""
     found = companions(source.root, source.config, used=source.files)
-    tokenizer, others = found.tokenizer, found.others
-    if options.like is not None:
-        like = companions(options.like, source.config)
-        tokenizer = like.tokenizer or tokenizer
-        others = {**others, **like.others}
-    if options.tokenizer is not None:
-        tokenizer = _tokenizer_of(options.tokenizer)
-    copies = {**others, **tokenizer}
-    return Beside(copies, found.left, bool(tokenizer), _broken(source.root, found, copies))
+    return _beside(source.root, found, source.config, options)
 
 
 def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> Beside:
@@ -61,6 +53,24 @@ def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> B
     Raises CheckpointError, OSError.
     """
     found = companions(source.root, config, used=_NANOTRON)
+    return _beside(source.root, found, config, options, looks_in_training=True)
+
+
+def beside_resharded(source: NanotronCheckpoint, options: Options) -> Beside:
+    """For a Nanotron checkpoint at another topology. Raises CheckpointError, OSError."""
+    found = companions(source.root, used=_NANOTRON)
+    return _beside(source.root, found, None, options)
+
+
+def _beside(
+    root: Path,
+    found: Companions,
+    config: object,
+    options: Options,
+    *,
+    looks_in_training: bool = False,
+) -> Beside:
+    """What was found beside the source, in so far as the options name nothing else."""
     tokenizer, others = found.tokenizer, found.others
     warnings: list[str] = []
     if options.like is not None:
@@ -69,23 +79,13 @@ def beside_hf(source: NanotronCheckpoint, config: object, options: Options) -> B
         others = {**others, **like.others}
     if options.tokenizer is not None:
         tokenizer = _tokenizer_of(options.tokenizer)
-    if not tokenizer:
-        tokenizer, warning = _tokenizer_of_training(source.root, options.like)
+    if not tokenizer and looks_in_training:
+        tokenizer, warning = _tokenizer_of_training(root, options.like)
         if warning:
             warnings.append(warning)
     copies = {**others, **tokenizer}
-    warnings += _broken(source.root, found, copies)
+    warnings += _broken(root, found, copies)
     return Beside(copies, found.left, bool(tokenizer), tuple(warnings))
-
-
-def beside_resharded(source: NanotronCheckpoint, options: Options) -> Beside:
-    """For a Nanotron checkpoint at another topology. Raises CheckpointError, OSError."""
-    found = companions(source.root, used=_NANOTRON)
-    tokenizer = found.tokenizer
-    if options.tokenizer is not None:
-        tokenizer = _tokenizer_of(options.tokenizer)
-    copies = {**found.others, **tokenizer}
-    return Beside(copies, found.left, bool(tokenizer), _broken(source.root, found, copies))
 
 
 def _broken(root: Path, found: Companions, copies: Mapping[str, Path]) -> tuple[str, ...]:

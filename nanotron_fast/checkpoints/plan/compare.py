@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.intersection import NamedMove, plan_moves, plan_padding
-from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, HfSource, NanotronSource
+from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, Files, HfSource, NanotronSource
 from nanotron_fast.checkpoints.stored import Checkpoint, stored_model
 from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
 from nanotron_fast.families import Family
@@ -26,14 +25,13 @@ from nanotron_fast.moves.scales import Quantised
 class ComparisonPlan:
     """What to compare. Files of both checkpoints are numbered together."""
 
-    files: list[Path] = field(default_factory=list)
+    files: Files = field(default_factory=Files)
     moves: list[NamedMove] = field(default_factory=list)
     # Found from headers alone: tensor or config key, and what is different about it.
     differing: dict[str, str] = field(default_factory=dict)
     casts: list[str] = field(default_factory=list)
     has_lossy_casts: bool = False
     num_tensors: int = 0
-    numbers: dict[Path, int] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     # Why the two cannot be run on the same tokens: they are not of one structure, or incomplete.
     cannot_run: str | None = None
@@ -284,10 +282,4 @@ def _add(
 
 def _number(plan: ComparisonPlan, side: HfSource | NanotronSource, file: int) -> int:
     """A file's number among those of both sides."""
-    if file == FILL:
-        return FILL
-    path = side.files.paths[file]
-    if path not in plan.numbers:
-        plan.numbers[path] = len(plan.files)
-        plan.files.append(path)
-    return plan.numbers[path]
+    return FILL if file == FILL else plan.files.number(side.files.paths[file])

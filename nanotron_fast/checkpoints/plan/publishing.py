@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from nanotron_fast.checkpoints.options import DEFAULT_SHARD_BYTES, Options
 from nanotron_fast.checkpoints.plan.sides import TIED_HEAD, PublishedTarget
@@ -77,3 +79,8 @@ def _names(name: str, family: Family, naming: str, is_tied: bool) -> tuple[str, 
     if None in found:
         raise UnsupportedModelError(f"--names {naming}: torchtitan's models have no {name}")
     return tuple(each for each in found if each is not None)
+
+
+def json_bytes(document: Mapping[str, Any]) -> bytes:
+    """A configuration as transformers writes it."""
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -11,7 +10,7 @@ from nanotron_fast.checkpoints.options import Options
 from nanotron_fast.checkpoints.plan.beside import beside_published
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.plan import Plan
-from nanotron_fast.checkpoints.plan.publishing import is_interleaved, publish
+from nanotron_fast.checkpoints.plan.publishing import is_interleaved, json_bytes, publish
 from nanotron_fast.checkpoints.plan.to_nanotron import stored_dtype
 from nanotron_fast.checkpoints.stored import HfModel, count_parameters
 from nanotron_fast.formats.huggingface import checkpoint as hf
@@ -46,10 +45,10 @@ def plan_renaming(source: HfCheckpoint, options: Options) -> Plan:
     duplicates = model.check_leftovers(reader)
     beside = beside_published(source, options)
     documents: dict[str, Callable[[], bytes]] = {
-        hf.CONFIG: partial(_json, _config(source.config, main_dtype))
+        hf.CONFIG: partial(json_bytes, _config(source.config, main_dtype))
     }
     if source.generation_config is not None:
-        documents[hf.GENERATION_CONFIG] = partial(_json, source.generation_config)
+        documents[hf.GENERATION_CONFIG] = partial(json_bytes, source.generation_config)
     documents.update(published.documents)
     plan = Plan(
         direction=to,
@@ -79,7 +78,3 @@ def _config(config: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
     """The source's own, with the dtype that is written."""
     key = "dtype" if "dtype" in config else "torch_dtype"
     return {**config, key: dtype.torch_name}
-
-
-def _json(document: dict[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.names import explain
 from nanotron_fast.checkpoints.plan.equality import MustBeEqual, of_kv_heads
@@ -14,19 +13,17 @@ from nanotron_fast.checkpoints.plan.quantised import QuantisedTensor, QuantisedT
 from nanotron_fast.errors import CheckpointError, PartialCheckpointError, UnsupportedModelError
 from nanotron_fast.families.parts import Address, Param, Part, Share, Sizes
 from nanotron_fast.formats.chunks import Chunk
-from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, NewFile, StoredTensor
+from nanotron_fast.formats.huggingface.checkpoint import HfCheckpoint, StoredTensor
 from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
 from nanotron_fast.formats.nanotron.slices import check_metadata, shard_metadata
+from nanotron_fast.formats.new_files import NewFile
 from nanotron_fast.model.spread import has_copies
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.pieces import Piece, intersect
 from nanotron_fast.moves.plan import OutputFile
 from nanotron_fast.moves.scales import Quantised, Scales
-
-if TYPE_CHECKING:
-    from nanotron_fast.formats.dcp.writing import NewFile as NewDcpFile
 
 # A tied model's file may hold its matrix under this name as well, or under this name alone.
 TIED_HEAD = "lm_head.weight"
@@ -59,7 +56,7 @@ def float_dtype(name: str, dtype: str, path: Path) -> Dtype:
     return Dtype[dtype]
 
 
-class _Files:
+class Files:
     """Paths, numbered in order of first use."""
 
     def __init__(self) -> None:
@@ -90,7 +87,7 @@ class HfSource:
 
     def __init__(self, checkpoint: HfCheckpoint) -> None:
         self.checkpoint = checkpoint
-        self.files = _Files()
+        self.files = Files()
         self.used: set[str] = set()
         self._dtypes: dict[str, Dtype] = {}
         self._quantised = QuantisedTensors(checkpoint)
@@ -237,7 +234,7 @@ class NanotronSource:
     def __init__(self, checkpoint: NanotronCheckpoint) -> None:
         self.checkpoint = checkpoint
         self.sizes = {"tp": checkpoint.tp, "ep": checkpoint.ep}
-        self.files = _Files()
+        self.files = Files()
         self.used: set[str] = set()
 
     def dtype(self, param: Param) -> Dtype:
@@ -329,7 +326,7 @@ class PublishedTarget:
 
     def __init__(
         self,
-        files: Iterable[NewFile | NewDcpFile],
+        files: Iterable[NewFile],
         dtypes: Mapping[str, Dtype],
         names: Mapping[str, tuple[str, ...]] | None = None,
     ) -> None:
@@ -338,13 +335,7 @@ class PublishedTarget:
         self._dtypes = dtypes
         self._names = names
         for index, file in enumerate(files):
-            literals: tuple[tuple[int, bytes], ...] = ()
-            header = b""
-            if isinstance(file, NewFile):
-                header = file.header
-            else:
-                literals = file.literals
-            self.outputs.append(OutputFile(file.name, header, file.size_bytes, literals))
+            self.outputs.append(OutputFile(file.name, file.header, file.size_bytes, file.literals))
             for name, offset in file.offsets.items():
                 self._places[name] = index, offset
 

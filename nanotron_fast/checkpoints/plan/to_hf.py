@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +11,7 @@ from nanotron_fast.checkpoints.plan.beside import beside_hf, original_of_trainin
 from nanotron_fast.checkpoints.plan.hf_config import hf_config
 from nanotron_fast.checkpoints.plan.intersection import plan_moves
 from nanotron_fast.checkpoints.plan.plan import Plan
-from nanotron_fast.checkpoints.plan.publishing import is_interleaved, publish
+from nanotron_fast.checkpoints.plan.publishing import is_interleaved, json_bytes, publish
 from nanotron_fast.checkpoints.plan.sides import NanotronSource
 from nanotron_fast.checkpoints.stored import NanotronModel, count_parameters, main_dtype_of
 from nanotron_fast.errors import CheckpointError
@@ -53,7 +52,12 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
         )
     check_expressible(family, spec)
     params = model.params(tensors_interleaved=is_interleaved(to, options.names))
-    masters = _masters(source) if options.master_weights else None
+    masters: MastersSource | None = None
+    if options.master_weights:
+        # The states of training are what few conversions read.
+        from nanotron_fast.checkpoints.plan.masters import MastersSource
+
+        masters = MastersSource(source)
     reader = masters or NanotronSource(source)
     main_dtype = options.dtype or main_dtype_of(params, reader)
     cast = main_dtype if options.master_weights else options.dtype
@@ -68,10 +72,10 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     warnings = [*model.all_warnings(), *warnings]
     beside = beside_hf(source, config, options)
     warnings += [*beside.warnings, *_unknown(model, options)]
-    documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(_json, config)}
+    documents: dict[str, Callable[[], bytes]] = {hf.CONFIG: partial(json_bytes, config)}
     generation_config = _generation_config(model.side, spec)
     if generation_config is not None:
-        documents[hf.GENERATION_CONFIG] = partial(_json, generation_config)
+        documents[hf.GENERATION_CONFIG] = partial(json_bytes, generation_config)
     documents.update(published.documents)
     topology = Topology(tp=source.tp, pp=source.pp, ep=source.ep)
     stages = Stages(model.padded_spec, model.model_class, topology)
@@ -97,13 +101,6 @@ def plan_to_hf(source: NanotronCheckpoint, options: Options) -> Plan:
     )
     plan.check()
     return plan
-
-
-def _masters(source: NanotronCheckpoint) -> MastersSource:
-    # The states of training are what few conversions read.
-    from nanotron_fast.checkpoints.plan.masters import MastersSource
-
-    return MastersSource(source)
 
 
 def _hf_dtypes(
@@ -162,7 +159,3 @@ def _generation_config(side: SideFile | None, spec: ModelSpec) -> dict[str, Any]
         "_from_model_config": True,
         **{name: value for name, value in tokens.items() if value is not None},
     }
-
-
-def _json(document: Mapping[str, Any]) -> bytes:
-    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()

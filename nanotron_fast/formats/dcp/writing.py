@@ -8,12 +8,12 @@ those of the tensors, which are not there yet; torch.load does not ask for them.
 from __future__ import annotations
 
 import itertools
-import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nanotron_fast.formats.dcp.metadata import CLASSES, STORAGE_INFO
+from nanotron_fast.formats.new_files import NamedTensor, NewFile, bytes_of, grouped
 from nanotron_fast.formats.torch_file.writing import NewTensor, lay_out
 from nanotron_fast.moves.dtypes import Dtype
 
@@ -21,16 +21,6 @@ _ALIGNMENT_BYTES = 64
 # Writes that begin inside a page make the page cache work twice on it.
 _PAGE_BYTES = 4096
 _VERSION = "1.0.0"
-
-
-@dataclass(frozen=True, slots=True)
-class NewFile:
-    """A `.distcp` file to be written: its bytes but for the tensors, and where those start."""
-
-    name: str
-    size_bytes: int
-    literals: tuple[tuple[int, bytes], ...]
-    offsets: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +33,11 @@ class _Item:
     size_bytes: int
 
 
-def layout_dcp(
-    tensors: Sequence[tuple[str, Dtype, tuple[int, ...]]], max_file_bytes: int
-) -> tuple[list[NewFile], bytes]:
-    """Files for these tensors, in this order, and `.metadata`.
-
-    A file is closed before the tensor that would take it over `max_file_bytes`, so a larger tensor
-    has one to itself.
-    """
-    groups: list[list[tuple[str, Dtype, tuple[int, ...]]]] = [[]]
-    used = 0
-    for tensor in tensors:
-        num_bytes = math.prod(tensor[2]) * tensor[1].itemsize
-        if groups[-1] and used + num_bytes > max_file_bytes:
-            groups.append([])
-            used = 0
-        groups[-1].append(tensor)
-        used += num_bytes
+def layout_dcp(tensors: Sequence[NamedTensor], max_file_bytes: int) -> tuple[list[NewFile], bytes]:
+    """Files for these tensors, in this order, `grouped` by their size, and `.metadata`."""
     files: list[NewFile] = []
     items: list[_Item] = []
-    for rank, group in enumerate(groups):
+    for rank, group in enumerate(grouped(tensors, max_file_bytes)):
         # As if each file had been written by a rank of its own.
         file, inside = _layout_file(f"__{rank}_0.distcp", group)
         files.append(file)
@@ -70,9 +45,8 @@ def layout_dcp(
     return files, _metadata(items)
 
 
-def _layout_file(
-    name: str, tensors: Sequence[tuple[str, Dtype, tuple[int, ...]]]
-) -> tuple[NewFile, list[_Item]]:
+def _layout_file(name: str, tensors: Sequence[NamedTensor]) -> tuple[NewFile, list[_Item]]:
+    """The file: its bytes but for the tensors, and where those start."""
     literals: list[tuple[int, bytes]] = []
     offsets: dict[str, int] = {}
     items: list[_Item] = []
@@ -80,7 +54,7 @@ def _layout_file(
     for tensor, dtype, shape in tensors:
         layout = lay_out(NewTensor(tensor, dtype, shape))
         inside = layout.offsets[tensor]
-        is_large = math.prod(shape) * dtype.itemsize >= _PAGE_BYTES
+        is_large = bytes_of((tensor, dtype, shape)) >= _PAGE_BYTES
         alignment = _PAGE_BYTES if is_large else _ALIGNMENT_BYTES
         start = end + -(end + inside) % alignment
         if start > end:
@@ -89,7 +63,7 @@ def _layout_file(
         offsets[tensor] = start + inside
         items.append(_Item(tensor, dtype, shape, name, start, layout.size_bytes))
         end = start + layout.size_bytes
-    return NewFile(name, end, tuple(literals), offsets), items
+    return NewFile(name, end, offsets, literals=tuple(literals)), items
 
 
 def _metadata(items: Sequence[_Item]) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -23,10 +22,10 @@ from nanotron_fast.formats.huggingface.files import (
 )
 from nanotron_fast.formats.huggingface.quantization import Quantization
 from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.new_files import NamedTensor, NewFile, bytes_of, grouped
 from nanotron_fast.formats.patterns import matching
 from nanotron_fast.formats.safetensors import TensorInfo, build_header, read_header
 from nanotron_fast.moves.boxes import row_major
-from nanotron_fast.moves.dtypes import Dtype
 from nanotron_fast.moves.files import ReadFile
 
 CONFIG = "config.json"
@@ -223,34 +222,14 @@ def two_sets(root: Path, difference: str) -> CheckpointError:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class NewFile:
-    """A safetensors file to be written: its header, its size, where its tensors start."""
-
-    name: str
-    header: bytes
-    size_bytes: int
-    offsets: dict[str, int]
-
-
 def layout_shards(
-    tensors: Sequence[tuple[str, Dtype, tuple[int, ...]]], max_shard_bytes: int
+    tensors: Sequence[NamedTensor], max_shard_bytes: int
 ) -> tuple[list[NewFile], bytes | None]:
-    """Files for these tensors, in this order, and the index (None where one file is enough).
+    """Files for these tensors, in this order, `grouped` by their size, and the index.
 
-    A shard is closed before the tensor that would take it over `max_shard_bytes`, so a larger
-    tensor has one to itself.
+    The index is None where one file is enough.
     """
-    shards: list[list[tuple[str, Dtype, tuple[int, ...]]]] = [[]]
-    used = total = 0
-    for tensor in tensors:
-        num_bytes = math.prod(tensor[2]) * tensor[1].itemsize
-        if shards[-1] and used + num_bytes > max_shard_bytes:
-            shards.append([])
-            used = 0
-        shards[-1].append(tensor)
-        used += num_bytes
-        total += num_bytes
+    shards = grouped(tensors, max_shard_bytes)
     count = len(shards)
     files: list[NewFile] = []
     weight_map: dict[str, str] = {}
@@ -259,10 +238,11 @@ def layout_shards(
         # Wider elements first keep every tensor aligned to its element.
         shard.sort(key=lambda tensor: -tensor[1].itemsize)
         header, offsets = build_header(shard, {"format": "pt"})
-        size = len(header) + sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in shard)
-        files.append(NewFile(name, header, size, offsets))
+        size = len(header) + sum(map(bytes_of, shard))
+        files.append(NewFile(name, size, offsets, header))
         weight_map.update((tensor, name) for tensor, _, _ in shard)
     if count == 1:
         return files, None
+    total = sum(map(bytes_of, tensors))
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     return files, (json.dumps(index, indent=2) + "\n").encode()
