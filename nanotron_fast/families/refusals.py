@@ -54,7 +54,6 @@ def choose_class(
     For nanotron-fast that is this package's own where Nanotron's cannot hold the model, or not over
     `tp` ranks.
     """
-    _check_target(target)
     default = family.model_class
     if any(spec.windows) and family.window_class is not None:
         default = family.window_class
@@ -86,11 +85,6 @@ def choose_class(
         f"--model-class {option}: {wanted} cannot hold a {family.name} model; use "
         f"--model-class auto ({default})"
     )
-
-
-def _check_target(target: str) -> None:
-    if target not in TARGETS:
-        raise ConfigError(f"--target {target}: choose {' or '.join(TARGETS)}")
 
 
 def _lacks(model_class: NanotronClass, spec: ModelSpec, target: str) -> str | None:
@@ -159,9 +153,8 @@ def check_model(
 
     `rope_interleaved` is the layout to write; None for a checkpoint that has one already.
     """
-    _check_target(target)
-    if version not in VERSIONS:
-        raise ConfigError(f"--checkpoint-version {version}: choose {' or '.join(VERSIONS)}")
+    if target not in TARGETS:  # as a side file may say
+        raise ConfigError(f"--target {target}: choose {' or '.join(TARGETS)}")
     need = _lacks(model_class, spec, target)
     if need is not None:
         raise _refused(need, spec, model_class, target)

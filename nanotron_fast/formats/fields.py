@@ -47,8 +47,8 @@ class Fields:
             raise self.error(key, f"at most {limit}")
         return number
 
-    def positive_or_none(self, key: str, limit: int = MAX_SIZE) -> int | None:
-        return None if self.get(key) is None else self.positive(key, limit)
+    def positive_or_none(self, key: str) -> int | None:
+        return None if self.get(key) is None else self.positive(key)
 
     def number(self, key: str) -> float:
         value = self.get(key)
@@ -61,9 +61,6 @@ class Fields:
         if not isinstance(value, bool):
             raise self.error(key, "true or false")
         return value
-
-    def flag_or_false(self, key: str) -> bool:
-        return self.get(key) is not None and self.flag(key)
 
     def text(self, key: str) -> str:
         value = self.get(key)

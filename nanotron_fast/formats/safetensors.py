@@ -58,7 +58,6 @@ class Header:
     # What the file was when it was read.
     read: ReadFile
     metadata: dict[str, str] = field(default_factory=dict)
-    has_metadata: bool = False
 
 
 def read_header(path: Path) -> Header:
@@ -115,7 +114,7 @@ def _parse_header(path: Path, raw: bytes, data_start: int, state: FileState) -> 
     }
     _check_coverage(path, tensors, data_start, state.size_bytes)
     read = ReadFile(state, hashlib.sha256(raw).hexdigest())
-    return Header(path, tensors, read, metadata or {}, metadata is not None)
+    return Header(path, tensors, read, metadata or {})
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:

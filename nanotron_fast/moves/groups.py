@@ -17,11 +17,6 @@ class Group:
     plan: MovePlan
     ranges: Mapping[int, Sequence[tuple[int, int]]]
 
-    @property
-    def num_bytes(self) -> int:
-        """Of the ranges."""
-        return sum(end - begin for each in self.ranges.values() for begin, end in each)
-
 
 def source_ranges(move: Move) -> Iterator[tuple[int, int, int]]:
     """What a move reads: source, and the bytes from the first to behind the last.

@@ -31,14 +31,12 @@ class Engine:
     """What a rank trains with.
 
     Args:
-        architecture: of the model, its vocabulary padded.
         parts: the modules of this rank, from the front of the model to its end.
         trained: their parameters; `frozen`: those that no step moves.
         optimizer: of these.
         step: takes one.
     """
 
-    architecture: Architecture
     parts: tuple[Decoder, ...]
     trained: tuple[Trained, ...]
     frozen: tuple[Trained, ...]
@@ -87,7 +85,7 @@ def engine_of(
         balance=Balance(parts, mesh, rate=config.optimizer.router_bias_rate),
     )
     frozen = tuple(frozen_parameters(parts, facts, mesh))
-    return Engine(architecture, parts, trained, frozen, optimizer, step)
+    return Engine(parts, trained, frozen, optimizer, step)
 
 
 def _schedule(config: TrainingConfig) -> str:

@@ -26,7 +26,8 @@ def test_groups_are_the_plan_in_parts(build, limit, counts_outputs) -> None:
     assert sum(len(group.plan.moves) for group in groups) == len(plan.moves)
     for group in groups:
         group.plan.check()
-        need = group.num_bytes + (group.plan.bytes_written if counts_outputs else 0)
+        num_bytes = sum(end - begin for each in group.ranges.values() for begin, end in each)
+        need = num_bytes + (group.plan.bytes_written if counts_outputs else 0)
         assert need <= limit or len(group.plan.outputs) == 1
         for move in group.plan.moves:
             if move.source == FILL:

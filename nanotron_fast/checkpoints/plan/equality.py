@@ -53,7 +53,7 @@ def of_kv_heads(
             move = intersect(one, other)
             assert move is not None  # they are cut alike
             yield MustBeEqual(
-                NamedMove(move, part.name, param.name),
+                NamedMove(move, part.name),
                 f"{where} have copies of one key-value head of {of_what}, which differ",
                 where,
                 "They were equal when they were written; convert the checkpoint from its source "

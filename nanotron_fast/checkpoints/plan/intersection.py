@@ -25,11 +25,10 @@ class Side(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class NamedMove:
-    """A move and the tensors it serves: for messages."""
+    """A move and the tensor that it serves: for messages."""
 
     move: Move
     hf_name: str
-    param: str
 
 
 def plan_moves(
@@ -51,10 +50,10 @@ def plan_moves(
             for piece in destination.pieces(param, part):
                 for place in places:
                     for move in moves_between(place, piece):
-                        yield NamedMove(move, name, param.name)
+                        yield NamedMove(move, name)
                 padding = _padding(part, places, piece)
                 if padding is not None:
-                    yield NamedMove(padding, name, param.name)
+                    yield NamedMove(padding, name)
 
 
 def plan_padding(
@@ -67,7 +66,7 @@ def plan_padding(
             for piece in side.pieces(param, part):
                 padding = _padding(part, places, piece)
                 if padding is not None:
-                    yield NamedMove(padding, part.name, param.name)
+                    yield NamedMove(padding, part.name)
 
 
 def _padding(part: Part, places: Sequence[Piece], piece: Piece) -> Move | None:

@@ -207,7 +207,7 @@ class HfSource:
         )
         differ = f"tie_word_embeddings is true, but {second} differs from {first}"
         return tuple(
-            MustBeEqual(NamedMove(move, TIED_HEAD, second), differ, advice=UNTIE)
+            MustBeEqual(NamedMove(move, TIED_HEAD), differ, advice=UNTIE)
             for move in moves
             if move is not None
         )

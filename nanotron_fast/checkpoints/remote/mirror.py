@@ -154,11 +154,7 @@ class Mirror:
                 yield partial(fetch, start, min(start + BLOCK_BYTES, end))
 
     @contextlib.contextmanager
-    def holding(
-        self,
-        ranges: Mapping[str, Ranges],
-        on_progress: Callable[[int], None] | None = None,
-    ) -> Iterator[None]:
+    def holding(self, ranges: Mapping[str, Ranges]) -> Iterator[None]:
         """Fetches ranges of tensor files, by their names, and lets go of them at the end.
 
         Raises CheckpointError where a file is no longer what it was when its header was read,
@@ -166,10 +162,7 @@ class Mirror:
         """
         before = {name: os.stat(self.root / name) for name in ranges}
         try:
-            at_once(
-                (call for name, each in ranges.items() for call in self._calls(name, each)),
-                on_progress,
-            )
+            at_once(call for name, each in ranges.items() for call in self._calls(name, each))
             # Afterwards: what has been read was written before any change that this would miss.
             at_once(partial(self.check, name) for name in ranges)
             for name, status in before.items():

@@ -40,13 +40,6 @@ class _Global:
         self.name, self.make = name, make
 
 
-class _Mark:
-    __slots__ = ()
-
-
-_MARK = _Mark()
-
-
 def unpickle(
     data: bytes,
     *,
@@ -307,7 +300,7 @@ class _Machine:
             too_many = self._tuple_keys > _MAX_TUPLE_KEYS
             if not is_flat or len(key) > _MAX_KEY_ELEMENTS or too_many:
                 raise self._error("the pickle has a dictionary or a set with an unusual key")
-        elif isinstance(key, (frozenset, _Global, _Mark)):
+        elif isinstance(key, (frozenset, _Global)):
             raise self._error("the pickle has a dictionary or a set with an unusual key")
         return key
 
@@ -446,7 +439,7 @@ def _check_nesting(document: Any, data_bytes: int, where: str) -> None:
                 raise CheckpointError(f"{where}: its pickle is nested deeper than {MAX_DEPTH}")
             if sizes[key] > most:
                 raise CheckpointError(f"{where}: its pickle repeats its parts too often")
-        elif isinstance(value, (_Global, _Mark)):
+        elif isinstance(value, _Global):
             raise CheckpointError(f"{where}: its pickle holds a function, not a value")
         elif key in open_ones:
             raise CheckpointError(f"{where}: its pickle holds something that holds itself")

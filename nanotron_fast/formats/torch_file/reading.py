@@ -18,7 +18,7 @@ from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
 from nanotron_fast.moves.files import FileState, ReadFile
 
 # The document of the largest optimizer there is takes some hundred kilobytes.
-MAX_PICKLE_BYTES = 16 << 20
+_MAX_PICKLE_BYTES = 16 << 20
 _MAX_NUMBER = 2**63 - 1
 _MAX_DIMS = 64
 
@@ -115,9 +115,6 @@ def read_torch_file(
     *,
     offset_bytes: int = 0,
     size_bytes: int | None = None,
-    callables: Mapping[str, Callable[..., Any]] | None = None,
-    constants: Mapping[str, Any] | None = None,
-    max_pickle_bytes: int = MAX_PICKLE_BYTES,
     read: dict[Path, ReadFile] | None = None,
 ) -> Any:
     """The document of a file that torch.save wrote; its tensors are StoredTensor.
@@ -126,9 +123,6 @@ def read_torch_file(
 
     Args:
         offset_bytes, size_bytes: the range of the file that was written so; by default all of it.
-        callables: what else the document may call, by `module.name` (see `pickled.unpickle`).
-        constants: what else its global names may stand for.
-        max_pickle_bytes: a longer document is refused.
         read: notes what the file was when its document was read.
 
     Raises CheckpointError, which names the file and what is wrong with it; OSError.
@@ -139,7 +133,7 @@ def read_torch_file(
             archive = Archive(file, path, offset_bytes=offset_bytes, size_bytes=size_bytes)
         except CutOff as error:
             beginning = error.archive
-            needed = _bytes_needed(beginning, max_pickle_bytes, callables or {}, constants or {})
+            needed = _bytes_needed(beginning)
             if needed is None or needed <= beginning.size_bytes:
                 raise
             raise beginning.error(
@@ -153,18 +147,12 @@ def read_torch_file(
                 raise archive.error(
                     f"its numbers are in the byte order {order.decode('ascii', 'replace')!r}"
                 )
-        data = archive.read(f"{root}/data.pkl", at_most=max_pickle_bytes)
+        data = archive.read(f"{root}/data.pkl", at_most=_MAX_PICKLE_BYTES)
         if read is not None:
             state = FileState.of(os.fstat(file.fileno()))
             read[path] = ReadFile(state, hashlib.sha256(data).hexdigest())
         storages = _Storages(archive, root)
-        return unpickle(
-            data,
-            where=archive.where,
-            callables={**_callables(archive), **(callables or {})},
-            constants={**_CONSTANTS, **(constants or {})},
-            persistent=storages.named,
-        )
+        return _document(archive, data, storages.named)
 
 
 _CONSTANTS: Mapping[str, Any] = {
@@ -174,17 +162,22 @@ _CONSTANTS: Mapping[str, Any] = {
 }
 
 
-def _bytes_needed(
-    archive: Archive,
-    max_pickle_bytes: int,
-    callables: Mapping[str, Callable[..., Any]],
-    constants: Mapping[str, Any],
-) -> int | None:
+def _document(archive: Archive, data: bytes, named: Callable[[Any], _Storage]) -> Any:
+    return unpickle(
+        data,
+        where=archive.where,
+        callables=_callables(archive),
+        constants=_CONSTANTS,
+        persistent=named,
+    )
+
+
+def _bytes_needed(archive: Archive) -> int | None:
     """Bytes of the tensors of a file that was cut off: its document is the first record.
 
     None where that is lost too. Raises OSError.
     """
-    data = archive.first(at_most=max_pickle_bytes)
+    data = archive.first(at_most=_MAX_PICKLE_BYTES)
     if data is None:
         return None
     sizes: dict[str, int] = {}
@@ -195,13 +188,7 @@ def _bytes_needed(
         return _Storage(0, sizes[name], dtype)
 
     try:
-        unpickle(
-            data,
-            where=archive.where,
-            callables={**_callables(archive), **callables},
-            constants={**_CONSTANTS, **constants},
-            persistent=named,
-        )
+        _document(archive, data, named)
     except CheckpointError:  # then it is no document of torch's, and the file is cut off anyway
         return None
     return sum(sizes.values())

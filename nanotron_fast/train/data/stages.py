@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanotron_fast.checkpoints.source import resolve_companions
@@ -160,7 +159,6 @@ def batches_of(
     vocab_size: int | None = None,
     consumed: Consumed | None = None,
     is_first_rank: bool = True,
-    cache_folder: Path | None = None,
     on_progress: Progress | None = None,
 ) -> StagedBatches:
     """Opens the data of a configuration, and makes tokens of text where that was not done before.
@@ -175,7 +173,6 @@ def batches_of(
         consumed: of a run that goes on with batches of another size than before; None where they
             have the same size, or for a new run.
         is_first_rank: it alone heeds dataset_overwrite_cache.
-        cache_folder: where tokens of text are kept; None for NANOTRON_FAST_CACHE or ~/.cache.
         on_progress: called with the bytes of text that are done and that there are.
 
     Raises:
@@ -187,13 +184,7 @@ def batches_of(
         model = architecture(config)
         config = config.with_model_config(model.model_config)
         vocab_size = model.architecture.vocab_size if vocab_size is None else vocab_size
-    opened = _Opening(
-        config,
-        vocab_size,
-        is_first_rank,
-        cache_folder,
-        on_progress,
-    )
+    opened = _Opening(config, vocab_size, is_first_rank, on_progress)
     done = consumed or Consumed()
     reached = [
         stage
@@ -231,7 +222,6 @@ class _Opening:
     config: TrainingConfig
     vocab_size: int
     is_first_rank: bool
-    cache_folder: Path | None
     on_progress: Progress | None
     notes: list[str] = field(default_factory=list)
 
@@ -417,7 +407,6 @@ class _Opening:
             ChatRecipe.of(tokenizer) if is_chat else TextRecipe(recipe(tokenizer)),
             recipe_identity=ChatRecipe.identity(tokenizer) if is_chat else fingerprint(tokenizer),
             token_size=token_size(vocabulary(tokenizer)),
-            folder=self.cache_folder,
             workers=dataset.dataset_processing_num_proc_per_process,
             overwrite=dataset.dataset_overwrite_cache and self.is_first_rank,
             on_progress=self.on_progress,
