@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from nanotron_fast.errors import ConfigError
 
 # A plain B last: every other unit ends in it.
@@ -30,6 +32,12 @@ def size(num_bytes: float) -> str:
 def count(number: int, noun: str) -> str:
     """Of what a noun in the singular names: "1 file", "1,204 files"."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def first_few(names: Sequence[str], most: int = 5) -> str:
+    """Names as a message has them where there may be many: "a, b and 3 more"."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}"
 
 
 def parse_size(text: str | int, option: str) -> int:

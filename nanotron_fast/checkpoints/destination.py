@@ -20,10 +20,12 @@ from nanotron_fast.checkpoints import placing
 from nanotron_fast.checkpoints.claims import LOCK, Claim, Share, fits
 from nanotron_fast.checkpoints.ownership import Holder, is_beside_a_lock
 from nanotron_fast.checkpoints.partial import Leftover, Partial, leftovers, new_run, remove
+from nanotron_fast.checkpoints.small_files import sync
 from nanotron_fast.errors import DestinationError
 from nanotron_fast.formats.known_files import OURS, foreign_names
 from nanotron_fast.interruption import ending, held
 from nanotron_fast.moves.plan import OutputFile
+from nanotron_fast.units import first_few
 
 
 class Destination:
@@ -120,11 +122,9 @@ class Destination:
             )
         foreign = foreign_names(self.path, found, names) if found else []
         if foreign:
-            shown = ", ".join(foreign[:5])
-            more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
             raise DestinationError(
                 f"{self.path}: --overwrite replaces a checkpoint, and there is more in it: "
-                f"{shown}{more}; move that away, or choose another destination"
+                f"{first_few(foreign)}; move that away, or choose another destination"
             )
 
     def _entries(self) -> list[str]:
@@ -254,7 +254,7 @@ class Destination:
         partial = self.partial
         if fsync:
             for folder, _, _ in os.walk(partial.content_path):
-                placing.sync_directory(Path(folder))
+                sync(Path(folder))
         with held():
             self.check(names)
             self._check_ours(outputs)
@@ -268,9 +268,9 @@ class Destination:
         if fsync:
             parent = self.path if self.is_inside else self.path.parent
             while parent != self._oldest_parent:
-                placing.sync_directory(parent)
+                sync(parent)
                 parent = parent.parent
-            placing.sync_directory(parent)
+            sync(parent)
         return self._end()
 
     def _check_ours(self, outputs: Sequence[OutputFile]) -> None:

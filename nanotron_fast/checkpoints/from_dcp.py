@@ -27,6 +27,7 @@ from nanotron_fast.formats.nanotron import side_file
 from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.formats.safetensors import TensorInfo
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
+from nanotron_fast.units import first_few
 
 _HF_EMBEDDING = "model.embed_tokens.weight"
 # Segments of a name that wrappers of modules put into it.
@@ -179,9 +180,8 @@ def _beside(root: Path, names: Iterable[str]) -> tuple[str, ...]:
     counts = Counter(name.partition(".")[0][:_MAX_LETTERS] for name in names)
     if not counts:
         return ()
-    most = ", ".join(f"{name} ({count})" for name, count in counts.most_common(_SHOWN))
-    more = "" if len(counts) <= _SHOWN else f" and {len(counts) - _SHOWN} more"
+    told = [f"{name} ({count})" for name, count in counts.most_common()]
     return (
         f"{root}: {sum(counts.values())} entries beside the model's weights are left out: "
-        f"{most}{more}",
+        f"{first_few(told)}",
     )

@@ -57,22 +57,15 @@ _MAX_WINDOW = 256
 _SAME, _RELATIVE, _RELATIVE_CAST = 1e-5, 1e-4, 5e-2
 
 
+@dataclass(frozen=True, slots=True)
 class _Side:
     """One checkpoint, ready to run."""
 
-    def __init__(
-        self,
-        run: Callable[[Tensor], Tensor],
-        name: str,
-        vocab_size: int,
-        max_positions: int,
-        window: int | None,
-    ) -> None:
-        self.run = run
-        self.name = name
-        self.vocab_size = vocab_size
-        self.max_positions = max_positions
-        self.window = window
+    run: Callable[[Tensor], Tensor]
+    name: str
+    vocab_size: int
+    max_positions: int
+    window: int | None
 
 
 def compare_logits(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nanotron_fast.checkpoints.partial import REPLACED, Partial
 from nanotron_fast.checkpoints.renaming import exchange, rename_to_free
-from nanotron_fast.checkpoints.small_files import naming
+from nanotron_fast.checkpoints.small_files import sync
 from nanotron_fast.formats.known_files import MARKERS
 
 
@@ -60,7 +60,7 @@ def move_up(partial: Partial, path: Path, before: Sequence[str], *, fsync: bool)
             done.append(_move(path / name, replaced / name))
         for name in parts:
             if fsync and name == parts[-1]:
-                sync_directory(path)
+                sync(path)
             done.append(_move(content / name, path / name))
     except BaseException:
         for there, here in reversed(done):
@@ -77,16 +77,6 @@ def take_after(old: Path, new: Path) -> None:
     if (mine.st_uid, mine.st_gid) != (status.st_uid, status.st_gid):
         os.chown(new, status.st_uid, status.st_gid)
     shutil.copystat(old, new)
-
-
-def sync_directory(path: Path) -> None:
-    """Returns when a folder's names are on the device. Raises OSError."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        with naming(path):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _order(name: str) -> tuple[int, str]:

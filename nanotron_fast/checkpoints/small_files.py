@@ -36,6 +36,16 @@ def write_all(descriptor: int, data: bytes, path: str | Path) -> None:
             view = view[os.write(descriptor, view) :]
 
 
+def sync(path: Path) -> None:
+    """Returns when a file, or a folder's list of names, is on the device. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 @contextmanager
 def _writing(path: Path, within: Folder | None, *, fsync: bool) -> Iterator[int]:
     name = path if within is None else within.path / path

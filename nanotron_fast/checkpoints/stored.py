@@ -54,9 +54,9 @@ from nanotron_fast.formats.nanotron.side_file import read_side_file
 from nanotron_fast.model.spec import ModelSpec
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
+from nanotron_fast.units import first_few
 
 Checkpoint = HfCheckpoint | NanotronCheckpoint
-_SHOWN = 5
 
 
 @contextmanager
@@ -412,6 +412,4 @@ def check_divides(params: Iterable[Param], topology: Topology, *, can_pad: bool 
 
 def some(names: Iterable[str]) -> str:
     """The first few of many names."""
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    return first_few(sorted(names))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from nanotron_fast.checkpoints.remote.mirror import shown
 from nanotron_fast.moves.engine import ProgressCallback
-from nanotron_fast.units import count, size
+from nanotron_fast.units import count, first_few, size
 
 if TYPE_CHECKING:
     from nanotron_fast.checkpoints.carrying_out import Report
@@ -125,14 +125,9 @@ def report_lines(report: Report) -> Iterator[str]:
 def _left_out(ignored: tuple[str, ...], left_behind: tuple[str, ...] = ()) -> Iterator[str]:
     """What a user may miss: tensors, and files beside the source."""
     if ignored:
-        yield f"ignored {count(len(ignored), 'tensor')}: {_some(ignored)}"
+        yield f"ignored {count(len(ignored), 'tensor')}: {first_few(ignored, _MAX_SHOWN)}"
     if left_behind:
-        yield f"left behind: {_some(left_behind)}"
-
-
-def _some(names: tuple[str, ...]) -> str:
-    more = f" and {len(names) - _MAX_SHOWN} more" if len(names) > _MAX_SHOWN else ""
-    return f"{', '.join(names[:_MAX_SHOWN])}{more}"
+        yield f"left behind: {first_few(left_behind, _MAX_SHOWN)}"
 
 
 def verification_lines(result: Verification) -> Iterator[str]:

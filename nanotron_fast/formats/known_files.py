@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from nanotron_fast.formats.huggingface.companions import named_files
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.manifest import NAME as MANIFEST
 from nanotron_fast.formats.nanotron.side_file import NAME as SIDE_FILE
+from nanotron_fast.formats.patterns import matches
 
 # What this tool's own folders and files in a destination start with.
 OURS = ".nanotron_fast."
@@ -89,7 +89,7 @@ def _is_checkpoint(root: Path, names: Collection[str]) -> bool:
         return True
     if not any(name in _CONFIGS for name in names):
         return False
-    return any(_matches(name, _WEIGHTS) for name in names) or any(
+    return any(matches(name, _WEIGHTS) for name in names) or any(
         name.endswith(".safetensors") for name in _paths_in(root, "model")
     )
 
@@ -112,11 +112,11 @@ def _is_known(root: Path, name: str, known: Collection[str]) -> bool:
         return True
     path = root / name
     if not path.is_dir() or path.is_symlink():
-        return name in known or _matches(name, _PATTERNS)
+        return name in known or matches(name, _PATTERNS)
     patterns = _FOLDERS.get(name, ())
     if not patterns and not any(each.startswith(f"{name}/") for each in known):
         return False
-    return all(each in known or _matches(each, patterns) for each in _paths_in(root, name))
+    return all(each in known or matches(each, patterns) for each in _paths_in(root, name))
 
 
 def _paths_in(root: Path, folder: str) -> Iterator[str]:
@@ -124,7 +124,3 @@ def _paths_in(root: Path, folder: str) -> Iterator[str]:
     for place, _, files in os.walk(root / folder):
         for file in files:
             yield (Path(place) / file).relative_to(root).as_posix()
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

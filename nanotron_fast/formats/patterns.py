@@ -20,6 +20,9 @@ def unmatched(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
 def matching(names: Iterable[str], patterns: Sequence[str]) -> tuple[str, ...]:
     """The names that match one of the shell patterns; one pattern may be given by itself."""
     patterns = (patterns,) if isinstance(patterns, str) else patterns
-    return tuple(
-        name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-    )
+    return tuple(name for name in names if matches(name, patterns))
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a name matches one of the shell patterns."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -26,7 +26,7 @@ from nanotron_fast.checkpoints.partial import new_run
 from nanotron_fast.checkpoints.plan.plan import Plan
 from nanotron_fast.checkpoints.processes import Processes
 from nanotron_fast.checkpoints.renaming import exchange
-from nanotron_fast.checkpoints.small_files import write_file
+from nanotron_fast.checkpoints.small_files import sync, write_file
 from nanotron_fast.formats.nanotron.checkpoint import (
     LATEST,
     METADATA,
@@ -390,18 +390,18 @@ def publish(root: Path, partial: Path, step: int, *, fsync: bool) -> None:
     final = root / str(step)
     if fsync:
         for folder, _, _ in os.walk(partial):
-            _sync(Path(folder))
+            sync(Path(folder))
     if final.exists():
         _replace(partial, final)
     else:
         partial.rename(final)
     if fsync:
-        _sync(root)
+        sync(root)
     latest = root / f".{LATEST}.partial"
     write_file(latest, str(step).encode(), fsync=fsync)
     latest.replace(root / LATEST)
     if fsync:
-        _sync(root)
+        sync(root)
     _remove(partial)
 
 
@@ -421,11 +421,3 @@ def _replace(one: Path, other: Path) -> None:
     other.rename(aside)
     one.rename(other)
     aside.rename(one)
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

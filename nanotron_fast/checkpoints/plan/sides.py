@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from nanotron_fast.formats.nanotron import checkpoint as nanotron
 from nanotron_fast.formats.nanotron.checkpoint import NanotronCheckpoint, Shard
 from nanotron_fast.formats.nanotron.slices import check_metadata, shard_metadata
 from nanotron_fast.formats.new_files import NewFile
+from nanotron_fast.formats.patterns import matches
 from nanotron_fast.model.spread import has_copies
 from nanotron_fast.model.topology import Topology
 from nanotron_fast.moves.dtypes import Dtype
@@ -43,7 +43,7 @@ def is_ignored(name: str, buffers: tuple[str, ...] = ()) -> bool:
 
     `buffers` are patterns of its family's own.
     """
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in (*_IGNORED, *buffers))
+    return matches(name, (*_IGNORED, *buffers))
 
 
 def float_dtype(name: str, dtype: str, path: Path) -> Dtype:

@@ -12,7 +12,6 @@ import os
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from nanotron_fast.formats.huggingface import companions
 from nanotron_fast.formats.huggingface.checkpoint import CONFIG
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.nanotron.checkpoint import LATEST, MODEL_CONFIG
+from nanotron_fast.formats.patterns import matches
 
 # Weights in the original authors' own layout are left alone.
 _NOT_FETCHED = (*companions.IGNORED_ON_HUB, "consolidated*")
@@ -87,7 +87,7 @@ class Mirror:
         return [
             name
             for name, version in self._versions.items()
-            if not any(fnmatchcase(name, pattern) for pattern in _NOT_FETCHED)
+            if not matches(name, _NOT_FETCHED)
             and not name.endswith(_TENSORS)
             and version.size_bytes <= companions.MAX_BYTES
         ]
@@ -100,8 +100,7 @@ class Mirror:
         return [
             name
             for name, version in self._versions.items()
-            if any(fnmatchcase(name, pattern) for pattern in patterns)
-            and version.size_bytes <= companions.MAX_BYTES
+            if matches(name, patterns) and version.size_bytes <= companions.MAX_BYTES
         ]
 
     def _fetch(self, names: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from nanotron_fast.moves.engine import ProgressCallback
 from nanotron_fast.moves.files import ReadFile
 from nanotron_fast.moves.groups import groups_of
 from nanotron_fast.moves.plan import MovePlan
+from nanotron_fast.units import first_few
 
 # By which readers know a checkpoint, in the order in which they are written.
 MARKERS = (
@@ -89,7 +90,7 @@ class Upload:
         if foreign:
             raise DestinationError(
                 f"{self.store.url}: --overwrite replaces a checkpoint, and there is more in it: "
-                f"{_some(foreign)}; move that away, or choose another destination"
+                f"{first_few(foreign)}; move that away, or choose another destination"
             )
         return names
 
@@ -197,8 +198,8 @@ class Upload:
         missing = sorted(wanted - set(found))
         if missing:
             raise DestinationError(
-                f"{self.store.url}: {_some(missing)} of this run is not there any more: something "
-                "else has removed it"
+                f"{self.store.url}: {first_few(missing)} of this run is not there any more: "
+                "something else has removed it"
             )
         others = [name for name in found if name not in wanted]
         known = {name: written[name] for name in wanted}
@@ -207,8 +208,8 @@ class Upload:
         changed += self._changed(known, found)
         if changed:
             raise DestinationError(
-                f"{self.store.url}: {_some(sorted(changed))} was written by something else while "
-                "this run wrote there"
+                f"{self.store.url}: {first_few(sorted(changed))} was written by something else "
+                "while this run wrote there"
             )
         return others
 
@@ -247,8 +248,8 @@ class Upload:
             self._end(is_clean=not (left or self._has_removed or has_lost_peer))
             if left:
                 return (
-                    f"in {self.store.url} these are left: {_some(left)}; --overwrite replaces what "
-                    "a conversion has left"
+                    f"in {self.store.url} these are left: {first_few(left)}; --overwrite replaces "
+                    "what a conversion has left"
                 )
             if self._has_removed:
                 return f"the checkpoint that was in {self.store.url} is not whole any more"
@@ -288,11 +289,6 @@ class Upload:
                 self._claim.release()
             else:
                 self._claim.leave()
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{', '.join(names[:5])}{more}"
 
 
 def _known(ready: Plan) -> set[str]:

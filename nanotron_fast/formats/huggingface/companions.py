@@ -7,7 +7,6 @@ carried. Only regular files are: never a pipe, a device, or what /proc shows.
 
 from __future__ import annotations
 
-import fnmatch
 import glob
 import os
 import stat
@@ -20,6 +19,7 @@ from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.json_file import read_json_object
 from nanotron_fast.formats.lfs import HINT, is_pointer
 from nanotron_fast.formats.manifest import NAME as MANIFEST
+from nanotron_fast.formats.patterns import matches
 from nanotron_fast.formats.plain_file import check_plain
 
 # The largest tokenizers have 40 MB; nothing else that is asked for comes near.
@@ -94,7 +94,7 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
         name, path = entry.name, root / entry.name
         if name in used or (name.startswith(".") and name not in named):
             continue
-        if _matches(name, _OWN):
+        if matches(name, _OWN):
             left.append(f"{name}/" if path.is_dir() else name)
         elif path.is_dir():
             wanted = _in_folder(root, name, named)
@@ -103,7 +103,7 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
             broken.update(_broken(root, wanted))
             if not found:
                 left.append(f"{name}/")
-        elif name not in named and _matches(name, _LEFT_PATTERNS):
+        elif name not in named and matches(name, _LEFT_PATTERNS):
             left.append(name)
         elif _is_carried(path):
             carried[name] = path
@@ -116,9 +116,9 @@ def companions(root: Path, config: object = None, *, used: Collection[str] = ())
     tokenizer = {
         name: path
         for name, path in carried.items()
-        if name in named_by_tokenizer or _matches(name, _TOKENIZER_PATTERNS)
+        if name in named_by_tokenizer or matches(name, _TOKENIZER_PATTERNS)
     }
-    if not any(name in named_by_tokenizer or _matches(name, _CORE_PATTERNS) for name in tokenizer):
+    if not any(name in named_by_tokenizer or matches(name, _CORE_PATTERNS) for name in tokenizer):
         tokenizer = {}
     others = {name: path for name, path in carried.items() if name not in tokenizer}
     return Companions(tokenizer, others, tuple(left), broken)
@@ -138,7 +138,7 @@ def wanted_from_hub(root: Path, config: object = None) -> list[str]:
     named = sorted(
         name
         for name in named_files(root, config)
-        if _matches(name, IGNORED_ON_HUB) and not _matches(name, _OWN)
+        if matches(name, IGNORED_ON_HUB) and not matches(name, _OWN)
     )
     return [*FOLDER_PATTERNS, *map(glob.escape, named)]
 
@@ -196,10 +196,6 @@ def _broken(root: Path, names: Iterable[str]) -> dict[str, str]:
     """Those that are links to nothing, and where they point."""
     links = [name for name in names if (root / name).is_symlink()]
     return {name: os.readlink(root / name) for name in links if not os.path.exists(root / name)}
-
-
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _is_carried(path: Path) -> bool:

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from nanotron_fast.checkpoints.small_files import naming
+from nanotron_fast.checkpoints.small_files import naming, sync
 from nanotron_fast.errors import DataError
 from nanotron_fast.interruption import ending, held
 from nanotron_fast.train.data.encode import Encoded
@@ -74,15 +74,6 @@ class TokenWriter:
             self._append(".learned", encoded.is_learned.astype(np.uint8).tobytes())
         self.num_tokens += len(encoded.tokens)
         self.num_documents += len(encoded.ends)
-
-
-def sync(path: Path) -> None:
-    """Returns when a file, or a folder's list of names, is on the device."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
