@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -188,11 +188,6 @@ class Mesh:
     def world_size(self) -> int:
         return self.dp * self.pp * self.tp
 
-    def wait_for_all(self) -> None:
-        """Returns when every rank has come here."""
-        if self.world is not None:
-            dist.barrier(group=self.world)
-
 
 def join(device: torch.device | str | None = None) -> bool:
     """Connects the processes that torchrun started: GPUs over NCCL, everything else over gloo.
@@ -243,13 +238,7 @@ def _stage_group(dp: int, pp: int, tp: int, groups: Mapping[str, Group]) -> Grou
         return dist.group.WORLD
     if dp == 1 or tp == 1:
         return groups["tp_group" if dp == 1 else "dp_group"]
-    mine: Group = None
-    for first in range(0, pp * dp * tp, dp * tp):  # every rank takes part in making every group
-        members = list(range(first, first + dp * tp))
-        group = dist.new_group(members)
-        if dist.get_rank() in members:
-            mine = group
-    return mine
+    return _own_group(range(first, first + dp * tp) for first in range(0, pp * dp * tp, dp * tp))
 
 
 def _expert_stage_group(mesh: DeviceMesh, edp_group: Group, groups: Mapping[str, Group]) -> Group:
@@ -257,14 +246,11 @@ def _expert_stage_group(mesh: DeviceMesh, edp_group: Group, groups: Mapping[str,
     pp, edp, ep, tp = mesh.mesh.shape
     if edp == 1 or tp == 1:
         return groups["tp_group"] if edp == 1 else edp_group
-    mine: Group = None
-    for stage in range(pp):  # every rank takes part in making every group
-        for ep_rank in range(ep):
-            members = mesh.mesh[stage, :, ep_rank].flatten().tolist()
-            group = dist.new_group(members)
-            if dist.get_rank() in members:
-                mine = group
-    return mine
+    return _own_group(
+        mesh.mesh[stage, :, ep_rank].flatten().tolist()
+        for stage in range(pp)
+        for ep_rank in range(ep)
+    )
 
 
 def groups_of_copies(mesh: Mesh, numbers: Iterable[int]) -> dict[int, Group]:
@@ -275,14 +261,12 @@ def groups_of_copies(mesh: Mesh, numbers: Iterable[int]) -> dict[int, Group]:
     """
     found: dict[int, Group] = {}
     for copies in sorted({*numbers} - {1}):
-        if copies == mesh.tp:
-            found[copies] = mesh.tp_group
-            continue
-        for first in range(0, mesh.world_size, copies):  # every rank takes part in making each
-            members = list(range(first, first + copies))
-            group = dist.new_group(members)
-            if mesh.rank in members:
-                found[copies] = group
+        firsts = range(0, mesh.world_size, copies)
+        found[copies] = (
+            mesh.tp_group
+            if copies == mesh.tp
+            else _own_group(range(first, first + copies) for first in firsts)
+        )
     return found
 
 
@@ -291,10 +275,14 @@ def _tied_group(dp: int, pp: int, tp: int) -> Group:
     if pp == 1:
         return None
     last_stage = (pp - 1) * dp * tp
+    return _own_group((first, last_stage + first) for first in range(dp * tp))
+
+
+def _own_group(groups: Iterable[Sequence[int]]) -> Group:
+    """Makes groups of ranks, which every rank takes part in; returns this rank's, or None."""
     mine: Group = None
-    for first in range(dp * tp):  # every rank takes part in making every group
-        pair = [first, last_stage + first]
-        group = dist.new_group(pair)
-        if dist.get_rank() in pair:
+    for members in groups:
+        group = dist.new_group([*members])
+        if dist.get_rank() in members:
             mine = group
     return mine

@@ -29,7 +29,7 @@ from nanotron_fast.formats.plain_file import open_plain
 from nanotron_fast.formats.torch_file import DTYPES, StoredTensor
 from nanotron_fast.moves.files import FileState
 from nanotron_fast.train.mesh import Mesh
-from nanotron_fast.train.optimizer import AdamW, State
+from nanotron_fast.train.optimizer import AdamW
 
 _TORCH = {theirs: getattr(torch, ours) for ours, theirs in DTYPES.items() if hasattr(torch, ours)}
 
@@ -231,7 +231,7 @@ def load_states(folder: Path, optimizer: AdamW, mesh: Mesh) -> None:
     """
     stored = StoredStates(folder)
     for state in optimizer.states:
-        for key, own in _targets(state):
+        for key, own in (*state.moments.items(), (MASTERS, state.master)):
             trained = state.trained
             if not own.numel():
                 continue
@@ -248,7 +248,3 @@ def load_states(folder: Path, optimizer: AdamW, mesh: Mesh) -> None:
             if values is not None:
                 own.copy_(values)
     optimizer.num_steps = stored.num_steps()
-
-
-def _targets(state: State) -> list[tuple[str, Tensor]]:
-    return [*state.moments.items(), (MASTERS, state.master)]

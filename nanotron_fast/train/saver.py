@@ -51,15 +51,11 @@ class Saver:
         if mesh.world is not None:
             self._processes = TorchProcesses(dist.new_group(backend="gloo"))
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        # What went wrong on this rank in a save that has ended.
+        self.error: BaseException | None = None
         # The last checkpoint that is whole, and the one that is being written.
         self.last: Path | None = None
         self._step = -1
-
-    @property
-    def error(self) -> BaseException | None:
-        """What went wrong on this rank in a save that has ended; None while it goes on."""
-        return self._error
 
     def start(self, step: int, taken: Snapshot, metadata: Mapping[str, Any]) -> None:
         """Begins to write a checkpoint; the one before has to be finished."""
@@ -79,7 +75,7 @@ class Saver:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        return self._error
+        return self.error
 
     def close(self) -> None:
         """Ends the connection of the threads, where nothing is being written on any rank."""
@@ -101,7 +97,7 @@ class Saver:
                 if self._processes.rank == 0:
                     self._remove_old(step)
         except BaseException as error:  # for `finished`, on the thread that trains
-            self._error = error
+            self.error = error
 
     def _remove_old(self, step: int) -> None:
         """All but the newest up to a step; never one of a later step, which is another run's."""

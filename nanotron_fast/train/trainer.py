@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -33,7 +33,7 @@ from nanotron_fast.train.config.agreement import (
 )
 from nanotron_fast.train.config.checks import check_world_size
 from nanotron_fast.train.contradictions import check_against_weights
-from nanotron_fast.train.data import StagedBatches, batches_of
+from nanotron_fast.train.data import batches_of
 from nanotron_fast.train.data.cache import Progress
 from nanotron_fast.train.data.given import GivenBatches
 from nanotron_fast.train.engine import engine_of
@@ -45,6 +45,8 @@ from nanotron_fast.train.run import BatchSource, Run, TrainingResult
 from nanotron_fast.train.saver import Saver
 from nanotron_fast.train.signals import stop_request
 from nanotron_fast.train.start import Start, find_start
+
+Value = TypeVar("Value")
 
 
 class Trainer:
@@ -195,12 +197,7 @@ def _initial_weights(config: TrainingConfig, everyone: Processes) -> Path | None
     init = config.model.init_method
     if not isinstance(init, CheckpointInit):
         return None
-    found: Path | None = None
-    for is_first in (True, False):
-        with everyone.step():
-            if (everyone.rank == 0) is is_first:
-                found = resolve(init.path)
-    return found
+    return _first_alone(everyone, lambda: resolve(init.path))
 
 
 def _from_weights(config: TrainingConfig, weights: Path) -> TrainingConfig:
@@ -218,7 +215,7 @@ def _data(
     start: Start,
     everyone: Processes,
 ) -> BatchSource:
-    """The first rank goes first: an error is told once, and tokens are made once."""
+    """The batches of this rank."""
     if trainer._given is not None:
         return GivenBatches(
             trainer._given,
@@ -229,20 +226,27 @@ def _data(
             has_validation=config.tokens.val_check_interval > 0
             and config.tokens.limit_val_batches > 0,
         )
-    found: StagedBatches | None = None
+    is_first = mesh.rank == 0
+    return _first_alone(
+        everyone,
+        lambda: batches_of(
+            config,
+            dp_rank=mesh.dp_rank,
+            vocab_size=model.architecture.vocab_size,
+            consumed=start.consumed,
+            is_first_rank=is_first,
+            on_progress=trainer._on_tokens if is_first else None,
+        ),
+    )
+
+
+def _first_alone(everyone: Processes, make: Callable[[], Value]) -> Value:
+    """What each rank makes, all others after the first: an error is told once, work done once."""
     for is_first in (True, False):
         with everyone.step():
-            if (mesh.rank == 0) is is_first:
-                found = batches_of(
-                    config,
-                    dp_rank=mesh.dp_rank,
-                    vocab_size=model.architecture.vocab_size,
-                    consumed=start.consumed,
-                    is_first_rank=is_first,
-                    on_progress=trainer._on_tokens if is_first else None,
-                )
-    assert found is not None
-    return found
+            if (everyone.rank == 0) is is_first:
+                made = make()
+    return made
 
 
 class _Teller:

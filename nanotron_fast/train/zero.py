@@ -8,7 +8,7 @@ whole, and gathered through a buffer.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -55,7 +55,14 @@ def start_sums_of_runs(tensors: Sequence[Tensor], group: Group) -> Callable[[], 
 def gather_runs(tensors: Sequence[Tensor], group: Group) -> None:
     """Makes tensors whole of which each rank has its run. They are contiguous."""
     ranks = resolve(group)
-    _in_turn(lambda tensor: _start_gather(tensor, ranks), tensors)
+    under_way: deque[Callable[[], None]] = deque()
+    for tensor in tensors:
+        flat = tensor.view(-1)
+        under_way.append(_start_gather(flat, runs_of(flat.numel(), ranks.size), ranks))
+        if len(under_way) == _NUM_UNDER_WAY:
+            under_way.popleft()()
+    while under_way:
+        under_way.popleft()()
 
 
 def gathered(own: Tensor, runs: Sequence[Run], group: Group) -> Tensor:
@@ -69,26 +76,11 @@ def gathered(own: Tensor, runs: Sequence[Run], group: Group) -> Tensor:
     whole = own.new_empty(runs[-1][1])
     start, end = runs[ranks.rank]
     whole[start:end].copy_(own)
-    _start_gather_of(whole, runs, ranks)()
+    _start_gather(whole, runs, ranks)()
     return whole
 
 
-def _in_turn(start: Callable[[Tensor], Callable[[], None]], tensors: Iterable[Tensor]) -> None:
-    """Starts the next while the last are on their way."""
-    under_way: deque[Callable[[], None]] = deque()
-    for tensor in tensors:
-        under_way.append(start(tensor.view(-1)))
-        if len(under_way) == _NUM_UNDER_WAY:
-            under_way.popleft()()
-    while under_way:
-        under_way.popleft()()
-
-
-def _start_gather(flat: Tensor, ranks: Ranks) -> Callable[[], None]:
-    return _start_gather_of(flat, runs_of(flat.numel(), ranks.size), ranks)
-
-
-def _start_gather_of(flat: Tensor, runs: Sequence[Run], ranks: Ranks) -> Callable[[], None]:
+def _start_gather(flat: Tensor, runs: Sequence[Run], ranks: Ranks) -> Callable[[], None]:
     """The first run is the longest."""
     start, end = runs[ranks.rank]
     longest = runs[0][1]

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import difflib
 import math
+import operator
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from nanotron_fast.errors import ConfigError
 from nanotron_fast.train.config.place import Place, shown
@@ -33,25 +34,31 @@ OURS = {"is_ours": True}
 INTERNAL = {"is_internal": True}
 
 
-@dataclass(frozen=True, slots=True)
-class AtLeast:
+@dataclass(frozen=True)
+class Bound:
+    """A bound of a number: what stands before it in words, and what it is held by."""
+
+    bound: float
+    words: ClassVar[str]
+    holds: ClassVar[staticmethod[[Any, Any], bool]]
+
+
+class AtLeast(Bound):
     """A lower bound, which is allowed itself."""
 
-    bound: float
+    words, holds = "of at least", staticmethod(operator.ge)
 
 
-@dataclass(frozen=True, slots=True)
-class Above:
+class Above(Bound):
     """A lower bound, which is not."""
 
-    bound: float
+    words, holds = "above", staticmethod(operator.gt)
 
 
-@dataclass(frozen=True, slots=True)
-class Below:
+class Below(Bound):
     """An upper bound, which is not allowed itself."""
 
-    bound: float
+    words, holds = "below", staticmethod(operator.lt)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +144,7 @@ def unknown_key(key: object, known: Iterable[str]) -> str:
     """What follows the name of a key that nothing knows: a suggestion, or what there is."""
     names = list(known)
     close = difflib.get_close_matches(str(key), names, n=1)
-    more = f"did you mean {close[0]}?" if close else f"there are {_listed(names)}"
+    more = f"did you mean {close[0]}?" if close else f"there are {', '.join(names)}"
     return f" is not known: {more}"
 
 
@@ -146,7 +153,7 @@ def wanted(kind: Any) -> str:
     origin = get_origin(kind)
     if origin is Annotated:
         inner, *notes = get_args(kind)
-        bounds = [_bound(note) for note in notes if isinstance(note, AtLeast | Above | Below)]
+        bounds = [f"{note.words} {note.bound:g}" for note in notes if isinstance(note, Bound)]
         return f"{wanted(inner)}{' ' if bounds else ''}{' and '.join(bounds)}"
     if origin is Literal:
         return " or ".join(map(shown, get_args(kind)))
@@ -157,7 +164,7 @@ def wanted(kind: Any) -> str:
     if is_dataclass(kind):
         known = _fields_of(kind)
         needed = [name for name, (described, _) in known.items() if _is_required(described)]
-        return f"a mapping with {_listed(needed or known)}"
+        return f"a mapping with {', '.join(needed or known)}"
     if origin is not None or kind is Any:
         return "a mapping"
     names = {
@@ -168,11 +175,6 @@ def wanted(kind: Any) -> str:
         type(None): "null",
     }
     return names[kind]
-
-
-def _bound(note: AtLeast | Above | Below) -> str:
-    words = {AtLeast: "of at least", Above: "above", Below: "below"}
-    return f"{words[type(note)]} {note.bound:g}"
 
 
 def _read(kind: Any, value: object, place: Place) -> Any:
@@ -239,12 +241,7 @@ def _read_annotated(kind: Any, value: object, place: Place) -> Any:
             raise
         raise place.wrong(value, wanted(kind)) from None
     for note in notes:
-        is_out = (
-            (isinstance(note, AtLeast) and result < note.bound)
-            or (isinstance(note, Above) and result <= note.bound)
-            or (isinstance(note, Below) and result >= note.bound)
-        )
-        if is_out:
+        if isinstance(note, Bound) and not note.holds(result, note.bound):
             raise place.wrong(value, wanted(kind))
     return result
 
@@ -299,7 +296,3 @@ def _is_required(described: Field[Any]) -> bool:
     if described.metadata.get("is_required"):
         return True
     return described.default is MISSING and described.default_factory is MISSING
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names)
