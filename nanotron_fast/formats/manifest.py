@@ -16,12 +16,12 @@ from typing import Any
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.json_file import read_json_object
+from nanotron_fast.formats.sizes import is_size
 
 NAME = "nanotron_fast_manifest.json"
 _VERSION = 1
 _HASH = "sha256"
 _DIGEST = re.compile("[0-9a-f]{64}")
-_MAX_BYTES = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ def _parse_file(where: str, name: str, found: object) -> ManifestFile:
     if not isinstance(found, dict) or not isinstance(found.get("tensors"), dict):
         raise CheckpointError(f"{where}: it has no tensors")
     size = found.get("size_bytes")
-    if not (isinstance(size, int) and _is_size(size)):
+    if not is_size(size):
         raise CheckpointError(f"{where}: size_bytes is {size!r}")
     tensors = {
         name: _parse_tensor(f"{where}: {name}", each, size)
@@ -132,7 +132,7 @@ def _parse_tensor(where: str, found: object, size: int) -> ManifestTensor:
     if not isinstance(found, dict):
         raise CheckpointError(f"{where}: it is not an object")
     offsets, dtype, shape = found.get("file_offsets"), found.get("dtype"), found.get("shape")
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_size, offsets))):
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets))):
         raise CheckpointError(f"{where}: file_offsets {offsets!r} are not two offsets")
     begin, end = offsets
     if not begin <= end <= size:
@@ -141,7 +141,7 @@ def _parse_tensor(where: str, found: object, size: int) -> ManifestTensor:
         )
     if not (
         (dtype is None and shape is None)
-        or (isinstance(dtype, str) and isinstance(shape, list) and all(map(_is_size, shape)))
+        or (isinstance(dtype, str) and isinstance(shape, list) and all(map(is_size, shape)))
     ):
         raise CheckpointError(f"{where}: dtype {dtype!r} and shape {shape!r}")
     digest = _digest(where, found.get("sha256"))
@@ -152,7 +152,3 @@ def _digest(where: str, found: object) -> str:
     if not isinstance(found, str) or not _DIGEST.fullmatch(found):
         raise CheckpointError(f"{where}: {found!r} is not a SHA-256")
     return found
-
-
-def _is_size(found: object) -> bool:
-    return isinstance(found, int) and not isinstance(found, bool) and 0 <= found <= _MAX_BYTES

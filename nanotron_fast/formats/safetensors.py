@@ -22,15 +22,13 @@ from typing import Any
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.lfs import HINT, is_pointer
 from nanotron_fast.formats.plain_file import open_plain
+from nanotron_fast.formats.sizes import MAX_DIMS, MAX_SIZE, is_size
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS, Dtype
 from nanotron_fast.moves.files import FileState, ReadFile
 
 _MAX_HEADER_BYTES = 100_000_000
 # Tensors start on a page: writes that begin inside one make the page cache work twice on it.
 _ALIGNMENT_BYTES = 4096
-_MAX_OFFSET = 2**63 - 1
-# As many as a tensor of torch's may have: the product of more would take long to find.
-_MAX_DIMS = 64
 # What a message repeats of a name or of a value.
 _SHOWN = 200
 
@@ -149,10 +147,6 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     return document
 
 
-def _is_index(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_OFFSET
-
-
 def _parse_tensor(path: Path, name: str, entry: object, data_start: int) -> TensorInfo:
     if not name.isprintable():
         raise CheckpointError(f"{path}: {name[:_SHOWN]!r} is not a tensor's name")
@@ -162,17 +156,17 @@ def _parse_tensor(path: Path, name: str, entry: object, data_start: int) -> Tens
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in SAFETENSORS_BITS:
         raise CheckpointError(f"{path}: {name}: unknown dtype {_told(dtype)}")
-    if not isinstance(shape, list) or not all(_is_index(size) for size in shape):
+    if not isinstance(shape, list) or not all(is_size(size) for size in shape):
         raise CheckpointError(f"{path}: {name}: shape {_told(shape)} is not a list of sizes")
-    if len(shape) > _MAX_DIMS:
+    if len(shape) > MAX_DIMS:
         raise CheckpointError(
-            f"{path}: {name}: {len(shape):,} dimensions are over the limit of {_MAX_DIMS}"
+            f"{path}: {name}: {len(shape):,} dimensions are over the limit of {MAX_DIMS}"
         )
-    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(_is_index, offsets))):
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets))):
         raise CheckpointError(f"{path}: {name}: data_offsets {_told(offsets)} are not two offsets")
     begin, end = offsets
     num_bits = math.prod(shape) * SAFETENSORS_BITS[dtype]
-    if num_bits > _MAX_OFFSET:
+    if num_bits > MAX_SIZE:
         raise CheckpointError(f"{path}: {name}: shape {shape} overflows")
     if num_bits % 8 or end - begin != num_bits // 8:
         raise CheckpointError(

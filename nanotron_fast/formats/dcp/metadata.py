@@ -15,15 +15,13 @@ from typing import Any, TypeVar
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.dcp import METADATA
 from nanotron_fast.formats.plain_file import is_file_name, read_small
+from nanotron_fast.formats.sizes import are_sizes, is_size
 from nanotron_fast.formats.torch_file.pickled import unpickle
 from nanotron_fast.formats.torch_file.reading import DTYPES
 
 CLASSES = "torch.distributed.checkpoint.metadata"
 _OLD_CLASSES = "torch.distributed._shard.sharded_tensor.metadata"
 STORAGE_INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
-
-_MAX_NUMBER = 2**63 - 1
-_MAX_DIMS = 64
 # What a message repeats of a name.
 _SHOWN = 200
 
@@ -139,7 +137,7 @@ class _Size(tuple[int, ...]):
 
 
 def _size(sizes: Any = ()) -> _Size:
-    if not isinstance(sizes, (tuple, list)) or not _are_sizes(sizes):
+    if not are_sizes(sizes):
         raise ValueError("torch.Size of what are not sizes")
     return _Size(sizes)
 
@@ -149,7 +147,7 @@ def _first_text(*arguments: Any) -> str:
 
 
 def _number(value: Any = 0) -> int:
-    return value if _is_index(value) else 0
+    return value if is_size(value) else 0
 
 
 _CALLABLES: Mapping[str, Callable[..., Any]] = {
@@ -265,7 +263,7 @@ class _Reader:
                     f"it places {shown} in {_told(file)}, which is not the name of a file in "
                     "the folder"
                 )
-            if not _is_index(offset) or not _is_index(size):
+            if not is_size(offset) or not is_size(size):
                 raise self._error(
                     f"it places {shown} at byte {_told(offset)} of {file}, with {_told(size)} bytes"
                 )
@@ -288,14 +286,6 @@ class _Reader:
 
     def _error(self, problem: str) -> CheckpointError:
         return CheckpointError(f"{self._path}: {problem}")
-
-
-def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_NUMBER
-
-
-def _are_sizes(values: tuple[Any, ...] | list[Any]) -> bool:
-    return len(values) <= _MAX_DIMS and all(map(_is_index, values))
 
 
 def _told(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from nanotron_fast.errors import CheckpointError
 from nanotron_fast.formats.plain_file import check_plain, open_plain
+from nanotron_fast.formats.sizes import MAX_DIMS, MAX_SIZE, are_sizes, is_size
 from nanotron_fast.formats.torch_file.archive import Archive, CutOff
 from nanotron_fast.formats.torch_file.pickled import unpickle
 from nanotron_fast.moves.dtypes import SAFETENSORS_BITS
@@ -19,8 +20,6 @@ from nanotron_fast.moves.files import FileState, ReadFile
 
 # The document of the largest optimizer there is takes some hundred kilobytes.
 _MAX_PICKLE_BYTES = 16 << 20
-_MAX_NUMBER = 2**63 - 1
-_MAX_DIMS = 64
 
 # torch's names of element types, and those of the safetensors format.
 DTYPES: Mapping[str, str] = {
@@ -199,7 +198,7 @@ def _storage_of(archive: Archive, key: Any) -> tuple[str, str, int]:
     if not (isinstance(key, tuple) and len(key) == 5 and key[0] == "storage"):
         raise archive.error("it refers to something that is not a storage of a tensor")
     _, kind, name, _, count = key
-    if not (isinstance(kind, _StorageType) and isinstance(name, str) and _is_size(count)):
+    if not (isinstance(kind, _StorageType) and isinstance(name, str) and is_size(count)):
         raise archive.error("it describes a storage of a tensor in an unknown way")
     return name, kind.dtype, count
 
@@ -236,7 +235,7 @@ def _callables(archive: Archive) -> dict[str, Callable[..., Any]]:
         dtype = storage.dtype if dtype is None else dtype
         if not (isinstance(dtype, str) and dtype in SAFETENSORS_BITS):
             raise archive.error("it makes a tensor of an unknown type of elements")
-        is_sized = _are_sizes(shape) and _are_sizes(strides) and _is_size(offset)
+        is_sized = are_sizes(shape) and are_sizes(strides) and is_size(offset)
         if not is_sized or len(shape) != len(strides):
             raise archive.error(
                 f"a tensor has the shape {_told(shape)}, the strides {_told(strides)} and the "
@@ -250,7 +249,7 @@ def _callables(archive: Archive) -> dict[str, Callable[..., Any]]:
                 f"a tensor of the shape {_told(shape)} ends at byte {needed} of a storage of "
                 f"{storage.size_bytes}"
             )
-        if math.prod(shape) > _MAX_NUMBER:
+        if math.prod(shape) > MAX_SIZE:
             raise archive.error(f"a tensor of the shape {_told(shape)} is larger than can be")
         start = storage.offset_bytes + offset * item
         return StoredTensor(archive.path, start, dtype, tuple(shape), tuple(strides))
@@ -300,7 +299,7 @@ def _device(*parts: Any) -> str:
 
 
 def _flat_tuple(sizes: Any = ()) -> tuple[int, ...]:
-    if not _are_sizes(sizes):
+    if not are_sizes(sizes):
         raise ValueError(f"torch.Size of {_told(sizes)}")
     return tuple(sizes)
 
@@ -317,21 +316,9 @@ def _flat_set(items: Any = ()) -> set[Any]:
     return set(items)
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_NUMBER
-
-
-def _are_sizes(values: Any) -> bool:
-    return (
-        isinstance(values, (tuple, list))
-        and len(values) <= _MAX_DIMS
-        and all(map(_is_size, values))
-    )
-
-
 def _told(value: Any) -> str:
     """What a message says of a value, which may be anything."""
-    if isinstance(value, (tuple, list)) and len(value) <= _MAX_DIMS:
+    if isinstance(value, (tuple, list)) and len(value) <= MAX_DIMS:
         if all(isinstance(each, int) for each in value):
             return str(list(value))[:200]
         return f"a {type(value).__name__} of other things than sizes"
