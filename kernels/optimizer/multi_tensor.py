@@ -19,11 +19,10 @@ last, and fills none (`capture` says why): run once on the same tensors before i
 
 from __future__ import annotations
 
-from array import array
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -38,6 +37,8 @@ from nanotron_fast.kernels.runtime.backend import is_interpreting, uses_triton
 # How many sets of lists are remembered; a training step uses three or four.
 _NUM_REMEMBERED = 64
 _ACCESS_BYTES = 16
+# What the lowest byte may be of an address that allows such an access.
+_MULTIPLES = bytes(range(0, 256, _ACCESS_BYTES))
 
 TRITON_DTYPES = {
     torch.float32: tl.float32,
@@ -109,15 +110,21 @@ def _vector(dtypes: tuple[torch.dtype, ...], starts: list[int], numel: int) -> i
     return vector if fits and numel % vector == 0 else 1
 
 
-def table_of(addresses: Sequence[Sequence[int]]) -> Tensor:
+def packed(addresses: Sequence[int]) -> bytes:
+    """Addresses side by side, eight bytes each: compared, hashed and freed as one."""
+    return struct.pack(f"{len(addresses)}q", *addresses)
+
+
+def are_aligned(addresses: bytes) -> bool:
+    """Whether all of them allow the widest access: then groups do not depend on them."""
+    lowest_bytes = addresses[::8]
+    return not lowest_bytes.translate(None, _MULTIPLES)
+
+
+def table_of(addresses: Sequence[bytes]) -> Tensor:
     """(lists, tensors) int64, on the CPU."""
-    table = torch.frombuffer(array("q", chain(*addresses)), dtype=torch.int64)
+    table = torch.frombuffer(bytearray(b"".join(addresses)), dtype=torch.int64)
     return table.view(len(addresses), -1)
-
-
-def are_aligned(table: Tensor) -> bool:
-    """Whether all addresses allow the widest access: then groups do not depend on them."""
-    return not bool((table % _ACCESS_BYTES).any())
 
 
 def grouped(
@@ -178,13 +185,14 @@ def _bundles(
     stream: int,
 ) -> tuple[Bundle, ...]:
     groups = grouped(addresses, dtypes, numels)
-    return bundles_at(table_of(addresses), groups, segment, device, stream)
+    table = table_of([packed(column) for column in addresses])
+    return bundles_at(table, groups, segment, device, stream)
 
 
 @lru_cache(maxsize=_NUM_REMEMBERED)
-def addresses_at(addresses: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+def addresses_at(addresses: bytes, device: torch.device, stream: int) -> Tensor:
     """(tensors,) int64 on a device."""
-    return _to_device(torch.tensor(addresses, dtype=torch.int64), device)
+    return _to_device(table_of([addresses])[0], device)
 
 
 def stream_of_tables(device: torch.device) -> int:
@@ -223,7 +231,7 @@ def addresses_of(tensors: Sequence[Tensor]) -> Tensor:
     """(tensors,) int64 on the device of the first."""
     device = tensors[0].device
     addresses = addresses_at(
-        tuple([tensor.data_ptr() for tensor in tensors]), device, stream_of_tables(device)
+        packed([tensor.data_ptr() for tensor in tensors]), device, stream_of_tables(device)
     )
     return capture.keep(addresses, device)
 

@@ -13,6 +13,8 @@ Nothing here holds a tensor alive. That objects of the same identities are the s
 believed while none of them is gone. Such a tensor may have been given other memory, by `data` or
 `set_`, and then has another address: it is looked at. One whose strides or sizes alone were changed
 in place, as `t_` and `data = data[:n]` do, is not noticed.
+Most of the time is in `data_ptr`, a call for each tensor. What is found goes on as bytes, which C
+compares and hashes at once.
 
 A CUDA graph that captures a launch reads the plan's tables in every replay: such a plan is kept for
 good. A capture makes no tables, see `multi_tensor`.
@@ -20,6 +22,7 @@ good. A capture makes no tables, see `multi_tensor`.
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -39,9 +42,14 @@ from nanotron_fast.kernels.runtime.operators import OWN_DISPATCH, is_watched, su
 # parameters. And for each of them, plans at addresses that were met.
 _NUM_REMEMBERED = 64
 NUM_PLANS = 16
-_Addresses = tuple[int, ...]
 _Key = tuple[Any, ...]
 _look_of = attrgetter("dtype", "shape", "device")
+
+
+def _identities(tensors: list[Tensor]) -> bytes:
+    """The `id` of each, side by side: a tuple of CPython holds them like that, behind its head."""
+    held = tuple(tensors)
+    return ctypes.string_at(id(held) + tuple.__basicsize__, tuple.__itemsize__ * len(held))
 
 
 @dataclass(eq=False, slots=True)
@@ -64,10 +72,14 @@ class Plan:
 
 
 class _Known(NamedTuple):
-    """A list whose tensors are the same while its watchers have seen none of them go."""
+    """A list whose tensors are the same while its watchers have seen none of them go.
 
-    identities: list[int]
-    addresses: _Addresses
+    `packed` are the addresses as plans go by them: the same bytes each time, whose hash is known.
+    """
+
+    identities: bytes
+    addresses: tuple[int, ...]
+    packed: bytes
     watchers: list[weakref.ref[Tensor]]
 
 
@@ -84,24 +96,25 @@ class _Column:
 
     types: set[type]
     looks: list[tuple[Any, ...]]
-    last: list[int]
+    last: bytes
     known: dict[int, _Known] = field(default_factory=dict)
 
-    def addresses(self, tensors: list[Tensor]) -> _Addresses | None:
+    def addresses(self, tensors: list[Tensor]) -> bytes | None:
         """Where the tensors of a list begin; None where they do not look like this."""
         if not tensors:
-            return ()
-        identities = list(map(id, tensors))
+            return b""
+        identities = _identities(tensors)
         found = tuple(map(Tensor.data_ptr, tensors))
-        known = self.known.get(identities[0])
+        known = self.known.get(id(tensors[0]))
         if known and known.identities == identities and known.addresses == found:
-            return known.addresses
+            return known.packed
         if not self._looks_like(tensors):
             return None
+        packed = multi_tensor.packed(found)
         if identities == self.last:
-            self._watch(tensors, identities, found)
+            self._watch(tensors, identities, found, packed)
         self.last = identities
-        return found
+        return packed
 
     def _looks_like(self, tensors: list[Tensor]) -> bool:
         return (
@@ -110,15 +123,14 @@ class _Column:
             and all(map(Tensor.is_contiguous, tensors))
         )
 
-    def _watch(self, tensors: list[Tensor], identities: list[int], addresses: _Addresses) -> None:
-        """Knows a list until one of its tensors is gone."""
-        known, first = self.known, identities[0]
+    def _watch(self, tensors: list[Tensor], *found: Any) -> None:
+        """Knows a list, by what was found of it, until one of its tensors is gone."""
+        known, first = self.known, id(tensors[0])
 
         def forget(_: weakref.ref[Tensor]) -> None:
             known.pop(first, None)
 
-        watchers = [weakref.ref(tensor, forget) for tensor in tensors]
-        known[first] = _Known(identities, addresses, watchers)
+        known[first] = _Known(*found, [weakref.ref(tensor, forget) for tensor in tensors])
 
 
 @dataclass(eq=False, slots=True)
@@ -130,7 +142,6 @@ class _Look:
         has_singles: whether there are any beside them.
         groups: of tensors at aligned addresses.
         plans: by the addresses of each column.
-        last: the plan that served last, and its addresses.
     """
 
     columns: list[_Column]
@@ -138,30 +149,27 @@ class _Look:
     is_served: bool
     device: torch.device
     groups: tuple[Group, ...]
-    plans: dict[tuple[_Addresses, ...], Plan] = field(default_factory=dict)
-    last: tuple[tuple[_Addresses, ...], Plan] | None = None
+    plans: dict[tuple[bytes, ...], Plan] = field(default_factory=dict)
 
-    def plan_at(self, addresses: tuple[_Addresses, ...], segment: int, stream: int) -> Plan:
-        # Of known tensors these are the very objects of the last time, which are compared at once.
-        if self.last is not None and self.last[0] == addresses:
-            return self.last[1]
+    def plan_at(self, addresses: tuple[bytes, ...], segment: int, stream: int) -> Plan:
         plan = self.plans.get(addresses)
         if plan is None:
             plan = self._made(addresses, segment, stream)
             while len(self.plans) >= NUM_PLANS:
                 del self.plans[next(iter(self.plans))]
             self.plans[addresses] = plan
-        self.last = addresses, plan
         return plan
 
-    def _made(self, addresses: tuple[_Addresses, ...], segment: int, stream: int) -> Plan:
+    def _made(self, addresses: tuple[bytes, ...], segment: int, stream: int) -> Plan:
         index = -1 if self.device.index is None else self.device.index
         if not self.is_served:
             return Plan(False, (), None, index)
         of_lists, singles = addresses[:-1], addresses[-1]
-        table, groups = multi_tensor.table_of(of_lists), self.groups
-        if not multi_tensor.are_aligned(table):
-            groups = _groups(self.columns[:-1], of_lists)
+        groups = self.groups
+        if not all(map(multi_tensor.are_aligned, of_lists)):
+            starts = [memoryview(each).cast("q").tolist() for each in of_lists]
+            groups = _groups(self.columns[:-1], starts)
+        table = multi_tensor.table_of(of_lists)
         return Plan(
             True,
             multi_tensor.bundles_at(table, groups, segment, self.device, stream),
@@ -170,7 +178,7 @@ class _Look:
         )
 
 
-def _groups(columns: list[_Column], addresses: Sequence[_Addresses]) -> tuple[Group, ...]:
+def _groups(columns: list[_Column], addresses: Sequence[Sequence[int]]) -> tuple[Group, ...]:
     dtypes = [[look[0] for look in column.looks] for column in columns]
     numels = [look[1].numel() for look in columns[0].looks]
     return multi_tensor.grouped(addresses, dtypes, numels)
@@ -218,13 +226,14 @@ def plan_of(
     else:
         check()
         look = _seen(columns, device)
-        addresses = tuple(tuple(map(Tensor.data_ptr, tensors)) for tensors in columns)
+        starts = [list(map(Tensor.data_ptr, tensors)) for tensors in columns]
+        addresses = tuple(map(multi_tensor.packed, starts))
         plan = look.plan_at(addresses, segment, stream)
         _remember(key, look)
     return capture.keep(plan, device)
 
 
-def _addresses(look: _Look, columns: Sequence[list[Tensor]]) -> tuple[_Addresses, ...] | None:
+def _addresses(look: _Look, columns: Sequence[list[Tensor]]) -> tuple[bytes, ...] | None:
     """Of each list; None where one does not look like this."""
     found = []
     for column, tensors in zip(look.columns, columns, strict=True):
@@ -239,7 +248,7 @@ def _seen(columns: Sequence[list[Tensor]], device: torch.device) -> _Look:
     """What these lists look like, which fit each other."""
     lists = columns[:-1]
     seen = [
-        _Column(set(map(type, each)), list(map(_look_of, each)), list(map(id, each)))
+        _Column(set(map(type, each)), list(map(_look_of, each)), _identities(each))
         for each in columns
     ]
     is_served = survey(columns) != OWN_DISPATCH and all(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import struct
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -132,6 +134,80 @@ def test_other_memory_of_a_tensor_is_noticed(triton_path, made) -> None:
     with pytest.raises(ValueError, match=r"grads\[0\] \(4,\) for mains\[0\] \(5,\)"):
         accumulate_(mains, grads)
     assert kept[0].item() == 1.0
+
+
+def _other_storage(tensor: Tensor) -> None:
+    """As FSDP does with what it has gathered: a tensor's memory goes, and comes back elsewhere."""
+    storage, values = tensor.untyped_storage(), tensor.clone()
+    num_bytes = storage.nbytes()
+    storage.resize_(0)
+    taken = torch.empty_like(values)
+    storage.resize_(num_bytes)
+    tensor.copy_(values.add_(1))
+    assert taken.data_ptr() != tensor.data_ptr()
+
+
+def _loaded(lists: dict[str, list[Tensor]]) -> None:
+    """As load_state_dict() does: tensors of their own."""
+    for label in ("exp_avgs", "exp_avg_sqs"):
+        lists[label] = [tensor.clone().add_(1) for tensor in lists[label]]
+
+
+def _set_data(tensor: Tensor, data: Tensor) -> None:
+    tensor.data = data
+
+
+CHANGES: dict[str, Callable[[dict[str, list[Tensor]]], object]] = {
+    "states are loaded": _loaded,
+    "a gradient is new": lambda lists: lists["grads"].__setitem__(1, lists["grads"][1] * 3),
+    "gradients change places": lambda lists: lists["grads"].reverse(),
+    "a parameter's data": lambda lists: _set_data(lists["params"][0], lists["params"][0] + 1),
+    "a parameter's data and dtype": lambda lists: _set_data(
+        lists["params"][0], lists["params"][0].half()
+    ),
+    "a state's set_": lambda lists: lists["exp_avgs"][1].set_(lists["exp_avgs"][1] + 1),
+    "a storage": lambda lists: _other_storage(lists["copies"][0]),
+    "a dtype at the same address": lambda lists: lists["grads"].__setitem__(
+        1, lists["grads"][1].view(torch.bfloat16)[:5]
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_a_change_of_known_lists_is_noticed(triton_path, monkeypatch, change) -> None:
+    lists = {
+        label: tensors(triton_path, *values)
+        for label, values in {
+            "params": (3, 5),
+            "grads": (1.25, -2),
+            "exp_avgs": (0, 0),
+            "exp_avg_sqs": (0, 0),
+            "copies": (0, 0),
+        }.items()
+    }
+    steps = torch.zeros((), device=triton_path)
+    for _ in range(4):
+        adamw_step_(**lists, steps=steps, lr=0.5)
+    ((look,),) = plan._looks.values()
+    assert all(len(column.known) == 1 for column in look.columns)
+    before = [*map(list, lists.values())]  # what is replaced stays where it is
+    change(lists)
+    alike = {label: [tensor.clone() for tensor in each] for label, each in lists.items()}
+    steps_alike = steps.clone()
+    adamw_step_(**lists, steps=steps, lr=0.5)
+    del before
+    monkeypatch.setattr(plan, "_looks", {})
+    adamw_step_(**alike, steps=steps_alike, lr=0.5)
+    for label, each in lists.items():
+        for tensor, same in zip(each, alike[label], strict=True):
+            assert torch.equal(tensor, same), label
+
+
+def test_identities_of_a_list() -> None:
+    first, second = torch.zeros(1), torch.zeros(1)
+    held = [first, second, first]
+    assert plan._identities(held) == struct.pack("3P", id(first), id(second), id(first))
+    assert plan._identities([]) == b""
 
 
 def test_a_list_is_known_while_its_tensors_are_there(triton_path) -> None:
