@@ -117,7 +117,9 @@ def join_kernel(
     # one, and began in this one.
     program = tl.program_id(0)
     piece = program // num_col_blocks
-    cols = (program % num_col_blocks) * COLS + tl.arange(0, COLS)
+    # Sums of first tokens begin at twice UNIT: without this word their loads would have a layout of
+    # their own, and the total take a way through shared memory.
+    cols = (program % num_col_blocks) * COLS + tl.multiple_of(tl.arange(0, COLS), UNIT)
     mask = cols < num_cols
     first = piece * PIECE
     end = first + PIECE

@@ -68,11 +68,12 @@ def pieces_of_8():
     ],
     ids=str,
 )
-def test_ids_that_stand_often(triton_path, pieces_of_8, ids) -> None:
-    """Every way in which an id can lie over pieces."""
+@pytest.mark.parametrize("hidden", [12, 13, 14])
+def test_ids_that_stand_often(triton_path, pieces_of_8, ids, hidden) -> None:
+    """Every way in which an id can lie over pieces, in rows that begin anywhere."""
     torch.manual_seed(0)
     ids = torch.tensor(ids, device=triton_path)
-    _, weight, dy = make(ids.shape, 5, 12, device=triton_path)
+    _, weight, dy = make(ids.shape, 5, hidden, device=triton_path)
     dweight = check(ids, weight, dy)
     check(ids, weight, dy, padding_idx=int(ids[0]))
     total = torch.ones_like(weight)

@@ -23,6 +23,7 @@ def _step_with_main_grad(dtype: torch.dtype, hidden: int) -> None:
 
 
 CASES = [
+    partial(_step, torch.bfloat16, 4098),
     partial(_step, torch.bfloat16, 576),
     partial(_step, torch.bfloat16, 4096),
     partial(_step, torch.bfloat16, 4096, torch.int32),
