@@ -33,7 +33,11 @@ class BlockBuilder {
   // The scales are those of the table that the jobs are made from, and outlive this.
   BlockBuilder(const std::vector<SourceFile>& sources, const std::vector<Scales>& scales,
                SimdLevel level, IoPolicy& policy)
-      : sources_(sources, policy), scales_(scales), level_(level) {}
+      : sources_(sources, policy),
+        scales_(scales),
+        level_(level),
+        source_buffer_(policy.mode()),
+        destination_buffer_(policy.mode()) {}
 
   // Reads what a block needs and lays it out as its destination views want it. The result holds
   // the views of job.destinations one after another, and stays valid until the next call.

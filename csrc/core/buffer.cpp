@@ -35,7 +35,10 @@ std::byte* Buffer::reserve(int64_t num_bytes, int64_t read_offset, int64_t write
     data_ = aligned_memory(num_bytes + kSlackBytes);
     capacity_bytes_ = num_bytes;
   }
-  return data_.get() + halfway(read_offset, write_offset);
+  // As in the file that is written: what is read may begin anywhere in its page.
+  const int64_t place =
+      io_ == IoMode::kDirect ? write_offset & (kPageBytes - 1) : halfway(read_offset, write_offset);
+  return data_.get() + place;
 }
 
 }  // namespace nanotron_fast

@@ -33,7 +33,7 @@ std::vector<Sha256::Digest> digest(const std::vector<SourceFile>& files,
   std::atomic<size_t> next{0};
   run_workers(num_workers, [&](int, const std::atomic<bool>& should_stop) {
     SourceFiles open(files, policy);
-    Buffer buffer;
+    Buffer buffer(io);
     for (size_t i; !should_stop && (i = next.fetch_add(1)) < ranges.size();) {
       const File& file = open.get(ranges[i].file);
       const auto [offset, num_bytes] = ranges[i].range;

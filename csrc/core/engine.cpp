@@ -165,7 +165,7 @@ std::vector<Difference> compare(const std::vector<SourceFile>& sources,
   DifferenceCounter counter(static_cast<size_t>(table.num_moves));
   run_schedule(schedule, sources, options, policy, progress, [&]() -> Sink {
     const auto files = std::make_shared<SourceFiles>(destinations, policy);
-    const auto buffer = std::make_shared<Buffer>();
+    const auto buffer = std::make_shared<Buffer>(options.io);
     return [&, files, buffer](const Job& job, int64_t first_row, int64_t num_rows,
                               const std::byte* wanted) {
       for (size_t i = 0; i < job.destinations.size(); ++i) {

@@ -39,8 +39,19 @@ void test_no_pair_of_places_is_slow() {
   }
 }
 
-void test_all_of_it_is_there() {
-  Buffer buffer;
+// Past the page cache pages of a file are carried to and from pages of memory, without a copy.
+void test_pages_lie_on_pages_past_the_page_cache() {
+  Buffer buffer(IoMode::kDirect);
+  for (const int64_t write : {0, 1, 40, 4032, 4095, 5 * 4096 + 64}) {
+    for (const int64_t read : {0, 8, 4095}) {
+      CHECK(place_of(buffer.reserve(1000, read, write)) == write % kPageBytes);
+    }
+    CHECK(place_of(buffer.reserve(1000, write)) == write % kPageBytes);
+  }
+}
+
+void test_all_of_it_is_there(IoMode io) {
+  Buffer buffer(io);
   for (const int64_t num_bytes : {1, 100, 5000, 4999, 1 << 20}) {
     for (const int64_t offset : {0, 40, 4040, 4080, 4095}) {
       // A sanitizer would tell of a byte too few.
@@ -59,7 +70,7 @@ fs::path make_file(int64_t header_bytes) {
 }
 
 // Every block of a copy of them to one file, or of their halves to two.
-void test_blocks_lie_where_they_are_written_from_fast() {
+void test_blocks_lie_where_they_are_written_from_fast(IoMode io) {
   for (const int64_t header : {0, 8, 64, 4040, 4080, 4088}) {
     const fs::path path = make_file(header);
     const std::vector<SourceFile> sources{path.string()};
@@ -78,7 +89,7 @@ void test_blocks_lie_where_they_are_written_from_fast() {
                          Dtype::kBFloat16});
       }
       const Schedule schedule = make_schedule(moves);
-      IoPolicy policy(IoMode::kBuffered);
+      IoPolicy policy(io);
       BlockBuilder builder(sources, schedule.scales, SimdLevel::kScalar, policy);
       for (const Job& job : schedule.jobs) {
         for (int64_t block = 0; block < job.num_blocks; ++block) {
@@ -86,8 +97,13 @@ void test_blocks_lie_where_they_are_written_from_fast() {
           const int64_t end = std::min(job.first_row(block + 1), job.num_rows);
           const std::byte* const built = builder.build(job, row, end - row);
           const int64_t place = place_of(built);
-          CHECK(!is_slow(job.destinations.front().offset_of(row), place));
-          CHECK(num_files > 1 || !is_slow(place, job.sources.front().offset_of(row)));
+          const int64_t written = job.destinations.front().offset_of(row);
+          if (io == IoMode::kDirect) {
+            CHECK(place == written % kPageBytes);
+          } else {
+            CHECK(!is_slow(written, place));
+            CHECK(num_files > 1 || !is_slow(place, job.sources.front().offset_of(row)));
+          }
           CHECK(built[0] == std::byte{7});
         }
       }
@@ -100,6 +116,9 @@ void test_blocks_lie_where_they_are_written_from_fast() {
 
 int main() {
   test_no_pair_of_places_is_slow();
-  test_all_of_it_is_there();
-  test_blocks_lie_where_they_are_written_from_fast();
+  test_pages_lie_on_pages_past_the_page_cache();
+  for (const IoMode io : {IoMode::kBuffered, IoMode::kDirect, IoMode::kDontCache}) {
+    test_all_of_it_is_there(io);
+    test_blocks_lie_where_they_are_written_from_fast(io);
+  }
 }
