@@ -115,7 +115,6 @@ class Direct : public Transfer {
 
  private:
   static constexpr int64_t kShortBytes = int64_t{64} << 10;
-  static constexpr int64_t kBounceBytes = int64_t{1} << 20;
 
   // Whether the file system does not do this at all; the page cache is taken from then on.
   bool is_refusal(int error) {

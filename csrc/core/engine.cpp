@@ -208,7 +208,7 @@ int64_t worker_buffer_bytes(const MoveTable& table, IoMode io, bool compares) {
       std::vector<int64_t>(static_cast<size_t>(num_destinations), no_limit), block_bytes_of(io));
   const int64_t destination = schedule.max_destination_buffer_bytes() + Buffer::kSlackBytes;
   return schedule.max_source_buffer_bytes() + Buffer::kSlackBytes + schedule.max_scales_bytes() +
-         destination * (compares ? 2 : 1);
+         destination * (compares ? 2 : 1) + (io == IoMode::kDirect ? kBounceBytes : 0);
 }
 
 }  // namespace nanotron_fast

@@ -53,6 +53,9 @@ class Transfer {
   virtual int finish() { return 0; }
 };
 
+// The memory that one direct transfer may take besides, for what is not aligned.
+constexpr int64_t kBounceBytes = int64_t{1} << 20;
+
 // For an open file. nullptr stands for through the page cache. The policy, which may be nullptr,
 // outlives the file.
 std::unique_ptr<Transfer> make_transfer(int descriptor, const std::string& path, IoPolicy* policy);

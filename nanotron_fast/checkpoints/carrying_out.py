@@ -52,6 +52,8 @@ class Report:
     part: MovePlan
     share: tuple[int, int] | None = None
     warnings: tuple[str, ...] = ()
+    # How bytes passed: what `auto` came to.
+    io: str = "buffered"
 
     def __repr__(self) -> str:
         return (
@@ -67,7 +69,7 @@ class Report:
     def to_json(self, workers: int) -> dict[str, Any]:
         """The contract of `convert --json`."""
         return {
-            **self.plan.to_json(workers),
+            **self.plan.to_json(workers, io=self.io),
             "seconds": round(self.seconds, 6),
             "gigabytes_per_second": round(self.gigabytes_per_second, 3),
             "peak_rss_bytes": self.peak_rss_bytes,
@@ -380,6 +382,7 @@ class _Run:
             self._todo,
             self._wishes.share,
             tuple(self._warnings),
+            self._io,
         )
 
     def abort(self, error: BaseException) -> None:

@@ -60,7 +60,9 @@ def _ahead(numbered: tuple[int, int]) -> int:
     return layer - place
 
 
-def plan_lines(plan: Plan, workers: int, share: tuple[int, int] | None = None) -> Iterator[str]:
+def plan_lines(
+    plan: Plan, workers: int, share: tuple[int, int] | None = None, *, io: str = "buffered"
+) -> Iterator[str]:
     """A plan, for `--dry-run`, and what one of several shares does of it."""
     to_nanotron = plan.direction == "nanotron"
     yield shown(plan.source)
@@ -88,7 +90,8 @@ def plan_lines(plan: Plan, workers: int, share: tuple[int, int] | None = None) -
         )
     small = ", ".join(sorted((*plan.documents, *plan.copies)))
     yield f"  beside      {small if share is None else f'nothing; --finish writes {small}'}"
-    yield f"  memory      {size(plan.peak_memory_bytes(workers))} with {count(workers, 'worker')}"
+    memory = plan.peak_memory_bytes(workers, io=io)
+    yield f"  memory      {size(memory)} with {count(workers, 'worker')}"
     yield from (f"  {line}" for line in _left_out(plan.ignored, plan.left_behind))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -106,10 +107,11 @@ def write(
         if told_rank() > 0:
             return  # All would plan the same, and say so.
         planned = plan(src, dst, **choices)
+        io = _io_of(planned, dst, options["io"])
         if json:
-            print_json({**planned.to_json(num_workers), **_share_to_json(planned, share)})
+            print_json({**planned.to_json(num_workers, io=io), **_share_to_json(planned, share)})
         elif not quiet:
-            print_lines(reporting.plan_lines(planned, num_workers, share))
+            print_lines(reporting.plan_lines(planned, num_workers, share, io=io))
             warn(planned.warnings)
         return
     processes = connect()
@@ -160,6 +162,17 @@ def _dry_share(dst: str, options: Mapping[str, Any]) -> tuple[int, int] | None:
     choices = {name: options[name] for name in ("fsync", "io", "manifest")}
     check_choices(as_path(dst, DESTINATION), Wishes(share=share), **choices)
     return share
+
+
+def _io_of(planned: Plan, dst: str, io: str) -> str:
+    """How bytes would pass."""
+    from nanotron_fast.checkpoints.io_modes import mode_for
+    from nanotron_fast.checkpoints.remote.urls import DESTINATION, as_path, is_url
+
+    place = as_path(dst, DESTINATION)
+    if is_url(place):
+        return "buffered"  # check_choices refuses all else
+    return mode_for(io, Path(place), planned.bytes_read + planned.bytes_written)
 
 
 def _share_to_json(planned: Plan, share: tuple[int, int] | None) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,15 @@ from nanotron_fast.cli.reporting import Progress
 from tests.modelzoo import make
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "training" / "llama_tied_tp2_zero0" / "2"
+# 34 MB in one layer: several blocks of 1 MiB for each of eight files.
+LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 8,
+    "vocab_size": 64,
+}
 STORE = "s3://bucket/out"
 
 
@@ -189,3 +200,21 @@ def test_lines_where_there_is_no_terminal(
         "reading: 2.00 GB of 8.00 GB, 400 MB/s, 15 s left",
         "reading: 8.00 GB of 8.00 GB, 533 MB/s",
     ]
+
+
+@pytest.mark.parametrize("io", ["buffered", "direct", "dontcache"])
+def test_a_run_takes_no_more_memory_than_was_said(tmp_path: Path, io: str) -> None:
+    source = make("llama", **LARGE).save(tmp_path / "source")
+    command = (sys.executable, "-m", "nanotron_fast", "convert", source, tmp_path / "out")
+    words = [*map(str, command), "--tp=8", "--workers=8", "--json", f"--io={io}"]
+
+    def document(*more: str) -> dict[str, int]:
+        result = subprocess.run([*words, *more], capture_output=True, check=True)
+        found: dict[str, int] = json.loads(result.stdout)
+        return found
+
+    said = document("--dry-run")["peak_memory_bytes"]
+    after = document()
+    # The threads' stacks, and what a run imports besides.
+    assert after["peak_rss_bytes"] < said + 12e6
+    assert after["peak_rss_bytes"] < after["peak_memory_bytes"] + 12e6

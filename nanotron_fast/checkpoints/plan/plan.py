@@ -118,15 +118,21 @@ class Plan:
         """Proves that every destination byte is written exactly once. Raises PlanError."""
         self.transfer.check()
 
-    def peak_memory_bytes(self, workers: int) -> int:
-        """Expected: this process as it is, and the engine's buffers."""
+    def peak_memory_bytes(self, workers: int, *, io: str = "buffered") -> int:
+        """Expected: this process as it is, and the engine's buffers.
+
+        Args:
+            workers: threads.
+            io: how bytes pass, "buffered", "direct" or "dontcache"; the two others are asked for
+                more bytes at a time.
+        """
         from nanotron_fast import _C
 
         moves = self.transfer.moves
-        buffers = _C.worker_buffer_bytes(table_of(moves), scales=scales_of(moves))
+        buffers = _C.worker_buffer_bytes(table_of(moves), io=io, scales=scales_of(moves))
         return resident_bytes() + workers * buffers
 
-    def to_json(self, workers: int) -> dict[str, Any]:
+    def to_json(self, workers: int, *, io: str = "buffered") -> dict[str, Any]:
         """The contract of `convert --dry-run --json`."""
         topology = {"tp": self.topology.tp, "pp": self.topology.pp, "ep": self.topology.ep}
         return {
@@ -139,7 +145,7 @@ class Plan:
             "tensor_files": len(self.transfer.outputs),
             "bytes_read": self.bytes_read,
             "bytes_written": self.bytes_written,
-            "peak_memory_bytes": self.peak_memory_bytes(workers),
+            "peak_memory_bytes": self.peak_memory_bytes(workers, io=io),
             "layer_stages": list(self.layer_stages),
             "warnings": list(self.warnings),
             **self._states_to_json(),
