@@ -116,7 +116,11 @@ std::vector<Move> parse_moves(const int64_t* table, int64_t num_moves,
         throw PlanError("move " + std::to_string(index) + ": size " + std::to_string(size));
       }
     }
-    if (!move.is_fill()) {
+    if (move.is_fill()) {
+      // Whatever the table has there is of no source, and is not calculated with.
+      move.source_offset_bytes = 0;
+      move.source_strides = {};
+    } else {
       check_side(move, move.source_file, move.source_offset_bytes, move.source_strides,
                  move.source_dtype, source_sizes_bytes, "source", index);
     }

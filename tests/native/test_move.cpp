@@ -2,6 +2,7 @@
 
 #include "check.h"
 #include "core/error.h"
+#include "core/group.h"
 #include "core/move.h"
 
 using namespace nanotron_fast;
@@ -35,6 +36,15 @@ void test_rejects() {
   rejects(Column::kDestinationDtype, -1, "unknown dtype code -1");
 }
 
+// The table's columns of a source mean nothing there.
+void test_a_fill_has_no_source() {
+  const int64_t big = INT64_MAX;
+  const int64_t row[] = {-1, big, 0, 0, 3, 2, 1, big, big, big, 4, 1, 1, 0, 0, -1};
+  const std::vector<MoveGroup> groups = group_moves(parse_moves(row, 1, {}, {24}));
+  CHECK(groups.size() == 3);  // rows with a gap between them
+  for (const MoveGroup& group : groups) CHECK(group[0].move.source_offset_bytes == 0);
+}
+
 void test_normalize() {
   using Three = std::array<int64_t, 3>;
   const auto bf16 = Dtype::kBFloat16;
@@ -52,5 +62,6 @@ void test_normalize() {
 
 int main() {
   test_rejects();
+  test_a_fill_has_no_source();
   test_normalize();
 }
