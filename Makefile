@@ -7,7 +7,7 @@ JOBS := $(shell nproc 2>/dev/null || echo 2)
 SANITIZER_GPU := $(shell command -v compute-sanitizer 2>/dev/null)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv build test compile lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again gpu-keep tune report demo sanitize run-native clean docs
+.PHONY: help venv build test compile emulate lint format bench test-nanotron test-versions test-pythons wheel test-gpu fuzz build-here bench-gpu gpu gpu-again gpu-keep tune report demo sanitize run-native clean docs
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -30,6 +30,10 @@ test: build ## run all tests
 
 compile: build ## compile every kernel launch for sm_80, sm_90 and sm_100, without a GPU
 	$(BIN)/pytest tests/kernels/test_compiles.py --every-binary
+
+emulate: build ## run the kernels as they are compiled for sm_90 on an emulator of a GPU (ARCH=80 SEED=1)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.kernels.emulator --arch $(or $(ARCH),90) \
+	  --seed $(or $(SEED),0) -q -n $(JOBS)
 
 lint: $(READY) ## ruff, mypy and clang-format, changing nothing
 	$(BIN)/ruff check
@@ -139,7 +143,7 @@ clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) $(NANOTRON_VENV) .venv-versions .venv-pythons build dist *.egg-info nanotron_fast/*.so .*_cache
 
 # Everything below serves `sanitize`.
-CPP := $(shell find csrc tests/native -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
+CPP := $(shell find csrc tests/native tests/kernels/emulator -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
 HEADERS := $(filter-out %.cpp,$(CPP))
 SANITIZED := build/sanitize/$(SANITIZER)
 OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/core/*.cpp csrc/cast/*.cpp csrc/hash/*.cpp))

@@ -1,0 +1,54 @@
+"""The command of `tests.kernels.emulator`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from tests.kernels import emulator
+
+ROOT = Path(__file__).parents[3]
+# What launches kernels; the others ask how they are launched, or need a GPU.
+FILES = (
+    "attention",
+    "cross_entropy",
+    "embedding",
+    "emulator",
+    "glu",
+    "grad_norm",
+    "linear_cross_entropy",
+    "matmul",
+    "operations",
+    "optimizer",
+    "pack",
+    "pack_random",
+    "rms_norm",
+    "rope",
+    "rope_apart",
+    "rope_normed",
+    "sinks",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.kernels.emulator",
+        description="Run tests of kernels, compiled, without a GPU.",
+    )
+    parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="another order of blocks and warps for each"
+    )
+    options, given = parser.parse_known_args()
+    if not any(each.startswith("tests/") for each in given):
+        given += [f"tests/kernels/test_{name}.py" for name in FILES]
+    run, changes = emulator.command(emulator.build(ROOT / "build" / "emulator"), *given)
+    changes |= {"EMULATOR_ARCH": str(options.arch), "EMULATOR_SEED": str(options.seed)}
+    os.chdir(ROOT)
+    os.execve(sys.executable, run, {**os.environ, **changes})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+// A CUDA driver whose GPU is the emulator: what Triton's launcher calls, as libcuda.so.1.
+//
+// A module is a text in PTX instead of a binary. Addresses are those of the process.
+
+#include <cuda.h>
+
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "machine.h"
+
+namespace {
+
+std::vector<std::unique_ptr<emulator::Program>> programs;
+std::string last_fault = "no fault";
+int context;
+
+uint32_t seed() {
+  const char* const given = std::getenv("EMULATOR_SEED");
+  return given ? static_cast<uint32_t>(std::atoi(given)) : 0;
+}
+
+template <class Body>
+CUresult told(CUresult error, Body body) {
+  try {
+    body();
+  } catch (const std::exception& fault) {
+    last_fault = fault.what();
+    return error;
+  }
+  return CUDA_SUCCESS;
+}
+
+}  // namespace
+
+extern "C" {
+
+CUresult cuModuleLoadData(CUmodule* module, const void* image) {
+  return told(CUDA_ERROR_INVALID_PTX, [&] {
+    const std::string text = static_cast<const char*>(image);
+    programs.push_back(std::make_unique<emulator::Program>(emulator::parse(text)));
+    *module = reinterpret_cast<CUmodule>(programs.back().get());
+  });
+}
+
+CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
+
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char*) {
+  *function = reinterpret_cast<CUfunction>(module);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters,
+                          void**) {
+  return told(CUDA_ERROR_ILLEGAL_ADDRESS, [&] {
+    static const uint32_t order = seed();
+    emulator::run({reinterpret_cast<const emulator::Program*>(function),
+                   {config->gridDimX, config->gridDimY, config->gridDimZ},
+                   {config->blockDimX, config->blockDimY, config->blockDimZ},
+                   config->sharedMemBytes,
+                   parameters},
+                  order);
+  });
+}
+
+CUresult cuGetErrorString(CUresult, const char** text) {
+  *text = last_fault.c_str();
+  return CUDA_SUCCESS;
+}
+
+CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
+  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
+
+CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
+
+CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
+  *status = CU_STREAM_CAPTURE_STATUS_NONE;
+  return CUDA_SUCCESS;
+}
+
+// An H100's shared memory; of the rest nothing is asked here.
+CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) {
+  *value = 227 << 10;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDeviceGet(CUdevice* device, int ordinal) {
+  *device = ordinal;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuDriverGetVersion(int* version) {
+  *version = 13000;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetCurrent(CUcontext* current) {
+  *current = reinterpret_cast<CUcontext>(&context);
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxGetDevice(CUdevice* device) { return cuDeviceGet(device, 0); }
+
+CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
+
+CUresult cuDevicePrimaryCtxRetain(CUcontext* current, CUdevice) { return cuCtxGetCurrent(current); }
+
+CUresult cuCtxGetLimit(size_t* value, CUlimit) {
+  *value = 0;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
+
+// Any address is one of the device.
+CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {
+  if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_INVALID_VALUE;
+  *static_cast<CUdeviceptr*>(value) = pointer;
+  return CUDA_SUCCESS;
+}
+
+CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute* attributes, void** values,
+                                CUdeviceptr pointer) {
+  for (unsigned i = 0; i < count; ++i) {
+    if (attributes[i] == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) {
+      *static_cast<CUdeviceptr*>(values[i]) = pointer;
+    } else if (attributes[i] == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
+      *static_cast<unsigned*>(values[i]) = CU_MEMORYTYPE_DEVICE;
+    } else {
+      return CUDA_ERROR_INVALID_VALUE;
+    }
+  }
+  return CUDA_SUCCESS;
+}
+
+}  // extern "C"
