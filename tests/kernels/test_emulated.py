@@ -25,12 +25,25 @@ FILES = ("emulator", "operations", "attention", "matmul")
 CASES = "test_emulator or (test_operations and not compile) or matches_reference"
 
 
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_compiled_kernels(architecture: int) -> None:
-    files = [f"tests/kernels/test_{name}.py" for name in FILES]
-    under = (sys.executable, "-m", "tests.kernels.emulator", "--arch", str(architecture))
+@pytest.mark.parametrize(
+    ("options", "files", "num_tests"),
+    [
+        (("--arch", "80", "-k", CASES), FILES, 200),
+        (("--arch", "90", "-k", CASES), FILES, 200),
+        (("--arch", "90", "--profile"), ("accesses",), 9),
+    ],
+    ids=["sm_80", "sm_90", "accesses"],
+)
+def test_compiled_kernels(options: tuple[str, ...], files: tuple[str, ...], num_tests: int) -> None:
+    under = (sys.executable, "-m", "tests.kernels.emulator", *options)
     result = subprocess.run(
-        [*under, "-q", "-p", "no:cacheprovider", "-k", CASES, *files],
+        [
+            *under,
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *(f"tests/kernels/test_{each}.py" for each in files),
+        ],
         cwd=ROOT,
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
         capture_output=True,
@@ -39,4 +52,4 @@ def test_compiled_kernels(architecture: int) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None
-    assert int(passed[1]) >= 100, result.stdout
+    assert int(passed[1]) >= num_tests, result.stdout

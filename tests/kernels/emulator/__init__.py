@@ -1,6 +1,6 @@
 """Runs compiled kernels without a GPU: Triton's PTX, on an emulator of NVIDIA's machine.
 
-    python -m tests.kernels.emulator [--arch 90] [--seed N] [arguments of pytest]
+    python -m tests.kernels.emulator [--arch 90] [--seed N] [--profile] [arguments of pytest]
 
 Triton's interpreter computes with whole blocks of numpy, and shows what a kernel means. This shows
 what a GPU is given: the threads, the layouts and the widths of accesses, the barriers, the copies
@@ -11,9 +11,10 @@ for: shared memory that was not written, or is still being copied to, reads as N
 
 The parts: `parser.cpp` reads PTX, `run.cpp` runs blocks and warps, `arithmetic.cpp`,
 `transfers.cpp`, `bulk.cpp` and `matrices.cpp` have the instructions, `memory.cpp` watches what is
-touched, `driver.cpp` is the driver that Triton's launcher calls. An instruction that is not known
-is an error. What it does not show: time, the order in which tensor cores add, and the last bits of
-approximations, which are as exact here as the machine's own functions.
+touched, `profile.cpp` counts what that takes, `driver.cpp` is the driver that Triton's launcher
+calls. An instruction that is not known is an error. What it does not show: time, the order in which
+tensor cores add, and the last bits of approximations, which are as exact here as the machine's own
+functions.
 """
 
 from __future__ import annotations

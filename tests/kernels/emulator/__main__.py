@@ -12,6 +12,7 @@ from tests.kernels import emulator
 ROOT = Path(__file__).parents[3]
 # What launches kernels; the others ask how they are launched, or need a GPU.
 FILES = (
+    "accesses",
     "attention",
     "cross_entropy",
     "embedding",
@@ -41,11 +42,21 @@ def main() -> None:
     parser.add_argument(
         "--seed", type=int, default=0, help="another order of blocks and warps for each"
     )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="say what each kernel's accesses to memory take, beside the least that they could",
+    )
     options, given = parser.parse_known_args()
     if not any(each.startswith("tests/") for each in given):
         given += [f"tests/kernels/test_{name}.py" for name in FILES]
-    run, changes = emulator.command(emulator.build(ROOT / "build" / "emulator"), *given)
+    folder = ROOT / "build" / "emulator"
+    run, changes = emulator.command(emulator.build(folder), *given)
     changes |= {"EMULATOR_ARCH": str(options.arch), "EMULATOR_SEED": str(options.seed)}
+    if options.profile:
+        profile = folder / "profile.jsonl"
+        profile.write_text("")
+        changes["EMULATOR_PROFILE"] = str(profile)
     os.chdir(ROOT)
     os.execve(sys.executable, run, {**os.environ, **changes})
 

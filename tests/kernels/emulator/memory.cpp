@@ -6,7 +6,8 @@
 #include <cstring>
 #include <mutex>
 #include <string>
-#include <unordered_map>
+
+#include "profile.h"
 
 namespace emulator {
 
@@ -103,6 +104,7 @@ uint8_t* global(const Warp& warp, int lane, uint64_t address, uint32_t num_bytes
                 lane);
     }
   }
+  if (is_profiling()) note_access(address, num_bytes, lane, false);
   return reinterpret_cast<uint8_t*>(address);
 }
 
@@ -134,6 +136,7 @@ uint8_t* shared(const Warp& warp, int lane, uint32_t address, uint32_t num_bytes
       byte.readers |= 1u << warp.index;
     }
   }
+  if (is_profiling()) note_access(address, num_bytes, lane, true);
   return block.shared.data() + address;
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,3 +67,47 @@ def pytest_configure(config: pytest.Config) -> None:
     occupancy.shared_memory_limit = lambda device: limit
     attention._scratch = _aligned
     torch.frombuffer = _copied(torch.frombuffer)
+
+
+def profile() -> dict[str, Counter[str]]:
+    """Of each kernel that was launched until now, what its warps' accesses took, and the least.
+
+    `sectors` are pieces of 32 bytes of global memory that were asked for, `bank_cycles` those of
+    shared memory, without what the bulk copy engine and wgmma touch.
+    """
+    kernels: dict[str, Counter[str]] = {}
+    for line in Path(os.environ["EMULATOR_PROFILE"]).read_text().splitlines():
+        launch = json.loads(line)
+        sums = kernels.setdefault(launch["kernel"], Counter())
+        sums["launches"] += 1
+        sums["instructions"] += launch["instructions"]
+        for name in ("sectors", "bank_cycles"):
+            taken, least = launch[name]
+            sums[name] += taken
+            sums[f"least_{name}"] += least
+    return kernels
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if "EMULATOR_PROFILE" not in os.environ or os.environ.get("PYTEST_XDIST_WORKER"):
+        return
+    line = "{:28}{:>10}{:>14}{:>14}{:>8}{:>14}{:>8}".format
+    terminalreporter.section("accesses to memory, beside the least that they could take")
+    heads = ("kernel", "launches", "instructions", "sectors", "", "bank cycles", "")
+    terminalreporter.write_line(line(*heads))
+    for kernel, sums in sorted(profile().items()):
+        ratios = [
+            f"{sums[name] / sums[f'least_{name}']:.2f}" if sums[name] else ""
+            for name in ("sectors", "bank_cycles")
+        ]
+        terminalreporter.write_line(
+            line(
+                kernel,
+                sums["launches"],
+                sums["instructions"],
+                sums["sectors"],
+                ratios[0],
+                sums["bank_cycles"],
+                ratios[1],
+            )
+        )

@@ -8,6 +8,7 @@
 
 #include "machine.h"
 #include "memory.h"
+#include "profile.h"
 
 namespace emulator {
 
@@ -134,6 +135,7 @@ void run_on(Warp& warp) {
     switch (instruction.kind) {
       case Instruction::Kind::kPlain:
         if (lanes) instruction.action(warp, instruction, lanes);
+        if (is_profiling()) end_instruction(instruction);
         break;
       case Instruction::Kind::kBranch:
         go_on(warp, lanes, static_cast<uint32_t>(instruction.target));
@@ -233,6 +235,7 @@ void run(const Launch& launch, uint32_t seed) {
   std::mt19937 random(seed);
   if (seed) std::shuffle(order.begin(), order.end(), random);
   for (const uint32_t index : order) run_block(launch, index, seed ? &random : nullptr);
+  if (is_profiling()) end_launch(program);
 }
 
 }  // namespace emulator
