@@ -101,6 +101,8 @@ def serve() -> None:
     """Answers requests until there are no more."""
     for name in PRELOADED:
         importlib.import_module(name)
+    if "EMULATOR_ARCH" in os.environ:
+        importlib.import_module("tests.kernels.emulator.plugin").set_up()
     for line in sys.stdin:
         request = json.loads(line)
         pids: list[int] = []

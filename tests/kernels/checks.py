@@ -8,8 +8,15 @@ for fp16), doubled because the interpreter truncates where a GPU rounds to neare
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+from nanotron_fast.kernels.runtime.backend import is_interpreting
+
+# Whether kernels can be launched on tensors of the CPU: interpreted, or on the emulator of a GPU.
+RUNS_ON_CPU = is_interpreting() or "EMULATOR_ARCH" in os.environ
 
 # dtype of the result -> tolerance, for operations that round once.
 TOLERANCES: dict[torch.dtype, float] = {

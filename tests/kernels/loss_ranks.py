@@ -25,10 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nanotron_fast.kernels.cross_entropy import vocab_parallel_cross_entropy
 from nanotron_fast.kernels.embedding import vocab_parallel_embedding
 from nanotron_fast.kernels.linear_cross_entropy import linear_cross_entropy
-from nanotron_fast.kernels.runtime.backend import is_interpreting
 from nanotron_fast.kernels.runtime.collectives import Group, resolve
 from tests.interpreter import patch_once_a_launch
-from tests.kernels.checks import assert_close
+from tests.kernels.checks import RUNS_ON_CPU, assert_close
 
 NUM_RANKS = 4
 TOKENS, HIDDEN, VOCAB = 8, 12, 40
@@ -216,7 +215,7 @@ def run_rank(folder: Path, rank: int) -> None:
     failures = {}
     for name, (path, size, case) in RUNS.items():
         is_member = size == NUM_RANKS or rank in (1, 3)
-        if not is_member or (path == "triton" and not is_interpreting()):
+        if not is_member or (path == "triton" and not RUNS_ON_CPU):
             continue
         os.environ["NANOTRON_FAST_BACKEND"] = path
         try:

@@ -21,8 +21,7 @@ from nanotron_fast.kernels.optimizer import (
     get_total_norm,
 )
 from nanotron_fast.kernels.optimizer.adamw_torch import adamw_step_reference_
-from nanotron_fast.kernels.runtime.backend import is_interpreting
-from tests.kernels.checks import assert_close
+from tests.kernels.checks import RUNS_ON_CPU, assert_close
 from tests.parallel.ranks import join, run_cases
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
@@ -157,7 +156,7 @@ def of_a_class_of_its_own(mesh) -> None:
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     mesh = dist.init_device_mesh("cpu", (1, 2))
-    for path in ("torch", "triton") if is_interpreting() else ("torch",):
+    for path in ("torch", "triton") if RUNS_ON_CPU else ("torch",):
         os.environ["NANOTRON_FAST_BACKEND"] = path
         yield f"{path}, adamw", partial(adamw, mesh)
         for norm_type in (2.0, 3.0, math.inf):

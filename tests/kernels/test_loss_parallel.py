@@ -9,8 +9,8 @@ import json
 
 import pytest
 
-from nanotron_fast.kernels.runtime.backend import is_interpreting
 from tests import forks
+from tests.kernels.checks import RUNS_ON_CPU
 from tests.kernels.loss_ranks import NUM_RANKS, RUNS
 
 
@@ -27,7 +27,7 @@ def failures(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_like_the_unsharded_op(failures: list[dict[str, str]], name: str) -> None:
-    if RUNS[name][0] == "triton" and not is_interpreting():
-        pytest.skip("the ranks have CPU tensors, and Triton is not interpreted")
+    if RUNS[name][0] == "triton" and not RUNS_ON_CPU:
+        pytest.skip("the ranks have CPU tensors, and no kernels run there")
     for rank, failed in enumerate(failures):
         assert name not in failed, f"rank {rank}\n{failed[name]}"

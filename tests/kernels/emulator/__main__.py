@@ -14,12 +14,14 @@ ROOT = Path(__file__).parents[3]
 FILES = (
     "accesses",
     "attention",
+    "compiled_steps",
     "cross_entropy",
     "embedding",
     "emulator",
     "glu",
     "grad_norm",
     "linear_cross_entropy",
+    "loss_parallel",
     "matmul",
     "operations",
     "optimizer",
@@ -29,6 +31,7 @@ FILES = (
     "rope",
     "rope_apart",
     "rope_normed",
+    "shards",
     "sinks",
 )
 

@@ -1,4 +1,7 @@
-"""Makes the emulator Triton's GPU, for a run of pytest. `emulator.command` loads it."""
+"""Makes the emulator Triton's GPU, for a run of pytest and the ranks that its tests start.
+
+`emulator.command` loads it, and `tests.forks` where a process was started under the emulator.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,11 @@ def _copied(frombuffer: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    set_up()
+
+
+def set_up() -> None:
+    """Puts the emulator in the place of Triton's driver, once in a process."""
     assert not triton.knobs.runtime.interpret
     CUDABackend.make_cubin = _text
     active = CudaDriver()
