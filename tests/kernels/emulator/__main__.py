@@ -18,6 +18,7 @@ FILES = (
     "cross_entropy",
     "embedding",
     "emulator",
+    "emulator_ptx",
     "glu",
     "grad_norm",
     "linear_cross_entropy",

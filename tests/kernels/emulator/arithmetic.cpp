@@ -16,12 +16,15 @@ namespace {
 // Calls `make` with the Number of a type: b32 counts as u32.
 template <class Make>
 Action with_type(const std::string& type, Make make) {
+  if (type == "s8") return make(Number<int8_t>());
+  if (type == "u8") return make(Number<uint8_t>());
   if (type == "s16") return make(Number<int16_t>());
   if (type == "u16" || type == "b16") return make(Number<uint16_t>());
   if (type == "s32") return make(Number<int32_t>());
   if (type == "u32" || type == "b32") return make(Number<uint32_t>());
   if (type == "s64") return make(Number<int64_t>());
-  if (type == "u64" || type == "b64" || type == "pred") return make(Number<uint64_t>());
+  if (type == "u64" || type == "b64") return make(Number<uint64_t>());
+  if (type == "pred") return make(Number<Predicate>());
   if (type == "f32") return make(Number<float>());
   if (type == "f64") return make(Number<double>());
   if (type == "bf16") return make(Number<Bf16>());
@@ -40,12 +43,14 @@ Action elementwise(const Instruction& instruction, int num_operands, Compute com
     using N = decltype(number);
     using Value = typename N::Value;
     const auto one = [=](const std::array<uint64_t, 3>& given, int shift) {
-      const auto part = [&](int i) { return N::get(given[i] >> shift); };
-      Value result = static_cast<Value>(compute(part(0), part(1), part(2)));
-      if constexpr (std::is_same_v<Value, float>) {
-        if (drops_subnormals) result = without_subnormals(result);
-      }
-      return N::put(result);
+      const auto flushed = [&](Value value) {
+        if constexpr (std::is_floating_point_v<Value>) {
+          if (drops_subnormals) return without_subnormals(value);
+        }
+        return value;
+      };
+      const auto part = [&](int i) { return flushed(N::get(given[i] >> shift)); };
+      return N::put(flushed(static_cast<Value>(compute(part(0), part(1), part(2)))));
     };
     return [=](Warp& warp, const Instruction& self, uint32_t lanes) {
       each_lane(lanes, [&](int lane) {
@@ -96,13 +101,12 @@ Action of_bits(Compute compute) {
 }
 
 Action wide_product(const Instruction& instruction) {
-  const bool is_signed = instruction.words.back() == "s32";
-  return of_bits([=](const std::array<uint64_t, 4>& given) {
-    const auto [a, b, sum, _] = given;
-    const uint64_t product =
-        is_signed ? int64_t{static_cast<int32_t>(a)} * int64_t{static_cast<int32_t>(b)}
-                  : uint64_t{static_cast<uint32_t>(a)} * uint64_t{static_cast<uint32_t>(b)};
-    return product + sum;
+  return with_type(instruction.words.back(), [](auto number) {
+    using N = decltype(number);
+    return of_bits([](const auto& given) {
+      const auto factor = [&](int i) { return static_cast<uint64_t>(N::get(given[i])); };
+      return factor(0) * factor(1) + given[2];
+    });
   });
 }
 
@@ -132,6 +136,9 @@ Action quotient(const Instruction& instruction) {
     using Value = decltype(a);
     if constexpr (std::is_integral_v<Value>) {
       if (b == 0) return static_cast<Value>(-1);
+      if (b == static_cast<Value>(-1) && std::is_signed_v<Value>) {
+        return static_cast<Value>(is_remainder ? 0 : -a);  // the least number has no quotient
+      }
       return static_cast<Value>(is_remainder ? a % b : a / b);
     } else {
       return a / b;
@@ -167,6 +174,9 @@ Action smaller_or_larger(const Instruction& instruction) {
   return binary(instruction, [=](auto a, auto b) {
     using Value = decltype(a);
     if (a != a || b != b) return spreads_nan == (a != a) ? a : b;
+    if constexpr (std::is_floating_point_v<Value>) {
+      if (a == b) return std::signbit(a) == is_smaller ? a : b;  // -0 is less than 0
+    }
     const Value result = is_smaller ? std::min(a, b) : std::max(a, b);
     return is_relu ? std::max(result, Value{0}) : result;
   });
@@ -241,6 +251,7 @@ bool compares(const std::string& name, bool is_less, bool is_equal, bool is_unor
 Action comparison(const Instruction& instruction) {
   const std::string name = instruction.words[1];
   const std::string joined = instruction.operands.size() > 3 ? instruction.words[2] : "";
+  const bool drops_subnormals = instruction.has("ftz");
   compares(name, false, false, false);  // unknown ones are told at once
   std::array<bool, 4> table;            // less, equal, greater, unordered
   for (int i = 0; i < 4; ++i) table[i] = compares(name, i == 0, i == 1, i == 3);
@@ -248,8 +259,11 @@ Action comparison(const Instruction& instruction) {
     using N = decltype(number);
     return [=](Warp& warp, const Instruction& self, uint32_t lanes) {
       each_lane(lanes, [&](int lane) {
-        const auto a = N::get(warp.value(self.operands[1], lane));
-        const auto b = N::get(warp.value(self.operands[2], lane));
+        auto a = N::get(warp.value(self.operands[1], lane));
+        auto b = N::get(warp.value(self.operands[2], lane));
+        if constexpr (std::is_floating_point_v<decltype(a)>) {
+          if (drops_subnormals) a = without_subnormals(a), b = without_subnormals(b);
+        }
         bool result = table[a < b ? 0 : a == b ? 1 : a > b ? 2 : 3], opposite = !result;
         if (!joined.empty()) {
           const bool other = warp.value(self.operands[3], lane);
@@ -297,14 +311,16 @@ Action conversion(const Instruction& instruction) {
   const std::string to = words[words.size() - 2];
   if (to == "bf16x2" || to == "f16x2") return two_halves(to == "bf16x2", instruction.has("relu"));
   if (to == "tf32") {
-    return of_bits([](const auto& given) { return (given[0] + 0x1000) & 0xffffe000u; });
+    return of_bits([](const auto& given) -> uint64_t {
+      const bool is_nan = std::isnan(bits_as<float>(given[0]));
+      return is_nan ? 0x7fffffff : (given[0] + 0x1000) & 0xffffe000u;
+    });
   }
   double (*round)(double) = nullptr;
   if (instruction.has("rni")) round = std::nearbyint;
   if (instruction.has("rzi")) round = std::trunc;
   if (instruction.has("rmi")) round = std::floor;
   if (instruction.has("rpi")) round = std::ceil;
-  if (instruction.has("rz") || instruction.has("sat")) return nullptr;
   return with_type(words.back(), [&](auto from) {
     return with_type(to, [&](auto target) -> Action {
       using From = decltype(from);
@@ -338,7 +354,14 @@ Action arithmetic(const Instruction& instruction) {
     return elementwise(instruction, 3, [](auto a, auto b, auto c) { return std::fma(a, b, c); });
   }
   if (name == "neg") return unary(instruction, [](auto a) { return -a; });
-  if (name == "abs") return unary(instruction, [](auto a) { return std::abs(double(a)); });
+  if (name == "abs")
+    return unary(instruction, [](auto a) {
+      if constexpr (std::is_integral_v<decltype(a)>) {
+        return a < 0 ? -a : a;
+      } else {
+        return std::fabs(a);
+      }
+    });
   if (name == "not") {
     const bool is_predicate = type == "pred";
     return of_bits([=](const auto& given) { return is_predicate ? !given[0] : ~given[0]; });

@@ -37,9 +37,10 @@ Barrier& barrier_at(Warp& warp, int lane, uint64_t address) {
 // What the hardware asks of a descriptor and a place to copy to.
 void check(const Warp& warp, int lane, const TensorMap& map, uint32_t destination,
            uint32_t row_bytes) {
-  const uint32_t most_bytes = map.swizzle ? 16u << map.swizzle : 256 * 8;
+  const uint32_t most_bytes = map.swizzle ? 16u << (map.swizzle & 3) : 256 * 8;
   const bool has_boxes = map.box[0] && map.box[0] <= 256 && map.box[1] && map.box[1] <= 256;
-  if (map.rank != 1 || map.interleave || map.fill || map.steps[0] != 1 || map.steps[1] != 1) {
+  if (map.rank != 1 || map.swizzle > 3 || map.interleave || map.fill || map.steps[0] != 1 ||
+      map.steps[1] != 1) {
     warp.fail("a descriptor of another kind than this knows", lane);
   }
   if (map.address % 16 || map.stride_bytes % 16) warp.fail("misaligned: a tensor", lane);
@@ -53,7 +54,7 @@ void check(const Warp& warp, int lane, const TensorMap& map, uint32_t destinatio
 
 // cp.async.bulk.tensor.2d.shared::cta.global... [destination], [map, {x, y}], [barrier]
 //
-// Until it is waited for, what is copied reads as NaN.
+// Until it is waited for, nobody may touch what is copied to.
 void begin_copy(Warp& warp, const Instruction& self, uint32_t lanes) {
   each_lane(lanes, [&](int lane) {
     const auto destination = static_cast<uint32_t>(warp.address(self.operands[0], lane));
@@ -67,7 +68,9 @@ void begin_copy(Warp& warp, const Instruction& self, uint32_t lanes) {
     check(warp, lane, map, destination, row_bytes);
     const uint32_t swizzle_bytes = map.swizzle ? 16u << map.swizzle : 16;
     for (uint32_t at = 0; at < row_bytes * map.box[1]; at += 16) {
-      std::memset(shared(warp, lane, destination + at, 16, true), 0xff, 16);
+      shared(warp, lane, destination + at, 16, true);
+      for (uint32_t i = 0; i < 16; ++i)
+        warp.block->touched[destination + at + i].is_arriving = true;
     }
     Warp* const own = &warp;
     Barrier* const barrier = &barrier_at(warp, lane, warp.address(self.operands[2], lane));
@@ -109,7 +112,12 @@ Action barrier_action(const Instruction& instruction) {
         const auto place = static_cast<uint32_t>(warp.address(self.operands[0], lane));
         shared(warp, lane, place, 8, true);
         Barrier barrier;
-        barrier.arrivals = barrier.pending = warp.value(self.operands[1], lane);
+        barrier.arrivals = static_cast<uint32_t>(warp.value(self.operands[1], lane));
+        if (!barrier.arrivals) warp.fail("an mbarrier that nobody arrives at", lane);
+        barrier.pending = barrier.arrivals;
+        if (warp.block->barriers.contains(place) && !warp.block->barriers[place].copies.empty()) {
+          warp.fail("an mbarrier begins with copies under way", lane);
+        }
         warp.block->barriers[place] = std::move(barrier);
       });
     };
@@ -131,7 +139,7 @@ Action barrier_action(const Instruction& instruction) {
       each_lane(lanes, [&](int lane) {
         Barrier& barrier = barrier_at(warp, lane, warp.address(self.operands[1], lane));
         if (announces) {
-          barrier.pending_bytes += static_cast<int64_t>(warp.value(self.operands[2], lane));
+          barrier.pending_bytes += static_cast<uint32_t>(warp.value(self.operands[2], lane));
         }
         if (!barrier.pending--) warp.fail("an arrival too many at an mbarrier", lane);
         if (barrier.copies.empty()) settle(barrier);
@@ -142,11 +150,15 @@ Action barrier_action(const Instruction& instruction) {
   return [](Warp& warp, const Instruction& self, uint32_t lanes) {  // done, [barrier], parity
     each_lane(lanes, [&](int lane) {
       Barrier& barrier = barrier_at(warp, lane, warp.address(self.operands[1], lane));
-      for (const auto& copy : std::exchange(barrier.copies, {})) {
+      const bool parity = warp.value(self.operands[2], lane) & 1;
+      // Who waits for a phase that is over has not waited for these.
+      while (barrier.phase == parity && !barrier.copies.empty()) {
+        const auto copy = std::move(barrier.copies.front());
+        barrier.copies.erase(barrier.copies.begin());
         copy();
         settle(barrier);
       }
-      const bool is_done = barrier.phase != (warp.value(self.operands[2], lane) & 1);
+      const bool is_done = barrier.phase != parity;
       warp.set(self.operands[0], lane, is_done);
       warp.waits |= !is_done;
     });
@@ -175,7 +187,8 @@ Action replace_field(const Instruction& instruction) {
         map.fill = first;
       } else {
         const uint64_t value = warp.value(self.operands[2], lane);
-        if (first > 1) warp.fail("a descriptor of three dimensions", lane);
+        if (first > (field == "global_stride" ? 0 : 1))
+          warp.fail("a descriptor of three dimensions", lane);
         if (field == "global_stride") {
           map.stride_bytes = value;
         } else {

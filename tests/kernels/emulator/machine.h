@@ -23,7 +23,7 @@ struct Fault : std::runtime_error {
 enum class Special { kThread, kBlock, kThreads, kBlocks, kLane, kWarp };
 
 struct Operand {
-  enum class Kind { kRegister, kNumber, kVector, kAddress, kSpecial, kNowhere };
+  enum class Kind { kRegister, kNumber, kVector, kAddress, kParameter, kSpecial, kNowhere };
   Kind kind = Kind::kNowhere;
   int slot = -1;  // of the register, of an address's base, of a kernel's parameter
   uint64_t number = 0;
@@ -60,6 +60,7 @@ struct Program {
   std::string name;
   int num_threads = 0;  // of a block, where it says so
   int num_slots = 0;
+  std::vector<uint32_t> parameter_bytes;
   std::vector<Instruction> instructions;
 };
 
@@ -82,7 +83,7 @@ struct Warp {
   uint32_t at = 0;                      // the next instruction, while all lanes are together
   std::array<uint32_t, kLanes> next{};  // that of each lane, where they have parted
   bool is_at_barrier = false;
-  uint64_t barrier = 0, barrier_threads = 0;
+  uint64_t barrier = 0;
   bool waits = false;  // for another warp: it is not its turn any more
   const Instruction* current = nullptr;
   std::vector<Copy> open_copies;
@@ -110,6 +111,7 @@ struct Touched {
   int writer = -1;
   uint32_t written = 0, read = 0;  // in which epoch
   uint32_t readers = 0;            // a bit for each warp
+  bool is_arriving = false;        // a copy to it is not waited for yet
 };
 
 struct Launch {
@@ -129,6 +131,12 @@ struct Block {
   std::map<uint32_t, Barrier> barriers;
   std::vector<Warp> warps;
 };
+
+// Whether an instruction of these words means what the actions below do.
+bool is_known(const std::vector<std::string>& words, size_t num_operands);
+
+// Throws Fault where an operand is no vector of so many registers.
+void expect_vector(const Operand& operand, size_t count);
 
 // Each gives the action of an instruction, or none where it is not of that kind.
 Action arithmetic(const Instruction& instruction);

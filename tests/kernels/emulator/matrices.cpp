@@ -104,10 +104,9 @@ void read_right(Warp& warp, const Operand& registers, Matrix& b, int per_registe
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 d, a, b, c
 Action warp_product(const Instruction& instruction) {
   const std::vector<std::string>& words = instruction.words;
-  if (words.size() != 10 || words[6] != "f32" || words[7] != words[8]) return nullptr;
   const Decode decode = decoder(words[7]);
   const int per_register = words[7] == "tf32" ? 1 : 2;
-  if (!decode || words[3] != (per_register == 1 ? "m16n8k8" : "m16n8k16")) return nullptr;
+  for (int i = 0; i < 4; ++i) expect_vector(instruction.operands[i], i == 2 ? 2 : 4);
   return [=](Warp& warp, const Instruction& self, uint32_t lanes) {
     warp.check_whole(lanes);
     Matrix a(16, 8 * per_register), b(8 * per_register, 8), sums(16, 8);
@@ -148,6 +147,7 @@ struct Described {
 
 Matrix read_described(Warp& warp, uint64_t bits, int first, int count, int depth,
                       bool is_transposed, int item_bytes, Decode decode) {
+  if (bits >> 49 & 7) warp.fail("a matrix with a base offset");
   const Described described(bits);
   Matrix result(count, depth);
   for (int i = 0; i < count; ++i) {
@@ -171,8 +171,14 @@ Action group_product(const Instruction& instruction) {
   if (words[1] != "mma_async") return [](Warp&, const Instruction&, uint32_t) {};
   const Decode decode = decoder(words[6]);
   int num_columns = 0, depth = 0;
-  if (std::sscanf(words[4].c_str(), "m64n%dk%d", &num_columns, &depth) != 2) return nullptr;
-  if (!decode || words[5] != "f32" || words[6] != words[7]) return nullptr;
+  std::sscanf(words[4].c_str(), "m64n%dk%d", &num_columns, &depth);
+  if (num_columns < 8 || num_columns > 256 || num_columns % 8) throw Fault("no such matrix");
+  const std::vector<Operand>& given = instruction.operands;
+  const bool is_in_registers = given[1].kind == Operand::Kind::kVector;
+  const size_t num_turned = words[6] == "tf32" ? 0 : is_in_registers ? 1 : 2;
+  if (given.size() != 6 + num_turned) throw Fault("other operands than are known");
+  expect_vector(given[0], num_columns / 2);
+  if (is_in_registers) expect_vector(given[1], 4);
   const int item_bytes = words[6] == "tf32" ? 4 : 2;
   return [=](Warp& warp, const Instruction& self, uint32_t lanes) {
     warp.check_whole(lanes);
@@ -180,7 +186,6 @@ Action group_product(const Instruction& instruction) {
     const auto number = [&](size_t i) {
       return i < given.size() ? static_cast<int64_t>(warp.value(given[i], 0)) : 0;
     };
-    const bool is_in_registers = given[1].kind == Operand::Kind::kVector;
     Matrix a(16, depth), b(depth, num_columns), sums(16, num_columns);
     if (is_in_registers) {
       read_left(warp, given[1], a, 4 / item_bytes, decode);
@@ -203,6 +208,7 @@ Action group_product(const Instruction& instruction) {
 Action move_matrices(const Instruction& instruction) {
   const bool loads = instruction.words[0] == "ldmatrix", is_transposed = instruction.has("trans");
   const int count = instruction.has("x4") ? 4 : instruction.has("x2") ? 2 : 1;
+  expect_vector(instruction.operands[loads ? 0 : 1], count);
   return [=](Warp& warp, const Instruction& self, uint32_t lanes) {
     warp.check_whole(lanes);
     const Operand& address = self.operands[loads ? 1 : 0];
@@ -227,7 +233,7 @@ Action move_matrices(const Instruction& instruction) {
         } else {
           const uint64_t bits = warp.value(registers.elements[i], lane);
           pair = {static_cast<uint16_t>(bits), static_cast<uint16_t>(bits >> 16)};
-          for (int j = 0; j < 2; ++j) std::memcpy(places[j], &pair[j], 2);
+          for (int j = 0; j < 2; ++j) store(places[j], &pair[j], 2, warp, lane);
         }
       }
     }

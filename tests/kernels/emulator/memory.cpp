@@ -119,6 +119,9 @@ uint8_t* shared(const Warp& warp, int lane, uint32_t address, uint32_t num_bytes
   is_contested = false;
   for (uint32_t at = address; at < address + num_bytes; ++at) {
     Touched& byte = block.touched[at];
+    if (byte.is_arriving) {
+      warp.fail("race: byte " + std::to_string(at) + " of shared memory is still copied to", lane);
+    }
     const bool was_written = byte.written == block.epoch && byte.writer != warp.index;
     const bool was_read = byte.read == block.epoch && (byte.readers & ~(1u << warp.index));
     if (writes ? was_read : was_written) {

@@ -54,12 +54,22 @@ inline float without_subnormals(float number) {
   return std::fpclassify(number) == FP_SUBNORMAL ? std::copysign(0.0f, number) : number;
 }
 
+inline double without_subnormals(double number) { return number; }
+
 // How a type's numbers lie in a register, and what is computed with.
 template <class T>
 struct Number {
   using Value = T;
   static T get(uint64_t bits) { return bits_as<T>(bits); }
   static uint64_t put(T value) { return bits_as<uint64_t>(value); }
+};
+
+struct Predicate;
+template <>
+struct Number<Predicate> {
+  using Value = uint64_t;
+  static uint64_t get(uint64_t bits) { return bits != 0; }
+  static uint64_t put(uint64_t value) { return value; }
 };
 
 struct Bf16;

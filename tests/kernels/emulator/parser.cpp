@@ -15,7 +15,8 @@ namespace {
 
 // The shared memory of a launch, which begins at address 0.
 constexpr const char* kSharedMemory = "global_smem";
-// What `WARP_SZ` and special registers of one word are called.
+constexpr int kMostRegisters = 1 << 20;
+// What special registers are called.
 const std::map<std::string, Special> kSpecials = {
     {"%tid", Special::kThread},    {"%ctaid", Special::kBlock}, {"%ntid", Special::kThreads},
     {"%nctaid", Special::kBlocks}, {"%laneid", Special::kLane}, {"%warpid", Special::kWarp}};
@@ -52,9 +53,14 @@ bool is_of_name(char letter) {
 
 uint64_t number(const std::string& text) {
   const char prefix = text.size() > 1 && text[0] == '0' ? std::tolower(text[1]) : ' ';
-  if (prefix == 'f' || prefix == 'd') return std::stoull(text.substr(2), nullptr, 16);
-  if (text.find('.') != std::string::npos) return bits_as<uint64_t>(std::stod(text));
-  return text[0] == '-' ? std::stoll(text, nullptr, 0) : std::stoull(text, nullptr, 0);
+  const bool has_bits = prefix == 'f' || prefix == 'd';
+  const std::string digits = has_bits ? text.substr(2) : text;
+  size_t end = 0;
+  const uint64_t result =
+      digits[0] == '-' ? std::stoll(digits, &end, 0) : std::stoull(digits, &end, has_bits ? 16 : 0);
+  end += end < digits.size() && digits[end] == 'U';
+  if (end < digits.size()) throw Fault("unknown number " + text);
+  return result;
 }
 
 class Parser {
@@ -64,7 +70,11 @@ class Parser {
   Program parse() {
     read_head();
     open_scope();
-    while (!scopes_.empty()) read_next();
+    try {
+      while (!scopes_.empty()) read_next();
+    } catch (const std::logic_error&) {  // of a string or a number
+      fail(at_ < text_.size() ? "a number is none" : "the text ends too early");
+    }
     for (const auto& [index, name, scopes] : branches_) {
       program_.instructions[index].target = found(labels_, name, scopes);
     }
@@ -101,13 +111,18 @@ class Parser {
   void read_head() {
     const size_t entry = text_.find(".entry");
     if (entry == std::string::npos) fail("there is no kernel");
+    if (text_.find(".entry", entry + 1) != std::string::npos) fail("there are several kernels");
     const size_t opening = text_.find('(', entry), closing = text_.find(')', opening);
+    at_ = text_.find('{', closing);
+    if (closing == std::string::npos || at_ == std::string::npos) fail("the kernel has no body");
     program_.name = trimmed(text_.substr(entry + 6, opening - entry - 6));
     for (const std::string& each : parts_of(text_.substr(opening + 1, closing - opening - 1))) {
       const std::string name = each.substr(each.find_last_of(" \t") + 1);
-      parameters_.emplace(name.substr(0, name.find('[')), parameters_.size());
+      const size_t bracket = name.find('['), type = each.find_first_of("bsuf", each.find('.', 1));
+      const int count = bracket < name.size() ? std::stoi(name.substr(bracket + 1)) : 1;
+      parameters_.emplace(name.substr(0, bracket), parameters_.size());
+      program_.parameter_bytes.push_back(count * std::stoi(each.substr(type + 1)) / 8);
     }
-    at_ = text_.find('{', closing);
     const size_t threads = text_.find(".reqntid", closing);
     if (threads < at_) program_.num_threads = std::stoi(text_.substr(threads + 8));
     line_ += std::count(text_.begin(), text_.begin() + at_, '\n');
@@ -158,19 +173,28 @@ class Parser {
     }
   }
 
-  // `.reg .b32 tmp` has a name of its own; all of `%r<99>` are known without.
+  // `.reg .b32 tmp` is one register, `.reg .b32 %r<99>` are 99, from %r0 on.
   void declare(const std::string& statement) {
     for (const std::string& each : parts_of(statement)) {
       const std::string name = each.substr(each.find_last_of(" \t") + 1);
-      if (name[0] != '%') registers_[{scopes_.back(), name}] = program_.num_slots++;
+      const size_t bracket = name.find('<');
+      registers_[{scopes_.back(), name.substr(0, bracket)}] = program_.num_slots;
+      const int count = bracket < name.size() ? std::stoi(name.substr(bracket + 1)) : 1;
+      if (count < 1 || count > kMostRegisters) fail("too many registers");
+      counts_.resize(program_.num_slots + count, 0);
+      if (bracket < name.size()) counts_[program_.num_slots] = count;
+      program_.num_slots += count;
     }
   }
 
+  // What is not declared is no register: special ones that are not known are among it.
   int slot(const std::string& name) {
-    if (name[0] != '%') return static_cast<int>(found(registers_, name, scopes_));
-    const auto [entry, is_new] = registers_.try_emplace({0, name}, program_.num_slots);
-    program_.num_slots += is_new;
-    return static_cast<int>(entry->second);
+    const size_t digits = name.find_last_not_of("0123456789") + 1;
+    if (name[0] != '%' || digits == name.size()) return found(registers_, name, scopes_);
+    const size_t first = found(registers_, name.substr(0, digits), scopes_);
+    const int index = std::stoi(name.substr(digits));
+    if (index >= counts_[first]) fail("unknown name " + name);
+    return static_cast<int>(first) + index;
   }
 
   Operand address(const std::string& text) {
@@ -187,6 +211,7 @@ class Parser {
     }
     const auto parameter = parameters_.find(base);
     if (parameter != parameters_.end()) {
+      operand.kind = Operand::Kind::kParameter;
       operand.slot = static_cast<int>(parameter->second);
     } else if (std::isdigit(static_cast<unsigned char>(base[0]))) {
       operand.number = number(base);
@@ -203,20 +228,27 @@ class Parser {
     if (text == "_") return result;
     if (text[0] == '[') return address(text);
     if (text[0] == '!') {
-      result = operand(text.substr(1));
+      result.kind = Operand::Kind::kRegister;
+      result.slot = slot(text.substr(1));
       result.is_negated = true;
     } else if (text[0] == '{') {
       result.kind = Operand::Kind::kVector;
       for (const std::string& each : parts_of(inside(text))) {
+        if (each[0] == '{') fail("a vector of vectors");
         result.elements.push_back(operand(each));
       }
     } else if (bar != std::string::npos) {
-      result = operand(trimmed(text.substr(0, bar)));
+      const std::string first = trimmed(text.substr(0, bar));
+      if (first != "_") {
+        result.kind = Operand::Kind::kRegister;
+        result.slot = slot(first);
+      }
       result.predicate = slot(trimmed(text.substr(bar + 1)));
     } else if (kSpecials.contains(text.substr(0, dot))) {
       result.kind = Operand::Kind::kSpecial;
       result.special = kSpecials.at(text.substr(0, dot));
       result.axis = dot == std::string::npos ? 0 : text[dot + 1] - 'x';
+      if (result.axis < 0 || result.axis > 2) fail("unknown name " + text);
     } else if (std::isdigit(static_cast<unsigned char>(text[0])) || text[0] == '-') {
       result.kind = Operand::Kind::kNumber;
       result.number = number(text);
@@ -254,13 +286,20 @@ class Parser {
       }
     }
     const std::string& name = instruction.words[0];
+    const std::vector<std::string> operands = parts_of(rest);
+    if (!is_known(instruction.words, operands.size())) {
+      fail("unknown instruction " + instruction.text);
+    }
     if (name == "bra") {
       instruction.kind = Instruction::Kind::kBranch;
       branches_.push_back({program_.instructions.size(), rest, scopes_});
     } else if (name == "ret" || name == "exit") {
       instruction.kind = Instruction::Kind::kReturn;
     } else {
-      for (const std::string& each : parts_of(rest)) instruction.operands.push_back(operand(each));
+      for (const std::string& each : operands) {
+        const bool is_fraction = name == "createpolicy" && each == operands.back();
+        if (!is_fraction) instruction.operands.push_back(operand(each));
+      }
       finish(instruction);
     }
     program_.instructions.push_back(std::move(instruction));
@@ -268,17 +307,23 @@ class Parser {
 
   void finish(Instruction& instruction) {
     const std::string& name = instruction.words[0];
-    if ((name == "bar" || name == "barrier") && instruction.words[1] != "warp") {
+    if (name == "bar" && instruction.words[1] == "sync") {
       instruction.kind = Instruction::Kind::kBarrier;
       return;
     }
     for (Operand& each : instruction.operands) {
       if (name == "mov" && each.kind == Operand::Kind::kVector) {
+        if (each.elements.size() != 2 && each.elements.size() != 4) fail("an odd vector");
         each.bits = bits_of(instruction.words.back()) / static_cast<int>(each.elements.size());
+        if (each.bits < 8) fail("an odd vector");
       }
     }
     for (const auto make : {arithmetic, conversion, transfer, bulk_transfer, matrix_product}) {
-      instruction.action = make(instruction);
+      try {
+        instruction.action = make(instruction);
+      } catch (const Fault& fault) {
+        fail(fault.what() + (": " + instruction.text));
+      }
       if (instruction.action) return;
     }
     fail("unknown instruction " + instruction.text);
@@ -290,6 +335,7 @@ class Parser {
   Program program_;
   std::map<std::string, size_t> parameters_;
   Names registers_, labels_;
+  std::vector<int> counts_;  // of the registers that are declared together, by the first one's slot
   std::vector<int> scopes_;
   int num_scopes_ = 0;
   std::vector<Branch> branches_;
@@ -302,6 +348,12 @@ int bits_of(const std::string& type) {
   if (type.ends_with("x2")) return 32;
   const size_t digits = type.find_last_not_of("0123456789") + 1;
   return digits < type.size() ? std::stoi(type.substr(digits)) : 0;
+}
+
+void expect_vector(const Operand& operand, size_t count) {
+  if (operand.kind != Operand::Kind::kVector || operand.elements.size() != count) {
+    throw Fault("this needs a vector of " + std::to_string(count));
+  }
 }
 
 bool Instruction::has(const std::string& word) const {

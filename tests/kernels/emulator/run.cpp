@@ -70,6 +70,7 @@ void Warp::set(const Operand& operand, int lane, uint64_t value) {
 }
 
 uint64_t Warp::address(const Operand& operand, int lane) const {
+  if (operand.kind != Operand::Kind::kAddress) fail("an operand is no address", lane);
   const bool has_base = operand.slot >= 0;
   const uint64_t base = has_base ? registers[size_t(operand.slot) * kLanes + lane] : operand.number;
   return base + operand.offset_bytes;
@@ -114,11 +115,15 @@ void go_on(Warp& warp, uint32_t lanes, uint32_t at) {
   }
 }
 
+// Instructions that a warp runs at once, between two barriers.
+constexpr uint64_t kMostSteps = 50'000'000;
+
 // Until the warp ends, comes to a barrier, or waits for another one.
 void run_on(Warp& warp) {
   const std::vector<Instruction>& instructions = warp.block->launch->program->instructions;
   warp.waits = false;
-  while (warp.alive) {
+  for (uint64_t steps = 0; warp.alive; ++steps) {
+    if (steps == kMostSteps) warp.fail("a loop without an end");
     uint32_t at;
     const uint32_t here = furthest_behind(warp, at);
     if (at >= instructions.size()) warp.fail("it runs past its end");
@@ -145,39 +150,27 @@ void run_on(Warp& warp) {
         warp.alive &= ~lanes;
         break;
       case Instruction::Kind::kBarrier:
+        if (!lanes) break;
         if (lanes != warp.alive) warp.fail("only some lanes of a warp come to a barrier");
         warp.is_at_barrier = true;
-        warp.barrier = warp.value(instruction.operands.at(0), 0);
-        warp.barrier_threads =
-            instruction.operands.size() > 1 ? warp.value(instruction.operands[1], 0) : 0;
+        warp.barrier = static_cast<uint32_t>(warp.value(instruction.operands[0], 0));
         return;
     }
   }
 }
 
-// Whether a barrier was complete, whose warps go on then.
+// Whether all warps stood at one barrier, and go on then.
 bool opens_barrier(Block& block) {
-  for (const Warp& first : block.warps) {
-    if (!first.alive || !first.is_at_barrier) continue;
-    const auto stands_there = [&](const Warp& each) {
-      return each.alive && each.is_at_barrier && each.barrier == first.barrier;
-    };
-    const auto& warps = block.warps;
-    const auto waiting = std::count_if(warps.begin(), warps.end(), stands_there);
-    const auto alive =
-        std::count_if(warps.begin(), warps.end(), [](auto& each) { return each.alive; });
-    const auto needed = first.barrier_threads ? first.barrier_threads / kLanes : size_t(alive);
-    if (size_t(waiting) < needed) continue;
-    const uint64_t barrier = first.barrier;
-    for (Warp& each : block.warps) {
-      if (stands_there(each) || (each.is_at_barrier && each.barrier == barrier)) {
-        each.is_at_barrier = false;
-      }
-    }
-    ++block.epoch;
-    return true;
+  const Warp* first = nullptr;
+  for (const Warp& each : block.warps) {
+    if (!each.alive) continue;
+    if (!each.is_at_barrier || (first && each.barrier != first->barrier)) return false;
+    first = &each;
   }
-  return false;
+  if (!first) return false;
+  for (Warp& each : block.warps) each.is_at_barrier = false;
+  ++block.epoch;
+  return true;
 }
 
 // Turns of all warps in which none comes further than to wait.
@@ -226,7 +219,8 @@ void run_block(const Launch& launch, uint32_t index, std::mt19937* random) {
 void run(const Launch& launch, uint32_t seed) {
   const Program& program = *launch.program;
   const uint32_t threads = launch.threads[0] * launch.threads[1] * launch.threads[2];
-  if (threads % kLanes || (program.num_threads && uint32_t(program.num_threads) != threads)) {
+  if (threads % kLanes || threads > 1024 ||
+      (program.num_threads && uint32_t(program.num_threads) != threads)) {
     throw Fault(program.name + " is launched with " + std::to_string(threads) + " threads");
   }
   begin_launch();
