@@ -48,7 +48,9 @@ def build(folder: Path) -> Path:
     compiler = os.environ.get("CXX", "g++")
     include = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
     sources = sorted(_HERE.glob("*.cpp"))
-    texts = b"".join(path.read_bytes() for path in sorted([*sources, *_HERE.glob("*.h")]))
+    options = ("-std=c++20", "-O2", "-fwrapv", "-Wall", "-Wextra", "-fPIC", f"-I{include}")
+    texts = " ".join((compiler, *options)).encode()
+    texts += b"".join(path.read_bytes() for path in sorted([*sources, *_HERE.glob("*.h")]))
     made = folder / hashlib.sha256(texts).hexdigest()[:16]
     library = made / "libcuda.so.1"
     if library.exists():
@@ -57,7 +59,6 @@ def build(folder: Path) -> Path:
 
     def compiled(source: Path) -> Path:
         target = made / f"{source.stem}.o"
-        options = ("-std=c++20", "-O2", "-fwrapv", "-Wall", "-Wextra", "-fPIC", f"-I{include}")
         subprocess.run([compiler, *options, "-c", source, "-o", target], check=True)
         return target
 
@@ -79,5 +80,6 @@ def command(library: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
         "TRITON_LIBCUDA_PATH": str(library),
         "TRITON_CACHE_DIR": str(library.parent / "triton"),
         "TRITON_INTERPRET": "0",
+        "CUDA_VISIBLE_DEVICES": "",  # tensors lie in this process's memory, whatever GPU is here
     }
     return run, changes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m tests.kernels.emulator",
         description="Run tests of kernels, compiled, without a GPU.",
+        allow_abbrev=False,  # others are options of pytest
     )
     parser.add_argument("--arch", type=int, choices=(80, 90), default=90)
     parser.add_argument(
@@ -52,10 +54,17 @@ def main() -> None:
         help="say what each kernel's accesses to memory take, beside the least that they could",
     )
     options, given = parser.parse_known_args()
-    if not any(each.startswith("tests/") for each in given):
+    # What names no file is an option of pytest, or its value.
+    if not any((ROOT / each.split("::")[0]).exists() for each in given):
         given += [f"tests/kernels/test_{name}.py" for name in FILES]
     folder = ROOT / "build" / "emulator"
-    run, changes = emulator.command(emulator.build(folder), *given)
+    try:
+        library = emulator.build(folder)
+    except ImportError as error:
+        parser.error(f"Triton is not installed: {error}")
+    except (FileNotFoundError, subprocess.CalledProcessError) as error:
+        parser.error(f"the emulator is not built, CXX names another compiler: {error}")
+    run, changes = emulator.command(library, *given)
     changes |= {"EMULATOR_ARCH": str(options.arch), "EMULATOR_SEED": str(options.seed)}
     if options.profile:
         profile = folder / "profile.jsonl"

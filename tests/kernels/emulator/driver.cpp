@@ -22,6 +22,12 @@ uint32_t seed() {
   return given ? static_cast<uint32_t>(std::atoi(given)) : 0;
 }
 
+// The most that a block may have, as the CUDA programming guide lists it.
+size_t most_shared_bytes() {
+  const char* const given = std::getenv("EMULATOR_ARCH");
+  return size_t{given && std::atoi(given) == 80 ? 163u : 227u} << 10;
+}
+
 template <class Body>
 CUresult told(CUresult error, Body body) {
   try {
@@ -47,7 +53,8 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
 
 CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
 
-CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char*) {
+CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
+  if (reinterpret_cast<emulator::Program*>(module)->name != name) return CUDA_ERROR_NOT_FOUND;
   *function = reinterpret_cast<CUfunction>(module);
   return CUDA_SUCCESS;
 }
@@ -56,6 +63,9 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
                           void**) {
   return told(CUDA_ERROR_ILLEGAL_ADDRESS, [&] {
     static const uint32_t order = seed();
+    if (config->sharedMemBytes > most_shared_bytes()) {
+      throw emulator::Fault(std::to_string(config->sharedMemBytes) + " bytes of shared memory");
+    }
     emulator::run({reinterpret_cast<const emulator::Program*>(function),
                    {config->gridDimX, config->gridDimY, config->gridDimZ},
                    {config->blockDimX, config->blockDimY, config->blockDimZ},
@@ -84,9 +94,9 @@ CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
   return CUDA_SUCCESS;
 }
 
-// An H100's shared memory; of the rest nothing is asked here.
+// Of the rest nothing is asked here.
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) {
-  *value = 227 << 10;
+  *value = static_cast<int>(most_shared_bytes());
   return CUDA_SUCCESS;
 }
 
