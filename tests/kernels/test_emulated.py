@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which runs them"),
 ]
 # A case of every operation, and products on tensor cores at odd sizes.
-FILES = ("emulator", "operations", "attention", "matmul")
+FILES = ("emulator", "emulator_ptx", "operations", "attention", "matmul")
 CASES = "test_emulator or (test_operations and not compile) or matches_reference"
 
 
