@@ -142,6 +142,16 @@ def test_blocks_that_touch_one_place() -> None:
         number_kernel[(2,)](numbers, 2, READS=True, BLOCK=512)
 
 
+def test_each_launch_asks_for_its_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = set()
+    for seed in range(8):
+        monkeypatch.setenv("EMULATOR_SEED", str(seed))
+        with pytest.raises(RuntimeError, match=r"race: byte \d+ of .*, with block [01]; ") as fault:
+            number_kernel[(2,)](torch.zeros(512), 2, READS=True, BLOCK=512)
+        first |= {*re.findall("with block ([01])", str(fault.value))}
+    assert first == {"0", "1"}
+
+
 def test_warps_that_no_barrier_parts(edits: list) -> None:
     turned, expected = turn()
     assert torch.equal(turned, expected)

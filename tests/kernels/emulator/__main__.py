@@ -16,6 +16,7 @@ FILES = (
     "accesses",
     "attention",
     "compiled_steps",
+    "configurations",
     "cross_entropy",
     "embedding",
     "emulator",

@@ -17,6 +17,7 @@ std::vector<std::unique_ptr<emulator::Program>> programs;
 std::string last_fault = "no fault";
 int context;
 
+// Of this launch: a test may have several.
 uint32_t seed() {
   const char* const given = std::getenv("EMULATOR_SEED");
   return given ? static_cast<uint32_t>(std::atoi(given)) : 0;
@@ -62,7 +63,6 @@ CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* 
 CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, void** parameters,
                           void**) {
   return told(CUDA_ERROR_ILLEGAL_ADDRESS, [&] {
-    static const uint32_t order = seed();
     if (config->sharedMemBytes > most_shared_bytes()) {
       throw emulator::Fault(std::to_string(config->sharedMemBytes) + " bytes of shared memory");
     }
@@ -71,7 +71,7 @@ CUresult cuLaunchKernelEx(const CUlaunchConfig* config, CUfunction function, voi
                    {config->blockDimX, config->blockDimY, config->blockDimZ},
                    config->sharedMemBytes,
                    parameters},
-                  order);
+                  seed());
   });
 }
 

@@ -74,6 +74,8 @@ def set_up() -> None:
     limit = occupancy.shared_memory_of(divmod(ARCHITECTURE, 10))
     occupancy.shared_memory_limit = lambda device: limit
     attention._scratch = _aligned
+    if ARCHITECTURE < 90:  # as on a GPU: the bulk copy engine came with sm_90
+        attention._can_tma = lambda *tensors: False
     torch.frombuffer = _copied(torch.frombuffer)
 
 
