@@ -143,7 +143,7 @@ clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) $(NANOTRON_VENV) .venv-versions .venv-pythons build dist *.egg-info nanotron_fast/*.so .*_cache
 
 # Everything below serves `sanitize`.
-CPP := $(shell find csrc tests/native tests/kernels/emulator -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
+CPP := $(shell find csrc tests/native tests/kernels -name '*.[ch]pp' -o -name '*.h' -o -name '*.cu*')
 HEADERS := $(filter-out %.cpp,$(CPP))
 SANITIZED := build/sanitize/$(SANITIZER)
 OBJECTS := $(patsubst %.cpp,$(SANITIZED)/%.o,$(wildcard csrc/core/*.cpp csrc/cast/*.cpp csrc/hash/*.cpp))

@@ -50,7 +50,8 @@ def build(folder: Path) -> Path:
     sources = sorted(_HERE.glob("*.cpp"))
     options = ("-std=c++20", "-O2", "-fwrapv", "-Wall", "-Wextra", "-fPIC", f"-I{include}")
     texts = " ".join((compiler, *options)).encode()
-    texts += b"".join(path.read_bytes() for path in sorted([*sources, *_HERE.glob("*.h")]))
+    headers = [*sorted(_HERE.glob("*.h")), _HERE.parent / "driver_calls.h"]
+    texts += b"".join(path.read_bytes() for path in [*sources, *headers])
     made = folder / hashlib.sha256(texts).hexdigest()[:16]
     library = made / "libcuda.so.1"
     if library.exists():

@@ -2,8 +2,6 @@
 //
 // A module is a text in PTX instead of a binary. Addresses are those of the process.
 
-#include <cuda.h>
-
 #include <cstdlib>
 #include <memory>
 #include <string>
@@ -11,11 +9,14 @@
 
 #include "machine.h"
 
+extern "C" {
+#include "../driver_calls.h"
+}
+
 namespace {
 
 std::vector<std::unique_ptr<emulator::Program>> programs;
 std::string last_fault = "no fault";
-int context;
 
 // Of this launch: a test may have several.
 uint32_t seed() {
@@ -52,8 +53,6 @@ CUresult cuModuleLoadData(CUmodule* module, const void* image) {
   });
 }
 
-CUresult cuModuleUnload(CUmodule) { return CUDA_SUCCESS; }
-
 CUresult cuModuleGetFunction(CUfunction* function, CUmodule module, const char* name) {
   if (reinterpret_cast<emulator::Program*>(module)->name != name) return CUDA_ERROR_NOT_FOUND;
   *function = reinterpret_cast<CUfunction>(module);
@@ -80,72 +79,9 @@ CUresult cuGetErrorString(CUresult, const char** text) {
   return CUDA_SUCCESS;
 }
 
-CUresult cuFuncGetAttribute(int* value, CUfunction_attribute attribute, CUfunction) {
-  *value = attribute == CU_FUNC_ATTRIBUTE_MAX_THREADS_PER_BLOCK ? 1024 : 0;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuFuncSetAttribute(CUfunction, CUfunction_attribute, int) { return CUDA_SUCCESS; }
-
-CUresult cuFuncSetCacheConfig(CUfunction, CUfunc_cache) { return CUDA_SUCCESS; }
-
-CUresult cuStreamIsCapturing(CUstream, CUstreamCaptureStatus* status) {
-  *status = CU_STREAM_CAPTURE_STATUS_NONE;
-  return CUDA_SUCCESS;
-}
-
 // Of the rest nothing is asked here.
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute, CUdevice) {
   *value = static_cast<int>(most_shared_bytes());
-  return CUDA_SUCCESS;
-}
-
-CUresult cuDeviceGet(CUdevice* device, int ordinal) {
-  *device = ordinal;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuDriverGetVersion(int* version) {
-  *version = 13000;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuCtxGetCurrent(CUcontext* current) {
-  *current = reinterpret_cast<CUcontext>(&context);
-  return CUDA_SUCCESS;
-}
-
-CUresult cuCtxGetDevice(CUdevice* device) { return cuDeviceGet(device, 0); }
-
-CUresult cuCtxSetCurrent(CUcontext) { return CUDA_SUCCESS; }
-
-CUresult cuDevicePrimaryCtxRetain(CUcontext* current, CUdevice) { return cuCtxGetCurrent(current); }
-
-CUresult cuCtxGetLimit(size_t* value, CUlimit) {
-  *value = 0;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuCtxSetLimit(CUlimit, size_t) { return CUDA_SUCCESS; }
-
-// Any address is one of the device.
-CUresult cuPointerGetAttribute(void* value, CUpointer_attribute attribute, CUdeviceptr pointer) {
-  if (attribute != CU_POINTER_ATTRIBUTE_DEVICE_POINTER) return CUDA_ERROR_INVALID_VALUE;
-  *static_cast<CUdeviceptr*>(value) = pointer;
-  return CUDA_SUCCESS;
-}
-
-CUresult cuPointerGetAttributes(unsigned count, CUpointer_attribute* attributes, void** values,
-                                CUdeviceptr pointer) {
-  for (unsigned i = 0; i < count; ++i) {
-    if (attributes[i] == CU_POINTER_ATTRIBUTE_DEVICE_POINTER) {
-      *static_cast<CUdeviceptr*>(values[i]) = pointer;
-    } else if (attributes[i] == CU_POINTER_ATTRIBUTE_MEMORY_TYPE) {
-      *static_cast<unsigned*>(values[i]) = CU_MEMORYTYPE_DEVICE;
-    } else {
-      return CUDA_ERROR_INVALID_VALUE;
-    }
-  }
   return CUDA_SUCCESS;
 }
 
